@@ -1,0 +1,1 @@
+"""Backends: "triton", "cuda", "cpu", "reference". Each is one module; none imports another."""

@@ -1,0 +1,246 @@
+"""The planner: which steps fold into V, which need the row, which filter the output.
+
+A `Program` and the token side of a call (gate, phrases, token classes, heads) are lowered to a `RowPlan`, the small
+tensors and numbers that a kernel reads. Nothing here touches pixels, so a plan serves every denoising step of a prompt.
+
+Source: DESIGN.md section 1, fact 3 (linear steps fold away) and section 2 (the steps).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .program import Capture, Program
+
+__all__ = ["TokenSide", "RowPlan", "Plan", "make_plan", "fold_into_value"]
+
+RENORMALIZE = {"none": 0, "content": 1, "row": 2}
+HEAD_PROGRAM, HEAD_PLAIN, HEAD_ZERO = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class TokenSide:
+    """What a call says of tokens and heads, checked and on the inputs' device.
+
+    gate: (B, 1 or H, N) float32 >= 0; phrases: (B, N) int64, -1 for none; protected: (B, N) bool; active: (B,) bool;
+    heads: (H,) bool, the active ones; seed: (1,) int64, only for the random mode. None: as if not given.
+    """
+
+    batch: int
+    heads_count: int
+    tokens: int
+    device: torch.device
+    gate: Tensor | None = None
+    phrases: Tensor | None = None
+    protected: Tensor | None = None
+    active: Tensor | None = None
+    heads: Tensor | None = None
+    inactive_heads: str = "plain"
+    seed: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """What a fused kernel does to a row, on axis "token", between the two products. All tensors are contiguous.
+
+    content: (B, N) uint8, 1 for a content token of an active entry; None: the rows are plain attention.
+    gate: (B, 1 or H, N) float32, read at content tokens only; None: no gate.
+    phrases: (B, N) int32, the index of the first member of the token's phrase, -1 outside phrases. Only content tokens
+        of phrases with two members or more have one. None: no phrases.
+    drop: (B,) int32, how many of the largest content entries go (k of step 4, mode "topk"; 0: none); None: no such step.
+    random_ratio: ratio of step 4, mode "random"; -1: no such step. seed: (1,) int64 beside it.
+    threshold: of step 5; -1: no suppression.
+    renormalize: 0 "none", 1 "content", 2 "row".
+    head_mode: (H,) uint8: 0 runs the program, 1 is plain attention, 2 gives zeros; None: all run it.
+    capture_tokens: (T,) int32 or None. capture_final: map after step 6, else after step 1. capture_mean: mean over the
+        heads of mode 0, (B, T, M); else every head, (B, H, T, M).
+    max_content, max_drop: bounds, known to the host, on content tokens per entry and on `drop`.
+    """
+
+    content: Tensor | None = None
+    gate: Tensor | None = None
+    phrases: Tensor | None = None
+    drop: Tensor | None = None
+    random_ratio: float = -1.0
+    seed: Tensor | None = None
+    threshold: float = -1.0
+    renormalize: int = 0
+    head_mode: Tensor | None = None
+    capture_tokens: Tensor | None = None
+    capture_final: bool = True
+    capture_mean: bool = True
+    max_content: int = 0
+    max_drop: int = 0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A whole call, lowered.
+
+    folded: V is to be replaced by `fold_into_value` before the rows run (gate and phrases are in it then).
+    rows: what the kernel does. sigma, smoothings: the Gaussian that filters the output (and the final maps), so many
+    times; 0: none. smoothed: (B, H) bool, the maps that it applies to, None for all.
+    """
+
+    folded: bool
+    rows: RowPlan
+    side: TokenSide
+    sigma: float
+    smoothings: int
+    smoothed: Tensor | None
+
+
+def make_plan(program: Program, side: TokenSide, capture: Capture | None = None) -> Plan:
+    """Lower a program of axis "token" and at most one nonlinear refinement round; see `needs_map` for the others."""
+    reason = needs_map(program)
+    assert reason is None, reason
+    compiling = torch.compiler.is_compiling()
+    final_capture = capture is not None and capture.stage == "final"
+
+    rows = _capture_plan(RowPlan(), side, capture)
+    rows = replace(rows, head_mode=_head_mode(side))
+    folded = False
+    if _needs_row(program, side):
+        rows = _row_steps(rows, program, side, compiling)
+    elif side.gate is not None or side.phrases is not None:
+        if final_capture:
+            rows = _row_steps(rows, Program(), side, compiling)
+        else:
+            folded = True
+
+    refine = program.refine
+    smoothings = refine.steps if refine is not None and refine.sigma > 0 and _radius(refine.sigma) > 0 else 0
+    sigma = refine.sigma if refine is not None and smoothings else 0.0
+    return Plan(folded, rows, side, sigma, smoothings, _where_program(side) if smoothings else None)
+
+
+def needs_map(program: Program) -> str | None:
+    """Why a program needs the map over the picture, so that no fused kernel serves it yet; None where one does."""
+    if program.dropout is not None and program.dropout.axis == "space" and program.dropout.mode == "topk":
+        return "SalienceDropout(axis='space') ranks a token's whole map; no fused kernel does that yet"
+    refine = program.refine
+    if refine is None:
+        return None
+    if refine.axis == "space" and refine.threshold is not None:
+        return "Refinement(axis='space') compares with the maximum of a token's whole map; no fused kernel does that yet"
+    nonlinear = refine.threshold is not None or program.renormalize != "none"
+    if refine.steps > 1 and nonlinear and (refine.sigma > 0 or refine.threshold is not None):
+        return f"Refinement(steps={refine.steps}) works on the map again; the fused kernels do one round so far"
+    return None
+
+
+def fold_into_value(value: Tensor, side: TokenSide) -> Tensor:
+    """diag(g) P V: gate and phrase mean, both the identity on protected tokens, inactive entries and inactive heads.
+
+    value: (B, H, N, Dv) of any floating dtype; the result has the same shape and dtype. Source: DESIGN.md, fact 3.
+    """
+    v = value.to(torch.promote_types(value.dtype, torch.float32))
+    content = _content(side)
+    folded = v
+    if side.phrases is not None:
+        folded = _phrase_matrix(content, side.phrases).to(v.dtype)[:, None] @ folded
+    if side.gate is not None:
+        folded = folded * torch.where(content[:, None, :], side.gate, 1.0)[..., None].to(v.dtype)
+    if side.heads is not None:
+        folded = torch.where(side.heads[:, None, None], folded, v)
+    return folded.to(value.dtype)
+
+
+def _needs_row(program: Program, side: TokenSide) -> bool:
+    """A decision, or a renormalisation of a mass that something changed."""
+    if program.dropout is not None or (program.refine is not None and program.refine.threshold is not None):
+        return True
+    return program.renormalize != "none" and side.gate is not None
+
+
+def _row_steps(rows: RowPlan, program: Program, side: TokenSide, compiling: bool) -> RowPlan:
+    content = _content(side)
+    count = content.sum(-1)
+    most = side.tokens if compiling else (int(count.max()) if count.numel() else 0)
+    drop, max_drop, ratio = None, 0, -1.0
+    if program.dropout is not None and program.dropout.mode == "topk":
+        drop = torch.floor(program.dropout.ratio * count.to(torch.float64) + 1e-9).to(torch.int32)
+        max_drop = math.floor(program.dropout.ratio * most + 1e-9)
+    elif program.dropout is not None:
+        ratio = program.dropout.ratio
+    threshold = -1.0 if program.refine is None or program.refine.threshold is None else program.refine.threshold
+    return replace(
+        rows,
+        content=content.to(torch.uint8).contiguous(),
+        gate=None if side.gate is None else side.gate.contiguous(),
+        phrases=None if side.phrases is None else _phrase_leaders(content, side.phrases),
+        drop=drop,
+        random_ratio=ratio,
+        seed=side.seed if ratio >= 0 else None,
+        threshold=threshold,
+        renormalize=RENORMALIZE[program.renormalize],
+        max_content=most,
+        max_drop=max_drop,
+    )
+
+
+def _content(side: TokenSide) -> Tensor:
+    content = torch.ones(side.batch, side.tokens, dtype=torch.bool, device=side.device)
+    if side.protected is not None:
+        content = content & ~side.protected
+    if side.active is not None:
+        content = content & side.active[:, None]
+    return content
+
+
+def _together(content: Tensor, phrases: Tensor) -> Tensor:
+    member = content & (phrases >= 0)
+    return (phrases[:, :, None] == phrases[:, None, :]) & member[:, :, None] & member[:, None, :]
+
+
+def _phrase_leaders(content: Tensor, phrases: Tensor) -> Tensor:
+    together = _together(content, phrases)
+    if together.shape[-1] == 0:
+        return phrases.to(torch.int32).contiguous()
+    leader = together.to(torch.uint8).argmax(-1)
+    return torch.where(together.sum(-1) > 1, leader, -1).to(torch.int32).contiguous()
+
+
+def _phrase_matrix(content: Tensor, phrases: Tensor) -> Tensor:
+    together = _together(content, phrases)
+    size = together.sum(-1, keepdim=True)
+    eye = torch.eye(phrases.shape[-1], dtype=torch.float32, device=phrases.device)
+    return torch.where(size > 0, together.to(torch.float32) / size.clamp(min=1), eye)
+
+
+def _head_mode(side: TokenSide) -> Tensor | None:
+    if side.heads is None:
+        return None
+    off = HEAD_PLAIN if side.inactive_heads == "plain" else HEAD_ZERO
+    return torch.where(side.heads, HEAD_PROGRAM, off).to(torch.uint8)
+
+
+def _where_program(side: TokenSide) -> Tensor | None:
+    if side.active is None and side.heads is None:
+        return None
+    where = torch.ones(side.batch, side.heads_count, dtype=torch.bool, device=side.device)
+    if side.active is not None:
+        where = where & side.active[:, None]
+    if side.heads is not None:
+        where = where & side.heads
+    return where
+
+
+def _capture_plan(rows: RowPlan, side: TokenSide, capture: Capture | None) -> RowPlan:
+    if capture is None:
+        return rows
+    tokens = range(side.tokens) if capture.tokens is None else capture.tokens
+    return replace(
+        rows,
+        capture_tokens=torch.tensor(list(tokens), dtype=torch.int32, device=side.device),
+        capture_final=capture.stage == "final",
+        capture_mean=capture.reduce == "mean",
+    )
+
+
+def _radius(sigma: float) -> int:
+    return int(4.0 * sigma + 0.5)

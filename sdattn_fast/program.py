@@ -1,0 +1,161 @@
+"""The program: what happens to a row of cross-attention between its two products.
+
+Four frozen dataclasses, hashable, printable, cheap to compare. They hold intent alone; token classes, gates and heads
+belong to a call. Source: DESIGN.md, sections 2 (meaning) and 3 (names).
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["Program", "SalienceDropout", "Refinement", "Capture"]
+
+
+@dataclass(frozen=True)
+class SalienceDropout:
+    """Drop the most salient content entries of every row (or of every token's map).
+
+    Args:
+        ratio: share of the entries to drop, in [0, 1]; ``k = floor(ratio * n + 1e-9)``. ``n`` counts the content tokens
+            (axis "token") or the pixels (axis "space").
+        axis: "token", over the tokens of one pixel, or "space", over the pixels of one token's map.
+        mode: "topk" drops every entry at least as large as the k-th largest, so ties go together; "random" drops an
+            entry where ``u < ratio``, ``u`` from Philox4x32-10 with the call's seed.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+
+    Source: the salience dropout of PnP-OVSS; DESIGN.md section 2, step 4.
+    """
+
+    ratio: float = 0.2
+    axis: str = "token"
+    mode: str = "topk"
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "ratio", _number("SalienceDropout.ratio", self.ratio))
+        if not 0.0 <= self.ratio <= 1.0:
+            raise ValueError(f"SalienceDropout.ratio: expected a number in [0, 1], got {self.ratio!r}")
+        _choice("SalienceDropout.axis", self.axis, ("token", "space"))
+        _choice("SalienceDropout.mode", self.mode, ("topk", "random"))
+
+
+@dataclass(frozen=True)
+class Refinement:
+    """Non-maximum suppression, renormalisation and Gaussian smoothing, repeated.
+
+    Args:
+        steps: rounds R >= 1; rounds 2..R work on the map that the round before smoothed.
+        threshold: content entries survive where ``p > threshold * max``, in [0, 1); None: no suppression.
+        sigma: standard deviation of the Gaussian, in pixels of the layer's grid, >= 0; 0: no smoothing.
+        axis: the maximum is taken over the row's content ("token") or over the token's map ("space").
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+
+    Source: DESIGN.md section 2, steps 5 to 7 and "repeat".
+    """
+
+    steps: int = 1
+    threshold: float | None = 0.7
+    sigma: float = 0.8
+    axis: str = "token"
+
+    def __post_init__(self) -> None:
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int):
+            raise TypeError(f"Refinement.steps: expected an int, got {_said(self.steps)}")
+        if self.steps < 1:
+            raise ValueError(f"Refinement.steps: expected at least 1, got {self.steps}")
+        if self.threshold is not None:
+            object.__setattr__(self, "threshold", _number("Refinement.threshold", self.threshold))
+            if not 0.0 <= self.threshold < 1.0:
+                raise ValueError(f"Refinement.threshold: expected None or a number in [0, 1), got {self.threshold!r}")
+        object.__setattr__(self, "sigma", _number("Refinement.sigma", self.sigma))
+        if self.sigma < 0.0:
+            raise ValueError(f"Refinement.sigma: expected a finite number >= 0, got {self.sigma!r}")
+        _choice("Refinement.axis", self.axis, ("token", "space"))
+
+
+@dataclass(frozen=True)
+class Program:
+    """What to do to every row. ``Program()`` is plain attention.
+
+    Args:
+        dropout: a `SalienceDropout`, or None.
+        refine: a `Refinement`, or None.
+        renormalize: "none"; "content": the content entries regain, by one factor, the mass they had before the gate;
+            "row": the row sums to 1.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+
+    Source: DESIGN.md section 2, where the order of the steps is fixed.
+    """
+
+    dropout: SalienceDropout | None = None
+    refine: Refinement | None = None
+    renormalize: str = "none"
+
+    def __post_init__(self) -> None:
+        if not (self.dropout is None or isinstance(self.dropout, SalienceDropout)):
+            raise TypeError(f"Program.dropout: expected a SalienceDropout or None, got {_said(self.dropout)}")
+        if not (self.refine is None or isinstance(self.refine, Refinement)):
+            raise TypeError(f"Program.refine: expected a Refinement or None, got {_said(self.refine)}")
+        _choice("Program.renormalize", self.renormalize, ("none", "content", "row"))
+
+
+@dataclass(frozen=True)
+class Capture:
+    """Which parts of the attention map to keep.
+
+    Args:
+        tokens: indices of the tokens whose maps are wanted, in that order; None: all of them.
+        stage: "softmax", after step 1, or "final", after the whole program.
+        reduce: over heads, "mean" (of the active heads; zeros where there is none) or "none" (every head by itself).
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+    """
+
+    tokens: tuple[int, ...] | None = None
+    stage: str = "final"
+    reduce: str = "mean"
+
+    def __post_init__(self) -> None:
+        if self.tokens is not None:
+            try:
+                tokens = tuple(self.tokens)
+            except TypeError:
+                raise TypeError(
+                    f"Capture.tokens: expected None or a sequence of ints, got {_said(self.tokens)}"
+                ) from None
+            if any(isinstance(t, bool) or not isinstance(t, int) for t in tokens):
+                raise TypeError(f"Capture.tokens: expected ints, got {tokens!r}")
+            if any(t < 0 for t in tokens):
+                raise ValueError(f"Capture.tokens: expected indices >= 0, got {tokens!r}")
+            if len(set(tokens)) != len(tokens):
+                raise ValueError(f"Capture.tokens: expected each index once, got {tokens!r}")
+            object.__setattr__(self, "tokens", tokens)
+        _choice("Capture.stage", self.stage, ("softmax", "final"))
+        _choice("Capture.reduce", self.reduce, ("mean", "none"))
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name}: expected a number, got {_said(value)}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name}: expected a finite number, got {value!r}")
+    return float(value)
+
+
+def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name}: expected one of {choices}, got {_said(value)}")
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {choices}, got {value!r}")
+
+
+def _said(value: Any) -> str:
+    return f"{value!r} ({type(value).__name__})"

@@ -1,0 +1,249 @@
+"""The definition: section 2 of DESIGN.md in plain torch, step by step, on the whole map.
+
+Obvious code, any floating dtype, differentiable. Every fast path is held against this file. It stores maps of
+B*H*M*N numbers and is slow; nobody should run it for speed.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .program import Capture, Program
+
+__all__ = ["reference_attention", "row_program", "philox_uniform", "gaussian_kernel"]
+
+
+def reference_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    program: Program = Program(),
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    gate: Tensor | None = None,
+    phrases: Tensor | None = None,
+    protected: Tensor | None = None,
+    active: Tensor | None = None,
+    heads: Tensor | None = None,
+    inactive_heads: str = "plain",
+    grid: tuple[int, int] | None = None,
+    seed: int | Tensor = 0,
+    capture: Capture | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Attention with the row program, as defined.
+
+    Args:
+        query: (B, H, M, D) floating; key: (B, H, N, D); value: (B, H, N, Dv).
+        bias: broadcasts to (B, H, M, N), added to the logits.
+        gate: (B, N) or (B, H, N), bool or floating and >= 0.
+        phrases: (B, N) int, -1 for none. protected: (B, N) bool. active: (B,) bool. heads: (H,) bool.
+        grid: (height, width) with height * width == M, needed where ``program.refine.sigma > 0``.
+        seed: key of the random mode, an int or a one-element int64 tensor.
+
+    Returns:
+        out (B, H, M, Dv) in the value's dtype, and maps, float32, (B, T, M) or (B, H, T, M), or None without capture.
+
+    The arguments are taken as checked: `sdattn_fast.semantic_attention` does that.
+    """
+    high = torch.promote_types(query.dtype, torch.float32)
+    b, h, m, d = query.shape
+    n = key.shape[2]
+
+    logits = query.to(high) @ key.to(high).transpose(-1, -2) * (d**-0.5 if scale is None else scale)
+    if bias is not None:
+        logits = logits + bias.to(high)
+    p = _softmax(logits)
+    softmaxed = p
+
+    is_on = torch.ones(b, dtype=torch.bool, device=p.device) if active is None else active
+    is_content = torch.ones(b, n, dtype=torch.bool, device=p.device) if protected is None else ~protected
+    is_head = torch.ones(h, dtype=torch.bool, device=p.device) if heads is None else heads
+
+    changed = row_program(p, program, is_content, gate, phrases, grid, seed)
+    p = torch.where((is_on[:, None] & is_head)[:, :, None, None], changed, p)
+    if inactive_heads == "zero":
+        p = p * is_head[:, None, None].to(p.dtype)
+        softmaxed = softmaxed * is_head[:, None, None].to(p.dtype)
+
+    out = (p @ value.to(high)).to(value.dtype)
+    if capture is None:
+        return out, None
+    return out, _captured(softmaxed if capture.stage == "softmax" else p, capture, is_head)
+
+
+def row_program(
+    p: Tensor,
+    program: Program,
+    content: Tensor,
+    gate: Tensor | None = None,
+    phrases: Tensor | None = None,
+    grid: tuple[int, int] | None = None,
+    seed: int | Tensor = 0,
+) -> Tensor:
+    """Steps 2 to 7 and their repetition on a map p (B, H, M, N) of probabilities; content is (B, N) bool."""
+    c = content[:, None, None, :]
+    mass = _content_mass(p, c)
+    if gate is not None:
+        p = _gate(p, c, gate)
+    if phrases is not None:
+        p = _phrase_mean(p, content, phrases)
+    if program.dropout is not None:
+        drop = _salient(p, c, program.dropout.ratio, program.dropout.axis, program.dropout.mode, seed)
+        p = p.masked_fill(drop, 0.0)
+
+    refine = program.refine
+    for step in range(1 if refine is None else refine.steps):
+        if step > 0:
+            mass = _content_mass(p, c)
+        if refine is not None and refine.threshold is not None:
+            p = p.masked_fill(_suppressed(p, c, refine.threshold, refine.axis), 0.0)
+        p = _renormalise(p, c, mass, program.renormalize)
+        if refine is not None and refine.sigma > 0:
+            assert grid is not None
+            p = _smooth(p, grid, refine.sigma)
+    return p
+
+
+# Step 1.
+
+
+def _softmax(logits: Tensor) -> Tensor:
+    nothing = (logits == -math.inf).all(-1, keepdim=True)
+    return torch.softmax(logits.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
+
+
+def _content_mass(p: Tensor, c: Tensor) -> Tensor:
+    return torch.where(c, p, 0.0).sum(-1, keepdim=True)
+
+
+# Step 2.
+
+
+def _gate(p: Tensor, c: Tensor, gate: Tensor) -> Tensor:
+    g = gate.to(p.dtype)
+    g = g[:, None, None, :] if g.dim() == 2 else g[:, :, None, :]
+    return torch.where(c, p * g, p)
+
+
+# Step 3.
+
+
+def _phrase_mean(p: Tensor, content: Tensor, phrases: Tensor) -> Tensor:
+    member = content & (phrases >= 0)
+    together = (phrases[:, :, None] == phrases[:, None, :]) & member[:, :, None] & member[:, None, :]
+    size = together.sum(-1, keepdim=True).clamp(min=1)
+    mean = together.to(p.dtype) / size
+    alone = torch.diag_embed((~member).to(p.dtype))
+    return p @ (mean + alone).transpose(-1, -2)[:, None]
+
+
+# Step 4.
+
+
+def _salient(p: Tensor, c: Tensor, ratio: float, axis: str, mode: str, seed: int | Tensor) -> Tensor:
+    c = c.expand_as(p)
+    if mode == "random":
+        return c & (philox_uniform(seed, p.shape, p.device) < ratio)
+    dim = -1 if axis == "token" else -2
+    count = c.sum(dim, keepdim=True) if axis == "token" else torch.full_like(c[..., :1, :], p.shape[-2], dtype=torch.long)
+    k = torch.floor(ratio * count.to(torch.float64) + 1e-9).long()
+    if p.shape[dim] == 0:
+        return torch.zeros_like(c)
+    ranked = p.detach().masked_fill(~c, -math.inf).sort(dim, descending=True).values
+    kth = ranked.gather(dim, (k - 1).clamp(min=0))
+    return c & (k > 0) & (p.detach() >= kth)
+
+
+def philox_uniform(seed: int | Tensor, shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
+    """u in [0, 1) for every (b, h, m, n) of shape (B, H, M, N), float32: Philox4x32-10 with key = seed (its low and
+    high 32 bits) and counter = (n, m, h, b); u is the upper 24 bits of the first output word, over 2**24.
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; DESIGN.md section 2, step 4.
+    """
+    low32 = 0xFFFFFFFF
+    seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
+    k0, k1 = seed & low32, (seed >> 32) & low32
+    index = [torch.arange(s, dtype=torch.int64, device=device) for s in shape]
+    x3, x2, x1, x0 = torch.meshgrid(*index, indexing="ij")
+    for _ in range(10):
+        hi0, lo0 = _mul32(0xD2511F53, x0)
+        hi1, lo1 = _mul32(0xCD9E8D57, x2)
+        x0, x1, x2, x3 = hi1 ^ x1 ^ k0, lo1, hi0 ^ x3 ^ k1, lo0
+        k0, k1 = (k0 + 0x9E3779B9) & low32, (k1 + 0xBB67AE85) & low32
+    return (x0 >> 8).to(torch.float32) * 2.0**-24
+
+
+def _mul32(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low words of the 64-bit product of two unsigned 32-bit numbers, in int64 without overflow."""
+    low = (x & 0xFFFF) * a
+    high = (x >> 16) * a + (low >> 16)
+    return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
+
+
+# Step 5.
+
+
+def _suppressed(p: Tensor, c: Tensor, threshold: float, axis: str) -> Tensor:
+    if p.numel() == 0:
+        return torch.zeros_like(p, dtype=torch.bool)
+    q = p.detach().masked_fill(~c, 0.0)
+    highest = q.amax(-1 if axis == "token" else -2, keepdim=True)
+    return c & (q <= threshold * highest)
+
+
+# Step 6.
+
+
+def _renormalise(p: Tensor, c: Tensor, mass: Tensor, how: str) -> Tensor:
+    if how == "none":
+        return p
+    if how == "row":
+        total = p.sum(-1, keepdim=True)
+        return p / torch.where(total == 0, 1.0, total)
+    left = _content_mass(p, c)
+    return torch.where(c, p * (mass / torch.where(left == 0, 1.0, left)), p)
+
+
+# Step 7.
+
+
+def _smooth(p: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
+    b, h, m, n = p.shape
+    maps = p.transpose(-1, -2).reshape(b * h * n, 1, *grid)
+    kernel = gaussian_kernel(sigma, dtype=p.dtype, device=p.device)
+    maps = _convolve_reflected(maps, kernel, 2)
+    maps = _convolve_reflected(maps, kernel, 3)
+    return maps.reshape(b, h, n, m).transpose(-1, -2)
+
+
+def gaussian_kernel(sigma: float, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
+    """The 1-D Gaussian of `scipy.ndimage.gaussian_filter`: radius floor(4*sigma + 0.5), summing to 1."""
+    radius = int(4.0 * sigma + 0.5)
+    x = torch.arange(-radius, radius + 1, dtype=torch.float64, device=device)
+    weight = torch.exp(-0.5 * (x / sigma) ** 2)
+    return (weight / weight.sum()).to(dtype)
+
+
+def _convolve_reflected(maps: Tensor, kernel: Tensor, dim: int) -> Tensor:
+    """Convolve along one spatial dimension, edges reflected as d c b a | a b c d | d c b a, over and over if need be."""
+    radius, length = kernel.numel() // 2, maps.shape[dim]
+    if length == 0:
+        return maps
+    place = torch.arange(-radius, length + radius, device=maps.device) % (2 * length)
+    place = torch.where(place < length, place, 2 * length - 1 - place)
+    shape = (1, 1, -1, 1) if dim == 2 else (1, 1, 1, -1)
+    return F.conv2d(maps.index_select(dim, place), kernel.reshape(shape))
+
+
+def _captured(p: Tensor, capture: Capture, is_head: Tensor) -> Tensor:
+    tokens = list(range(p.shape[-1])) if capture.tokens is None else list(capture.tokens)
+    maps = p[..., tokens].to(torch.float32).transpose(-1, -2)
+    if capture.reduce == "none":
+        return maps
+    weight = is_head.to(torch.float32)
+    return torch.einsum("bhtm,h->btm", maps, weight / weight.sum().clamp(min=1.0))
