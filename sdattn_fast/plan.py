@@ -26,7 +26,7 @@ HEAD_PROGRAM, HEAD_PLAIN, HEAD_ZERO = 0, 1, 2
 class TokenSide:
     """What a call says of tokens and heads, checked and on the inputs' device.
 
-    gate: (B, 1 or H, N) float32 >= 0; phrases: (B, N) int64, -1 for none; protected: (B, N) bool; active: (B,) bool;
+    gate: (B, 1 or H, N) float32 or float64, >= 0; phrases: (B, N) int64, -1 for none; protected: (B, N) bool; active: (B,) bool;
     heads: (H,) bool, the active ones; seed: (1,) int64, only for the random mode. None: as if not given.
     """
 
@@ -171,7 +171,7 @@ def _row_steps(rows: RowPlan, program: Program, side: TokenSide, compiling: bool
     return replace(
         rows,
         content=content.to(torch.uint8).contiguous(),
-        gate=None if side.gate is None else side.gate.contiguous(),
+        gate=None if side.gate is None else side.gate.to(torch.float32).contiguous(),
         phrases=None if side.phrases is None else _phrase_leaders(content, side.phrases),
         drop=drop,
         random_ratio=ratio,

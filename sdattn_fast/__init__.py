@@ -1,0 +1,24 @@
+"""sdattn_fast: Stable Diffusion cross-attention with a program for its rows, in one fused pass.
+
+    import sdattn_fast
+    sdattn_fast.apply(pipe, sdattn_fast.Program(dropout=sdattn_fast.SalienceDropout(0.2)))
+"""
+
+from __future__ import annotations
+
+from ._version import __version__ as __version__
+from .backend import backends
+from .functional import semantic_attention
+from .program import Capture, Program, Refinement, SalienceDropout
+from .unet import SemanticAttnProcessor, apply
+
+__all__ = [
+    "Program",
+    "SalienceDropout",
+    "Refinement",
+    "Capture",
+    "semantic_attention",
+    "SemanticAttnProcessor",
+    "apply",
+    "backends",
+]

@@ -1,0 +1,279 @@
+"""`semantic_attention`, the op, and `prepare`, its form for callers whose text stands still."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from .arguments import check_bias, check_grid, check_products, check_program, check_scale, check_seed, token_side
+from .backend import NAMES, choose, fused, op
+from .plan import Plan, TokenSide, fold_into_value, make_plan, needs_map
+from .program import Capture, Program
+from .reference import reference_attention
+
+__all__ = ["semantic_attention", "prepare", "Prepared"]
+
+
+def semantic_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    program: Program = Program(),
+    *,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    gate: Tensor | None = None,
+    phrases: Tensor | None = None,
+    protected: Tensor | None = None,
+    active: Tensor | None = None,
+    heads: Sequence[int] | Tensor | None = None,
+    inactive_heads: str = "plain",
+    grid: tuple[int, int] | None = None,
+    seed: int | Tensor | None = None,
+    capture: Capture | None = None,
+    backend: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Cross-attention with a row program between its two products.
+
+    Args:
+        query: (B, H, M, D), any floating dtype; M = height * width pixels.
+        key: (B, H, N, D); value: (B, H, N, Dv); the query's dtype and device. N tokens.
+        program: what happens to the rows; ``Program()`` is plain attention.
+        bias: floating, broadcasts to (B, H, M, N), added to the logits.
+        scale: of the logits; None: 1/sqrt(D).
+        gate: (B, N) or (B, H, N), bool, or finite and >= 0; multiplies content tokens' probabilities.
+        phrases: (B, N) int; content tokens sharing an id >= 0 each get their mean; -1: none.
+        protected: (B, N) bool; these keep their probability and take no part in statistics. None: every token is content.
+        active: (B,) bool; the others get plain attention. None: all.
+        heads: indices of the active heads, or a bool (H,). None: all.
+        inactive_heads: "plain", or "zero": they give zeros.
+        grid: (height, width), needed where ``program.refine.sigma > 0``.
+        seed: of the random mode, an int in [0, 2**63) or a one-element int64 tensor; None draws one from torch's generator.
+        capture: which maps to return.
+        backend: "auto", "triton", "cuda", "cpu" or "reference". A named one that cannot serve raises. N and D up to 256
+            on the fast ones.
+
+    Returns:
+        out (B, H, M, Dv) in the value's dtype; with `capture`, (out, maps): maps float32, (B, T, M), or (B, H, T, M) for
+        ``reduce="none"``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what was expected; ValueError also where a named
+        backend cannot serve, with the reasons.
+
+    Source: DESIGN.md, section 2.
+    """
+    check_products(query, key, value)
+    prepared = prepare(
+        program,
+        batch=query.shape[0],
+        heads_count=query.shape[1],
+        tokens=key.shape[2],
+        device=query.device,
+        gate=gate,
+        phrases=phrases,
+        protected=protected,
+        active=active,
+        heads=heads,
+        inactive_heads=inactive_heads,
+        seed=seed,
+        capture=capture,
+        backend=backend,
+    )
+    out, maps = prepared(query, key, value, bias=bias, scale=scale, grid=grid)
+    return out if maps is None else (out, maps)
+
+
+def prepare(
+    program: Program,
+    *,
+    batch: int,
+    heads_count: int,
+    tokens: int,
+    device: torch.device,
+    gate: Tensor | None = None,
+    phrases: Tensor | None = None,
+    protected: Tensor | None = None,
+    active: Tensor | None = None,
+    heads: Sequence[int] | Tensor | None = None,
+    inactive_heads: str = "plain",
+    seed: int | Tensor | None = None,
+    capture: Capture | None = None,
+    backend: str = "auto",
+) -> Prepared:
+    """Check and lower everything that depends on the text alone, once, for many calls with the same text.
+
+    Arguments are those of `semantic_attention`; batch, heads_count and tokens are B, H and N.
+
+    Raises: TypeError, ValueError, as `semantic_attention`.
+    """
+    check_program(program, capture, tokens)
+    check_seed(seed)
+    if not isinstance(backend, str):
+        raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
+    if backend not in ("auto", *NAMES):
+        raise ValueError(f"backend: expected one of {('auto', *NAMES)}, got {backend!r}")
+    side = token_side(
+        batch=batch,
+        heads_count=heads_count,
+        tokens=tokens,
+        device=device,
+        gate=gate,
+        phrases=phrases,
+        protected=protected,
+        active=active,
+        heads=heads,
+        inactive_heads=inactive_heads,
+    )
+    reason = needs_map(program)
+    plan = None if backend == "reference" or reason is not None else make_plan(program, side, capture)
+    return Prepared(program, side, plan, reason, capture, backend, seed)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A lowered call: everything but the tensors that change from step to step. Made by `prepare`."""
+
+    program: Program
+    side: TokenSide
+    plan: Plan | None
+    needs_map: str | None
+    capture: Capture | None
+    backend: str
+    seed: int | Tensor | None
+
+    def __call__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        bias: Tensor | None = None,
+        scale: float | None = None,
+        grid: tuple[int, int] | None = None,
+        seed: int | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """(out, maps), maps None without capture. seed overrides the prepared one. Raises as `semantic_attention`."""
+        self._check(query, key, value, bias, scale, grid, seed)
+        name = choose(
+            self.backend, query, key, value, bias, self.plan, self.needs_map, self._needs_grad(query, key, value, bias)
+        )
+        scale = query.shape[3] ** -0.5 if scale is None and query.shape[3] else (scale or 1.0)
+        key_of_random = self._seed(seed, query.device)
+        if name == "reference":
+            return self._on_reference(query, key, value, bias, scale, grid, key_of_random)
+        return self._on_fused(name, query, key, value, bias, scale, grid, key_of_random)
+
+    def _on_reference(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        grid: tuple[int, int] | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        side = self.side
+        return reference_attention(
+            query,
+            key,
+            value,
+            self.program,
+            bias=bias,
+            scale=scale,
+            gate=side.gate,
+            phrases=side.phrases,
+            protected=side.protected,
+            active=side.active,
+            heads=side.heads,
+            inactive_heads=side.inactive_heads,
+            grid=grid,
+            seed=0 if seed is None else seed,
+            capture=self.capture,
+        )
+
+    def _on_fused(
+        self,
+        name: str,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        scale: float,
+        grid: tuple[int, int] | None,
+        seed: Tensor | None,
+    ) -> tuple[Tensor, Tensor | None]:
+        plan = self.plan
+        assert plan is not None
+        rows = plan.rows if seed is None else replace(plan.rows, seed=seed)
+        if plan.folded:
+            value = fold_into_value(value, plan.side)
+        if torch.compiler.is_compiling():
+            out, maps, _ = op.attention(query, key, value, bias, scale, rows, name)
+        else:
+            out, maps, _ = fused(name).attention(query, key, value, bias, scale, rows)
+        if plan.smoothings:
+            assert grid is not None
+            out = _smooth(name, out, grid, plan, plan.smoothed)
+            if maps is not None and rows.capture_final:
+                maps = _smooth_maps(name, maps, grid, plan)
+        return out, maps
+
+    def _check(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor | None,
+        scale: float | None,
+        grid: tuple[int, int] | None,
+        seed: int | Tensor | None,
+    ) -> None:
+        check_products(query, key, value)
+        side = self.side
+        have = (query.shape[0], query.shape[1], key.shape[2])
+        if have != (side.batch, side.heads_count, side.tokens) or query.device != side.device:
+            raise ValueError(
+                f"query, key: prepared for batch {side.batch}, {side.heads_count} heads, {side.tokens} tokens on "
+                f"{side.device}, got {have[0]}, {have[1]}, {have[2]} on {query.device}"
+            )
+        check_bias(bias, query, side.tokens)
+        check_scale(scale)
+        refine = self.program.refine
+        check_grid(grid, query.shape[2], needed=refine is not None and refine.sigma > 0)
+        check_seed(seed)
+
+    def _needs_grad(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
+        if not torch.is_grad_enabled():
+            return False
+        return any(x is not None and x.requires_grad for x in (query, key, value, bias, self.side.gate))
+
+    def _seed(self, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
+        if self.program.dropout is None or self.program.dropout.mode != "random":
+            return None
+        seed = self.seed if seed is None else seed
+        if seed is None:
+            return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+        return torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(1)
+
+
+def _smooth(name: str, x: Tensor, grid: tuple[int, int], plan: Plan, where: Tensor | None) -> Tensor:
+    if torch.compiler.is_compiling():
+        return op.smooth(x, grid, plan.sigma, plan.smoothings, where, name)
+    return fused(name).smooth(x, grid, plan.sigma, plan.smoothings, where)
+
+
+def _smooth_maps(name: str, maps: Tensor, grid: tuple[int, int], plan: Plan) -> Tensor:
+    """(B, T, M) or (B, H, T, M), smoothed like the output: a map is one more channel."""
+    where = plan.smoothed
+    if maps.dim() == 3:
+        if where is not None and plan.side.active is not None:
+            where = plan.side.active[:, None]
+        elif where is not None:
+            where = None
+        return _smooth(name, maps[:, None].transpose(-1, -2).contiguous(), grid, plan, where).transpose(-1, -2)[:, 0]
+    return _smooth(name, maps.transpose(-1, -2).contiguous(), grid, plan, where).transpose(-1, -2)
