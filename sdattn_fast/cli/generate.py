@@ -1,0 +1,109 @@
+"""`sdattn-fast generate`: a picture from any diffusers pipeline, through the program."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from .options import (
+    DropoutAxis,
+    DropoutMode,
+    Ratio,
+    RefineAxis,
+    Renormalize,
+    Sigma,
+    Steps,
+    Threshold,
+    program_of,
+)
+
+__all__ = ["generate", "load_pipeline"]
+
+
+def generate(
+    prompt: Annotated[str, typer.Option(help="What to draw.")],
+    model: Annotated[str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")] = "shapes",
+    negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the latents, and of random dropout.")] = 0,
+    num_inference_steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
+    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
+    backend: Annotated[str, typer.Option(help="auto, triton, cuda, cpu or reference.")] = "auto",
+    compare: Annotated[bool, typer.Option("--compare", help="Also save the stock picture, same seed.")] = False,
+    out: Annotated[Path, typer.Option(help="File to write.")] = Path("picture.png"),
+    dropout_ratio: Ratio = None,
+    dropout_axis: DropoutAxis = "token",
+    dropout_mode: DropoutMode = "topk",
+    refine_steps: Steps = 1,
+    threshold: Threshold = None,
+    sigma: Sigma = None,
+    refine_axis: RefineAxis = "token",
+    renormalize: Renormalize = "none",
+) -> None:
+    """Make a picture with a diffusers pipeline whose cross-attention runs the program."""
+    import torch
+
+    from .. import apply
+
+    program = program_of(
+        dropout_ratio, dropout_axis, dropout_mode, refine_steps, threshold, sigma, refine_axis, renormalize
+    )
+    if not prompt.strip():
+        raise typer.BadParameter("expected some words, got an empty prompt", param_hint="--prompt")
+    if not 0 <= seed < 2**63:
+        raise typer.BadParameter(f"expected 0 <= seed < 2**63, got {seed}", param_hint="--seed")
+    pipe = load_pipeline(model, device, dtype)
+    shapes = model == "shapes"
+    asked: dict[str, Any] = {
+        "prompt": prompt,
+        "negative_prompt": negative_prompt,
+        "num_inference_steps": num_inference_steps or (20 if shapes else None),
+        "guidance_scale": guidance_scale if guidance_scale is not None else (4.0 if shapes else None),
+        "height": height,
+        "width": width,
+    }
+    asked = {key: x for key, x in asked.items() if x is not None}
+
+    def draw() -> Any:
+        return pipe(**asked, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
+
+    if compare:
+        _save(draw(), out.with_name(f"{out.stem}.stock{out.suffix or '.png'}"))
+    with apply(pipe, program, seed=seed, backend=backend):
+        _save(draw(), out if out.suffix else out.with_suffix(".png"))
+
+
+def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> Any:
+    """`DiffusionPipeline.from_pretrained` on a folder or hub id, or the pipeline that ships with this package.
+
+    Raises: ValueError for a dtype or device that is not there; OSError, from diffusers, for a model that is not.
+    """
+    import torch
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
+    if dtype not in ("float32", "float16", "bfloat16"):
+        raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype!r}")
+    if device.startswith("cuda") and not torch.cuda.is_available():
+        raise ValueError(f"device: {device!r} was asked for, and torch sees no CUDA device")
+    kind = getattr(torch, dtype)
+    if model == "shapes":
+        from ..lab import load_pipeline as load_shapes
+
+        return load_shapes(torch_dtype=kind).to(device)
+    try:
+        from diffusers import DiffusionPipeline
+    except ImportError as error:
+        raise ImportError("generate needs diffusers: pip install 'sdattn-fast[diffusers]'") from error
+    return DiffusionPipeline.from_pretrained(model, torch_dtype=kind, use_safetensors=True).to(device)
+
+
+def _save(picture: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    picture.save(path)
+    print(f"wrote {path}")
