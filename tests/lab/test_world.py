@@ -35,9 +35,9 @@ def test_masks_are_exact():
         for thing in scene.objects:
             assert not (everything & thing.mask).any(), "objects overlap"
             everything |= thing.mask
-            inside = binary_erosion(thing.mask)
+            inside = binary_erosion(thing.mask, np.ones((3, 3)))
             assert (scene.image[inside] == COLOURS[thing.colour]).all()
-        outside = ~binary_dilation(everything, iterations=2)
+        outside = ~binary_dilation(everything, np.ones((3, 3)), iterations=3)
         assert (scene.image[outside] == BACKGROUNDS[scene.background]).all()
 
 
