@@ -1,0 +1,119 @@
+// Python's door to the compiled core. Tensors arrive as addresses and strides; the core knows nothing of torch.
+
+#include <pybind11/pybind11.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "cpu/attention.h"
+
+namespace py = pybind11;
+using namespace sdattn;
+
+namespace {
+
+template <class T>
+T* pointer(int64_t address) {
+  return reinterpret_cast<T*>(static_cast<intptr_t>(address));
+}
+
+// (address, stride, stride, stride, stride)
+Tensor4 tensor(const py::tuple& t) {
+  Tensor4 x;
+  x.data = pointer<void>(t[0].cast<int64_t>());
+  for (int i = 0; i < 4; ++i) x.stride[i] = t[i + 1].cast<int64_t>();
+  return x;
+}
+
+void raise_on(cpu::Error error) {
+  if (error == cpu::bad_size) throw std::invalid_argument("N and D go up to 256");
+  if (error == cpu::out_of_memory) throw std::bad_alloc();
+}
+
+void cpu_attention(const py::tuple& sizes, int dtype, float scale, const py::tuple& query, const py::tuple& key,
+                   const py::tuple& value, const py::tuple& out, const py::tuple& bias, int bias_dtype, int64_t maps,
+                   int64_t bits, const py::tuple& rows, int threads) {
+  Attention a;
+  int64_t* size[] = {&a.B, &a.H, &a.M, &a.N, &a.D, &a.Dv};
+  for (int i = 0; i < 6; ++i) *size[i] = sizes[i].cast<int64_t>();
+  a.dtype = static_cast<DType>(dtype);
+  a.scale = scale;
+  a.query = tensor(query);
+  a.key = tensor(key);
+  a.value = tensor(value);
+  a.out = tensor(out);
+  a.bias = tensor(bias);
+  a.bias_dtype = static_cast<DType>(bias_dtype);
+  a.maps = pointer<float>(maps);
+  a.bits = pointer<int32_t>(bits);
+
+  RowProgram& p = a.program;
+  int i = 0;
+  const auto next = [&] { return rows[i++]; };
+  p.content = pointer<uint8_t>(next().cast<int64_t>());
+  p.gate = pointer<float>(next().cast<int64_t>());
+  p.gate_heads = next().cast<int64_t>();
+  p.phrases = pointer<int32_t>(next().cast<int64_t>());
+  p.drop = pointer<int32_t>(next().cast<int64_t>());
+  p.random_ratio = next().cast<float>();
+  p.seed = static_cast<uint64_t>(next().cast<int64_t>());
+  p.threshold = next().cast<float>();
+  p.renormalize = next().cast<int>();
+  p.head_mode = pointer<uint8_t>(next().cast<int64_t>());
+  p.capture_tokens = pointer<int32_t>(next().cast<int64_t>());
+  p.capture_count = next().cast<int64_t>();
+  p.capture_final = next().cast<bool>();
+  p.capture_mean = next().cast<bool>();
+
+  cpu::Error error;
+  {
+    py::gil_scoped_release release;
+    error = cpu::attention(a, threads);
+  }
+  raise_on(error);
+}
+
+void cpu_smooth(const py::tuple& sizes, int dtype, int64_t x, int64_t out, int64_t where, int64_t weights, int64_t radius,
+                int64_t times, int threads) {
+  cpu::Smoothing s;
+  int64_t* size[] = {&s.B, &s.H, &s.height, &s.width, &s.C};
+  for (int i = 0; i < 5; ++i) *size[i] = sizes[i].cast<int64_t>();
+  s.dtype = static_cast<DType>(dtype);
+  s.x = pointer<void>(x);
+  s.out = pointer<void>(out);
+  s.where = pointer<uint8_t>(where);
+  s.weights = pointer<float>(weights);
+  s.radius = radius;
+  s.times = times;
+  cpu::Error error;
+  {
+    py::gil_scoped_release release;
+    error = cpu::smooth(s, threads);
+  }
+  raise_on(error);
+}
+
+py::dict cpu_info() {
+  py::list isas;
+  for (const char* const* name = cpu::available_isas(); *name; ++name) isas.append(*name);
+  py::dict info;
+  info["isa"] = cpu::isa();
+  info["isas"] = isas;
+  info["openmp"] = cpu::has_openmp();
+#if defined(__VERSION__)
+  info["compiler"] = __VERSION__;
+#else
+  info["compiler"] = "unknown";
+#endif
+  return info;
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_core, m) {
+  m.doc() = "The compiled core of sdattn_fast. Addresses and strides in, nothing of torch; see sdattn_fast.backend.";
+  m.def("cpu_attention", &cpu_attention);
+  m.def("cpu_smooth", &cpu_smooth);
+  m.def("cpu_info", &cpu_info);
+  m.def("cpu_set_isa", [](const std::string& name) { return cpu::set_isa(name.c_str()); });
+}

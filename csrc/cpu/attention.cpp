@@ -1,0 +1,264 @@
+// One call: the token side is brought into columns, keys and values are packed, blocks of rows are dealt to threads.
+
+#include "attention.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <cstring>
+#include <memory>
+#include <new>
+#include <vector>
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#if defined(__unix__) || defined(__APPLE__)
+#include <pthread.h>
+#endif
+
+#include "isa.h"
+
+namespace sdattn::cpu {
+
+namespace {
+
+// ---- Instruction sets ---------------------------------------------------------------------------------------------
+
+// The constructor runs when the library is loaded, after the compiler's own look at the machine.
+struct Isas {
+  const Isa* all[5] = {};
+  const char* names[5] = {};
+  int count = 0;
+
+  Isas() {
+#if defined(__x86_64__)
+    __builtin_cpu_init();
+    for (const Isa* isa : {&isa_avx512_bf16, &isa_avx512, &isa_avx2}) add(isa);
+#endif
+    add(&isa_portable);
+  }
+  void add(const Isa* isa) {
+    if (!isa->runs_here()) return;
+    all[count] = isa;
+    names[count++] = isa->name;
+  }
+};
+
+const Isas& isas() {
+  static const Isas found;
+  return found;
+}
+
+std::atomic<const Isa*> chosen{nullptr};
+
+const Isa& current() {
+  const Isa* isa = chosen.load();
+  return isa ? *isa : *isas().all[0];
+}
+
+// ---- Threads ------------------------------------------------------------------------------------------------------
+
+// After fork, libgomp's pool is gone but not forgotten: a parallel region hangs. The child stays with one thread.
+std::atomic<bool> forked{false};
+
+#if defined(__unix__) || defined(__APPLE__)
+const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
+#endif
+
+int usable_threads(int asked, int64_t work) {
+#if defined(_OPENMP)
+  if (forked || omp_in_parallel()) return 1;
+  return static_cast<int>(asked < 1 ? 1 : asked < work ? asked : work < 1 ? 1 : work);
+#else
+  (void)asked, (void)work;
+  return 1;
+#endif
+}
+
+// body(i, thread) for i < count, a few at a time as threads come free: other programs share these cores.
+template <class Body>
+void parallel_for(int threads, int64_t count, int64_t grain, const Body& body) {
+#if defined(_OPENMP)
+  if (threads > 1) {
+    std::atomic<int64_t> next{0};
+#pragma omp parallel num_threads(threads)
+    {
+      const int thread = omp_get_thread_num();
+      for (int64_t i = next.fetch_add(grain); i < count; i = next.fetch_add(grain)) {
+        for (int64_t j = i; j < i + grain && j < count; ++j) body(j, thread);
+      }
+    }
+    return;
+  }
+#endif
+  (void)threads, (void)grain;
+  for (int64_t i = 0; i < count; ++i) body(i, 0);
+}
+
+struct Free {
+  void operator()(char* p) const { std::free(p); }
+};
+using Memory = std::unique_ptr<char, Free>;
+
+constexpr size_t page = 4096;
+
+Memory allocate(size_t bytes) {
+  void* p = nullptr;
+#if defined(_WIN32)
+  p = std::malloc(bytes + page);
+#else
+  if (posix_memalign(&p, 64, bytes + page) != 0) p = nullptr;
+#endif
+  return Memory(static_cast<char*>(p));
+}
+
+// ---- The token side -----------------------------------------------------------------------------------------------
+
+struct TokenSide {
+  std::vector<Entry> entries;
+  std::vector<int32_t> order, position, phrase_start, phrase_member;
+  std::vector<float> gate;
+};
+
+// Members of phrases by column, phrase after phrase. A leader's index names its phrase.
+void gather_phrases(const int32_t* leader, const Entry& entry, int64_t N, std::vector<int32_t>& start,
+                    std::vector<int32_t>& member) {
+  for (int64_t n = 0; n < N; ++n) {
+    if (leader[n] != n || entry.position[n] >= entry.content) continue;
+    start.push_back(static_cast<int32_t>(member.size()));
+    for (int64_t i = n; i < N; ++i) {
+      if (leader[i] == n) member.push_back(entry.position[i]);
+    }
+  }
+}
+
+TokenSide bring_into_columns(const Attention& a) {
+  const RowProgram& p = a.program;
+  const int64_t gate_size = p.gate && p.content ? p.gate_heads * a.N : 0;
+  TokenSide side;
+  side.entries.resize(a.B);
+  side.order.resize(a.B * a.N);
+  side.position.resize(a.B * a.N);
+  side.gate.resize(a.B * gate_size);
+  side.phrase_start.reserve(a.B * (a.N + 1));
+  side.phrase_member.reserve(a.B * a.N);
+  for (int64_t b = 0; b < a.B; ++b) {
+    Entry& entry = side.entries[b];
+    int32_t* order = side.order.data() + b * a.N;
+    int32_t* position = side.position.data() + b * a.N;
+    const uint8_t* content = p.content ? p.content + b * a.N : nullptr;
+    int32_t columns = 0;
+    for (int pass = 0; pass < 2; ++pass) {  // content, then the rest
+      for (int64_t n = 0; n < a.N; ++n) {
+        if ((content && content[n]) != (pass == 0)) continue;
+        position[n] = columns;
+        order[columns++] = static_cast<int32_t>(n);
+      }
+      if (pass == 0) entry.content = columns;
+    }
+    entry.order = order;
+    entry.position = position;
+    entry.drop = p.drop && content ? p.drop[b] : 0;
+    entry.gate = nullptr;
+    if (gate_size) {
+      float* gate = side.gate.data() + b * gate_size;
+      for (int64_t i = 0; i < gate_size; ++i) gate[i] = p.gate[b * gate_size + i / a.N * a.N + order[i % a.N]];
+      entry.gate = gate;
+    }
+    const size_t first = side.phrase_start.size();
+    if (p.phrases && content) {
+      gather_phrases(p.phrases + b * a.N, entry, a.N, side.phrase_start, side.phrase_member);
+    }
+    entry.phrases = static_cast<int32_t>(side.phrase_start.size() - first);
+    side.phrase_start.push_back(static_cast<int32_t>(side.phrase_member.size()));
+    entry.phrase_start = side.phrase_start.data() + first;  // reserved above: never moves
+    entry.phrase_member = side.phrase_member.data();
+  }
+  return side;
+}
+
+float weight_of_a_head(const Attention& a) {
+  int64_t on = 0;
+  for (int64_t h = 0; h < a.H; ++h) on += !a.program.head_mode || a.program.head_mode[h] == head_program;
+  return on ? 1.0f / static_cast<float>(on) : 0.0f;
+}
+
+}  // namespace
+
+Error attention(const Attention& a, int threads) {
+  if (a.N > max_tokens || a.D > max_dim || a.Dv > max_dim) return bad_size;
+  if (a.B <= 0 || a.H <= 0 || a.M <= 0) return ok;
+  const Isa& isa = current();
+  const int64_t blocks = (a.M + isa.block_rows - 1) / isa.block_rows;
+  threads = usable_threads(threads, a.B * a.H * blocks);
+
+  try {
+    const TokenSide side = bring_into_columns(a);
+    Job job{&a, side.entries.data(), nullptr, isa.packed_bytes(a), weight_of_a_head(a)};
+    const size_t packed = job.packed_bytes * static_cast<size_t>(a.B * a.H);
+    const size_t workspace = (isa.workspace_bytes(a) + 2 * page - 1) / page * page;
+    Memory memory = allocate(packed + workspace * static_cast<size_t>(threads));
+    if (!memory) return out_of_memory;
+    job.packed = memory.get() + workspace * static_cast<size_t>(threads);
+
+    parallel_for(threads, a.B * a.H, 1, [&](int64_t i, int) { isa.pack(job, i / a.H, i % a.H); });
+
+    // Heads innermost where a pixel's heads lie side by side, and where a mean over heads is one thread's to add up.
+    const bool adding = a.maps && a.program.capture_mean;
+    const bool beside = a.query.stride[1] < a.query.stride[2] && a.B * blocks >= 4 * threads;
+    if (adding || beside) {
+      parallel_for(threads, a.B * blocks, 1, [&](int64_t i, int thread) {
+        for (int64_t h = 0; h < a.H; ++h) {
+          isa.rows(job, memory.get() + workspace * thread, i / blocks, h, i % blocks * isa.block_rows);
+        }
+      });
+    } else {
+      const int64_t grain = blocks * a.B * a.H >= 64 * threads ? 8 : 1;
+      parallel_for(threads, a.B * a.H * blocks, grain, [&](int64_t i, int thread) {
+        const int64_t head = i / blocks;
+        isa.rows(job, memory.get() + workspace * thread, head / a.H, head % a.H, i % blocks * isa.block_rows);
+      });
+    }
+  } catch (const std::bad_alloc&) {
+    return out_of_memory;
+  }
+  return ok;
+}
+
+Error smooth(const Smoothing& s, int threads) {
+  if (s.B <= 0 || s.H <= 0 || s.height <= 0 || s.width <= 0 || s.C <= 0) return ok;
+  const Isa& isa = current();
+  const int64_t blocks = isa.smooth_blocks(s), work = s.B * s.H * blocks;
+  threads = usable_threads(threads, work);
+  const size_t workspace = (isa.smooth_bytes(s) + page - 1) / page * page;
+  const Memory memory = allocate(workspace * static_cast<size_t>(threads));
+  if (!memory) return out_of_memory;
+  parallel_for(threads, work, 1, [&](int64_t i, int thread) {
+    isa.smooth(s, memory.get() + workspace * thread, i / blocks, i % blocks);
+  });
+  return ok;
+}
+
+const char* const* available_isas() { return isas().names; }
+
+const char* isa() { return current().name; }
+
+bool set_isa(const char* name) {
+  for (int i = 0; i < isas().count; ++i) {
+    if (std::strcmp(isas().names[i], name) == 0) {
+      chosen = isas().all[i];
+      return true;
+    }
+  }
+  return false;
+}
+
+bool has_openmp() {
+#if defined(_OPENMP)
+  return true;
+#else
+  return false;
+#endif
+}
+
+}  // namespace sdattn::cpu

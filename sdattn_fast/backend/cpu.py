@@ -1,0 +1,166 @@
+"""The CPU backend: `csrc/cpu` through the compiled core, on torch's own OpenMP threads.
+
+The core takes addresses and strides; this file checks what it can serve, allocates the results and hands tensors over.
+AVX-512 (with bfloat16 dot products where the machine has them), AVX2 or plain vectors: chosen at run time, or by the
+environment variable SDATTN_FAST_ISA.
+"""
+
+from __future__ import annotations
+
+import os
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan, RowPlan
+from ..reference import gaussian_kernel
+
+__all__ = ["availability", "not_supported_reasons", "attention", "smooth", "info", "set_isa"]
+
+_MOST = 256  # N, D and Dv
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1}
+
+
+def _load() -> tuple[ModuleType | None, str | None]:
+    # After torch, whose libgomp.so.1 and threads it then shares.
+    try:
+        from .. import _core
+    except ImportError as error:
+        return None, f"the compiled core is missing ({error}); build it with `pip install -e .` (needs a C++17 compiler)"
+    wanted = os.environ.get("SDATTN_FAST_ISA")
+    if wanted and not _core.cpu_set_isa(wanted):
+        have = ", ".join(_core.cpu_info()["isas"])
+        return None, f"SDATTN_FAST_ISA={wanted!r} is not available on this machine, which has: {have}"
+    return _core, None
+
+
+_core, _why_not = _load()
+
+
+def availability() -> str | None:
+    """None where the compiled core is there and runs on this machine, else the reason and how to mend it."""
+    return _why_not
+
+
+def not_supported_reasons(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, plan: Plan, needs_grad: bool
+) -> list[str]:
+    """What of this call the CPU kernel does not serve; looks at shapes, dtypes and devices alone."""
+    reasons = []
+    for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias)):
+        if x is None:
+            continue
+        if x.device.type != "cpu":
+            reasons.append(f"{name} is on {x.device}, not on the CPU")
+        if name != "bias" and x.dtype not in _DTYPES:
+            reasons.append(f"{name} is {x.dtype}, not float32 or bfloat16")
+        if name != "bias" and x.dtype != query.dtype:
+            reasons.append(f"{name} is {x.dtype} and query {query.dtype}")
+        if name != "bias" and x.shape[3] > 1 and x.stride(3) != 1:
+            reasons.append(f"{name}'s last dimension is not contiguous")
+    if key.shape[2] > _MOST:
+        reasons.append(f"{key.shape[2]} tokens, more than {_MOST}")
+    if query.shape[3] > _MOST or value.shape[3] > _MOST:
+        reasons.append(f"head dimension {max(query.shape[3], value.shape[3])}, more than {_MOST}")
+    if needs_grad:
+        reasons.append("gradients are asked for and the CPU kernel has no backward yet")
+    return reasons
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, rows: RowPlan, return_bits: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Steps 1 to 6 and 8 for every row, in one pass.
+
+    Returns:
+        out (B, H, M, Dv) in the value's dtype; maps, float32, (B, T, M) or (B, H, T, M), None without capture; bits,
+        int32 (B, H, M, ceil(N / 32)): bit n % 32 of word n // 32 says that entry n survived steps 4 and 5. None unless asked.
+    """
+    b, h, m, d = query.shape
+    n, dv = key.shape[2], value.shape[3]
+    out = torch.empty((b, h, m, dv), dtype=value.dtype)
+    maps = bits = None
+    if rows.capture_tokens is not None:
+        t = rows.capture_tokens.shape[0]
+        maps = torch.empty((b, t, m) if rows.capture_mean else (b, h, t, m), dtype=torch.float32)
+    if return_bits:
+        bits = torch.empty((b, h, m, (n + 31) // 32), dtype=torch.int32)
+    if bias is not None:
+        bias = bias if bias.dtype in _DTYPES else bias.to(torch.float32)
+        bias = bias.expand(b, h, m, n)
+    _core.cpu_attention(
+        (b, h, m, n, d, dv),
+        _DTYPES[query.dtype],
+        scale,
+        _handle(query),
+        _handle(key),
+        _handle(value),
+        _handle(out),
+        _handle(bias),
+        0 if bias is None else _DTYPES[bias.dtype],
+        _address(maps),
+        _address(bits),
+        (
+            _address(rows.content),
+            _address(rows.gate),
+            1 if rows.gate is None else rows.gate.shape[1],
+            _address(rows.phrases),
+            _address(rows.drop),
+            rows.random_ratio,
+            0 if rows.seed is None else int(rows.seed),
+            rows.threshold,
+            rows.renormalize,
+            _address(rows.head_mode),
+            _address(rows.capture_tokens),
+            0 if rows.capture_tokens is None else rows.capture_tokens.shape[0],
+            rows.capture_final,
+            rows.capture_mean,
+        ),
+        torch.get_num_threads(),
+    )
+    return out, maps, bits
+
+
+def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None) -> Tensor:
+    """A new tensor: x (B, H, height * width, C) convolved `times` times with the Gaussian over the grid where the (B, H)
+    bool `where` says so (None: everywhere), copied elsewhere. `scipy.ndimage.gaussian_filter`'s radius and edges."""
+    b, h, _, c = x.shape
+    kept, x = x.dtype, x if x.dtype in _DTYPES else x.to(torch.float32)
+    x = x.contiguous()
+    out = torch.empty(x.shape, dtype=x.dtype)
+    weights = gaussian_kernel(sigma, dtype=torch.float32)
+    if where is not None:
+        where = where.to(torch.uint8).expand(b, h).contiguous()
+    _core.cpu_smooth(
+        (b, h, grid[0], grid[1], c),
+        _DTYPES[x.dtype],
+        x.data_ptr(),
+        out.data_ptr(),
+        _address(where),
+        weights.data_ptr(),
+        weights.numel() // 2,
+        times,
+        torch.get_num_threads(),
+    )
+    return out.to(kept)
+
+
+def info() -> dict[str, object]:
+    """The instruction set in use ("isa"), those that this machine runs ("isas"), whether OpenMP is in ("openmp"), the
+    compiler; empty where the core is missing."""
+    return {} if _core is None else _core.cpu_info()
+
+
+def set_isa(name: str) -> None:
+    """Take another instruction set from now on, for tests and measurements. Raises ValueError where it is not available."""
+    if _core is None or not _core.cpu_set_isa(name):
+        raise ValueError(f"name: expected one of {info().get('isas', [])}, got {name!r}")
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _handle(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride())
