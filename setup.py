@@ -42,7 +42,9 @@ class BuildInParallel(build_ext):
 
         def build(source: str) -> list[str]:
             flags = common + FLAGS_OF.get(source, [])
-            return self.compiler.compile([source], output_dir=self.build_temp, include_dirs=include, extra_postargs=flags)
+            return self.compiler.compile(
+                [source], output_dir=self.build_temp, include_dirs=include, extra_postargs=flags
+            )
 
         with ThreadPoolExecutor(os.cpu_count()) as pool:
             objects = [o for built in pool.map(build, ext.sources) for o in built]

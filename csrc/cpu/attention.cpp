@@ -187,6 +187,9 @@ float weight_of_a_head(const Attention& a) {
 
 Error attention(const Attention& a, int threads) {
   if (a.N > max_tokens || a.D > max_dim || a.Dv > max_dim) return bad_size;
+  if (a.maps && a.program.capture_mean && a.H <= 0 && a.B > 0 && a.M > 0) {  // the mean of no heads
+    std::memset(a.maps, 0, static_cast<size_t>(a.B * a.program.capture_count * a.M) * sizeof(float));
+  }
   if (a.B <= 0 || a.H <= 0 || a.M <= 0) return ok;
   const Isa& isa = current();
   const int64_t blocks = (a.M + isa.block_rows - 1) / isa.block_rows;

@@ -82,23 +82,38 @@ inline int tile_size(int64_t columns, int count, int i) {
   return static_cast<int>(columns / count + (i < columns % count ? 1 : 0));
 }
 
+// Longer sums go in parts: a single chain of 256 roundings would lose to torch's blocked sums.
+constexpr int64_t longest_chain = 128;
+
 template <class E, int C>
 inline void product_tile(const typename E::Element* panel, int64_t steps, const float* x, const F* factor, float* out) {
-  F acc[C][2];
+  const int64_t parts = steps > longest_chain ? (steps + longest_chain - 1) / longest_chain : 1;
+  for (int64_t part = 0; part < parts; ++part) {
+    F acc[C][2];
 #pragma GCC unroll 16
-  for (int c = 0; c < C; ++c) acc[c][0] = acc[c][1] = V::set(0.0f);
-  for (int64_t k = 0; k < steps; ++k, panel += C, x += R) {
-    const F x0 = V::load(x), x1 = V::load(x + W);
+    for (int c = 0; c < C; ++c) acc[c][0] = acc[c][1] = V::set(0.0f);
+    const int64_t here = steps * (part + 1) / parts - steps * part / parts;
+    for (int64_t k = 0; k < here; ++k, panel += C, x += R) {
+      const F x0 = V::load(x), x1 = V::load(x + W);
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) {
+        acc[c][0] = E::multiply_add(x0, panel[c], acc[c][0]);
+        acc[c][1] = E::multiply_add(x1, panel[c], acc[c][1]);
+      }
+    }
+    if (part > 0) {
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) {
+        acc[c][0] = acc[c][0] + V::load(out + c * R);
+        acc[c][1] = acc[c][1] + V::load(out + c * R + W);
+      }
+    }
+    const F by0 = part + 1 == parts ? factor[0] : V::set(1.0f), by1 = part + 1 == parts ? factor[1] : V::set(1.0f);
 #pragma GCC unroll 16
     for (int c = 0; c < C; ++c) {
-      acc[c][0] = E::multiply_add(x0, panel[c], acc[c][0]);
-      acc[c][1] = E::multiply_add(x1, panel[c], acc[c][1]);
+      V::store(out + c * R, acc[c][0] * by0);
+      V::store(out + c * R + W, acc[c][1] * by1);
     }
-  }
-#pragma GCC unroll 16
-  for (int c = 0; c < C; ++c) {
-    V::store(out + c * R, acc[c][0] * factor[0]);
-    V::store(out + c * R + W, acc[c][1] * factor[1]);
   }
 }
 

@@ -27,7 +27,10 @@ def _load() -> tuple[ModuleType | None, str | None]:
     try:
         from .. import _core
     except ImportError as error:
-        return None, f"the compiled core is missing ({error}); build it with `pip install -e .` (needs a C++17 compiler)"
+        return (
+            None,
+            f"the compiled core is missing ({error}); build it with `pip install -e .` (needs a C++17 compiler)",
+        )
     wanted = os.environ.get("SDATTN_FAST_ISA")
     if wanted and not _core.cpu_set_isa(wanted):
         have = ", ".join(_core.cpu_info()["isas"])
@@ -69,13 +72,20 @@ def not_supported_reasons(
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, rows: RowPlan, return_bits: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    return_bits: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Steps 1 to 6 and 8 for every row, in one pass.
 
     Returns:
         out (B, H, M, Dv) in the value's dtype; maps, float32, (B, T, M) or (B, H, T, M), None without capture; bits,
-        int32 (B, H, M, ceil(N / 32)): bit n % 32 of word n // 32 says that entry n survived steps 4 and 5. None unless asked.
+        int32 (B, H, M, ceil(N / 32)), None unless asked: bit n % 32 of word n // 32 says that entry n survived steps
+        4 and 5.
     """
     b, h, m, d = query.shape
     n, dv = key.shape[2], value.shape[3]
@@ -123,8 +133,8 @@ def attention(
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None) -> Tensor:
-    """A new tensor: x (B, H, height * width, C) convolved `times` times with the Gaussian over the grid where the (B, H)
-    bool `where` says so (None: everywhere), copied elsewhere. `scipy.ndimage.gaussian_filter`'s radius and edges."""
+    """A new tensor: x (B, H, height * width, C) convolved `times` times with the Gaussian over the grid where the bool
+    `where` (B, H) says so (None: everywhere), copied elsewhere. Radius and edges of `scipy.ndimage.gaussian_filter`."""
     b, h, _, c = x.shape
     kept, x = x.dtype, x if x.dtype in _DTYPES else x.to(torch.float32)
     x = x.contiguous()
@@ -153,7 +163,7 @@ def info() -> dict[str, object]:
 
 
 def set_isa(name: str) -> None:
-    """Take another instruction set from now on, for tests and measurements. Raises ValueError where it is not available."""
+    """Take another instruction set from now on, for tests and measurements. ValueError where it is not available."""
     if _core is None or not _core.cpu_set_isa(name):
         raise ValueError(f"name: expected one of {info().get('isas', [])}, got {name!r}")
 
