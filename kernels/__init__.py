@@ -1,0 +1,10 @@
+"""The Triton kernels. They import nothing but triton: pointers, sizes and strides go in, and a grid.
+
+`rows_kernel`: attention with the row program on axis "token". `smooth_kernel`: one pass of a Gaussian over the picture.
+The Python side, which allocates and launches, is `sdattn_fast.backend.triton`.
+"""
+
+from .rows import rows_kernel
+from .smooth import smooth_kernel
+
+__all__ = ["rows_kernel", "smooth_kernel"]

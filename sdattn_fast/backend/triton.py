@@ -1,0 +1,284 @@
+"""The Triton backend: NVIDIA GPUs from Ampere on, AMD's gfx9 and later; CPU tensors under TRITON_INTERPRET=1, for tests.
+
+The kernels (sdattn_fast.kernels) see pointers, sizes and strides. This file checks what they serve, allocates, chooses
+tiles and launches. Nothing is tuned at run time: `_tiles` is a table in the shape of a function.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.util
+import math
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import Plan, RowPlan
+
+__all__ = ["availability", "not_supported_reasons", "attention", "smooth", "content_first"]
+
+_MOST = 256  # N, D and Dv
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_LOG2E = math.log2(math.e)
+_STAY = 64 * 1024  # bytes of keys and values that may stay in shared memory; the smallest target has 100 KB
+
+
+def availability() -> str | None:
+    """None where the kernels can run here, else the reason and how to mend it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed; `pip install triton` (torch's CUDA wheels for Linux bring it)"
+    if _interprets():
+        return None
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0, which the kernels are compiled for"
+    return None
+
+
+def not_supported_reasons(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, plan: Plan, needs_grad: bool
+) -> list[str]:
+    """What of this call the kernels do not serve; looks at shapes, strides, dtypes and devices alone."""
+    reasons = []
+    kind = "cpu" if _interprets() else "cuda"
+    for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias)):
+        if x is None:
+            continue
+        if x.device.type != kind:
+            reasons.append(f"{name} is on {x.device}, not on a {kind} device")
+        elif x.device != query.device:
+            reasons.append(f"{name} is on {x.device} and query on {query.device}")
+        if name == "bias":
+            continue
+        if x.dtype not in _DTYPES:
+            reasons.append(f"{name} is {x.dtype}, not float32, float16 or bfloat16")
+        elif x.dtype != query.dtype:
+            reasons.append(f"{name} is {x.dtype} and query {query.dtype}")
+        elif x.dtype == torch.bfloat16 and kind == "cpu":
+            reasons.append(f"{name} is bfloat16, whose products Triton's interpreter computes wrongly (triton #11584)")
+        if x.shape[3] > 1 and x.stride(3) != 1:
+            reasons.append(f"{name}'s last dimension is not contiguous")
+    if key.shape[2] > _MOST:
+        reasons.append(f"{key.shape[2]} tokens, more than {_MOST}")
+    if query.shape[3] > _MOST or value.shape[3] > _MOST:
+        reasons.append(f"head dimension {max(query.shape[3], value.shape[3])}, more than {_MOST}")
+    if needs_grad:
+        reasons.append("gradients are asked for and there is no Triton backward kernel yet")
+    return reasons
+
+
+def attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, rows: RowPlan, return_bits: bool = False
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Steps 1 to 6 and 8 for every row, in one launch.
+
+    Returns:
+        out (B, H, M, Dv) in the value's dtype; maps, float32, (B, T, M) or (B, H, T, M), None without capture; bits,
+        int32 (B, H, M, ceil(N / 32)): bit n % 32 of word n // 32 says that entry n survived steps 4 and 5. None unless asked.
+    """
+    b, h, m, d = query.shape
+    n, dv = key.shape[2], value.shape[3]
+    out = torch.empty((b, h, m, dv), dtype=value.dtype, device=query.device)
+    maps = bits = None
+    count = 0 if rows.capture_tokens is None else rows.capture_tokens.shape[0]
+    if rows.capture_tokens is not None:
+        shape = (b, count, m) if rows.capture_mean else (b, h, count, m)
+        maps = torch.empty(shape, dtype=torch.float32, device=query.device)
+    if return_bits:
+        bits = torch.empty((b, h, m, (n + 31) // 32), dtype=torch.int32, device=query.device)
+    if b * h * m == 0 or n == 0:
+        # No row, or rows over no token: what there is of the results is zero.
+        return out.zero_(), None if maps is None else maps.zero_(), bits
+    with _on(query.device):
+        _launch(query, key, value, bias, scale, rows, out, maps, bits)
+    return out, maps, bits
+
+
+def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None) -> Tensor:
+    """A new tensor: x (B, H, height * width, C) convolved `times` times with the Gaussian over the grid where the (B, H)
+    bool `where` says so (None: everywhere), copied elsewhere. `scipy.ndimage.gaussian_filter`'s radius and edges."""
+    b, h, m, c = x.shape
+    kept = x.dtype
+    radius = int(4.0 * sigma + 0.5)
+    if x.numel() == 0 or times == 0 or radius == 0:
+        return x.clone(memory_format=torch.contiguous_format)
+    if where is not None:
+        where = where.to(torch.uint8).expand(b, h).contiguous()
+    from ..kernels import smooth_kernel
+
+    channels = min(128, _power(c))
+    pixels = 1024 // channels
+    blocks = -(-m // pixels)
+    programs = (blocks * -(-c // channels) * b * h,)
+    with _on(x.device):
+        for i in range(2 * times):
+            y = torch.empty(x.shape, dtype=torch.float32 if i + 1 < 2 * times else kept, device=x.device)
+            smooth_kernel[programs](
+                x, y, where, float(sigma), grid[0], grid[1], *x.stride(), h, blocks,
+                C=c, RADIUS=radius, DOWN=i % 2 == 0, BP=pixels, BC=channels, num_warps=4,
+            )  # fmt: skip
+            x = y
+    return x
+
+
+def content_first(content: Tensor) -> Tensor:
+    """(B, N) int32: each entry's tokens, the content ones first, else in their order. content is (B, N), 0 or 1."""
+    return torch.argsort(content, dim=1, descending=True, stable=True).to(torch.int32)
+
+
+def map_slots(tokens: Tensor, count: int) -> Tensor:
+    """(count,) int32: where among the captured maps a token's is, -1 for tokens that are not captured."""
+    slots = torch.full((count,), -1, dtype=torch.int32, device=tokens.device)
+    slots[tokens.long()] = torch.arange(tokens.shape[0], dtype=torch.int32, device=tokens.device)
+    return slots
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The constants of a launch. NA, NB: columns of the two tiles; DA, DB, VA, VB: slices of head dimension and value
+    dimension; BM: rows; TILES: tiles of rows that one program walks over; STREAM: keys and values do not stay."""
+
+    NA: int
+    NB: int
+    DA: int
+    DB: int
+    VA: int
+    VB: int
+    BM: int
+    TILES: int
+    STREAM: bool
+    num_warps: int
+    num_stages: int
+
+    def constants(self) -> dict[str, Any]:
+        return {name: getattr(self, name) for name in ("NA", "NB", "DA", "DB", "VA", "VB", "BM", "TILES", "STREAM")}
+
+
+@functools.lru_cache(maxsize=None)
+def choose_tiles(
+    n: int, d: int, dv: int, size: int, most_content: int | None, pixels: int, heads: int, processors: int, mean: bool
+) -> Tiles:
+    """Tiles for n tokens, head dimensions d and dv of `size` bytes a number. most_content: None for plain attention;
+    heads: B * H, processors: of the device; mean: one program walks over all heads."""
+    na, nb = _split(n)
+    if most_content is not None:
+        na = min(_power(most_content), _power(n))
+        nb = _power(n - na) if n > na else 0
+    da, db = _split(d)
+    va, vb = _split(dv)
+    stream = (na + nb) * (da + db + va + vb) * size > _STAY
+    if stream:
+        da, db, va, vb = min(32, _power(d)), 0, min(32, _power(dv)), 0
+    wide = na + nb > 160 or (not stream and da + db + va + vb > 320)
+    bm = 32 if wide or size == 4 else 64
+    if -(-pixels // bm) * heads < processors:
+        bm = 16 if wide else 32
+    tiles = -(-pixels // bm)
+    # Walk where that still leaves every multiprocessor four programs.
+    walk = 1
+    while not mean and walk < 8 and walk * 2 <= tiles and tiles // (walk * 2) * heads >= 4 * processors:
+        walk *= 2
+    return Tiles(na, nb, da, db, va, vb, bm, walk, stream, 4, 2 if walk > 1 else 1)
+
+
+def _launch(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, rows: RowPlan, out: Tensor,
+    maps: Tensor | None, bits: Tensor | None,
+) -> None:
+    from ..kernels import rows_kernel
+
+    b, h, m, d = query.shape
+    n, dv = key.shape[2], value.shape[3]
+    programmed = rows.content is not None and rows.max_content > 0
+    mean = maps is not None and rows.capture_mean
+    tiles = choose_tiles(
+        n, d, dv, query.element_size(), rows.max_content if programmed else None, m, b * h, _processors(query.device), mean
+    )
+    order = _kept(rows, "order", lambda: content_first(rows.content)) if programmed and tiles.NB else None
+    slots = None if maps is None else _kept(rows, "slots", lambda: map_slots(rows.capture_tokens, n))
+    gate = rows.gate if programmed else None
+    groups = -(-m // (tiles.BM * (1 if mean else tiles.TILES)))
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in strides))
+    if bias is not None:
+        bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, m, n)
+    rows_kernel[(groups * b * (1 if mean else h),)](
+        query, key, value, bias, out, maps, bits,
+        order, rows.content if programmed else None, gate, rows.phrases if programmed else None, rows.drop, rows.seed,
+        rows.head_mode, slots,
+        float(scale) * _LOG2E, float(rows.random_ratio), float(rows.threshold),
+        *(s // unit for s in strides), *((0, 0, 0, 0) if bias is None else bias.stride()),
+        0 if gate is None else gate.stride(0), 0 if gate is None or gate.shape[1] == 1 else n,
+        m, 0 if maps is None else maps.shape[-2], groups,
+        H=h, N=n, D=d, DV=dv, UNIT=unit, **tiles.constants(),
+        DROP=_bucket(rows.max_drop) if programmed and rows.drop is not None else 0,
+        RANDOM=programmed and rows.random_ratio >= 0, NMS=programmed and rows.threshold >= 0,
+        RENORM=rows.renormalize if programmed else 0, FINAL=rows.capture_final, MEAN=mean,
+        PRECISION=_precision(query), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+
+
+def _bucket(most: int) -> int:
+    """The bound on k that the kernel is compiled for: 0, 1, 2, 4, 8, or 256 for any k."""
+    return next(bound for bound in (0, 1, 2, 4, 8, _MOST) if most <= bound)
+
+
+def _precision(x: Tensor) -> str:
+    """Of products of float32: three TF32 products, as good as float32, where there is no float32 tensor core."""
+    return "tf32x3" if x.dtype == torch.float32 and x.is_cuda and torch.version.hip is None else "ieee"
+
+
+def _power(size: int) -> int:
+    """The tile that holds size: a power of two, at least 16, as tensor cores want."""
+    return max(16, 1 << max(size - 1, 0).bit_length())
+
+
+def _split(size: int) -> tuple[int, int]:
+    """Two powers of two that hold size with less waste than one would: 77 = 64 + 16, 40 = 32 + 16; (whole, 0) else."""
+    whole = _power(size)
+    low = whole // 2
+    if low < 16 or size <= low:
+        return whole, 0
+    rest = _power(size - low)
+    return (low, rest) if low + rest < whole else (whole, 0)
+
+
+def _kept(rows: RowPlan, name: str, make: Any) -> Tensor:
+    """A small tensor derived from a RowPlan, kept with that very object: in eager use one plan serves a whole prompt.
+
+    Made anew where the plan's tensors were written to since, and never kept from a CUDA graph's capture, whose memory is
+    the graph's own. Custom ops make a new RowPlan each call, so nothing is ever kept under torch.compile.
+    """
+    source = rows.content if name == "order" else rows.capture_tokens
+    assert source is not None
+    version = None if source.is_inference() else source._version
+    have = rows.__dict__.get(f"_triton_{name}")
+    if have is not None and have[0] == version:
+        return have[1]
+    made = make()
+    if not (source.is_cuda and torch.cuda.is_current_stream_capturing()):
+        rows.__dict__[f"_triton_{name}"] = (version, made)
+    return made
+
+
+def _on(device: torch.device) -> Any:
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+
+
+def _processors(device: torch.device) -> int:
+    return _count_processors(device.index or 0) if device.type == "cuda" else 2
+
+
+@functools.lru_cache(maxsize=None)
+def _count_processors(index: int) -> int:
+    return torch.cuda.get_device_properties(index).multi_processor_count
+
+
+def _interprets() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
