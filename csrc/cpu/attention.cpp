@@ -197,7 +197,7 @@ Error attention(const Attention& a, int threads) {
 
   try {
     const TokenSide side = bring_into_columns(a);
-    Job job{&a, side.entries.data(), nullptr, isa.packed_bytes(a), weight_of_a_head(a)};
+    Job job{&a, side.entries.data(), nullptr, isa.packed_bytes(a), weight_of_a_head(a), false};
     const size_t packed = job.packed_bytes * static_cast<size_t>(a.B * a.H);
     const size_t workspace = (isa.workspace_bytes(a) + 2 * page - 1) / page * page;
     Memory memory = allocate(packed + workspace * static_cast<size_t>(threads));
@@ -209,7 +209,8 @@ Error attention(const Attention& a, int threads) {
     // Heads innermost where a pixel's heads lie side by side, and where a mean over heads is one thread's to add up.
     const bool adding = a.maps && a.program.capture_mean;
     const bool beside = a.query.stride[1] < a.query.stride[2] && a.B * blocks >= 4 * threads;
-    if (adding || beside) {
+    job.heads_first = adding || beside;
+    if (job.heads_first) {
       parallel_for(threads, a.B * blocks, 1, [&](int64_t i, int thread) {
         for (int64_t h = 0; h < a.H; ++h) {
           isa.rows(job, memory.get() + workspace * thread, i / blocks, h, i % blocks * isa.block_rows);

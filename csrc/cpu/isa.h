@@ -26,6 +26,7 @@ struct Job {
   char* packed;          // (B, H, packed_bytes)
   size_t packed_bytes;
   float head_weight;     // of one head in a captured mean
+  bool heads_first;      // a thread goes on to the next head, else to the next rows
 };
 
 struct Isa {

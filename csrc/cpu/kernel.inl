@@ -196,9 +196,10 @@ inline void transpose(F* r) {
   }
 }
 
-// x[step][R] from the block's rows of the query. Lanes past the last row repeat it.
+// x[step][R] from the block's rows of the query. Lanes past the last row repeat it. The block that this thread takes next
+// is fetched meanwhile, `ahead` scalars on: the query is read once, from memory, and its rows are short.
 template <class E>
-inline void load_query(const Attention& a, int64_t b, int64_t h, int64_t m, int64_t rows, float* x) {
+inline void load_query(const Attention& a, int64_t b, int64_t h, int64_t m, int64_t rows, int64_t ahead, float* x) {
   using Scalar = typename E::Scalar;
   const auto* query = static_cast<const Scalar*>(a.query.data) + b * a.query.stride[0] + h * a.query.stride[1];
   const int64_t steps = steps_of<E>(a.D);
@@ -211,6 +212,7 @@ inline void load_query(const Attention& a, int64_t b, int64_t h, int64_t m, int6
       for (int i = 0; i < W; ++i) {
         const auto* row = query + (m + at_most(half * W + i, rows - 1)) * a.query.stride[2] + s * E::per_step;
         r[i] = E::load(row, left);
+        __builtin_prefetch(row + ahead);
       }
       transpose(r);
       if (wide == W) {
@@ -288,30 +290,37 @@ inline void add_bias(const Attention& a, const Entry& entry, int64_t b, int64_t 
   }
 }
 
-// s becomes exp2(s - max); sum[2] the row's sum. A row of -inf alone gives zeros, and the sum 0.
-inline void exponentials(float* s, int64_t columns, F* sum) {
+// s becomes e = exp2(s - max), in the first `content` columns times their gate, if there is one. sum[2]: of e over the
+// row; mass[2]: over the content. A row of -inf alone gives zeros, and the sum 0.
+inline void exponentials(float* s, int64_t columns, int64_t content, const float* gate, F* sum, F* mass) {
   F top[2] = {V::set(-infinity), V::set(-infinity)};
   for (int64_t c = 0; c < columns; ++c) {
     top[0] = V::max(top[0], V::load(s + c * R));
     top[1] = V::max(top[1], V::load(s + c * R + W));
   }
-  sum[0] = sum[1] = V::set(0.0f);
-  for (int i = 0; i < 2; ++i) top[i] = V::select(V::eq(top[i], V::set(-infinity)), V::set(0.0f), top[i]);
-  for (int64_t c = 0; c < columns; ++c) {
+  for (int i = 0; i < 2; ++i) {
+    top[i] = V::select(V::eq(top[i], V::set(-infinity)), V::set(0.0f), top[i]);
+    sum[i] = V::set(0.0f);
+  }
+  const auto each = [&](int64_t c, F by) {
     float* at = s + c * R;
     const F e0 = exp2_negative(V::load(at) - top[0]);
     const F e1 = exp2_negative(V::load(at + W) - top[1]);
-    V::store(at, e0);
-    V::store(at + W, e1);
+    V::store(at, e0 * by);
+    V::store(at + W, e1 * by);
     sum[0] = sum[0] + e0;
     sum[1] = sum[1] + e1;
-  }
+  };
+  for (int64_t c = 0; c < content; ++c) each(c, V::set(gate ? gate[c] : 1.0f));
+  mass[0] = sum[0];
+  mass[1] = sum[1];
+  for (int64_t c = content; c < columns; ++c) each(c, V::set(1.0f));
 }
 
 // ---- Steps 2 to 6: content columns only, W rows at a time; x points at the first column, columns are R apart ---------
 //
 // Everything runs on unnormalised probabilities: each decision compares entries of one row, so a common factor is
-// nothing to it. Entries are >= 0; a dropped one is -1 until step 5 has decided.
+// nothing to it. Entries are >= 0; one dropped at random is -1 until step 5 has decided.
 
 inline F sum_of(const float* x, int64_t columns) {
   F sum = V::set(0.0f);
@@ -320,7 +329,10 @@ inline F sum_of(const float* x, int64_t columns) {
 }
 
 inline void gate_columns(float* x, const float* gate, int64_t columns) {
-  for (int64_t c = 0; c < columns; ++c) V::store(x + c * R, V::load(x + c * R) * V::set(gate[c]));
+  for (int64_t c = 0; c < columns; ++c) {
+    V::store(x + c * R, V::load(x + c * R) * V::set(gate[c]));
+    V::store(x + c * R + W, V::load(x + c * R + W) * V::set(gate[c]));
+  }
 }
 
 inline void phrase_means(float* x, const Entry& entry) {
@@ -370,8 +382,13 @@ inline void load16(F* x, const float* from, int64_t columns) {
   for (int i = 0; i < 16; ++i) x[i] = i < columns ? V::load(from + i * R) : V::set(-1.0f);
 }
 
+// The k-th largest entry and the largest below it, 0 where that was not seen on the way.
+struct Kth {
+  F kth, next;
+};
+
 // k <= 16: groups of sixteen sorted, the best sixteen kept.
-inline F kth_by_network(const float* x, int64_t columns, int32_t k) {
+inline Kth kth_by_network(const float* x, int64_t columns, int32_t k) {
   F best[16];
   load16(best, x, columns);
   sort16(best);
@@ -384,24 +401,26 @@ inline F kth_by_network(const float* x, int64_t columns, int32_t k) {
   float sorted[16 * W];
 #pragma GCC unroll 16
   for (int i = 0; i < 16; ++i) V::store(sorted + i * W, best[i]);
-  return V::load(sorted + (k - 1) * W);
+  Kth found = {V::load(sorted + (k - 1) * W), V::set(0.0f)};
+  for (int i = k; i < 16; ++i) found.next = V::max(V::if_below(V::load(sorted + i * W), found.kth), found.next);
+  return found;
 }
 
-// k <= 4: a sorted list of k, every entry sinking into it.
+// k <= 4: a sorted list of k + 1, every entry sinking into it.
 template <int K>
-inline F kth_by_insertion(const float* x, int64_t columns) {
-  F best[K];
-  for (int i = 0; i < K; ++i) best[i] = V::set(-1.0f);
+inline Kth kth_by_insertion(const float* x, int64_t columns) {
+  F best[K + 1];
+  for (int i = 0; i <= K; ++i) best[i] = V::set(-1.0f);
   for (int64_t c = 0; c < columns; ++c) {
     F v = V::load(x + c * R);
-#pragma GCC unroll 4
-    for (int i = 0; i < K; ++i) exchange(best[i], v);
+#pragma GCC unroll 5
+    for (int i = 0; i <= K; ++i) exchange(best[i], v);
   }
-  return best[K - 1];
+  return {best[K - 1], V::if_below(best[K], best[K - 1])};
 }
 
 // Any k: bisection on the bits of the numbers, which order as the numbers do since none is negative. Exact.
-inline F kth_by_bisection(const float* x, int64_t columns, int32_t k) {
+inline Kth kth_by_bisection(const float* x, int64_t columns, int32_t k) {
   alignas(64) uint32_t low[W];
   alignas(64) float bound[W], count[W];
   for (int i = 0; i < W; ++i) low[i] = 0;
@@ -419,10 +438,10 @@ inline F kth_by_bisection(const float* x, int64_t columns, int32_t k) {
     for (int i = 0; i < W; ++i) low[i] |= count[i] >= static_cast<float>(k) ? 1u << bit : 0u;
   }
   std::memcpy(bound, low, sizeof low);
-  return V::load(bound);
+  return {V::load(bound), V::set(0.0f)};
 }
 
-inline F kth_largest(const float* x, int64_t columns, int32_t k) {
+inline Kth kth_largest(const float* x, int64_t columns, int32_t k) {
   switch (k) {
     case 1: return kth_by_insertion<1>(x, columns);
     case 2: return kth_by_insertion<2>(x, columns);
@@ -445,48 +464,51 @@ inline void drop_at_random(const Attention& a, const Entry& entry, int64_t b, in
   }
 }
 
-// Steps 2 to 6 for W rows from pixel m on. x: all columns' exponentials; all_sum: their sum. Returns the factor that
-// turns what is left in x into the program's probabilities. kept: (content, R) ones and zeros, or null.
-inline F program(const Attention& a, const Entry& entry, int64_t b, int64_t h, int64_t m, F all_sum, float* x, float* kept) {
+inline F largest_below(const float* x, int64_t columns, F bound) {
+  F largest = V::set(0.0f);
+  for (int64_t c = 0; c < columns; ++c) largest = V::max(V::if_below(V::load(x + c * R), bound), largest);
+  return largest;
+}
+
+// Steps 3 to 6 for W rows from pixel m on. x: all columns' exponentials, gated; sum and mass: of all and of the content
+// before the gate. Returns the factor that turns what is left in x into the program's probabilities. kept: (content, R)
+// ones and zeros, or null.
+inline F program(const Attention& a, const Entry& entry, int64_t b, int64_t h, int64_t m, F sum, F mass, float* x,
+                 float* kept) {
   const RowProgram& p = a.program;
   const int64_t columns = entry.content;
   const F zero = V::set(0.0f), one = V::set(1.0f);
-  const F mass = p.renormalize == renormalize_content ? sum_of(x, columns) : zero;
-  if (entry.gate) gate_columns(x, entry.gate + (p.gate_heads == 1 ? 0 : h) * a.N, columns);
   if (entry.phrases) phrase_means(x, entry);
   if (p.random_ratio >= 0.0f) drop_at_random(a, entry, b, h, m, x);
 
-  F upper = V::set(infinity), lower = V::set(-0.5f);  // kept: lower < x < upper
-  if (entry.drop > 0) upper = kth_largest(x, columns, entry.drop);
+  Kth found = {V::set(infinity), zero};
+  if (entry.drop > 0) found = kth_largest(x, columns, entry.drop);
+  F lower = V::set(-0.5f);  // kept: lower < x < kth
   if (p.threshold >= 0.0f) {
-    F highest = zero;
-    for (int64_t c = 0; c < columns; ++c) {
-      const F v = V::load(x + c * R);
-      highest = V::max(V::select(V::lt(v, upper), v, zero), highest);
-    }
-    lower = V::set(p.threshold) * highest;
+    if (!V::all(V::lt(zero, found.next))) found.next = largest_below(x, columns, found.kth);
+    lower = V::set(p.threshold) * found.next;
   }
 
   F left = zero;
   for (int64_t c = 0; c < columns; ++c) {
     const F v = V::load(x + c * R);
-    const V::Mask keep = V::both(V::lt(lower, v), V::lt(v, upper));
-    const F y = V::select(keep, v, zero);
+    const F y = V::if_between(lower, v, found.kth);
     V::store(x + c * R, y);
     left = left + y;
-    if (kept) V::store(kept + c * R, V::select(keep, one, zero));
+    if (kept) V::store(kept + c * R, V::if_between(lower, v, found.kth, one));
   }
 
   if (p.renormalize == renormalize_row) {
     const F total = left + sum_of(x + columns * R, a.N - columns);
-    // all_sum - all_sum: NaN for a row that had one, also where it was dropped.
-    return V::select(V::eq(total, zero), zero, one / total) + (all_sum - all_sum);
+    // sum - sum: NaN for a row that had one, also where it was dropped.
+    return V::select(V::eq(total, zero), zero, one / total) + (sum - sum);
   }
-  if (p.renormalize == renormalize_content) {
-    const F regain = V::select(V::eq(left, zero), zero, mass / left);
-    for (int64_t c = 0; c < columns; ++c) V::store(x + c * R, V::load(x + c * R) * regain);
-  }
-  return V::select(V::eq(all_sum, zero), zero, one / all_sum);
+  const F factor = V::select(V::eq(sum, zero), zero, one / sum);
+  if (p.renormalize != renormalize_content) return factor;
+  const F regain = V::select(V::eq(left, zero), zero, mass / left);
+  if (columns == a.N) return factor * regain + (sum - sum);
+  for (int64_t c = 0; c < columns; ++c) V::store(x + c * R, V::load(x + c * R) * regain);
+  return factor;
 }
 
 // ---- What is returned beside the output -----------------------------------------------------------------------------
@@ -581,20 +603,25 @@ void block(const Job& job, void* memory, int64_t b, int64_t h, int64_t m) {
   const auto* key = reinterpret_cast<const Element*>(packed);
   const auto* value = reinterpret_cast<const Element*>(packed + panel_bytes<E>(a.N, a.D));
 
-  load_query<E>(a, b, h, m, rows, x);
+  load_query<E>(a, b, h, m, rows, job.heads_first ? a.query.stride[1] : R * a.query.stride[2], x);
   const F to_log2[2] = {V::set(a.scale * log2_e), V::set(a.scale * log2_e)};
   product<E>(key, a.N, steps_of<E>(a.D), x, to_log2, s);
   if (a.bias.data) add_bias(a, entry, b, h, m, rows, s);
 
-  F sum[2], factor[2];
-  exponentials(s, a.N, sum);
-  for (int i = 0; i < 2; ++i) factor[i] = V::select(V::eq(sum[i], V::set(0.0f)), V::set(0.0f), V::set(1.0f) / sum[i]);
-  const bool captured = a.maps && (!a.program.capture_mean || mode == head_program);
-  if (captured && !a.program.capture_final) capture(job, b, h, m, rows, s, factor);
   const int32_t content = mode == head_program ? entry.content : 0;
+  const bool captured = a.maps && (!a.program.capture_mean || mode == head_program);
+  const bool early = captured && !a.program.capture_final;  // the map is wanted as it was before the gate
+  const float* gate = entry.gate ? entry.gate + (a.program.gate_heads == 1 ? 0 : h) * a.N : nullptr;
+  F sum[2], mass[2], factor[2];
+  exponentials(s, a.N, content, early ? nullptr : gate, sum, mass);
+  for (int i = 0; i < 2; ++i) factor[i] = V::select(V::eq(sum[i], V::set(0.0f)), V::set(0.0f), V::set(1.0f) / sum[i]);
+  if (early) {
+    capture(job, b, h, m, rows, s, factor);
+    if (gate) gate_columns(s, gate, content);
+  }
   if (content > 0) {
     for (int i = 0; i < 2; ++i) {
-      factor[i] = program(a, entry, b, h, m + i * W, sum[i], s + i * W, kept ? kept + i * W : nullptr);
+      factor[i] = program(a, entry, b, h, m + i * W, sum[i], mass[i], s + i * W, kept ? kept + i * W : nullptr);
     }
   }
   if (captured && a.program.capture_final) capture(job, b, h, m, rows, s, factor);

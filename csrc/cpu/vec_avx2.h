@@ -48,8 +48,12 @@ struct V {
   static Mask lt(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LT_OQ); }
   static Mask le(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_LE_OQ); }
   static Mask eq(F a, F b) { return _mm256_cmp_ps(a, b, _CMP_EQ_OQ); }
-  static Mask both(Mask a, Mask b) { return _mm256_and_ps(a, b); }
+  static bool all(Mask m) { return _mm256_movemask_ps(m) == 0xff; }
   static F select(Mask m, F a, F b) { return _mm256_blendv_ps(b, a, m); }
+  // v where v < high (and > low), else 0.
+  static F if_below(F v, F high) { return _mm256_and_ps(lt(v, high), v); }
+  static F if_between(F low, F v, F high) { return if_between(low, v, high, v); }
+  static F if_between(F low, F v, F high, F then) { return _mm256_and_ps(_mm256_and_ps(lt(low, v), lt(v, high)), then); }
 
   // y * 2**n, n in the low bits of `shifted`; x is the exponent asked for: below -126 gives 0, NaN stays NaN.
   static F scale_by_power(F y, F x, F shifted) {

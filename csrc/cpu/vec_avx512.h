@@ -36,8 +36,14 @@ struct V {
   static Mask lt(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ); }
   static Mask le(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_LE_OQ); }
   static Mask eq(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP_EQ_OQ); }
-  static Mask both(Mask a, Mask b) { return static_cast<Mask>(a & b); }
+  static bool all(Mask m) { return m == 0xffffu; }
   static F select(Mask m, F a, F b) { return _mm512_mask_blend_ps(m, b, a); }
+  // v where v < high (and > low), else 0.
+  static F if_below(F v, F high) { return _mm512_maskz_mov_ps(lt(v, high), v); }
+  static F if_between(F low, F v, F high) { return if_between(low, v, high, v); }
+  static F if_between(F low, F v, F high, F then) {
+    return _mm512_maskz_mov_ps(_mm512_mask_cmp_ps_mask(lt(low, v), v, high, _CMP_LT_OQ), then);
+  }
 
   // y * 2**n where n = shifted - 1.5 * 2**23; gradual underflow, NaN stays NaN.
   static F scale_by_power(F y, F, F shifted) {

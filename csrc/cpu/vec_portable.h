@@ -43,8 +43,12 @@ struct V {
   static Mask lt(F a, F b) { return a < b; }
   static Mask le(F a, F b) { return a <= b; }
   static Mask eq(F a, F b) { return a == b; }
-  static Mask both(Mask a, Mask b) { return a & b; }
+  static bool all(Mask m) { return m[0] && m[1] && m[2] && m[3]; }
   static F select(Mask m, F a, F b) { return m ? a : b; }
+  // v where v < high (and > low), else 0.
+  static F if_below(F v, F high) { return select(v < high, v, set(0.0f)); }
+  static F if_between(F low, F v, F high) { return if_between(low, v, high, v); }
+  static F if_between(F low, F v, F high, F then) { return select((low < v) & (v < high), then, set(0.0f)); }
 
   // 2**floor-ish(x) through the exponent bits, for x <= 0; below 2**-126 gives 0.
   static F scale_by_power(F y, F x, F shifted) {
