@@ -270,22 +270,41 @@ inline F exp2_negative(F x) {
   return V::scale_by_power(y, x, shifted);
 }
 
-// s[c][R] += log2(e) * bias.
+inline F load_widened(const float* p, int n) { return V::load_n(p, n); }
+inline F load_widened(const uint16_t* p, int n) { return V::load_bf16_n(p, n); }
+inline float widened(float x) { return x; }
+inline float widened(uint16_t x) { return from_bf16(x); }
+
+// s[column of n][R] += log2(e) * bias[R][n], for a bias of one number a token, of contiguous rows, of any strides.
+template <class Scalar>
 inline void add_bias(const Attention& a, const Entry& entry, int64_t b, int64_t h, int64_t m, int64_t rows, float* s) {
-  const int64_t start = b * a.bias.stride[0] + h * a.bias.stride[1] + m * a.bias.stride[2];
-  const auto at = [&](int64_t i) {
-    return log2_e * (a.bias_dtype == bfloat16 ? from_bf16(static_cast<const uint16_t*>(a.bias.data)[i])
-                                              : static_cast<const float*>(a.bias.data)[i]);
-  };
-  for (int64_t c = 0; c < a.N; ++c) {
-    const int64_t column = start + entry.order[c] * a.bias.stride[3];
-    float* to = s + c * R;
-    if (a.bias.stride[2] == 0) {
-      const F all = V::set(at(column));
+  const int64_t* stride = a.bias.stride;
+  const auto* bias = static_cast<const Scalar*>(a.bias.data) + b * stride[0] + h * stride[1] + m * stride[2];
+  if (stride[2] == 0) {
+    for (int64_t n = 0; n < a.N; ++n) {
+      float* to = s + entry.position[n] * R;
+      const F all = V::set(log2_e * widened(bias[n * stride[3]]));
       V::store(to, V::load(to) + all);
       V::store(to + W, V::load(to + W) + all);
-    } else {
-      for (int64_t r = 0; r < rows; ++r) to[r] += at(column + r * a.bias.stride[2]);
+    }
+  } else if (stride[3] == 1) {
+    for (int64_t n = 0; n < a.N; n += W) {
+      const int wide = static_cast<int>(at_most(W, a.N - n));
+      for (int half = 0; half < 2; ++half) {
+        F r[W];
+#pragma GCC unroll 16
+        for (int i = 0; i < W; ++i) r[i] = load_widened(bias + at_most(half * W + i, rows - 1) * stride[2] + n, wide);
+        transpose(r);
+        for (int i = 0; i < wide; ++i) {
+          float* to = s + entry.position[n + i] * R + half * W;
+          V::store(to, V::fma(r[i], V::set(log2_e), V::load(to)));
+        }
+      }
+    }
+  } else {
+    for (int64_t n = 0; n < a.N; ++n) {
+      float* to = s + entry.position[n] * R;
+      for (int64_t r = 0; r < rows; ++r) to[r] += log2_e * widened(bias[r * stride[2] + n * stride[3]]);
     }
   }
 }
@@ -606,7 +625,8 @@ void block(const Job& job, void* memory, int64_t b, int64_t h, int64_t m) {
   load_query<E>(a, b, h, m, rows, job.heads_first ? a.query.stride[1] : R * a.query.stride[2], x);
   const F to_log2[2] = {V::set(a.scale * log2_e), V::set(a.scale * log2_e)};
   product<E>(key, a.N, steps_of<E>(a.D), x, to_log2, s);
-  if (a.bias.data) add_bias(a, entry, b, h, m, rows, s);
+  if (a.bias.data && a.bias_dtype == bfloat16) add_bias<uint16_t>(a, entry, b, h, m, rows, s);
+  if (a.bias.data && a.bias_dtype == float32) add_bias<float>(a, entry, b, h, m, rows, s);
 
   const int32_t content = mode == head_program ? entry.content : 0;
   const bool captured = a.maps && (!a.program.capture_mean || mode == head_program);
@@ -703,9 +723,6 @@ inline void smooth_columns(const Smoothing& s, const float* from, float* to, int
     }
   }
 }
-
-inline F load_widened(const float* p, int n) { return V::load_n(p, n); }
-inline F load_widened(const uint16_t* p, int n) { return V::load_bf16_n(p, n); }
 
 template <class E>
 void smooth_block(const Smoothing& s, void* memory, int64_t bh, int64_t block) {

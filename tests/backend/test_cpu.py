@@ -91,7 +91,7 @@ CASES = [
     Case((2, 3, 65, 77, 40, 40), has=EVERYTHING, side={"inactive_heads": "zero"}),
     *(
         Case((2, 3, 65, 77, 40, 40), has=("protected",), bias=b)
-        for b in ("column", "batch", "full", "pixel", "one", "-inf")
+        for b in ("column", "batch", "full", "pixel", "row", "turned", "one", "-inf")
     ),
 ]
 
@@ -380,6 +380,8 @@ def _inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Ten
         "batch": (b, 1, 1, n),
         "full": (b, h, m, n),
         "pixel": (1, 1, m, n),
+        "row": (1, h, m, 1),
+        "turned": (b, 1, n, m),
         "one": (1, 1, 1, 1),
     }
     bias = None
@@ -388,6 +390,7 @@ def _inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Ten
     elif case.bias is not None:
         bias = randn(*shapes[case.bias])
         bias = bias.double() if case.bias == "one" else bias.to(dtype)
+        bias = bias.transpose(2, 3) if case.bias == "turned" else bias
     return query, key, value, bias, _side(b, h, n, **given)
 
 
