@@ -1,0 +1,11 @@
+"""In diffusers: `apply` a program to a pipeline or UNet, or set `SemanticAttnProcessor` by hand.
+
+diffusers and transformers are imported where they are used, so that `import sdattn_fast` needs torch alone.
+"""
+
+from __future__ import annotations
+
+from .apply import Patch, apply
+from .processor import SemanticAttnProcessor
+
+__all__ = ["Patch", "SemanticAttnProcessor", "apply"]

@@ -1,0 +1,362 @@
+"""`apply`: put a program into the cross-attention of a pipeline or UNet; `Patch`: what takes it off again."""
+
+from __future__ import annotations
+
+import warnings
+import weakref
+import zlib
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..program import Capture, Program
+from .ip_adapter import ip_adapter_processor, is_ip_adapter
+from .layers import LAYER, Layer, cross_attention_layers, heads_of_layers, select_layers, watch_grids
+from .maps import captured_maps
+from .processor import SemanticAttnProcessor
+from .settings import Heads, Settings
+from .text_state import TOKEN_INPUTS, Given, TextState, checked_token_input
+from .token_classes import PromptMemory
+
+__all__ = ["Patch", "apply"]
+
+
+def apply(
+    pipe_or_unet: Any,
+    program: Program = Program(),
+    *,
+    layers: str | Sequence[str] | None = None,
+    heads: Heads = None,
+    inactive_heads: str = "plain",
+    gate: Tensor | None = None,
+    phrases: Tensor | None = None,
+    protected: Tensor | None = None,
+    active: Tensor | None = None,
+    seed: int | None = None,
+    capture: Capture | None = None,
+    fold: str = "auto",
+    text_cache: bool = True,
+    backend: str = "auto",
+) -> Patch:
+    """Run a program in every cross-attention layer of a diffusers pipeline (its UNet and ControlNets) or of a UNet.
+
+    After it, ``pipe("a red car")`` finds the prompt's tokens by itself: BOS, EOS and padding are protected, and the
+    unconditional half of the batch keeps plain attention. With a UNet alone every token is content and every entry
+    active, unless told.
+
+    Args:
+        pipe_or_unet: a pipeline with a ``unet``, or a UNet2DConditionModel or ControlNetModel; the wrappings of
+            torch.compile and PEFT are seen through.
+        program: what happens to the rows; ``Program()`` is plain attention.
+        layers: names or fnmatch patterns, such as ``"up_blocks.*"``; None: all. Names are module paths such as
+            ``"down_blocks.0.attentions.0.transformer_blocks.0.attn2"``, with ``"controlnet."`` before a ControlNet's.
+        heads: indices of the active heads, valid in every patched layer, or {name or pattern: indices}, where layers
+            left out keep all of theirs. inactive_heads: "plain", or "zero": they give zeros.
+        gate: bool, or finite and >= 0; phrases: integer ids >= 0, -1 for none; protected: bool. Each (N,) for all
+            prompts, (P, N) for P prompts, (A, N) for the A active entries (prompts times images), or (B, N) for the
+            UNet's whole batch; gate also (P or A or B, H, N). Unconditional entries have no use for them.
+        active: (B,) bool for the UNet's whole batch. Tensors are copied; say so by `Patch.update` when they change.
+        seed: of the random mode, an int in [0, 2**63); layer and timestep are mixed in. None: torch's generator draws.
+        capture: which maps to keep in `Patch.maps`.
+        fold: "auto" or "never"; no layer is folded so far, and "always" raises.
+        text_cache: keep what depends on the text alone (the lowered token side, not keys and values yet) between steps.
+        backend: "auto", "triton", "cuda", "cpu" or "reference".
+
+    Returns:
+        A `Patch`, also a context manager. A model without a layer to serve (added-KV models such as DeepFloyd) gives a
+        warning and a patch of nothing.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what came and what was expected; ValueError also where the model is
+            patched already.
+
+    Source: DESIGN.md, sections 3 and 5.
+    """
+    settings = Settings(program, inactive_heads, seed, capture, fold, text_cache, backend)
+    given = Given()
+    for name, x in (("gate", gate), ("phrases", phrases), ("protected", protected), ("active", active)):
+        setattr(given, name, checked_token_input(name, x))
+    models, memory = _models(pipe_or_unet)
+
+    found = [(name, attn) for prefix, model in models for name, attn in cross_attention_layers(model, prefix)]
+    if not found:
+        warnings.warn(
+            f"sdattn_fast.apply: {type(pipe_or_unet).__name__} has no cross-attention layer to serve (added-KV layers "
+            "are left alone); nothing is patched",
+            UserWarning,
+            stacklevel=2,
+        )
+        return Patch(settings, given, [], [], None)
+    taken = next((name for name, attn in found if hasattr(attn, LAYER)), None)
+    if taken is not None:
+        raise ValueError(f"pipe_or_unet: layer {taken!r} is patched already; call remove() on that patch first")
+
+    wanted = set(select_layers(layers, [name for name, _ in found]))
+    chosen = [(name, attn) for name, attn in found if name in wanted]
+    heads_of = heads_of_layers(heads, chosen)
+    patched = []
+    for prefix, model in models:
+        text = TextState(settings, given)
+        mine = [
+            Layer(name, attn, text, heads_of[name])
+            for name, attn in cross_attention_layers(model, prefix)
+            if name in wanted
+        ]
+        patched.append(_Model(model, text, mine))
+    if memory is not None and not memory.watches:
+        memory = None
+    patch = Patch(settings, given, patched, [layer for model in patched for layer in model.layers], memory)
+    patch._install()
+    return patch
+
+
+class Patch:
+    """A program in place. Made by `apply`; ``with apply(pipe, program): ...`` takes it off at the end."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        given: Given,
+        models: list[_Model],
+        layers: list[Layer],
+        memory: PromptMemory | None,
+    ) -> None:
+        self._settings = settings
+        self._given = given
+        self._models = models
+        self._layers = layers
+        self._memory = memory
+        self._handles: list[Any] = []
+        self._installed = False
+        self._warned: set[str] = set()
+        # One instance for all layers: torch.compile guards on the processor.
+        self._processor = SemanticAttnProcessor(
+            settings.program, inactive_heads=settings.inactive_heads, seed=settings.seed, fold=settings.fold,
+            text_cache=settings.text_cache, backend=settings.backend,
+        )  # fmt: skip
+
+    @property
+    def layers(self) -> list[str]:
+        """The names of the patched layers."""
+        return [layer.name for layer in self._layers]
+
+    @property
+    def maps(self) -> dict[str, Tensor]:
+        """The maps of the latest step: layer name -> (B, T, height, width) float32, B the active entries, mean over the
+        active heads; (B, H, T, height, width) for ``Capture(reduce="none")``. Layers that have not run are left out.
+
+        Where gradients are on they are part of the graph. Raises: ValueError if `apply` was not given `capture`.
+        """
+        if self._settings.capture is None:
+            raise ValueError("maps: expected apply(..., capture=sdattn_fast.Capture(...)), got no capture")
+        return captured_maps(self._layers)
+
+    def update(self, **inputs: Tensor | None) -> None:
+        """Change gate, phrases, protected or active between steps; those not named stay, None takes one away.
+
+        Raises: TypeError, ValueError, as `apply`.
+        """
+        for name in inputs:
+            if name not in TOKEN_INPUTS:
+                raise TypeError(f"update: expected {', '.join(TOKEN_INPUTS)}, got {name!r}")
+        checked = {name: checked_token_input(name, x) for name, x in inputs.items()}
+        for name, x in checked.items():
+            setattr(self._given, name, x)
+        for model in self._models:
+            model.text.forget()
+
+    def refresh(self) -> None:
+        """Forget everything derived from text; it is derived anew at the next step."""
+        for model in self._models:
+            model.seen = None
+            model.text.forget()
+
+    def remove(self) -> None:
+        """Restore the very processors that were there, and the pipeline's `encode_prompt`. Twice is harmless."""
+        if not self._installed:
+            return
+        self._installed = False
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for layer in self._layers:
+            if layer.attn.processor is layer.placed:
+                layer.attn.set_processor(layer.original)
+            layer.placed = None
+            if getattr(layer.attn, LAYER, None) is layer:
+                delattr(layer.attn, LAYER)
+        if self._memory is not None:
+            self._memory.uninstall()
+            self._memory.forget()
+        self.refresh()
+
+    def __enter__(self) -> Patch:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.remove()
+
+    def __repr__(self) -> str:
+        state = f"{len(self._layers)} layers" if self._installed else "removed" if self._layers else "nothing patched"
+        return f"Patch({self._settings.program!r}, {state})"
+
+    def _install(self) -> None:
+        self._installed = True
+        for model in self._models:
+            for layer in model.layers:
+                setattr(layer.attn, LAYER, layer)
+                self._place(layer)
+            if model.layers:
+                self._handles.append(model.module.register_forward_pre_hook(_ModelHook(self, model), with_kwargs=True))
+                self._handles += watch_grids(model.module, model.layers)
+        if self._memory is not None:
+            self._memory.install()
+
+    def _place(self, layer: Layer) -> None:
+        layer.original = layer.attn.processor
+        if is_ip_adapter(layer.original):
+            layer.placed = ip_adapter_processor(self._processor, layer.original)
+        else:
+            layer.placed = self._processor
+        layer.attn.set_processor(layer.placed)
+
+    def _keep_in_place(self, layer: Layer) -> None:
+        """Loading an IP-Adapter replaces our processors, unloading it makes new ones: put ours back. Anything else that
+        replaced one is somebody's wish, and is left, with a word."""
+        now = layer.attn.processor
+        if now is layer.placed:
+            return
+        unloaded = is_ip_adapter(layer.placed) and type(now).__name__ in ("AttnProcessor2_0", "AttnProcessor")
+        if is_ip_adapter(now) or unloaded:
+            self._place(layer)
+        elif type(now) is SemanticAttnProcessor:
+            layer.attn.set_processor(layer.placed)
+        elif layer.name not in self._warned:
+            self._warned.add(layer.name)
+            warnings.warn(
+                f"sdattn_fast: layer {layer.name!r} runs {type(now).__name__}, which was set over the patch's "
+                "processor; the program does not run there. Call remove() and apply again to have it back",
+                UserWarning,
+                stacklevel=2,
+            )
+
+
+class _Model:
+    """A UNet or ControlNet of a patch, and the text that it saw last."""
+
+    def __init__(self, module: nn.Module, text: TextState, layers: list[Layer]) -> None:
+        self.module = module
+        self.text = text
+        self.layers = layers
+        self.seen: tuple[weakref.ref[Tensor], int, int] | None = None
+        self.keys = torch.tensor([zlib.crc32(layer.name.encode()) for layer in layers], dtype=torch.int64)
+
+
+class _ModelHook:
+    """Before a UNet or ControlNet runs: look at its text, mix its seeds, see that our processors are in place."""
+
+    # Eager even in a compiled UNet: looking rows up by value is Python's work, once per prompt.
+    _torchdynamo_disable = True
+
+    def __init__(self, patch: Patch, model: _Model) -> None:
+        self.patch = patch
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        patch, model = self.patch, self.model
+        for layer in model.layers:
+            patch._keep_in_place(layer)
+            layer.captured = None
+            layer.grid = None
+        text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        if isinstance(text, Tensor) and text.dim() == 3:
+            self._look_at(text)
+        seed = patch._settings.seed
+        if seed is not None:
+            timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
+            seeds = _mixed_seeds(seed, timestep, model.keys, text.device if isinstance(text, Tensor) else None)
+            for layer, one in zip(model.layers, seeds.split(1), strict=True):
+                layer.seed = one
+
+    def _look_at(self, text: Tensor) -> None:
+        patch, model = self.patch, self.model
+        # Inference tensors have no version, so their edits cannot be seen: look again.
+        version = -1 if text.is_inference() else text._version
+        encoded = 0 if patch._memory is None else patch._memory.encoded
+        if model.seen is not None:
+            tensor, then, prompts = model.seen
+            if tensor() is text and then == version != -1 and prompts == encoded:
+                self._prepare(text)
+                return
+        rows = None if patch._memory is None else patch._memory.find(text)
+        told = patch._given.active is not None and patch._given.protected is not None
+        if patch._memory is not None and rows is None and not told and model.text.needs_classes():
+            raise ValueError(
+                f"encoder_hidden_states: its rows {tuple(text.shape)} are not what this pipeline's encode_prompt "
+                "returned, so prompts and unconditional entries cannot be told apart. Pass active=, bool "
+                f"({text.shape[0]},), True for prompts, and protected=, bool ({text.shape[1]},), True for BOS, EOS and "
+                "padding, to sdattn_fast.apply or patch.update"
+            )
+        model.text.see(rows)
+        model.seen = (weakref.ref(text), version, encoded)
+        self._prepare(text)
+
+    def _prepare(self, text: Tensor) -> None:
+        """Ahead of the layers, so that a compiled block finds its call and what does not fit is said here."""
+        for layer in self.model.layers:
+            self.model.text.prepared(text.shape[0], int(layer.attn.heads), text.shape[1], text.device, layer.heads)
+
+
+def _models(pipe_or_unet: Any) -> tuple[list[tuple[str, nn.Module]], PromptMemory | None]:
+    """The models to patch, each with the prefix of its layers' names, and the memory of a pipeline's prompts."""
+    if isinstance(pipe_or_unet, nn.Module):
+        return [("", _unwrapped(pipe_or_unet))], None
+    unet = getattr(pipe_or_unet, "unet", None)
+    if not isinstance(unet, nn.Module):
+        kind = type(pipe_or_unet).__name__
+        raise TypeError(f"pipe_or_unet: expected a diffusers pipeline with a unet, or a UNet, got {kind}")
+    models = [("", _unwrapped(unet))]
+    controlnet = getattr(pipe_or_unet, "controlnet", None)
+    if isinstance(controlnet, nn.Module):
+        controlnet = _unwrapped(controlnet)
+        nets = getattr(controlnet, "nets", None)
+        if isinstance(nets, nn.ModuleList):
+            models += [(f"controlnet.nets.{i}.", _unwrapped(net)) for i, net in enumerate(nets)]
+        else:
+            models.append(("controlnet.", controlnet))
+    return models, PromptMemory(pipe_or_unet)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside torch.compile's, PEFT's and DistributedDataParallel's wrappings."""
+    while True:
+        if hasattr(model, "_orig_mod"):
+            model = model._orig_mod  # type: ignore[assignment]
+        elif hasattr(model, "get_base_model"):
+            model = model.get_base_model()  # type: ignore[operator]
+        elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+            model = model.module
+        else:
+            return model
+
+
+def _mixed_seeds(seed: int, timestep: Any, keys: Tensor, device: torch.device | None) -> Tensor:
+    """(layers,) int64 in [0, 2**63): seed, timestep and layer through splitmix64's finaliser, on the device, without a
+    look at the timestep. The same step of the same prompt has the same seeds again, whatever ran in between."""
+    if isinstance(timestep, Tensor):
+        step = timestep.detach().reshape(-1)[:1].to(device=device, dtype=torch.float32)
+    else:
+        step = torch.tensor([float(timestep)], dtype=torch.float32, device=device)
+    # Schedulers with fractional timesteps exist: their bits count, not their floor.
+    bits = step.view(torch.int32).to(torch.int64)
+    x = (keys.to(bits.device) << 32) ^ bits ^ seed
+    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
+        x = (x ^ _shifted(x, shift)) * factor
+    return (x ^ _shifted(x, 31)) & (2**63 - 1)
+
+
+def _shifted(x: Tensor, by: int) -> Tensor:
+    """Shift right without the sign, which torch's int64 drags along."""
+    return (x >> by) & ((1 << (64 - by)) - 1)

@@ -1,0 +1,140 @@
+"""Which layers a patch serves, and the grid each of them sees.
+
+A layer is served where its keys are the text: a diffusers `Attention` built with a cross_attention_dim, without added
+key and value projections (DeepFloyd, Kandinsky). The module says so; its name does not (with only_cross_attention,
+attn1 reads the text too).
+
+Source: DESIGN.md section 5: height and width are not passed to a processor, so the enclosing Transformer2DModel's input
+says them; a square root never does.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor, nn
+
+from .settings import checked_heads
+from .text_state import TextState
+
+__all__ = ["Layer", "cross_attention_layers", "is_served", "select_layers", "heads_of_layers", "watch_grids"]
+
+# Where a processor finds its layer: an attribute of the Attention module, there while a patch lives.
+LAYER = "_sdattn_fast_layer"
+
+# Blocks whose first input is (B, C, height, width) and whose attention layers see height * width rows.
+_SPATIAL_BLOCKS = ("Transformer2DModel", "KAttentionBlock")
+
+
+@dataclass(eq=False)
+class Layer:
+    """One served layer of a patch.
+
+    heads: the active ones, None for all. grid: (height, width) of the forward in progress. seed: (1,) int64, layer and
+    timestep mixed in. captured: maps (B, T, M) or (B, H, T, M), and the active entries they belong to.
+    """
+
+    name: str
+    attn: Any
+    text: TextState
+    heads: tuple[int, ...] | None = None
+    grid: tuple[int, int] | None = None
+    seed: Tensor | None = None
+    captured: tuple[Tensor, Tensor | None, tuple[int, int] | None] | None = None
+    original: Any = None
+    placed: Any = None
+
+
+def is_served(attn: Any) -> bool:
+    """Whether a module's keys and values are the text's and nothing else's."""
+    return (
+        getattr(attn, "is_cross_attention", False) is True
+        and hasattr(attn, "set_processor")
+        and getattr(attn, "added_kv_proj_dim", None) is None
+        and getattr(attn, "to_k", None) is not None
+        and getattr(attn, "inner_kv_dim", None) == getattr(attn, "inner_dim", 0)
+    )
+
+
+def cross_attention_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(name, Attention) of every served layer, names as in `model.named_modules()`."""
+    for name, module in model.named_modules():
+        if is_served(module):
+            yield prefix + name, module
+
+
+def select_layers(wanted: str | Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """The names that `layers` asks for, in the model's order.
+
+    Raises: TypeError (not names), ValueError (a name or pattern that finds nothing; the nearest name is suggested).
+    """
+    if wanted is None:
+        return list(names)
+    patterns = [wanted] if isinstance(wanted, str) else wanted
+    if not isinstance(patterns, Sequence) or any(not isinstance(p, str) for p in patterns):
+        raise TypeError(f"layers: expected names or fnmatch patterns, got {wanted!r}")
+    chosen: set[str] = set()
+    for pattern in patterns:
+        found = _matching("layers", pattern, names)
+        chosen.update(found)
+    return [name for name in names if name in chosen]
+
+
+def heads_of_layers(heads: Any, layers: Sequence[tuple[str, Any]]) -> dict[str, tuple[int, ...] | None]:
+    """The active heads of every layer; layers that a mapping leaves out keep all of theirs active.
+
+    Raises: TypeError, ValueError (naming the layer and how many heads it has).
+    """
+    count = {name: int(attn.heads) for name, attn in layers}
+    if not isinstance(heads, Mapping):
+        return {name: checked_heads(heads, count[name], f" in layer {name!r}") for name in count}
+    chosen: dict[str, tuple[int, ...] | None] = dict.fromkeys(count)
+    for pattern, indices in heads.items():
+        if not isinstance(pattern, str):
+            raise TypeError(f"heads: expected layer names as keys, got {pattern!r}")
+        for name in _matching("heads", pattern, list(count)):
+            chosen[name] = checked_heads(indices, count[name], f" in layer {name!r}")
+    return chosen
+
+
+def watch_grids(model: nn.Module, layers: Sequence[Layer]) -> list[Any]:
+    """Pre-hooks that write every layer's grid before its block runs; their handles."""
+    handles = []
+    mine = {id(layer.attn): layer for layer in layers}
+    for block in model.modules():
+        if type(block).__name__ not in _SPATIAL_BLOCKS:
+            continue
+        inside = [mine[id(m)] for m in block.modules() if id(m) in mine]
+        if inside:
+            handles.append(block.register_forward_pre_hook(_GridHook(inside), with_kwargs=True))
+    return handles
+
+
+class _GridHook:
+    def __init__(self, layers: list[Layer]) -> None:
+        self.layers = layers
+
+    def __call__(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        x = args[0] if args else kwargs["hidden_states"]
+        if x.dim() != 4:
+            return
+        height, width = x.shape[2], x.shape[3]
+        if getattr(block, "is_input_patches", False):
+            height, width = height // block.patch_size, width // block.patch_size
+        for layer in self.layers:
+            layer.grid = (height, width)
+
+
+def _matching(argument: str, pattern: str, names: Sequence[str]) -> list[str]:
+    # The keys of unet.attn_processors end in ".processor"; people copy them.
+    pattern = pattern.removesuffix(".processor")
+    found = [name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)]
+    if not found:
+        nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
+        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        raise ValueError(f"{argument}: {pattern!r} matches none of the {len(names)} cross-attention layers{hint}")
+    return found

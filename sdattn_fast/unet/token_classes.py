@@ -1,0 +1,252 @@
+"""Which batch entries are prompts, and which of their tokens are content: found by watching a pipeline encode its text.
+
+`PromptMemory` wraps the pipeline's `encode_prompt`, listens to its text encoders meanwhile, and remembers for every row
+that comes out whether it is a prompt or a negative one and which of its tokens are BOS, EOS or padding. Before a UNet
+or ControlNet runs, the rows of its encoder_hidden_states are looked up by value. So the order of the batch does not matter
+(InstructPix2Pix: positive, negative, negative; ControlNet's guess mode: positives alone; no guidance: positives alone).
+
+Source: DESIGN.md section 5, "Where tokens come from".
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .text_state import Rows
+
+__all__ = ["PromptMemory", "protected_tokens"]
+
+# Prompts encoded ahead of time by the patched pipe are known when they come back as prompt_embeds, for so many calls.
+_REMEMBERED_CALLS = 16
+
+
+class PromptMemory:
+    """What one pipeline encoded lately."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.calls: deque[_Encoded] = deque(maxlen=_REMEMBERED_CALLS)
+        self.encoded = 0
+        self._name = next((n for n in ("encode_prompt", "_encode_prompt") if callable(getattr(pipe, n, None))), None)
+        self._replaced: Any = None
+        self._wrapper: Any = None
+
+    @property
+    def watches(self) -> bool:
+        """Whether the pipeline has anything to wrap."""
+        return self._name is not None
+
+    def install(self) -> None:
+        """Wrap `encode_prompt` (InstructPix2Pix: `_encode_prompt`) on the instance."""
+        assert self._name is not None
+        self._replaced = vars(self.pipe).get(self._name)
+        original = getattr(self.pipe, self._name)
+
+        @functools.wraps(original)
+        def encode_prompt(*args: Any, **kwargs: Any) -> Any:
+            with _Listener(self.pipe) as heard:
+                result = original(*args, **kwargs)
+            self._remember(result, heard, _argument(original, "prompt_embeds", args, kwargs))
+            return result
+
+        self._wrapper = encode_prompt
+        setattr(self.pipe, self._name, encode_prompt)
+
+    def uninstall(self) -> None:
+        """Put back what was there, unless somebody wrapped it again meanwhile."""
+        if self._name is None or vars(self.pipe).get(self._name) is not self._wrapper:
+            return
+        delattr(self.pipe, self._name)
+        if self._replaced is not None:
+            setattr(self.pipe, self._name, self._replaced)
+
+    def forget(self) -> None:
+        self.calls.clear()
+        self.encoded += 1
+
+    def find(self, text: Tensor) -> Rows | None:
+        """The rows of encoder_hidden_states (B, N, E), looked up by value; None where one of them matches nothing."""
+        rows: list[tuple[_Encoded, int] | None] = [None] * text.shape[0]
+        for call in self.calls:
+            places = call.places(text)
+            for entry, found in enumerate(places):
+                if rows[entry] is None and found is not None:
+                    rows[entry] = (call, found)
+            if all(row is not None for row in rows):
+                break
+        if any(row is None for row in rows):
+            return None
+        found_rows = [row for row in rows if row is not None]
+        # Prompts are counted over all calls that the batch is made of; usually there is one.
+        offset: dict[int, int] = {}
+        prompts = 0
+        for call, place in found_rows:
+            if id(call) not in offset and call.prompt[place] >= 0:
+                offset[id(call)] = prompts
+                prompts += call.prompts
+        prompt = [offset[id(c)] + c.prompt[i] if c.prompt[i] >= 0 else -1 for c, i in found_rows]
+        return Rows(prompt, prompts, _stacked([c.protected[i] for c, i in found_rows], prompt, text.shape[1]))
+
+    def _remember(self, result: Any, heard: _Listener, given: Tensor | None) -> None:
+        positive, negative = _split(result, heard, given is not None)
+        if positive is None or positive.dim() != 3:
+            return
+        count = positive.shape[0]
+        protected: list[Tensor | None]
+        ids = heard.protected_of_prompts() if given is None else None
+        prompts = len(ids) if ids else (given.shape[0] if given is not None else count)
+        if not prompts or count % prompts:
+            prompts = count
+        if ids is not None and len(ids) == prompts and ids.shape[1] == positive.shape[1]:
+            protected = [ids[row // (count // prompts)] for row in range(count)]
+        else:
+            protected = [self._known_tokens(row) for row in positive]
+        prompt = [row // (count // prompts) for row in range(count)]
+        embeds = positive.detach()
+        if negative is not None and negative.dim() == 3 and negative.shape[1:] == positive.shape[1:]:
+            embeds = torch.cat([embeds, negative.detach().to(embeds)])
+            prompt += [-1] * negative.shape[0]
+            protected += [None] * negative.shape[0]
+        self.encoded += 1
+        self.calls.appendleft(_Encoded(embeds, prompt, prompts, protected))
+
+    def _known_tokens(self, row: Tensor) -> Tensor | None:
+        for call in self.calls:
+            (place,) = call.places(row[None])
+            if place is not None and call.protected[place] is not None:
+                return call.protected[place]
+        return None
+
+
+def protected_tokens(ids: Tensor, bos: int | None, eos: int | None) -> Tensor:
+    """(P, N) bool: BOS, and everything from the first EOS on, for token ids (P, N)."""
+    protected = torch.zeros_like(ids, dtype=torch.bool)
+    if bos is not None:
+        protected[:, 0] = ids[:, 0] == bos
+    if eos is not None:
+        ends = (ids == eos) & ~protected
+        protected = protected | (ends.cumsum(-1) > 0)
+    return protected
+
+
+@dataclass(eq=False)
+class _Encoded:
+    """One call of encode_prompt: its rows (R, N, E), positives first; per row the prompt's index (-1: negative) and the
+    protected tokens, where known."""
+
+    embeds: Tensor
+    prompt: list[int]
+    prompts: int
+    protected: list[Tensor | None]
+
+    def places(self, text: Tensor) -> list[int | None]:
+        """For every row of text (B, N, E) the row here that equals it, prompts before negatives. Of several equal ones
+        the entries take turns, so that a list of equal prompts still has each its own gate."""
+        if text.dim() != 3 or text.shape[1:] != self.embeds.shape[1:]:
+            return [None] * text.shape[0]
+        here = self.embeds.to(dtype=text.dtype, device=text.device)
+        turns: dict[tuple[int, ...], int] = {}
+        found: list[int | None] = []
+        for row in text.detach():
+            # NaN equals NaN here: a text encoder that overflowed is no reason for a message about prompts.
+            equal = ((here == row) | ((here != here) & (row != row))).flatten(1).all(-1).tolist()
+            alike = tuple(i for i, yes in enumerate(equal) if yes and self.prompt[i] >= 0)
+            alike = alike or tuple(i for i, yes in enumerate(equal) if yes)
+            if not alike:
+                found.append(None)
+                continue
+            turn = turns.get(alike, 0)
+            turns[alike] = turn + 1
+            found.append(alike[turn % len(alike)])
+        return found
+
+
+class _Listener:
+    """What the text encoders were given, and gave, while a pipeline encoded its prompt."""
+
+    def __init__(self, pipe: Any) -> None:
+        self.pipe = pipe
+        self.ids: dict[str, list[Tensor]] = {}
+        self.outputs: list[list[Tensor]] = []
+        self._handles: list[Any] = []
+
+    def __enter__(self) -> _Listener:
+        for name in ("text_encoder", "text_encoder_2"):
+            encoder = getattr(self.pipe, name, None)
+            if isinstance(encoder, nn.Module):
+                hook = self._hook(name)
+                self._handles.append(encoder.register_forward_hook(hook, with_kwargs=True))
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        for handle in self._handles:
+            handle.remove()
+
+    def protected_of_prompts(self) -> Tensor | None:
+        """(P, N) of the first text each encoder was given; with two encoders, where both tokenisations say so."""
+        protected: Tensor | None = None
+        for name, calls in self.ids.items():
+            tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"), None)
+            eos = getattr(tokenizer, "eos_token_id", None)
+            if eos is None:
+                return None
+            one = protected_tokens(calls[0], getattr(tokenizer, "bos_token_id", None), eos).cpu()
+            if protected is not None and protected.shape != one.shape:
+                return None
+            protected = one if protected is None else protected & one
+        return protected
+
+    def _hook(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            ids = kwargs.get("input_ids", args[0] if args else None)
+            if isinstance(ids, Tensor) and ids.dim() == 2:
+                self.ids.setdefault(name, []).append(ids)
+                first = output[0] if isinstance(output, (tuple, list)) else getattr(output, "last_hidden_state", None)
+                if isinstance(first, Tensor) and first.dim() == 3:
+                    self.outputs.append([first])
+
+        return hook
+
+
+def _split(result: Any, heard: _Listener, embeds_given: bool) -> tuple[Tensor | None, Tensor | None]:
+    """(positive, negative) of what encode_prompt returned."""
+    if isinstance(result, (tuple, list)):
+        parts = [x if isinstance(x, Tensor) else None for x in result[:2]]
+        return parts[0], parts[1] if len(parts) > 1 else None
+    if not isinstance(result, Tensor) or result.dim() != 3:
+        return None, None
+    # InstructPix2Pix returns one tensor. Which rows are negative shows by what the text encoder gave for them.
+    outputs = [out for (out,) in heard.outputs]
+    prompts, negatives = ([], outputs) if embeds_given else (outputs[:1], outputs[1:])
+    is_negative = [_among(row, negatives) and not _among(row, prompts) for row in result]
+    where = torch.tensor(is_negative, device=result.device)
+    return result[~where], result[where] if any(is_negative) else None
+
+
+def _among(row: Tensor, outputs: list[Tensor]) -> bool:
+    return any(out.shape[1:] == row.shape and bool((out.to(row) == row).flatten(1).all(-1).any()) for out in outputs)
+
+
+def _stacked(protected: list[Tensor | None], prompt: list[int], tokens: int) -> Tensor | None:
+    """(B, N), all True for unconditional entries; None where a prompt's tokens are unknown."""
+    rows = []
+    for one, p in zip(protected, prompt, strict=True):
+        if p >= 0 and one is None:
+            return None
+        rows.append(torch.ones(tokens, dtype=torch.bool) if one is None or p < 0 else one)
+    return torch.stack(rows) if rows else None
+
+
+def _argument(function: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    try:
+        return inspect.signature(function).bind_partial(*args, **kwargs).arguments.get(name)
+    except (TypeError, ValueError):
+        return kwargs.get(name)
