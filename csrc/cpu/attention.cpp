@@ -7,6 +7,7 @@
 #include <cstring>
 #include <memory>
 #include <new>
+#include <thread>
 #include <vector>
 
 #if defined(_OPENMP)
@@ -75,25 +76,36 @@ int usable_threads(int asked, int64_t work) {
 #endif
 }
 
-// body(i, thread) for i < count, a few at a time as threads come free: other programs share these cores.
+// body(thread) on every thread. Bodies deal work out among themselves, a little at a time as threads come free: other
+// programs share these cores, and a thread may not run at all for a while.
 template <class Body>
-void parallel_for(int threads, int64_t count, int64_t grain, const Body& body) {
+void on_threads(int threads, const Body& body) {
 #if defined(_OPENMP)
   if (threads > 1) {
-    std::atomic<int64_t> next{0};
 #pragma omp parallel num_threads(threads)
-    {
-      const int thread = omp_get_thread_num();
-      for (int64_t i = next.fetch_add(grain); i < count; i = next.fetch_add(grain)) {
-        for (int64_t j = i; j < i + grain && j < count; ++j) body(j, thread);
-      }
-    }
+    body(omp_get_thread_num());
     return;
   }
 #endif
-  (void)threads, (void)grain;
-  for (int64_t i = 0; i < count; ++i) body(i, 0);
+  (void)threads;
+  body(0);
 }
+
+// Numbers 0, 1, 2 ... below count, `grain` at a time, each to one thread.
+class Deal {
+ public:
+  Deal(int64_t count, int64_t grain) : count_(count), grain_(grain) {}
+  template <class Each>
+  void operator()(const Each& each) {
+    for (int64_t i = next_.fetch_add(grain_); i < count_; i = next_.fetch_add(grain_)) {
+      for (int64_t j = i; j < i + grain_ && j < count_; ++j) each(j);
+    }
+  }
+
+ private:
+  std::atomic<int64_t> next_{0};
+  const int64_t count_, grain_;
+};
 
 struct Free {
   void operator()(char* p) const { std::free(p); }
@@ -204,25 +216,30 @@ Error attention(const Attention& a, int threads) {
     if (!memory) return out_of_memory;
     job.packed = memory.get() + workspace * static_cast<size_t>(threads);
 
-    parallel_for(threads, a.B * a.H, 1, [&](int64_t i, int) { isa.pack(job, i / a.H, i % a.H); });
-
     // Heads innermost where a pixel's heads lie side by side, and where a mean over heads is one thread's to add up.
-    const bool adding = a.maps && a.program.capture_mean;
     const bool beside = a.query.stride[1] < a.query.stride[2] && a.B * blocks >= 4 * threads;
-    job.heads_first = adding || beside;
-    if (job.heads_first) {
-      parallel_for(threads, a.B * blocks, 1, [&](int64_t i, int thread) {
-        for (int64_t h = 0; h < a.H; ++h) {
-          isa.rows(job, memory.get() + workspace * thread, i / blocks, h, i % blocks * isa.block_rows);
-        }
+    job.heads_first = beside || (a.maps && a.program.capture_mean);
+    const int64_t heads = a.B * a.H, all = heads * blocks;
+
+    // One parallel region, no barrier inside: a head's rows wait for that head's panels alone.
+    std::vector<std::atomic<bool>> packed_already(heads);
+    for (std::atomic<bool>& ready : packed_already) ready = false;
+    Deal packing(heads, 1), blocks_of_rows(job.heads_first ? a.B * blocks : all, !job.heads_first && all >= 64 * threads ? 8 : 1);
+    on_threads(threads, [&](int thread) {
+      char* own = memory.get() + workspace * thread;
+      packing([&](int64_t i) {
+        isa.pack(job, i / a.H, i % a.H);
+        packed_already[i].store(true, std::memory_order_release);
       });
-    } else {
-      const int64_t grain = blocks * a.B * a.H >= 64 * threads ? 8 : 1;
-      parallel_for(threads, a.B * a.H * blocks, grain, [&](int64_t i, int thread) {
-        const int64_t head = i / blocks;
-        isa.rows(job, memory.get() + workspace * thread, head / a.H, head % a.H, i % blocks * isa.block_rows);
+      const auto rows = [&](int64_t b, int64_t h, int64_t block) {
+        while (!packed_already[b * a.H + h].load(std::memory_order_acquire)) std::this_thread::yield();
+        isa.rows(job, own, b, h, block * isa.block_rows);
+      };
+      blocks_of_rows([&](int64_t i) {
+        if (!job.heads_first) return rows(i / blocks / a.H, i / blocks % a.H, i % blocks);
+        for (int64_t h = 0; h < a.H; ++h) rows(i / blocks, h, i % blocks);
       });
-    }
+    });
   } catch (const std::bad_alloc&) {
     return out_of_memory;
   }
@@ -237,8 +254,9 @@ Error smooth(const Smoothing& s, int threads) {
   const size_t workspace = (isa.smooth_bytes(s) + page - 1) / page * page;
   const Memory memory = allocate(workspace * static_cast<size_t>(threads));
   if (!memory) return out_of_memory;
-  parallel_for(threads, work, 1, [&](int64_t i, int thread) {
-    isa.smooth(s, memory.get() + workspace * thread, i / blocks, i % blocks);
+  Deal deal(work, 1);
+  on_threads(threads, [&](int thread) {
+    deal([&](int64_t i) { isa.smooth(s, memory.get() + workspace * thread, i / blocks, i % blocks); });
   });
   return ok;
 }

@@ -41,15 +41,16 @@ inline float from_bf16(uint16_t x) {
 //
 // product<E>: out[c][R] = factor[R] * sum_k panel(k, c) * x[k][R]. Columns c go in tiles of at most T, as even as can be;
 // a tile's panel is stored [k][c]. E says how numbers are stored and multiplied: Scalar is what a tensor holds, Element
-// what a panel holds, per_step scalars of depth at a time.
+// what a panel holds, per_step scalars of depth at a time. load reads elements whose depth runs along memory, load_both
+// those whose depth runs over rows: the first row and, for pairs, the second (null: zeros).
 
 struct Float32 {
   using Scalar = float;
   using Element = float;
   static constexpr int per_step = 1;
   static F multiply_add(F x, Element y, F acc) { return V::fma(x, V::set(y), acc); }
-  static Element element(Scalar low, Scalar) { return low; }
   static F load(const Scalar* p, int n) { return V::load_n(p, n); }
+  static F load_both(const Scalar* p, const Scalar*, int n) { return V::load_n(p, n); }
   static void store(Scalar* p, F v, int n) { V::store_n(p, v, n); }
 };
 
@@ -60,8 +61,10 @@ struct Bfloat16 {
   using Element = uint32_t;
   static constexpr int per_step = 2;
   static F multiply_add(F x, Element y, F acc) { return V::dot_bf16(x, y, acc); }
-  static Element element(Scalar low, Scalar high) { return low | static_cast<uint32_t>(high) << 16; }
   static F load(const Scalar* p, int n) { return V::load_pairs_n(p, n); }
+  static F load_both(const Scalar* low, const Scalar* high, int n) {
+    return V::round_pairs(V::load_bf16_n(low, n), high ? V::load_bf16_n(high, n) : V::set(0.0f));
+  }
   static void store(Scalar* p, F v, int n) { V::store_bf16_n(p, v, n); }
 };
 #else
@@ -71,8 +74,8 @@ struct Bfloat16 {
   using Element = float;
   static constexpr int per_step = 1;
   static F multiply_add(F x, Element y, F acc) { return V::fma(x, V::set(y), acc); }
-  static Element element(Scalar low, Scalar) { return from_bf16(low); }
   static F load(const Scalar* p, int n) { return V::load_bf16_n(p, n); }
+  static F load_both(const Scalar* p, const Scalar*, int n) { return V::load_bf16_n(p, n); }
   static void store(Scalar* p, F v, int n) { V::store_bf16_n(p, v, n); }
 };
 #endif
@@ -137,50 +140,6 @@ void product(const typename E::Element* panel, int64_t columns, int64_t steps, c
   }
 }
 
-// ---- Packing: keys and values of one head, columns permuted, into panels --------------------------------------------
-
-template <class E>
-inline int64_t steps_of(int64_t depth) { return (depth + E::per_step - 1) / E::per_step; }
-
-template <class E, class At>
-inline void pack_panels(typename E::Element* panel, int64_t columns, int64_t depth, At at) {
-  const int count = tiles(columns);
-  int64_t first = 0;
-  for (int i = 0; i < count; ++i) {
-    const int size = tile_size(columns, count, i);
-    for (int64_t k = 0; k < depth; k += E::per_step) {
-      const bool whole = k + E::per_step <= depth;
-      for (int c = 0; c < size; ++c) {
-        *panel++ = E::element(at(first + c, k), whole ? at(first + c, k + E::per_step - 1) : typename E::Scalar(0));
-      }
-    }
-    first += size;
-  }
-}
-
-template <class E>
-inline size_t panel_bytes(int64_t columns, int64_t depth) {
-  return static_cast<size_t>(round_up(columns * steps_of<E>(depth) * static_cast<int64_t>(sizeof(typename E::Element)), 64));
-}
-
-template <class E>
-void pack_head(const Job& job, int64_t b, int64_t h) {
-  using Scalar = typename E::Scalar;
-  const Attention& a = *job.call;
-  const int32_t* order = job.entries[b].order;
-  char* packed = job.packed + (b * a.H + h) * job.packed_bytes;
-  const auto* key = static_cast<const Scalar*>(a.key.data) + b * a.key.stride[0] + h * a.key.stride[1];
-  const auto* value = static_cast<const Scalar*>(a.value.data) + b * a.value.stride[0] + h * a.value.stride[1];
-  const int64_t key_step = a.key.stride[2], value_step = a.value.stride[2];
-  using Element = typename E::Element;
-  pack_panels<E>(reinterpret_cast<Element*>(packed), a.N, a.D,
-                       [=](int64_t c, int64_t k) { return key[order[c] * key_step + k]; });
-  pack_panels<E>(reinterpret_cast<Element*>(packed + panel_bytes<E>(a.N, a.D)), a.Dv, a.N,
-                       [=](int64_t c, int64_t k) { return value[order[k] * value_step + c]; });
-}
-
-// ---- Turning rows into lanes and back -------------------------------------------------------------------------------
-
 // W vectors of W lanes, transposed: log2(W) perfect shuffles.
 inline void transpose(F* r) {
 #pragma GCC unroll 4
@@ -195,6 +154,72 @@ inline void transpose(F* r) {
     for (int i = 0; i < W; ++i) r[i] = t[i];
   }
 }
+
+// ---- Packing: keys and values of one head, columns permuted, into panels --------------------------------------------
+
+template <class E>
+inline int64_t steps_of(int64_t depth) { return (depth + E::per_step - 1) / E::per_step; }
+
+template <class E>
+inline int64_t panel_size(int64_t columns, int64_t depth) { return round_up(columns * steps_of<E>(depth), 16); }
+
+// Keys: a column is a row of memory.
+template <class E>
+inline void pack_keys(const Attention& a, const typename E::Scalar* key, const int32_t* order, float* panel) {
+  const int count = tiles(a.N);
+  const int64_t steps = steps_of<E>(a.D);
+  for (int i = 0; i < count; ++i) {
+    const int size = tile_size(a.N, count, i);
+    for (int64_t first = 0; first < size; first += W) {
+      const int here = static_cast<int>(at_most(W, size - first));
+      for (int64_t s = 0; s < steps; s += W) {
+        const int left = static_cast<int>(a.D - s * E::per_step);
+        F r[W];
+#pragma GCC unroll 16
+        for (int c = 0; c < W; ++c) {
+          r[c] = E::load(key + order[first + (c < here ? c : 0)] * a.key.stride[2] + s * E::per_step, left);
+        }
+        transpose(r);
+        const int64_t deep = at_most(W, steps - s);
+        for (int64_t k = 0; k < deep; ++k) V::store_n(panel + (s + k) * size + first, r[k], here);
+      }
+    }
+    panel += size * steps;
+    order += size;
+  }
+}
+
+// Values: a column is a column of memory.
+template <class E>
+inline void pack_values(const Attention& a, const typename E::Scalar* value, const int32_t* order, float* panel) {
+  const int count = tiles(a.Dv);
+  for (int i = 0; i < count; ++i) {
+    const int size = tile_size(a.Dv, count, i);
+    for (int64_t n = 0; n < a.N; n += E::per_step) {
+      const auto* low = value + order[n] * a.value.stride[2];
+      const auto* high = n + E::per_step <= a.N ? value + order[n + E::per_step - 1] * a.value.stride[2] : nullptr;
+      for (int c = 0; c < size; c += W) {
+        const int here = size - c < W ? size - c : W;
+        V::store_n(panel + c, E::load_both(low + c, high ? high + c : nullptr, here), here);
+      }
+      panel += size;
+    }
+    value += size;
+  }
+}
+
+template <class E>
+void pack_head(const Job& job, int64_t b, int64_t h) {
+  using Scalar = typename E::Scalar;
+  const Attention& a = *job.call;
+  const int32_t* order = job.entries[b].order;
+  float* packed = reinterpret_cast<float*>(job.packed + (b * a.H + h) * job.packed_bytes);
+  pack_keys<E>(a, static_cast<const Scalar*>(a.key.data) + b * a.key.stride[0] + h * a.key.stride[1], order, packed);
+  pack_values<E>(a, static_cast<const Scalar*>(a.value.data) + b * a.value.stride[0] + h * a.value.stride[1], order,
+                 packed + panel_size<E>(a.N, a.D));
+}
+
+// ---- Rows into lanes and back ---------------------------------------------------------------------------------------
 
 // x[step][R] from the block's rows of the query. Lanes past the last row repeat it. The block that this thread takes next
 // is fetched meanwhile, `ahead` scalars on: the query is read once, from memory, and its rows are short.
@@ -620,7 +645,7 @@ void block(const Job& job, void* memory, int64_t b, int64_t h, int64_t m) {
   float* kept = a.bits ? reinterpret_cast<float*>(base + w.kept) : nullptr;
   const char* packed = job.packed + (b * a.H + h) * job.packed_bytes;
   const auto* key = reinterpret_cast<const Element*>(packed);
-  const auto* value = reinterpret_cast<const Element*>(packed + panel_bytes<E>(a.N, a.D));
+  const auto* value = key + panel_size<E>(a.N, a.D);
 
   load_query<E>(a, b, h, m, rows, job.heads_first ? a.query.stride[1] : R * a.query.stride[2], x);
   const F to_log2[2] = {V::set(a.scale * log2_e), V::set(a.scale * log2_e)};
@@ -757,9 +782,14 @@ void smooth_block(const Smoothing& s, void* memory, int64_t bh, int64_t block) {
 
 // ---- The table that attention.cpp calls through -------------------------------------------------------------------
 
+template <class E>
+inline size_t packed_bytes_of(const Attention& a) {
+  static_assert(sizeof(typename E::Element) == sizeof(float), "panels are written by lanes");
+  return static_cast<size_t>(panel_size<E>(a.N, a.D) + panel_size<E>(a.Dv, a.N)) * sizeof(float);
+}
+
 size_t packed_bytes(const Attention& a) {
-  return a.dtype == bfloat16 ? panel_bytes<Bfloat16>(a.N, a.D) + panel_bytes<Bfloat16>(a.Dv, a.N)
-                             : panel_bytes<Float32>(a.N, a.D) + panel_bytes<Float32>(a.Dv, a.N);
+  return a.dtype == bfloat16 ? packed_bytes_of<Bfloat16>(a) : packed_bytes_of<Float32>(a);
 }
 
 size_t workspace_bytes(const Attention& a) { return workspace_of(a).bytes; }
