@@ -29,9 +29,9 @@ def softmax_parts(sa, sb, NB: tl.constexpr):
 
 @triton.jit
 def row_program(
-    p, pb, total, after, content, gate, member, share, together, k, Seed, ratio, threshold, b, h, rows, cols,
+    p, pb, total, after, content, gate, leader, k, Seed, ratio, threshold, b, h, rows, cols,
     NB: tl.constexpr, GATE: tl.constexpr, PHRASES: tl.constexpr, DROP: tl.constexpr, RANDOM: tl.constexpr,
-    NMS: tl.constexpr, RENORM: tl.constexpr, PRECISION: tl.constexpr,
+    NMS: tl.constexpr, RENORM: tl.constexpr,
 ):  # fmt: skip
     """Steps 2 to 6 on tile A (p) of unnormalised rows; tile B (pb), protected, is only read.
 
@@ -42,12 +42,11 @@ def row_program(
     if RENORM == 1:
         mass = tl.sum(tl.where(c, p, 0.0), 1)
 
-    # 2 and 3. The gate is 1 off content. A phrase's members get the very same number, so they tie.
+    # 2 and 3. The gate is 1 off content.
     if GATE:
         p = p * gate[None, :]
     if PHRASES:
-        mean = tl.dot(p, member, input_precision=PRECISION) * share[None, :]
-        p = tl.where(together[None, :], mean, p)
+        p = phrase_means(p, leader)
 
     # 4 and 5. An entry goes if rank >= kth or rank <= low. Whatever takes no part ranks -1, under any probability.
     rank = tl.where(c, p, -1.0)
@@ -86,11 +85,21 @@ def row_program(
 
 
 @triton.jit
-def phrase_matrix(leader):
-    """From each token's phrase (-1: none): which tokens share one, 0 or 1; one over its size; who is in one."""
-    together = leader >= 0
-    member = ((leader[:, None] == leader[None, :]) & together[None, :]).to(tl.float32)
-    return member, 1.0 / tl.maximum(tl.sum(member, 0), 1.0), together
+def phrase_means(p, leader):
+    """Step 3: the columns that share a leader, an index >= 0, each get their mean, the very same number, so they tie.
+
+    One phrase after the other, in order of their leaders. A prompt has a few; as a product with a matrix of means this
+    costs more, in registers above all.
+    """
+    BEYOND: tl.constexpr = 1 << 30
+    this = tl.min(tl.where(leader >= 0, leader, BEYOND), 0)
+    while this < BEYOND:
+        inside = leader == this
+        size = tl.sum(inside.to(tl.float32), 0)
+        mean = tl.sum(tl.where(inside[None, :], p, 0.0), 1) / size
+        p = tl.where(inside[None, :], mean[:, None], p)
+        this = tl.min(tl.where(leader > this, leader, BEYOND), 0)
+    return p
 
 
 @triton.jit

@@ -9,7 +9,7 @@ keys and values staying where they are; with MEAN it serves one tile of rows and
 import triton
 import triton.language as tl
 
-from .program import pack_bits, phrase_matrix, row_program, softmax_parts
+from .program import pack_bits, row_program, softmax_parts
 
 
 @triton.jit
@@ -103,17 +103,16 @@ def _head(
     col_b = _columns(Order, b, N, NA, NB1)
     content = in_a
     gate = tl.full((NA,), 1.0, tl.float32)
-    member = tl.full((NA, NA), 0.0, tl.float32)
-    share = gate
-    together = in_a
+    leader = tl.full((NA,), -1, tl.int32)
     k = 0
     if Content is not None:
-        content = (tl.load(Content + b * N + col_a, mask=in_a, other=0) != 0) & (mode == 0)
+        content = tl.load(Content + b * N + col_a, mask=in_a, other=0) != 0
+        if HeadMode is not None:
+            content = content & (mode == 0)
         if Gate is not None:
             gate = tl.load(Gate + b * gate_b + h * gate_h + col_a, mask=content, other=1.0)
         if Phrases is not None:
             leader = tl.load(Phrases + b * N + col_a, mask=content, other=-1)
-            member, share, together = phrase_matrix(leader)
         if DROP > 0:
             k = tl.load(Drop + b)
 
@@ -171,8 +170,8 @@ def _head(
         kept = tl.full((BM, NA), 1, tl.int1)
         if Content is not None:
             pa, pb, after, kept = row_program(
-                pa, pb, total, after, content, gate, member, share, together, k, Seed, ratio, threshold, b, h, rows, col_a,
-                NB, Gate is not None, Phrases is not None, DROP, RANDOM, NMS, RENORM, PRECISION,
+                pa, pb, total, after, content, gate, leader, k, Seed, ratio, threshold, b, h, rows, col_a,
+                NB, Gate is not None, Phrases is not None, DROP, RANDOM, NMS, RENORM,
             )  # fmt: skip
         if Slots is not None and FINAL:
             map_a = pa * after[:, None]

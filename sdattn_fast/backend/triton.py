@@ -24,7 +24,6 @@ __all__ = ["availability", "not_supported_reasons", "attention", "smooth", "cont
 _MOST = 256  # N, D and Dv
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOG2E = math.log2(math.e)
-_STAY = 64 * 1024  # bytes of keys and values that may stay in shared memory; the smallest target has 100 KB
 
 
 def availability() -> str | None:
@@ -171,19 +170,22 @@ def choose_tiles(
         nb = _power(n - na) if n > na else 0
     da, db = _split(d)
     va, vb = _split(dv)
-    stream = (na + nb) * (da + db + va + vb) * size > _STAY
+    wide = na + nb > 160
+    # Float32 is split in three for the tensor cores, which leaves no room in registers either.
+    stream = size == 4 or wide or da + db + va + vb > 192
+    bm, stages = (32 if wide or size == 4 else 64), 1
     if stream:
-        da, db, va, vb = min(32, _power(d)), 0, min(32, _power(dv)), 0
-    wide = na + nb > 160 or (not stream and da + db + va + vb > 320)
-    bm = 32 if wide or size == 4 else 64
-    if -(-pixels // bm) * heads < processors:
-        bm = 16 if wide else 32
+        slice_ = 16 if wide and size == 4 else 32
+        da, db, va, vb = min(slice_, _power(d)), 0, min(slice_, _power(dv)), 0
+        bm, stages = (16, 1) if wide and size == 4 else (bm, 2 if wide or size == 4 else 3)
+    if bm == 64 and -(-pixels // bm) * heads < processors:
+        bm = 32
     tiles = -(-pixels // bm)
-    # Walk where that still leaves every multiprocessor four programs.
+    # Walk where that still leaves every multiprocessor three programs.
     walk = 1
-    while not mean and walk < 8 and walk * 2 <= tiles and tiles // (walk * 2) * heads >= 4 * processors:
+    while not (mean or stream) and walk < 8 and walk * 2 <= tiles and tiles // (walk * 2) * heads >= 3 * processors:
         walk *= 2
-    return Tiles(na, nb, da, db, va, vb, bm, walk, stream, 4, 2 if walk > 1 else 1)
+    return Tiles(na, nb, da, db, va, vb, bm, walk, stream, 8 if wide else 4, 2 if walk > 1 else stages)
 
 
 def _launch(
@@ -219,7 +221,7 @@ def _launch(
         DROP=_bucket(rows.max_drop) if programmed and rows.drop is not None else 0,
         RANDOM=programmed and rows.random_ratio >= 0, NMS=programmed and rows.threshold >= 0,
         RENORM=rows.renormalize if programmed else 0, FINAL=rows.capture_final, MEAN=mean,
-        PRECISION=_precision(query), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+        PRECISION=_precision(query.device), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
 
 
@@ -228,9 +230,9 @@ def _bucket(most: int) -> int:
     return next(bound for bound in (0, 1, 2, 4, 8, _MOST) if most <= bound)
 
 
-def _precision(x: Tensor) -> str:
+def _precision(device: torch.device) -> str:
     """Of products of float32: three TF32 products, as good as float32, where there is no float32 tensor core."""
-    return "tf32x3" if x.dtype == torch.float32 and x.is_cuda and torch.version.hip is None else "ieee"
+    return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
 
 
 def _power(size: int) -> int:
