@@ -1,8 +1,8 @@
 """IP-Adapter: the text part goes through the program, the image part stays as it was.
 
 diffusers asks `isinstance(processor, IPAdapterAttnProcessor2_0)` in a dozen places, so ours is one. It is made around
-the processor that was loaded and shares its projections and its list of scales: `set_ip_adapter_scale` reaches both, and
-taking the patch off puts the loaded object back.
+the processor that was loaded and shares its projections and its list of scales: `set_ip_adapter_scale` reaches both,
+and taking the patch off puts the loaded object back.
 
 Source: DESIGN.md section 5, the diffusers bullet.
 """

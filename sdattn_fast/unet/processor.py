@@ -28,8 +28,8 @@ class SemanticAttnProcessor:
 
     Made by `sdattn_fast.apply`, or by hand: ``unet.set_attn_processor(SemanticAttnProcessor(program))``. By hand it
     knows neither a pipeline nor a layer's name: every token is content and every entry active unless told,
-    self-attention and added-KV layers are computed as diffusers does, smoothing works on 4-D inputs alone (`apply` finds
-    the grid), and `layers`, `capture` and a mapping of `heads`, which speak of layers by name, are refused.
+    self-attention and added-KV layers are computed as diffusers does, smoothing works on 4-D inputs alone (`apply`
+    finds the grid), and `layers`, `capture` and a mapping of `heads`, which speak of layers by name, are refused.
 
     Args:
         program: what happens to the rows; ``Program()`` is plain attention.
@@ -182,6 +182,7 @@ def _cross_attention(
     self: Any, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grid: tuple[int, int] | None
 ) -> Tensor:
     layer: Layer | None = getattr(attn, LAYER, None)
+    seed: int | Tensor | None
     batch, heads_count, pixels, _ = query.shape
     settings: Settings = self.settings
     if mask is not None and mask.dtype == torch.bool:

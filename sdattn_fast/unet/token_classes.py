@@ -2,7 +2,7 @@
 
 `PromptMemory` wraps the pipeline's `encode_prompt`, listens to its text encoders meanwhile, and remembers for every row
 that comes out whether it is a prompt or a negative one and which of its tokens are BOS, EOS or padding. Before a UNet
-or ControlNet runs, the rows of its encoder_hidden_states are looked up by value. So the order of the batch does not matter
+or ControlNet runs, the rows of its encoder_hidden_states are looked up by value. So the batch's order does not matter
 (InstructPix2Pix: positive, negative, negative; ControlNet's guess mode: positives alone; no guidance: positives alone).
 
 Source: DESIGN.md section 5, "Where tokens come from".
@@ -102,7 +102,8 @@ class PromptMemory:
         count = positive.shape[0]
         protected: list[Tensor | None]
         ids = heard.protected_of_prompts() if given is None else None
-        prompts = len(ids) if ids else (given.shape[0] if given is not None else count)
+        known = ids if given is None else given
+        prompts = count if known is None else known.shape[0]
         if not prompts or count % prompts:
             prompts = count
         if ids is not None and len(ids) == prompts and ids.shape[1] == positive.shape[1]:
