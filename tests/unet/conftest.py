@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import string
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,15 @@ pytest.importorskip("diffusers")
 pytest.importorskip("transformers")
 
 TEXT, PICTURE = 32, 32
-ARCHITECTURES = ("sd15", "sd2", "sdxl", "controlnet", "sdxl_controlnet", "inpaint", "img2img", "pix2pix")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """These models are too small to share among threads."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
