@@ -79,8 +79,12 @@ def attention(
     scale: float,
     rows: RowPlan,
     return_bits: bool = False,
+    keep_layout: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Steps 1 to 6 and 8 for every row, in one pass.
+
+    keep_layout: where the heads of a pixel lie side by side in the query, as after `view(B, M, H, D).transpose(1, 2)`,
+    they do so in out, so that the way back is a view; otherwise, and by default, out is contiguous.
 
     Returns:
         out (B, H, M, Dv) in the value's dtype; maps, float32, (B, T, M) or (B, H, T, M), None without capture; bits,
@@ -89,7 +93,10 @@ def attention(
     """
     b, h, m, d = query.shape
     n, dv = key.shape[2], value.shape[3]
-    out = torch.empty((b, h, m, dv), dtype=value.dtype)
+    if keep_layout and query.stride(1) < query.stride(2):
+        out = torch.empty((b, m, h, dv), dtype=value.dtype).transpose(1, 2)
+    else:
+        out = torch.empty((b, h, m, dv), dtype=value.dtype)
     maps = bits = None
     if rows.capture_tokens is not None:
         t = rows.capture_tokens.shape[0]

@@ -177,6 +177,8 @@ def test_strides(dtype, isa):
     expected, _, _ = cpu.attention(query, key, value, None, 0.2, rows)
     swapped = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in (query, key, value)]
     assert torch.equal(cpu.attention(*swapped, None, 0.2, rows)[0], expected)
+    laid_out, _, _ = cpu.attention(*swapped, None, 0.2, rows, keep_layout=True)
+    assert torch.equal(laid_out, expected) and laid_out.transpose(1, 2).is_contiguous()
     wide = [torch.cat([x, x], -1)[..., : x.shape[-1]] for x in (query, key, value)]
     assert torch.equal(cpu.attention(*wide, None, 0.2, rows)[0], expected)
     shared = [x[:1, :1].expand(2, 3, -1, -1) for x in (query, key, value)]
