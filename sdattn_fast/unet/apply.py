@@ -5,7 +5,8 @@ from __future__ import annotations
 import warnings
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -80,7 +81,7 @@ def apply(
         setattr(given, name, checked_token_input(name, x))
     models, memory = _models(pipe_or_unet)
 
-    found = [(name, attn) for prefix, model in models for name, attn in cross_attention_layers(model, prefix)]
+    found = [(name, attn) for prefix, model, _ in models for name, attn in cross_attention_layers(model, prefix)]
     if not found:
         warnings.warn(
             f"sdattn_fast.apply: {type(pipe_or_unet).__name__} has no cross-attention layer to serve (added-KV layers "
@@ -97,14 +98,14 @@ def apply(
     chosen = [(name, attn) for name, attn in found if name in wanted]
     heads_of = heads_of_layers(heads, chosen)
     patched = []
-    for prefix, model in models:
+    for prefix, model, outer in models:
         text = TextState(settings, given)
         mine = [
             Layer(name, attn, text, heads_of[name])
             for name, attn in cross_attention_layers(model, prefix)
             if name in wanted
         ]
-        patched.append(_Model(model, text, mine))
+        patched.append(_Model(model, outer, text, mine))
     if memory is not None and not memory.watches:
         memory = None
     patch = Patch(settings, given, patched, [layer for model in patched for layer in model.layers], memory)
@@ -209,7 +210,7 @@ class Patch:
                 setattr(layer.attn, LAYER, layer)
                 self._place(layer)
             if model.layers:
-                self._handles.append(model.module.register_forward_pre_hook(_ModelHook(self, model), with_kwargs=True))
+                self._handles += _before_forward(model, _ModelHook(self, model))
                 self._handles += watch_grids(model.module, model.layers)
         if self._memory is not None:
             self._memory.install()
@@ -222,22 +223,27 @@ class Patch:
             layer.placed = self._processor
         layer.attn.set_processor(layer.placed)
 
-    def _keep_in_place(self, layer: Layer) -> None:
+    def _keep_in_place(self, layers: Sequence[Layer]) -> None:
         """Loading an IP-Adapter replaces our processors, unloading it makes new ones: put ours back. Anything else that
-        replaced one is somebody's wish, and is left, with a word."""
-        now = layer.attn.processor
-        if now is layer.placed:
-            return
-        unloaded = is_ip_adapter(layer.placed) and type(now).__name__ in ("AttnProcessor2_0", "AttnProcessor")
-        if is_ip_adapter(now) or unloaded:
-            self._place(layer)
-        elif type(now) is SemanticAttnProcessor:
-            layer.attn.set_processor(layer.placed)
-        elif layer.name not in self._warned:
-            self._warned.add(layer.name)
+        replaced one may be somebody's wish, and is left, with a word."""
+        foreign = []
+        for layer in layers:
+            now = layer.attn.processor
+            if now is layer.placed:
+                continue
+            unloaded = is_ip_adapter(layer.placed) and type(now).__name__ in ("AttnProcessor2_0", "AttnProcessor")
+            if is_ip_adapter(now) or unloaded:
+                self._place(layer)
+            elif type(now) is SemanticAttnProcessor:
+                layer.attn.set_processor(layer.placed)
+            elif layer.name not in self._warned:
+                foreign.append((layer.name, type(now).__name__))
+        if foreign:
+            self._warned.update(name for name, _ in foreign)
             warnings.warn(
-                f"sdattn_fast: layer {layer.name!r} runs {type(now).__name__}, which was set over the patch's "
-                "processor; the program does not run there. Call remove() and apply again to have it back",
+                f"sdattn_fast: {len(foreign)} of {len(layers)} layers run another processor, set over the patch's "
+                f"({foreign[0][0]!r}: {foreign[0][1]}); the program does not run there. To have it back, remove() and "
+                "apply again",
                 UserWarning,
                 stacklevel=2,
             )
@@ -246,12 +252,57 @@ class Patch:
 class _Model:
     """A UNet or ControlNet of a patch, and the text that it saw last."""
 
-    def __init__(self, module: nn.Module, text: TextState, layers: list[Layer]) -> None:
+    def __init__(self, module: nn.Module, outer: nn.Module, text: TextState, layers: list[Layer]) -> None:
         self.module = module
+        self.outer = outer
         self.text = text
         self.layers = layers
         self.seen: tuple[weakref.ref[Tensor], int, int] | None = None
         self.keys = torch.tensor([zlib.crc32(layer.name.encode()) for layer in layers], dtype=torch.int64)
+
+
+def _before_forward(model: _Model, hook: _ModelHook) -> list[Any]:
+    """Run the hook before every forward of a model, outside the graph where the model was compiled; the handles.
+
+    torch.compile's wrapper and `module.compile()` both trace the hooks of the module inside, and with fullgraph=True
+    they must not meet this one. So it goes around the compiled call, with one inside that is silent while traced.
+    """
+    module, outer = model.module, model.outer
+    if outer is not module:
+        inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
+        return [outer.register_forward_pre_hook(hook, with_kwargs=True), inside]
+    compiled_call = module._compiled_call_impl
+    if compiled_call is None:
+        return [module.register_forward_pre_hook(hook, with_kwargs=True)]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        hook(module, args, kwargs)
+        return compiled_call(*args, **kwargs)
+
+    module._compiled_call_impl = call
+    inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
+    return [_CompiledCall(module, call, compiled_call), inside]
+
+
+def _silent_in_graphs(hook: _ModelHook) -> Callable[..., None]:
+    def inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            hook(module, args, kwargs)
+
+    return inner
+
+
+@dataclass
+class _CompiledCall:
+    """A handle, like a hook's."""
+
+    module: nn.Module
+    ours: Callable[..., Any]
+    theirs: Callable[..., Any]
+
+    def remove(self) -> None:
+        if self.module._compiled_call_impl is self.ours:
+            self.module._compiled_call_impl = self.theirs
 
 
 class _ModelHook:
@@ -266,8 +317,8 @@ class _ModelHook:
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         patch, model = self.patch, self.model
+        patch._keep_in_place(model.layers)
         for layer in model.layers:
-            patch._keep_in_place(layer)
             layer.captured = None
             layer.grid = None
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
@@ -309,24 +360,24 @@ class _ModelHook:
             self.model.text.prepared(text.shape[0], int(layer.attn.heads), text.shape[1], text.device, layer.heads)
 
 
-def _models(pipe_or_unet: Any) -> tuple[list[tuple[str, nn.Module]], PromptMemory | None]:
-    """The models to patch, each with the prefix of its layers' names, and the memory of a pipeline's prompts."""
+def _models(pipe_or_unet: Any) -> tuple[list[tuple[str, nn.Module, nn.Module]], PromptMemory | None]:
+    """The models to patch, each with the prefix of its layers' names and as it is called (compiled, say), and the
+    memory of a pipeline's prompts."""
     if isinstance(pipe_or_unet, nn.Module):
-        return [("", _unwrapped(pipe_or_unet))], None
+        return [("", _unwrapped(pipe_or_unet), pipe_or_unet)], None
     unet = getattr(pipe_or_unet, "unet", None)
     if not isinstance(unet, nn.Module):
         kind = type(pipe_or_unet).__name__
         raise TypeError(f"pipe_or_unet: expected a diffusers pipeline with a unet, or a UNet, got {kind}")
-    models = [("", _unwrapped(unet))]
+    found = [("", unet)]
     controlnet = getattr(pipe_or_unet, "controlnet", None)
     if isinstance(controlnet, nn.Module):
-        controlnet = _unwrapped(controlnet)
-        nets = getattr(controlnet, "nets", None)
+        nets = getattr(_unwrapped(controlnet), "nets", None)
         if isinstance(nets, nn.ModuleList):
-            models += [(f"controlnet.nets.{i}.", _unwrapped(net)) for i, net in enumerate(nets)]
+            found += [(f"controlnet.nets.{i}.", net) for i, net in enumerate(nets)]
         else:
-            models.append(("controlnet.", controlnet))
-    return models, PromptMemory(pipe_or_unet)
+            found.append(("controlnet.", controlnet))
+    return [(prefix, _unwrapped(model), model) for prefix, model in found], PromptMemory(pipe_or_unet)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

@@ -134,7 +134,13 @@ def _matching(argument: str, pattern: str, names: Sequence[str]) -> list[str]:
     pattern = pattern.removesuffix(".processor")
     found = [name for name in names if name == pattern or fnmatch.fnmatchcase(name, pattern)]
     if not found:
-        nearest = difflib.get_close_matches(pattern, names, n=1, cutoff=0.0)
-        hint = f"; did you mean {nearest[0]!r}?" if nearest else ""
+        nearest = max(names, key=lambda name: _likeness(pattern, name), default=None)
+        hint = f"; did you mean {nearest!r}?" if nearest else ""
         raise ValueError(f"{argument}: {pattern!r} matches none of the {len(names)} cross-attention layers{hint}")
     return found
+
+
+def _likeness(pattern: str, name: str) -> tuple[int, float]:
+    """Shared characters first: names are long, and one that leaves parts out should not suit a shorter name better."""
+    matcher = difflib.SequenceMatcher(None, pattern, name, autojunk=False)
+    return sum(block.size for block in matcher.get_matching_blocks()), matcher.ratio()

@@ -95,7 +95,7 @@ class SemanticAttnProcessor:
         if getattr(attn, "added_kv_proj_dim", None) is not None:
             from diffusers.models.attention_processor import AttnAddedKVProcessor2_0
 
-            return AttnAddedKVProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+            return AttnAddedKVProcessor2_0()(attn, hidden_states, encoder_hidden_states, attention_mask)
         if isinstance(encoder_hidden_states, tuple):
             raise ValueError(
                 "encoder_hidden_states: an IP-Adapter passes a tuple, which its own processor must take; "
@@ -202,7 +202,8 @@ def _cross_attention(
             "(Refinement.sigma > 0) needs; sdattn_fast.apply takes them from the enclosing Transformer2DModel"
         )
     prepared = text.prepared(batch, heads_count, key.shape[2], key.device, heads)
-    out, maps = prepared(query, key, value, bias=mask, scale=attn.scale, grid=grid, seed=seed)
+    # Not attn.scale: a block compiled for layers of several widths would make a symbol of it.
+    out, maps = prepared(query, key, value, bias=mask, scale=None if attn.scale_qk else 1.0, grid=grid, seed=seed)
     if maps is not None and layer is not None:
         layer.captured = (maps, prepared.side.active, grid)
     return out
