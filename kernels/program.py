@@ -1,8 +1,8 @@
 """Steps 1 to 6 of DESIGN.md, section 2, on a tile of rows in registers.
 
-Every step is the same for p and for a multiple of p, so the rows stay unnormalised, relative to their largest entry, and
-the division by the softmax's sum is left to the output. Masks are recomputed rather than held across row reductions,
-where they would spill predicates.
+Every step is the same for p and for a multiple of p, so the rows stay unnormalised, relative to their largest entry,
+and the division by the softmax's sum is left to the output. Masks are recomputed rather than held across row
+reductions, where they would spill predicates.
 """
 
 import triton
@@ -13,7 +13,7 @@ from .select import kth_largest
 
 @triton.jit
 def softmax_parts(sa, sb, NB: tl.constexpr):
-    """Step 1 of logits in units of ln 2: exp2(s - max) of both tiles and its sum, 0 for a row without a finite logit."""
+    """Step 1, logits in units of ln 2: exp2(s - max) of both tiles and its sum, 0 for a row without a finite logit."""
     most = tl.max(sa, 1)
     if NB > 0:
         most = tl.maximum(most, tl.max(sb, 1))

@@ -1,9 +1,9 @@
 """Attention of rows over few keys, with the row program between the two products: steps 1 to 6 and 8 of DESIGN.md.
 
-A row of logits is whole in registers, so there is no online softmax and the map never exists in memory. The columns are
-two tiles: A holds every content token (the caller's tokens permuted, content first), B protected ones alone; all that the
-program decides happens in A. One launch program serves one head of one batch entry and walks over `TILES` tiles of rows,
-keys and values staying where they are; with MEAN it serves one tile of rows and walks over the heads instead.
+A row of logits is whole in registers, so there is no online softmax and the map never exists in memory. The columns
+are two tiles: A holds every content token (the caller's tokens permuted, content first), B protected ones alone; all
+that the program decides happens in A. One launch program serves one head of one batch entry and walks over `TILES` tiles
+of rows, keys and values staying where they are; with MEAN it serves one tile of rows and walks over the heads instead.
 """
 
 import triton
@@ -31,7 +31,7 @@ def rows_kernel(
     their alignment (it can tell 16 from 1 by itself, and head dimension 40 is neither); last dimensions are contiguous.
     Order: (B, N) int32, the caller's index of each column; None: columns are not permuted. Content: (B, N) uint8; None:
     plain attention. Slots: (N,) int32, where a token's map goes in Maps, -1 nowhere. groups: launch programs per head
-    (per batch entry with MEAN). DROP: 0 no step; 1, 2, 4, 8 a bound on Drop; beyond, any. RENORM: 0, 1 "content", 2 "row".
+    (per batch entry with MEAN). DROP: 0 no step; 1, 2, 4, 8 a bound on Drop; beyond, any. RENORM: 1 "content", 2 "row".
     STREAM: keys and values are too large to stay, so they pass in slices of DA and VA.
     """
     place = tl.program_id(0)
@@ -52,7 +52,8 @@ def rows_kernel(
                 scale, ratio, threshold,
                 q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_m, bias_n, gate_b, gate_h, M, T,
                 b, tl.zeros((), tl.int64) + head, group,
-                H, N, D, DV, NA, NB, DA, DB, VA, VB, BM, 1, UNIT, STREAM, DROP, RANDOM, NMS, RENORM, FINAL, True, PRECISION,
+                H, N, D, DV, NA, NB, DA, DB, VA, VB, BM, 1, UNIT, STREAM,
+                DROP, RANDOM, NMS, RENORM, FINAL, True, PRECISION,
             )  # fmt: skip
             sum_a += tl.where(runs != 0, map_a, 0.0)
             if NB > 0:
@@ -70,7 +71,8 @@ def rows_kernel(
             scale, ratio, threshold,
             q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_m, bias_n, gate_b, gate_h, M, T,
             (bh // H).to(tl.int64), (bh % H).to(tl.int64), group,
-            H, N, D, DV, NA, NB, DA, DB, VA, VB, BM, TILES, UNIT, STREAM, DROP, RANDOM, NMS, RENORM, FINAL, False, PRECISION,
+            H, N, D, DV, NA, NB, DA, DB, VA, VB, BM, TILES, UNIT, STREAM,
+            DROP, RANDOM, NMS, RENORM, FINAL, False, PRECISION,
         )  # fmt: skip
 
 
@@ -86,7 +88,7 @@ def _head(
     DROP: tl.constexpr, RANDOM: tl.constexpr, NMS: tl.constexpr, RENORM: tl.constexpr,
     FINAL: tl.constexpr, MEAN: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """One head of one entry: the columns' side once, then TILES tiles of rows. Returns the last tile's map (for MEAN)."""
+    """A head of one entry: the columns' side once, then TILES tiles of rows. Returns the last tile's map, for MEAN."""
     Query += b * (q_b * UNIT) + h * (q_h * UNIT)
     Key += b * (k_b * UNIT) + h * (k_h * UNIT)
     Value += b * (v_b * UNIT) + h * (v_h * UNIT)

@@ -13,7 +13,7 @@ def smooth_kernel(
     X, Y, Where, sigma, height, width, x_b, x_h, x_m, x_c, H, blocks,
     C: tl.constexpr, RADIUS: tl.constexpr, DOWN: tl.constexpr, BP: tl.constexpr, BC: tl.constexpr,
 ):  # fmt: skip
-    """Y (B, H, height*width, C), contiguous, from X of that shape and any strides; DOWN: along the height, else the width.
+    """Y (B, H, height*width, C), contiguous, from X of that shape, any strides; DOWN: along the height, else the width.
 
     Where: (B, H) uint8, copied where 0; None: smoothed everywhere. blocks: of BP pixels, per channel block and (b, h).
     """

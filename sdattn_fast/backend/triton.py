@@ -1,4 +1,4 @@
-"""The Triton backend: NVIDIA GPUs from Ampere on, AMD's gfx9 and later; CPU tensors under TRITON_INTERPRET=1, for tests.
+"""The Triton backend: NVIDIA GPUs from Ampere on, AMD's gfx9; CPU tensors under TRITON_INTERPRET=1, for tests.
 
 The kernels (sdattn_fast.kernels) see pointers, sizes and strides. This file checks what they serve, allocates, chooses
 tiles and launches. Nothing is tuned at run time: `_tiles` is a table in the shape of a function.
@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import math
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -35,7 +36,7 @@ def availability() -> str | None:
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0, which the kernels are compiled for"
+        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0, the least the kernels want"
     return None
 
 
@@ -72,15 +73,17 @@ def not_supported_reasons(
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, rows: RowPlan, return_bits: bool = False
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, rows: RowPlan,
+    return_bits: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Steps 1 to 6 and 8 for every row, in one launch.
 
     Returns:
         out (B, H, M, Dv) in the value's dtype; maps, float32, (B, T, M) or (B, H, T, M), None without capture; bits,
-        int32 (B, H, M, ceil(N / 32)): bit n % 32 of word n // 32 says that entry n survived steps 4 and 5. None unless asked.
+        int32 (B, H, M, ceil(N / 32)), None unless asked: bit n % 32 of word n // 32 says that entry n survived steps 4
+        and 5.
     """
-    b, h, m, d = query.shape
+    b, h, m, _ = query.shape
     n, dv = key.shape[2], value.shape[3]
     out = torch.empty((b, h, m, dv), dtype=value.dtype, device=query.device)
     maps = bits = None
@@ -93,14 +96,17 @@ def attention(
     if b * h * m == 0 or n == 0:
         # No row, or rows over no token: what there is of the results is zero.
         return out.zero_(), None if maps is None else maps.zero_(), bits
+    from ..kernels import rows_kernel
+
     with _on(query.device):
-        _launch(query, key, value, bias, scale, rows, out, maps, bits)
+        programs, arguments, options = rows_call(query, key, value, bias, scale, rows, out, maps, bits)
+        rows_kernel[programs,](*arguments, **options)
     return out, maps, bits
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None) -> Tensor:
-    """A new tensor: x (B, H, height * width, C) convolved `times` times with the Gaussian over the grid where the (B, H)
-    bool `where` says so (None: everywhere), copied elsewhere. `scipy.ndimage.gaussian_filter`'s radius and edges."""
+    """A new tensor: x (B, H, height * width, C), convolved `times` times with the Gaussian over the grid where the (B, H)
+    bool `where` says so (None: everywhere), else copied. `scipy.ndimage.gaussian_filter`'s radius and edges."""
     b, h, m, c = x.shape
     kept = x.dtype
     radius = int(4.0 * sigma + 0.5)
@@ -158,7 +164,7 @@ class Tiles:
         return {name: getattr(self, name) for name in ("NA", "NB", "DA", "DB", "VA", "VB", "BM", "TILES", "STREAM")}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def choose_tiles(
     n: int, d: int, dv: int, size: int, most_content: int | None, pixels: int, heads: int, processors: int, mean: bool
 ) -> Tiles:
@@ -170,9 +176,9 @@ def choose_tiles(
         nb = _power(n - na) if n > na else 0
     da, db = _split(d)
     va, vb = _split(dv)
-    wide = na + nb > 160
+    wide = na + nb > 160  # columns that four warps cannot hold
     # Float32 is split in three for the tensor cores, which leaves no room in registers either.
-    stream = size == 4 or wide or da + db + va + vb > 192
+    stream = size == 4 or na >= 128 or wide or da + db + va + vb > 192
     bm, stages = (32 if wide or size == 4 else 64), 1
     if stream:
         slice_ = 16 if wide and size == 4 else 32
@@ -188,41 +194,46 @@ def choose_tiles(
     return Tiles(na, nb, da, db, va, vb, bm, walk, stream, 8 if wide else 4, 2 if walk > 1 else stages)
 
 
-def _launch(
+def rows_call(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, rows: RowPlan, out: Tensor,
     maps: Tensor | None, bits: Tensor | None,
-) -> None:
-    from ..kernels import rows_kernel
-
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """How `rows_kernel` is called: the number of programs, the arguments in order, constants and options by name."""
     b, h, m, d = query.shape
     n, dv = key.shape[2], value.shape[3]
     programmed = rows.content is not None and rows.max_content > 0
     mean = maps is not None and rows.capture_mean
-    tiles = choose_tiles(
-        n, d, dv, query.element_size(), rows.max_content if programmed else None, m, b * h, _processors(query.device), mean
-    )
-    order = _kept(rows, "order", lambda: content_first(rows.content)) if programmed and tiles.NB else None
-    slots = None if maps is None else _kept(rows, "slots", lambda: map_slots(rows.capture_tokens, n))
+    content, captured = rows.content if programmed else None, rows.capture_tokens
+    most = rows.max_content if programmed else None
+    tiles = choose_tiles(n, d, dv, query.element_size(), most, m, b * h, _processors(query.device), mean)
+    order = slots = None
+    if content is not None and tiles.NB:
+        order = _kept(rows, "order", content, content_first)
+    if captured is not None:
+        slots = _kept(rows, "slots", captured, lambda tokens: map_slots(tokens, n))
     gate = rows.gate if programmed else None
     groups = -(-m // (tiles.BM * (1 if mean else tiles.TILES)))
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in strides))
     if bias is not None:
         bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, m, n)
-    rows_kernel[(groups * b * (1 if mean else h),)](
+    arguments = (
         query, key, value, bias, out, maps, bits,
-        order, rows.content if programmed else None, gate, rows.phrases if programmed else None, rows.drop, rows.seed,
-        rows.head_mode, slots,
+        order, content, gate, rows.phrases if programmed else None,
+        rows.drop if programmed else None, rows.seed if programmed else None, rows.head_mode, slots,
         float(scale) * _LOG2E, float(rows.random_ratio), float(rows.threshold),
         *(s // unit for s in strides), *((0, 0, 0, 0) if bias is None else bias.stride()),
         0 if gate is None else gate.stride(0), 0 if gate is None or gate.shape[1] == 1 else n,
         m, 0 if maps is None else maps.shape[-2], groups,
+    )  # fmt: skip
+    options = dict(
         H=h, N=n, D=d, DV=dv, UNIT=unit, **tiles.constants(),
         DROP=_bucket(rows.max_drop) if programmed and rows.drop is not None else 0,
         RANDOM=programmed and rows.random_ratio >= 0, NMS=programmed and rows.threshold >= 0,
         RENORM=rows.renormalize if programmed else 0, FINAL=rows.capture_final, MEAN=mean,
         PRECISION=_precision(query.device), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
+    return groups * b * (1 if mean else h), arguments, options
 
 
 def _bucket(most: int) -> int:
@@ -250,19 +261,17 @@ def _split(size: int) -> tuple[int, int]:
     return (low, rest) if low + rest < whole else (whole, 0)
 
 
-def _kept(rows: RowPlan, name: str, make: Any) -> Tensor:
-    """A small tensor derived from a RowPlan, kept with that very object: in eager use one plan serves a whole prompt.
+def _kept(rows: RowPlan, name: str, source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+    """A small tensor derived from a RowPlan's, kept with that very plan: in eager use one plan serves a whole prompt.
 
-    Made anew where the plan's tensors were written to since, and never kept from a CUDA graph's capture, whose memory is
-    the graph's own. Custom ops make a new RowPlan each call, so nothing is ever kept under torch.compile.
+    Made anew where the source was written to since, and never kept from a CUDA graph's capture, whose memory is the
+    graph's own. Custom ops make a new RowPlan each call, so nothing is ever kept under torch.compile.
     """
-    source = rows.content if name == "order" else rows.capture_tokens
-    assert source is not None
     version = None if source.is_inference() else source._version
     have = rows.__dict__.get(f"_triton_{name}")
     if have is not None and have[0] == version:
         return have[1]
-    made = make()
+    made = make(source)
     if not (source.is_cuda and torch.cuda.is_current_stream_capturing()):
         rows.__dict__[f"_triton_{name}"] = (version, made)
     return made
@@ -277,7 +286,7 @@ def _processors(device: torch.device) -> int:
     return _count_processors(device.index or 0) if device.type == "cuda" else 2
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _count_processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 

@@ -1,8 +1,8 @@
 """The rows kernel against the definition in float64. Not collected by itself: tests/backend/test_triton.py runs it in a
 process of its own under TRITON_INTERPRET=1, and benchmarks/on_gpu.sh runs it as it is on a GPU, bfloat16 included.
 
-A rounding error flips a near-tie, so there are two comparisons: given the kernel's own selection, the results agree with
-float64; and the selection is float64's, except where its margin is under the rounding error.
+A rounding error flips a near-tie, so there are two comparisons: given the kernel's own selection, the results agree
+with float64; and the selection is float64's, except where its margin is under the rounding error.
 """
 
 from __future__ import annotations

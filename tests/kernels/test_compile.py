@@ -1,0 +1,175 @@
+"""Every kernel compiled for every target, with the very arguments it is launched with; no GPU needed.
+
+Registers, stack, spills and shared memory come from cuobjdump in triton's wheel, for NVIDIA; from the assembly for AMD.
+`pytest -s` prints them.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+from sdattn_fast.kernels import rows_kernel, smooth_kernel  # noqa: E402
+from triton.backends.compiler import GPUTarget  # noqa: E402
+from triton.compiler import ASTSource  # noqa: E402
+
+from sdattn_fast import Capture, Program, Refinement, SalienceDropout  # noqa: E402
+from sdattn_fast.backend import triton as backend  # noqa: E402
+from sdattn_fast.plan import TokenSide, make_plan  # noqa: E402
+
+CUDA = {cc: GPUTarget("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 120)}
+HIP = GPUTarget("hip", "gfx942", 64)
+SHARED = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # KiB a block may have
+POINTER = {
+    torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
+    torch.uint8: "*u8",
+}  # fmt: skip
+FULL = Program(SalienceDropout(0.2), Refinement(1, 0.3, 0.0), "content")
+
+
+@pytest.fixture(autouse=True)
+def _of_this_test(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    # Tiles and precision as on an H200.
+    monkeypatch.setattr(backend, "_processors", lambda device: 132)
+
+
+def source_of(kernel, arguments, options):
+    """What the launcher would compile: integers that are 1 are constants, multiples of 16 are known to be."""
+    names = kernel.arg_names
+    values = dict(zip(names, arguments, strict=False)) | {k: v for k, v in options.items() if k in names}
+    signature, constants, attributes = {}, {}, {}
+    for i, name in enumerate(names):
+        x = values[name]
+        if isinstance(x, torch.Tensor):
+            signature[name], attributes[(i,)] = POINTER[x.dtype], [["tt.divisibility", 16]]
+        elif i >= len(arguments) or x is None or (isinstance(x, int) and x == 1):
+            signature[name], constants[name] = "constexpr", x
+        elif isinstance(x, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32"
+            if x % 16 == 0:
+                attributes[(i,)] = [["tt.divisibility", 16]]
+    return ASTSource(kernel, signature, constants, attributes)
+
+
+def rows_source(
+    monkeypatch, target, dtype=torch.float16, m=4096, n=77, d=40, content=12, program=FULL, words=True, capture=None,
+    random=False, bits=False, bias=False,
+):  # fmt: skip
+    """The rows kernel for 2 entries of 8 heads; content None: plain attention; words: with a gate and phrases."""
+    monkeypatch.setattr(backend, "_precision", lambda device: "tf32x3" if target.backend == "cuda" else "ieee")
+    q, k, v = (torch.empty(2, s, 8, d, dtype=dtype).transpose(1, 2) for s in (m, n, n))
+    side = {}
+    if content is not None:
+        protected = torch.ones(2, n, dtype=torch.bool)
+        protected[:, :content] = False
+        side = {"protected": protected, "seed": torch.zeros(1, dtype=torch.int64)}
+        if words:
+            side |= {"gate": torch.ones(2, 1, n), "phrases": torch.zeros(2, n, dtype=torch.int64)}
+    plan = make_plan(Program() if content is None else program, TokenSide(2, 8, n, q.device, **side), capture)
+    maps = None
+    if capture is not None:
+        count = len(capture.tokens)
+        maps = torch.empty((2, count, m) if capture.reduce == "mean" else (2, 8, count, m))
+    words_of_bits = torch.empty(2, 8, m, (n + 31) // 32, dtype=torch.int32) if bits else None
+    row = torch.zeros(2, 1, 1, n, dtype=dtype) if bias else None
+    out = torch.empty(2, 8, m, d, dtype=dtype)
+    _, arguments, options = backend.rows_call(q, k, v, row, d**-0.5, plan.rows, out, maps, words_of_bits)
+    return source_of(rows_kernel, arguments, options), options
+
+
+def compiled(source, target, options):
+    launch = {"num_warps": options["num_warps"], "num_stages": options.get("num_stages", 1)}
+    return triton.compile(source, target=target, options=launch)
+
+
+def usage(kernel, target, tmp_path):
+    """(registers, bytes of stack a thread, bytes of shared memory); spills are in the stack."""
+    if target.backend == "hip":
+        found = dict(re.findall(r"\.(vgpr_count|private_segment_fixed_size): *(\d+)", kernel.asm["amdgcn"]))
+        return int(found["vgpr_count"]), int(found["private_segment_fixed_size"]), kernel.metadata.shared
+    cubin = tmp_path / "kernel.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+    printed = subprocess.run([tool, "-res-usage", cubin], capture_output=True, text=True, check=True).stdout
+    registers, stack, local = map(int, re.search(r"REG:(\d+) STACK:(\d+).*?LOCAL:(\d+)", printed).groups())
+    return registers, stack + local, kernel.metadata.shared
+
+
+def check(source, options, target, tmp_path, label, most_stack=0):
+    registers, stack, shared = usage(compiled(source, target, options), target, tmp_path)
+    print(f"{target.arch}: {label}: {registers} registers, {stack} bytes of stack, {shared / 1024:.1f} KiB shared")
+    assert stack <= most_stack, f"{stack} bytes of stack: the kernel spills"
+    assert shared <= SHARED[target.arch] * 1024
+
+
+# The whole matrix on sm_90, what differs between targets (dtypes, the widest shapes) on the others.
+
+MATRIX = {
+    "plain": dict(content=None),
+    "plain, D=160": dict(content=None, d=160, m=256),
+    "full": dict(),
+    "full, D=64, bf16": dict(d=64, dtype=torch.bfloat16),
+    "full, D=80": dict(d=80, m=1024),
+    "full, D=160": dict(d=160, m=256, dtype=torch.bfloat16),
+    "full, 30 content": dict(content=30),
+    "full, all content": dict(content=77),
+    "full, fp32": dict(dtype=torch.float32),
+    "no words": dict(words=False),
+    "row, random": dict(program=Program(SalienceDropout(0.2, mode="random"), renormalize="row")),
+    "bias and bits": dict(bias=True, bits=True),
+    "capture of the mean": dict(capture=Capture((3, 5))),
+    "capture of each head": dict(capture=Capture((3, 5), "softmax", "none"), d=64),
+}
+
+
+@pytest.mark.parametrize("name", MATRIX)
+def test_rows_for_sm90(name, monkeypatch, tmp_path):
+    source, options = rows_source(monkeypatch, CUDA[90], **MATRIX[name])
+    check(source, options, CUDA[90], tmp_path, name)
+
+
+OTHERS = [(cc, name) for cc in (80, 100, 120) for name in ("full", "full, D=64, bf16", "full, D=160", "full, fp32")]
+OTHERS += [(86, "full, D=64, bf16"), (89, "full, D=64, bf16")]  # sm_80's instructions, less shared memory
+
+
+@pytest.mark.parametrize("cc,name", OTHERS)
+def test_rows_for_nvidia(cc, name, monkeypatch, tmp_path):
+    source, options = rows_source(monkeypatch, CUDA[cc], **MATRIX[name])
+    check(source, options, CUDA[cc], tmp_path, name)
+
+
+AMD = ["plain", "full", "full, D=64, bf16", "full, D=160", "full, fp32", "capture of the mean"]
+
+
+@pytest.mark.parametrize("name", AMD)
+def test_rows_for_amd(name, monkeypatch, tmp_path):
+    source, options = rows_source(monkeypatch, HIP, **MATRIX[name])
+    check(source, options, HIP, tmp_path, name)
+
+
+@pytest.mark.parametrize("target", [CUDA[86], CUDA[90], HIP], ids=lambda t: str(t.arch))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_rows_of_the_largest_shape_fit(target, dtype, monkeypatch, tmp_path):
+    source, options = rows_source(monkeypatch, target, dtype=dtype, n=256, d=256, content=40)
+    # Here some spilling is accepted; shared memory must fit.
+    check(source, options, target, tmp_path, f"N = D = 256, {dtype}", most_stack=1024)
+
+
+@pytest.mark.parametrize("target", [*CUDA.values(), HIP], ids=lambda t: str(t.arch))
+def test_smooth(target, tmp_path):
+    x, y = torch.empty(1, dtype=torch.bfloat16), torch.empty(1)
+    arguments = (x, y, torch.empty(1, dtype=torch.uint8), 0.8, 64, 64, 64 * 64 * 320, 40, 320, 1, 8, 128)
+    options = dict(C=40, RADIUS=3, DOWN=True, BP=16, BC=64, num_warps=4)
+    check(source_of(smooth_kernel, arguments, options), options, target, tmp_path, "smooth")
