@@ -165,8 +165,8 @@ class Patch:
         checked = {name: checked_token_input(name, x) for name, x in inputs.items()}
         for name, x in checked.items():
             setattr(self._given, name, x)
-        for model in self._models:
-            model.text.forget()
+        # What was plain attention may not be so any more, and its text was not asked for then: look again.
+        self.refresh()
 
     def refresh(self) -> None:
         """Forget everything derived from text; it is derived anew at the next step."""
@@ -342,13 +342,15 @@ class _ModelHook:
                 self._prepare(text)
                 return
         rows = None if patch._memory is None else patch._memory.find(text)
-        told = patch._given.active is not None and patch._given.protected is not None
-        if patch._memory is not None and rows is None and not told and model.text.needs_classes():
+        told = patch._given.active is not None and (
+            patch._given.protected is not None or not model.text.needs_protected()
+        )
+        if patch._memory is not None and rows is None and not told and model.text.needs_active():
             raise ValueError(
                 f"encoder_hidden_states: its rows {tuple(text.shape)} are not what this pipeline's encode_prompt "
                 "returned, so prompts and unconditional entries cannot be told apart. Pass active=, bool "
                 f"({text.shape[0]},), True for prompts, and protected=, bool ({text.shape[1]},), True for BOS, EOS and "
-                "padding, to sdattn_fast.apply or patch.update"
+                "padding, to sdattn_fast.apply or patch.update; or apply to the pipeline that encodes the text"
             )
         model.text.see(rows)
         model.seen = (weakref.ref(text), version, encoded)
@@ -356,6 +358,9 @@ class _ModelHook:
 
     def _prepare(self, text: Tensor) -> None:
         """Ahead of the layers, so that a compiled block finds its call and what does not fit is said here."""
+        gate = self.patch._given.gate
+        if not self.patch._settings.text_cache or (gate is not None and gate.requires_grad):
+            return
         for layer in self.model.layers:
             self.model.text.prepared(text.shape[0], int(layer.attn.heads), text.shape[1], text.device, layer.heads)
 

@@ -45,9 +45,6 @@ class Given:
     protected: Tensor | None = None
     active: Tensor | None = None
 
-    def any(self) -> bool:
-        return any(getattr(self, name) is not None for name in TOKEN_INPUTS)
-
 
 @dataclass
 class TextState:
@@ -67,11 +64,15 @@ class TextState:
             self.cache.clear()
         self.rows = rows
 
-    def needs_classes(self) -> bool:
-        """Whether token classes make any difference: plain attention has no use for them."""
-        s = self.settings
-        plain = s.program.dropout is None and s.program.refine is None and s.program.renormalize == "none"
-        return not plain or self.given.gate is not None or self.given.phrases is not None or s.capture is not None
+    def needs_protected(self) -> bool:
+        """Whether it matters which tokens are content: plain attention has no use for it."""
+        program = self.settings.program
+        plain = program.dropout is None and program.refine is None and program.renormalize == "none"
+        return not plain or self.given.gate is not None or self.given.phrases is not None
+
+    def needs_active(self) -> bool:
+        """Whether it matters which entries are prompts: the maps are theirs alone."""
+        return self.needs_protected() or self.settings.capture is not None
 
     def prepared(
         self, batch: int, heads_count: int, tokens: int, device: torch.device, heads: tuple[int, ...] | None
@@ -111,7 +112,7 @@ class TextState:
         active = self.active(batch, device)
         prompt = self._prompt_of_entries(batch)
         protected = self._expand("protected", prompt, batch, tokens, device)
-        if protected is None and self.rows is not None and self.needs_classes():
+        if protected is None and self.rows is not None and self.needs_protected():
             protected = self._found_protected(batch, tokens, device)
         return prepare(
             s.program,

@@ -9,7 +9,24 @@ import pytest
 import torch
 
 import sdattn_fast
-from sdattn_fast import Program, SalienceDropout
+from sdattn_fast import Capture, Program, SalienceDropout, SemanticAttnProcessor
+
+MID = "mid_block.attentions.0.transformer_blocks.0.attn2"
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_processor_by_hand_compiles_whole(backend: str, parts: dict[str, Any]) -> None:
+    block = copy.deepcopy(parts["sd15"].mid_block.attentions[0].transformer_blocks[0])
+    protected = torch.arange(77) > 8
+    block.attn2.set_processor(
+        SemanticAttnProcessor(Program(SalienceDropout(0.3)), protected=protected, heads=[1], backend=backend)
+    )
+    torch._dynamo.reset()
+    x, text = torch.randn(2, 64, 32), torch.randn(2, 77, 32)
+    compiled = torch.compile(block, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        first = compiled(x, encoder_hidden_states=text)
+        assert torch.allclose(first, block(x, encoder_hidden_states=text), atol=1e-5)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])
@@ -35,21 +52,22 @@ def test_a_compiled_unet_sees_a_new_prompt(how: str, build: Any, draw: Any, psnr
     """Compiled before the patch the whole UNet may be one graph; afterwards, the patch breaks it once, at its start."""
     pipe = build("sd15")
     pipe.register_modules(unet=copy.deepcopy(pipe.unet))
-    program = Program(dropout=SalienceDropout(0.3))
+    program = Program(dropout=SalienceDropout(0.3, mode="random"))
+    capture = Capture(tokens=[3])
     prompts = ("a red car", "some other dog")
     torch._dynamo.reset()
-    with sdattn_fast.apply(pipe, program):
-        expected = [draw(pipe, prompt) for prompt in prompts]
+    with sdattn_fast.apply(pipe, program, seed=5, capture=capture) as patch:
+        expected = [(draw(pipe, prompt), patch.maps[MID]) for prompt in prompts]
     if how == "wrapped":
         pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
     elif how == "in place":
         pipe.unet.compile(backend="eager", fullgraph=True)
     elif how == "blocks":
         pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
-    with sdattn_fast.apply(pipe, program) as patch:
-        assert "mid_block.attentions.0.transformer_blocks.0.attn2" in patch.layers
+    with sdattn_fast.apply(pipe, program, seed=5, capture=capture) as patch:
         if how == "afterwards":
             pipe.unet = torch.compile(pipe.unet, backend="eager")
-        for prompt, picture in zip(prompts, expected, strict=True):
+        for prompt, (picture, maps) in zip(prompts, expected, strict=True):
             assert psnr(draw(pipe, prompt), picture) > 80
+            assert torch.allclose(patch.maps[MID], maps, atol=1e-4)
     torch._dynamo.reset()

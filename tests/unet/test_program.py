@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -116,6 +117,35 @@ def test_gradients_pass_through(parts: dict[str, Any]) -> None:
     assert gradients[0][0].abs().sum() > 0
     for got, expected in zip(*gradients, strict=True):
         assert torch.allclose(got, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_gradient_checkpointing(parts: dict[str, Any]) -> None:
+    unet = copy.deepcopy(parts["sd15"]).train()
+    program = Program(SalienceDropout(0.3, mode="random"), Refinement(1, None, 0.8))
+    gradients = []
+    with sdattn_fast.apply(unet, program, seed=1):
+        for checkpointing in (False, True):
+            if checkpointing:
+                unet.enable_gradient_checkpointing()
+            unet.zero_grad()
+            unet(**_unet_inputs(batch=1, height=8, width=8)).sample.square().sum().backward()
+            gradients.append(unet.mid_block.attentions[0].transformer_blocks[0].attn2.to_k.weight.grad.clone())
+    assert gradients[0].abs().sum() > 0
+    assert torch.allclose(*gradients, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype: torch.dtype, parts: dict[str, Any]) -> None:
+    unet = copy.deepcopy(parts["sd15"]).to(dtype)
+    inputs = {k: x.to(dtype) if x.is_floating_point() else x for k, x in _unet_inputs(2, 16, 16).items()}
+    exact = {k: x.double() if x.is_floating_point() else x for k, x in inputs.items()}
+    with torch.no_grad():
+        stock = unet(**inputs).sample
+        with sdattn_fast.apply(unet):
+            ours = unet(**inputs).sample
+        expected = unet.double()(**exact).sample
+    assert ours.dtype == dtype
+    assert (ours - expected).abs().max() <= 2 * (stock - expected).abs().max()
 
 
 class _OracleProcessor:

@@ -86,9 +86,13 @@ def test_foreign_embeddings_ask_for_their_token_classes(build: Callable[[str], A
         patch.update(protected=protected)
         draw(pipe, None, **embeds)
         assert _seen(patch) == ([False, True], [0, 4])
-    # Plain attention does not care.
-    with sdattn_fast.apply(pipe):
+    # Plain attention does not care, and its maps want the prompts' entries alone.
+    with sdattn_fast.apply(pipe, capture=sdattn_fast.Capture()) as patch:
         draw(pipe, None, **embeds)
+        assert all(len(maps) == 1 for maps in patch.maps.values())
+        patch.update(gate=torch.ones(77))
+        with pytest.raises(ValueError, match="protected: prompt_embeds came without their tokens"):
+            draw(pipe, None, **embeds)
 
 
 def test_rows_from_elsewhere_are_refused_with_what_to_pass(build: Callable[[str], Any]) -> None:
@@ -101,6 +105,30 @@ def test_rows_from_elsewhere_are_refused_with_what_to_pass(build: Callable[[str]
         patch.update(active=torch.tensor([True, False]), protected=protected)
         pipe.unet(**inputs)
         assert _seen(patch) == ([True, False], [77, 0])
+
+
+def test_guidance_may_stop_between_steps(build: Callable[[str], Any], draw: Any) -> None:
+    pipe = build("sd15")
+    seen = []
+
+    def stop(pipe: Any, step: int, timestep: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        seen.append(_seen(patch))
+        pipe._guidance_scale = 0.0
+        return {**tensors, "prompt_embeds": tensors["prompt_embeds"].chunk(2)[-1]} if step == 0 else tensors
+
+    with sdattn_fast.apply(pipe, DROPOUT) as patch:
+        draw(pipe, callback_on_step_end=stop, callback_on_step_end_tensor_inputs=["prompt_embeds"])
+    assert seen == [([False, True], [0, 7]), ([True], [7])]
+
+
+def test_plain_rows_are_looked_at_again_once_a_gate_comes(build: Callable[[str], Any]) -> None:
+    pipe = build("sd15")
+    inputs = {"sample": torch.randn(2, 4, 8, 8), "timestep": 1, "encoder_hidden_states": torch.randn(2, 77, 32)}
+    with sdattn_fast.apply(pipe) as patch, torch.no_grad():
+        pipe.unet(**inputs)
+        patch.update(gate=torch.ones(77))
+        with pytest.raises(ValueError, match="encoder_hidden_states: its rows"):
+            pipe.unet(**inputs)
 
 
 def test_a_bare_unet_is_all_content(parts: dict[str, Any]) -> None:
