@@ -8,7 +8,7 @@ environment variable SDATTN_FAST_ISA.
 from __future__ import annotations
 
 import os
-from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -22,10 +22,10 @@ _MOST = 256  # N, D and Dv
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
-def _load() -> tuple[ModuleType | None, str | None]:
+def _load() -> tuple[Any, str | None]:
     # After torch, whose libgomp.so.1 and threads it then shares.
     try:
-        from .. import _core
+        from .. import _core  # type: ignore[attr-defined]
     except ImportError as error:
         return (
             None,
