@@ -2,7 +2,7 @@
 
 A row of logits is whole in registers, so there is no online softmax and the map never exists in memory. The columns
 are two tiles: A holds every content token (the caller's tokens permuted, content first), B protected ones alone; all
-that the program decides happens in A. One launch program serves one head of one batch entry and walks over `TILES` tiles
+that the program decides happens in A. One launch program serves one head of one batch entry and walks over TILES tiles
 of rows, keys and values staying where they are; with MEAN it serves one tile of rows and walks over the heads instead.
 """
 
@@ -17,7 +17,7 @@ def rows_kernel(
     Query, Key, Value, Bias, Out, Maps, Bits,
     Order, Content, Gate, Phrases, Drop, Seed, HeadMode, Slots,
     scale, ratio, threshold,
-    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_m, bias_n, gate_b, gate_h,
+    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_m, bias_b, bias_h, bias_m, bias_n, gate_b, gate_h,
     M, T, groups,
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     NA: tl.constexpr, NB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr,
@@ -27,8 +27,8 @@ def rows_kernel(
 ):  # fmt: skip
     """One tile of columns, A, if NB is 0. Pointers that are None switch their part off.
 
-    scale: of the logits, times log2(e). q_*, k_*, v_*: strides in units of UNIT elements, so that the compiler knows
-    their alignment (it can tell 16 from 1 by itself, and head dimension 40 is neither); last dimensions are contiguous.
+    scale: of the logits, times log2(e). q_*, k_*, v_*, o_*: strides in units of UNIT elements, so that the compiler
+    knows their alignment (it tells 16 from 1 by itself, and head dimension 40 is neither); last dimensions are contiguous.
     Order: (B, N) int32, the caller's index of each column; None: columns are not permuted. Content: (B, N) uint8; None:
     plain attention. Slots: (N,) int32, where a token's map goes in Maps, -1 nowhere. groups: launch programs per head
     (per batch entry with MEAN). DROP: 0 no step; 1, 2, 4, 8 a bound on Drop; beyond, any. RENORM: 1 "content", 2 "row".
@@ -50,7 +50,8 @@ def rows_kernel(
             map_a, map_b = _head(
                 Query, Key, Value, Bias, Out, Maps, Bits, Order, Content, Gate, Phrases, Drop, Seed, HeadMode, Slots,
                 scale, ratio, threshold,
-                q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_m, bias_n, gate_b, gate_h, M, T,
+                q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_m,
+                bias_b, bias_h, bias_m, bias_n, gate_b, gate_h, M, T,
                 b, tl.zeros((), tl.int64) + head, group,
                 H, N, D, DV, NA, NB, DA, DB, VA, VB, BM, 1, UNIT, STREAM,
                 DROP, RANDOM, NMS, RENORM, FINAL, True, PRECISION,
@@ -69,7 +70,8 @@ def rows_kernel(
         _head(
             Query, Key, Value, Bias, Out, Maps, Bits, Order, Content, Gate, Phrases, Drop, Seed, HeadMode, Slots,
             scale, ratio, threshold,
-            q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_m, bias_n, gate_b, gate_h, M, T,
+            q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_m,
+            bias_b, bias_h, bias_m, bias_n, gate_b, gate_h, M, T,
             (bh // H).to(tl.int64), (bh % H).to(tl.int64), group,
             H, N, D, DV, NA, NB, DA, DB, VA, VB, BM, TILES, UNIT, STREAM,
             DROP, RANDOM, NMS, RENORM, FINAL, False, PRECISION,
@@ -80,7 +82,7 @@ def rows_kernel(
 def _head(
     Query, Key, Value, Bias, Out, Maps, Bits, Order, Content, Gate, Phrases, Drop, Seed, HeadMode, Slots,
     scale, ratio, threshold,
-    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, bias_b, bias_h, bias_m, bias_n, gate_b, gate_h, M, T,
+    q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, o_b, o_h, o_m, bias_b, bias_h, bias_m, bias_n, gate_b, gate_h, M, T,
     b, h, group,
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
     NA: tl.constexpr, NB: tl.constexpr, DA: tl.constexpr, DB: tl.constexpr, VA: tl.constexpr, VB: tl.constexpr,
@@ -92,7 +94,7 @@ def _head(
     Query += b * (q_b * UNIT) + h * (q_h * UNIT)
     Key += b * (k_b * UNIT) + h * (k_h * UNIT)
     Value += b * (v_b * UNIT) + h * (v_h * UNIT)
-    Out += (b * H + h) * M * DV
+    Out += b * (o_b * UNIT) + h * (o_h * UNIT)
     mode = 0
     if HeadMode is not None:
         mode = tl.load(HeadMode + h).to(tl.int32)
@@ -203,17 +205,17 @@ def _head(
                 if NB > 0:
                     vd = _slice(Value, col_b, in_b, v_n * UNIT, d, VA, DV)
                     o = tl.dot(pb, vd, o, input_precision=PRECISION)
-                _store_out(Out, o * after[:, None], rows, in_m, d, VA, DV)
+                _store_out(Out, o * after[:, None], rows, in_m, o_m * UNIT, d, VA, DV)
         else:
             o = tl.dot(pa, va0, input_precision=PRECISION)
             if NB > 0:
                 o = tl.dot(pb, vb0, o, input_precision=PRECISION)
-            _store_out(Out, o * after[:, None], rows, in_m, 0, VA, DV)
+            _store_out(Out, o * after[:, None], rows, in_m, o_m * UNIT, 0, VA, DV)
             if VB > 0:
                 o = tl.dot(pa, va1, input_precision=PRECISION)
                 if NB > 0:
                     o = tl.dot(pb, vb1, o, input_precision=PRECISION)
-                _store_out(Out, o * after[:, None], rows, in_m, VA, VB, DV)
+                _store_out(Out, o * after[:, None], rows, in_m, o_m * UNIT, VA, VB, DV)
     return map_a, map_b
 
 
@@ -244,9 +246,9 @@ def _logits(s, scale, Bias, bias_b, bias_h, bias_m, bias_n, b, h, rows, in_m, co
 
 
 @triton.jit
-def _store_out(Out, o, rows, in_m, first, size: tl.constexpr, DV: tl.constexpr):
+def _store_out(Out, o, rows, in_m, stride, first, size: tl.constexpr, DV: tl.constexpr):
     d = first + tl.arange(0, size)
-    at = Out + rows[:, None] * DV + d[None, :]
+    at = Out + rows[:, None] * stride + d[None, :]
     tl.store(at, o.to(Out.dtype.element_ty), mask=in_m[:, None] & (d < DV)[None, :])
 
 

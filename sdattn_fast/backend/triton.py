@@ -74,9 +74,12 @@ def not_supported_reasons(
 
 def attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, rows: RowPlan,
-    return_bits: bool = False,
+    return_bits: bool = False, keep_layout: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Steps 1 to 6 and 8 for every row, in one launch.
+
+    keep_layout: where the heads of a pixel lie side by side in the query, as after `view(B, M, H, D).transpose(1, 2)`,
+    they do so in out, so that the way back is a view; otherwise, and by default, out is contiguous.
 
     Returns:
         out (B, H, M, Dv) in the value's dtype; maps, float32, (B, T, M) or (B, H, T, M), None without capture; bits,
@@ -85,7 +88,10 @@ def attention(
     """
     b, h, m, _ = query.shape
     n, dv = key.shape[2], value.shape[3]
-    out = torch.empty((b, h, m, dv), dtype=value.dtype, device=query.device)
+    if keep_layout and query.stride(1) < query.stride(2):
+        out = torch.empty((b, m, h, dv), dtype=value.dtype, device=query.device).transpose(1, 2)
+    else:
+        out = torch.empty((b, h, m, dv), dtype=value.dtype, device=query.device)
     maps = bits = None
     count = 0 if rows.capture_tokens is None else rows.capture_tokens.shape[0]
     if rows.capture_tokens is not None:
@@ -105,8 +111,8 @@ def attention(
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None) -> Tensor:
-    """A new tensor: x (B, H, height * width, C), convolved `times` times with the Gaussian over the grid where the (B, H)
-    bool `where` says so (None: everywhere), else copied. `scipy.ndimage.gaussian_filter`'s radius and edges."""
+    """A new tensor: x (B, H, height * width, C) convolved `times` times with the Gaussian over the grid where `where`,
+    a (B, H) bool, says so (None: everywhere), else copied. `scipy.ndimage.gaussian_filter`'s radius and edges."""
     b, h, m, c = x.shape
     kept = x.dtype
     radius = int(4.0 * sigma + 0.5)
@@ -213,7 +219,7 @@ def rows_call(
         slots = _kept(rows, "slots", captured, lambda tokens: map_slots(tokens, n))
     gate = rows.gate if programmed else None
     groups = -(-m // (tiles.BM * (1 if mean else tiles.TILES)))
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3])
     unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in strides))
     if bias is not None:
         bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, m, n)

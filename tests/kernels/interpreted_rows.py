@@ -289,6 +289,16 @@ def test_strided_inputs():
     check(c, FULL)
 
 
+def test_out_can_keep_the_querys_layout():
+    c = case(h=3, d=40)
+    rows = make_plan(FULL, c.side).rows
+    exact, _, _ = backend.attention(c.q, c.k, c.v, None, 0.2, rows)
+    beside = c.q.transpose(1, 2).contiguous().transpose(1, 2)
+    out, _, _ = backend.attention(beside, c.k, c.v, None, 0.2, rows, keep_layout=True)
+    assert torch.equal(out, exact) and out.transpose(1, 2).is_contiguous()
+    assert backend.attention(c.q, c.k, c.v, None, 0.2, rows, keep_layout=True)[0].is_contiguous()
+
+
 @pytest.mark.parametrize("shape", [(0, 2, 3, 5), (2, 0, 3, 5), (2, 2, 0, 5), (2, 2, 3, 0)])
 def test_empty_inputs(shape):
     b, h, m, n = shape
