@@ -357,12 +357,17 @@ class _ModelHook:
         self._prepare(text)
 
     def _prepare(self, text: Tensor) -> None:
-        """Ahead of the layers, so that a compiled block finds its call and what does not fit is said here."""
+        """Ahead of the layers, so that a compiled block finds its call prepared."""
         gate = self.patch._given.gate
         if not self.patch._settings.text_cache or (gate is not None and gate.requires_grad):
             return
-        for layer in self.model.layers:
-            self.model.text.prepared(text.shape[0], int(layer.attn.heads), text.shape[1], text.device, layer.heads)
+        try:
+            for layer in self.model.layers:
+                heads_count = int(layer.attn.heads)
+                self.model.text.prepared(text.shape[0], heads_count, text.shape[1], text.device, layer.heads)
+        except ValueError:
+            # Video models multiply the batch inside: what does not fit here may fit there. If not, the layer says so.
+            return
 
 
 def _models(pipe_or_unet: Any) -> tuple[list[tuple[str, nn.Module, nn.Module]], PromptMemory | None]:

@@ -101,7 +101,15 @@ class TextState:
                     f"got {tuple(self.given.active.shape)}"
                 )
             return self.given.active.to(device)
-        if self.rows is None or len(self.rows.prompt) != batch:
+        if self.rows is None:
+            return None
+        if len(self.rows.prompt) != batch:
+            # A model that multiplies its batch inside (video) and a patch that does not know how.
+            if self.needs_active():
+                raise ValueError(
+                    f"active: the pipeline encoded {len(self.rows.prompt)} rows, this layer sees a batch of {batch}; "
+                    "pass active= and protected= for that batch to sdattn_fast.apply or patch.update"
+                )
             return None
         return torch.tensor([p >= 0 for p in self.rows.prompt], dtype=torch.bool, device=device)
 

@@ -77,6 +77,46 @@ def test_latents_that_halve_to_odd_sides(parts: dict[str, Any]) -> None:
     assert grids == {(15, 9), (8, 5)}
 
 
+def test_blocks_that_are_no_transformers() -> None:
+    """The K-upscalers' attention stands in blocks of its own, and works with a mask and a norm over the text."""
+    from diffusers import UNet2DConditionModel
+
+    unet = UNet2DConditionModel(
+        act_fn="gelu", attention_head_dim=8, norm_num_groups=None, block_out_channels=(32, 32, 64, 64),
+        cross_attention_dim=32, conv_in_kernel=1, conv_out_kernel=1, mid_block_type=None,
+        down_block_types=("KDownBlock2D", *["KCrossAttnDownBlock2D"] * 3), resnet_time_scale_shift="scale_shift",
+        up_block_types=(*["KCrossAttnUpBlock2D"] * 3, "KUpBlock2D"), time_embedding_type="fourier",
+        timestep_post_act="gelu",
+    ).eval()  # fmt: skip
+    inputs = _unet_inputs(batch=2, height=16, width=24)
+    inputs["encoder_attention_mask"] = torch.arange(77).expand(2, 77) < torch.tensor([[20], [77]])
+    with torch.no_grad():
+        stock = unet(**inputs).sample
+        with sdattn_fast.apply(unet):
+            assert torch.allclose(unet(**inputs).sample, stock, atol=1e-5)
+        with sdattn_fast.apply(unet, PROGRAMS["refinement"], capture=sdattn_fast.Capture()) as patch:
+            unet(**inputs)
+            assert {tuple(maps.shape[2:]) for maps in patch.maps.values()} == {(8, 12), (4, 6), (2, 3)}
+
+
+def test_video_multiplies_the_batch_inside() -> None:
+    from diffusers import UNet3DConditionModel
+
+    unet = UNet3DConditionModel(
+        block_out_channels=(4, 8), norm_num_groups=4, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
+        up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"), cross_attention_dim=32, attention_head_dim=4,
+        layers_per_block=1, sample_size=16,
+    ).eval()  # fmt: skip
+    inputs = (torch.randn(2, 4, 3, 16, 8), 3, torch.randn(2, 77, 32))
+    active = torch.tensor([False] * 3 + [True] * 3)
+    with torch.no_grad():
+        stock = unet(*inputs).sample
+        with sdattn_fast.apply(unet, PROGRAMS["dropout"], active=active, capture=sdattn_fast.Capture()) as patch:
+            changed = unet(*inputs).sample
+            assert {len(maps) for maps in patch.maps.values()} == {3}
+    assert torch.allclose(changed[0], stock[0], atol=1e-5)
+
+
 def test_a_mask_over_the_text(parts: dict[str, Any]) -> None:
     unet = parts["sd15"]
     inputs = _unet_inputs(batch=2, height=16, width=8)
