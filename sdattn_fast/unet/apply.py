@@ -94,7 +94,7 @@ def apply(
     if taken is not None:
         raise ValueError(f"pipe_or_unet: layer {taken!r} is patched already; call remove() on that patch first")
 
-    wanted = set(select_layers(layers, [name for name, _ in found]))
+    wanted = set(select_layers(layers, [name for name, _ in found])) - _with_weights_of_their_own(found)
     chosen = [(name, attn) for name, attn in found if name in wanted]
     heads_of = heads_of_layers(heads, chosen)
     patched = []
@@ -368,6 +368,24 @@ class _ModelHook:
         except ValueError:
             # Video models multiply the batch inside: what does not fit here may fit there. If not, the layer says so.
             return
+
+
+def _with_weights_of_their_own(found: Sequence[tuple[str, Any]]) -> set[str]:
+    """Layers whose processor was trained (Custom Diffusion): ours in its place would compute something else."""
+    theirs = {
+        name: type(attn.processor).__name__
+        for name, attn in found
+        if isinstance(attn.processor, nn.Module) and not is_ip_adapter(attn.processor)
+    }
+    if theirs:
+        name, kind = next(iter(theirs.items()))
+        warnings.warn(
+            f"sdattn_fast.apply: {len(theirs)} layers have processors with weights of their own ({name!r}: {kind}); they "
+            "are left alone",
+            UserWarning,
+            stacklevel=3,
+        )
+    return set(theirs)
 
 
 def _models(pipe_or_unet: Any) -> tuple[list[tuple[str, nn.Module, nn.Module]], PromptMemory | None]:

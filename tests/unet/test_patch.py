@@ -219,6 +219,22 @@ def test_added_kv_layers_are_left_alone() -> None:
         assert torch.allclose(unet(*inputs).sample, stock, atol=1e-6)
 
 
+def test_trained_processors_are_left_alone(parts: dict[str, Any]) -> None:
+    from diffusers.models.attention_processor import CustomDiffusionAttnProcessor2_0
+
+    attn = parts["sd15"].get_submodule(DOWN)
+    original = attn.processor
+    trained = CustomDiffusionAttnProcessor2_0(hidden_size=16, cross_attention_dim=32)
+    attn.set_processor(trained)
+    try:
+        with pytest.warns(UserWarning, match=r"1 layers have processors with weights of their own.*left alone"):
+            patch = sdattn_fast.apply(parts["sd15"])
+        assert DOWN not in patch.layers and attn.processor is trained
+        patch.remove()
+    finally:
+        attn.set_processor(original)
+
+
 def test_twice_is_an_error_that_names_remove(parts: dict[str, Any], build: Callable[[str], Any]) -> None:
     with sdattn_fast.apply(parts["sd15"]), pytest.raises(ValueError, match=r"patched already; call remove\(\)"):
         sdattn_fast.apply(build("sd15"))
