@@ -380,8 +380,8 @@ def _with_weights_of_their_own(found: Sequence[tuple[str, Any]]) -> set[str]:
     if theirs:
         name, kind = next(iter(theirs.items()))
         warnings.warn(
-            f"sdattn_fast.apply: {len(theirs)} layers have processors with weights of their own ({name!r}: {kind}); they "
-            "are left alone",
+            f"sdattn_fast.apply: {len(theirs)} layers have processors with weights of their own ({name!r}: {kind}); "
+            "they are left alone",
             UserWarning,
             stacklevel=3,
         )

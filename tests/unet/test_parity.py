@@ -12,8 +12,8 @@ import sdattn_fast
 
 ARCHITECTURES = ("sd15", "sd2", "sdxl", "controlnet", "sdxl_controlnet", "inpaint", "img2img", "pix2pix")
 
-# Two programs for one picture differ in rounding alone: float32 through two steps leaves more than this.
-DECIBELS = 90.0
+# Stock attention and ours differ in rounding alone; 130 dB and more were seen.
+DECIBELS = 110.0
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
