@@ -28,7 +28,7 @@ def rows_kernel(
     """One tile of columns, A, if NB is 0. Pointers that are None switch their part off.
 
     scale: of the logits, times log2(e). q_*, k_*, v_*, o_*: strides in units of UNIT elements, so that the compiler
-    knows their alignment (it tells 16 from 1 by itself, and head dimension 40 is neither); last dimensions are contiguous.
+    knows their alignment (it tells 16 from 1 by itself; head dimension 40 is neither); last dimensions are contiguous.
     Order: (B, N) int32, the caller's index of each column; None: columns are not permuted. Content: (B, N) uint8; None:
     plain attention. Slots: (N,) int32, where a token's map goes in Maps, -1 nowhere. groups: launch programs per head
     (per batch entry with MEAN). DROP: 0 no step; 1, 2, 4, 8 a bound on Drop; beyond, any. RENORM: 1 "content", 2 "row".
