@@ -227,7 +227,8 @@ def write(options: argparse.Namespace, layer: Layer, rows: list[dict[str, object
     ground = {
         "date": datetime.date.today().isoformat(), "device": device, "torch": torch.__version__,
         "triton": triton.__version__, "cuda": torch.version.cuda or torch.version.hip,
-        "python": platform.python_version(), "commit": options.commit, "model": options.model, "batch": options.batch, "heads": layer.heads,
+        "python": platform.python_version(), "commit": options.commit,
+        "model": options.model, "batch": options.batch, "heads": layer.heads,
         "pixels": f"{layer.height}x{layer.width}", "head_dim": layer.head_dim, "tokens": TOKENS, "content": CONTENT,
         "dtype": options.dtype,
     }  # fmt: skip

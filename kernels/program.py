@@ -81,6 +81,12 @@ def row_program(
         if NB > 0:
             pb = pb * factor
         after = tl.where(total == total, 1.0, total)
+    if RENORM == 0 and GATE:
+        # Here too: relative to the row's largest entry, what a gate amplifies may be too large for half precision.
+        p = p * after[:, None]
+        if NB > 0:
+            pb = pb * after[:, None]
+        after = tl.full(total.shape, 1.0, tl.float32)
     return p, pb, after, kept
 
 

@@ -73,8 +73,14 @@ def not_supported_reasons(
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, rows: RowPlan,
-    return_bits: bool = False, keep_layout: bool = False,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    return_bits: bool = False,
+    keep_layout: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Steps 1 to 6 and 8 for every row, in one launch.
 
@@ -201,8 +207,15 @@ def choose_tiles(
 
 
 def rows_call(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, rows: RowPlan, out: Tensor,
-    maps: Tensor | None, bits: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    out: Tensor,
+    maps: Tensor | None,
+    bits: Tensor | None,
 ) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
     """How `rows_kernel` is called: the number of programs, the arguments in order, constants and options by name."""
     b, h, m, d = query.shape
