@@ -1,7 +1,7 @@
 """sdattn_fast: Stable Diffusion cross-attention with a program for its rows, in one fused pass.
 
-    import sdattn_fast
-    sdattn_fast.apply(pipe, sdattn_fast.Program(dropout=sdattn_fast.SalienceDropout(0.2)))
+import sdattn_fast
+sdattn_fast.apply(pipe, sdattn_fast.Program(dropout=sdattn_fast.SalienceDropout(0.2)))
 """
 
 from __future__ import annotations

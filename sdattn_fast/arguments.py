@@ -1,5 +1,5 @@
 """The checks: every argument's type, shape, dtype, device and range, each message naming the argument, what came and
-what was expected. Values are looked at where that costs no more than a glance (gate, phrases), not inside torch.compile.
+what was expected. Values are looked at where that costs a glance (gate, phrases), not inside torch.compile.
 """
 
 from __future__ import annotations
@@ -63,9 +63,10 @@ def check_scale(scale: Any) -> None:
     """None or a finite number. Raises: TypeError, ValueError."""
     if scale is None:
         return
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+    if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale: expected a number or None, got {_type(scale)}")
-    if not math.isfinite(scale):
+    # Not math.isfinite: under torch.compile the scale may be symbolic, which comparisons can be traced through.
+    if not -math.inf < scale < math.inf:
         raise ValueError(f"scale: expected a finite number, got {scale}")
 
 

@@ -46,19 +46,19 @@ def semantic_attention(
         scale: of the logits; None: 1/sqrt(D).
         gate: (B, N) or (B, H, N), bool, or finite and >= 0; multiplies content tokens' probabilities.
         phrases: (B, N) int; content tokens sharing an id >= 0 each get their mean; -1: none.
-        protected: (B, N) bool; these keep their probability and take no part in statistics. None: every token is content.
+        protected: (B, N) bool; these keep their probability and take no part in statistics. None: all is content.
         active: (B,) bool; the others get plain attention. None: all.
         heads: indices of the active heads, or a bool (H,). None: all.
         inactive_heads: "plain", or "zero": they give zeros.
         grid: (height, width), needed where ``program.refine.sigma > 0``.
-        seed: of the random mode, an int in [0, 2**63) or a one-element int64 tensor; None draws one from torch's generator.
+        seed: of the random mode, an int in [0, 2**63) or a one-element int64 tensor; None: from torch's generator.
         capture: which maps to return.
         backend: "auto", "triton", "cuda", "cpu" or "reference". A named one that cannot serve raises. N and D up to 256
             on the fast ones.
 
     Returns:
-        out (B, H, M, Dv) in the value's dtype; with `capture`, (out, maps): maps float32, (B, T, M), or (B, H, T, M) for
-        ``reduce="none"``.
+        out (B, H, M, Dv) in the value's dtype; with `capture`, (out, maps): maps float32, (B, T, M), or (B, H, T, M)
+        for ``reduce="none"``.
 
     Raises:
         TypeError, ValueError: naming the argument, what it was and what was expected; ValueError also where a named
@@ -215,7 +215,8 @@ class Prepared:
         if torch.compiler.is_compiling():
             out, maps, _ = op.attention(query, key, value, bias, scale, rows, name)
         else:
-            out, maps, _ = fused(name).attention(query, key, value, bias, scale, rows)
+            # The op's out is contiguous; eager out lies as the query does, so that merging the heads is a view.
+            out, maps, _ = fused(name).attention(query, key, value, bias, scale, rows, keep_layout=True)
         if plan.smoothings:
             assert grid is not None
             out = _smooth(name, out, grid, plan, plan.smoothed)

@@ -26,8 +26,8 @@ HEAD_PROGRAM, HEAD_PLAIN, HEAD_ZERO = 0, 1, 2
 class TokenSide:
     """What a call says of tokens and heads, checked and on the inputs' device.
 
-    gate: (B, 1 or H, N) float32 or float64, >= 0; phrases: (B, N) int64, -1 for none; protected: (B, N) bool; active: (B,) bool;
-    heads: (H,) bool, the active ones; seed: (1,) int64, only for the random mode. None: as if not given.
+    gate: (B, 1 or H, N) float32 or float64, >= 0; phrases: (B, N) int64, -1 for none; protected: (B, N) bool; active:
+    (B,) bool; heads: (H,) bool, the active ones. None: as if not given.
     """
 
     batch: int
@@ -40,7 +40,6 @@ class TokenSide:
     active: Tensor | None = None
     heads: Tensor | None = None
     inactive_heads: str = "plain"
-    seed: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -51,7 +50,7 @@ class RowPlan:
     gate: (B, 1 or H, N) float32, read at content tokens only; None: no gate.
     phrases: (B, N) int32, the index of the first member of the token's phrase, -1 outside phrases. Only content tokens
         of phrases with two members or more have one. None: no phrases.
-    drop: (B,) int32, how many of the largest content entries go (k of step 4, mode "topk"; 0: none); None: no such step.
+    drop: (B,) int32, how many of the largest content entries go (k of step 4, "topk"; 0: none); None: no such step.
     random_ratio: ratio of step 4, mode "random"; -1: no such step. seed: (1,) int64 beside it.
     threshold: of step 5; -1: no suppression.
     renormalize: 0 "none", 1 "content", 2 "row".
@@ -126,7 +125,9 @@ def needs_map(program: Program) -> str | None:
     if refine is None:
         return None
     if refine.axis == "space" and refine.threshold is not None:
-        return "Refinement(axis='space') compares with the maximum of a token's whole map; no fused kernel does that yet"
+        return (
+            "Refinement(axis='space') compares with the maximum of a token's whole map; no fused kernel does that yet"
+        )
     nonlinear = refine.threshold is not None or program.renormalize != "none"
     if refine.steps > 1 and nonlinear and (refine.sigma > 0 or refine.threshold is not None):
         return f"Refinement(steps={refine.steps}) works on the map again; the fused kernels do one round so far"
@@ -175,7 +176,7 @@ def _row_steps(rows: RowPlan, program: Program, side: TokenSide, compiling: bool
         phrases=None if side.phrases is None else _phrase_leaders(content, side.phrases),
         drop=drop,
         random_ratio=ratio,
-        seed=side.seed if ratio >= 0 else None,
+        seed=None,
         threshold=threshold,
         renormalize=RENORMALIZE[program.renormalize],
         max_content=most,

@@ -51,7 +51,7 @@ def reference_attention(
     The arguments are taken as checked: `sdattn_fast.semantic_attention` does that.
     """
     high = torch.promote_types(query.dtype, torch.float32)
-    b, h, m, d = query.shape
+    b, h, _, d = query.shape
     n = key.shape[2]
 
     logits = query.to(high) @ key.to(high).transpose(-1, -2) * (d**-0.5 if scale is None else scale)
@@ -137,9 +137,10 @@ def _phrase_mean(p: Tensor, content: Tensor, phrases: Tensor) -> Tensor:
     member = content & (phrases >= 0)
     together = (phrases[:, :, None] == phrases[:, None, :]) & member[:, :, None] & member[:, None, :]
     size = together.sum(-1, keepdim=True).clamp(min=1)
-    mean = together.to(p.dtype) / size
-    alone = torch.diag_embed((~member).to(p.dtype))
-    return p @ (mean + alone).transpose(-1, -2)[:, None]
+    mean = p @ (together.to(p.dtype) / size).transpose(-1, -2)[:, None]
+    # Every member takes its phrase's first member's sum, so that members tie exactly whatever the product's rounding.
+    first = together.to(torch.uint8).argmax(-1)[:, None, None, :].expand(p.shape)
+    return torch.where(member[:, None, None, :], mean.gather(-1, first), p)
 
 
 # Step 4.
@@ -150,7 +151,9 @@ def _salient(p: Tensor, c: Tensor, ratio: float, axis: str, mode: str, seed: int
     if mode == "random":
         return c & (philox_uniform(seed, p.shape, p.device) < ratio)
     dim = -1 if axis == "token" else -2
-    count = c.sum(dim, keepdim=True) if axis == "token" else torch.full_like(c[..., :1, :], p.shape[-2], dtype=torch.long)
+    count = (
+        c.sum(dim, keepdim=True) if axis == "token" else torch.full_like(c[..., :1, :], p.shape[-2], dtype=torch.long)
+    )
     k = torch.floor(ratio * count.to(torch.float64) + 1e-9).long()
     if p.shape[dim] == 0:
         return torch.zeros_like(c)
@@ -230,7 +233,7 @@ def gaussian_kernel(sigma: float, *, dtype: torch.dtype = torch.float64, device:
 
 
 def _convolve_reflected(maps: Tensor, kernel: Tensor, dim: int) -> Tensor:
-    """Convolve along one spatial dimension, edges reflected as d c b a | a b c d | d c b a, over and over if need be."""
+    """Convolve along one spatial dimension, edges reflected (d c b a | a b c d | d c b a), over and over if need be."""
     radius, length = kernel.numel() // 2, maps.shape[dim]
     if length == 0:
         return maps

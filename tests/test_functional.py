@@ -82,7 +82,9 @@ def test_linear_steps_fold_into_value():
 
 @pytest.mark.parametrize("empty", list(itertools.product([0, 1], repeat=4))[:-1], ids=str)
 def test_empty_tensors_give_empty_results(empty):
-    b, h, m, n = (size * (1 if keep == 0 else keep) if keep else 0 for size, keep in zip((B, H, M, N), empty, strict=True))
+    b, h, m, n = (
+        size * (1 if keep == 0 else keep) if keep else 0 for size, keep in zip((B, H, M, N), empty, strict=True)
+    )
     query, key, value = torch.randn(b, h, m, D), torch.randn(b, h, n, D), torch.randn(b, h, n, DV)
     program = Program(SalienceDropout(0.5), Refinement(1, 0.5, 0.0), "content")
     out, maps = semantic_attention(query, key, value, program, capture=Capture())
@@ -130,7 +132,7 @@ def test_falling_back_is_said_once_and_refused_by_name():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         semantic_attention(query, key, value, PROGRAMS["repeated"], grid=GRID)
-    with pytest.raises(ValueError, match="backend: 'cpu' cannot serve this call: .*steps=3"):
+    with pytest.raises(ValueError, match=r"backend: 'cpu' cannot serve this call: .*steps=3"):
         semantic_attention(query, key, value, PROGRAMS["repeated"], grid=GRID, backend="cpu")
 
 
@@ -166,7 +168,9 @@ def test_compiled_whole_gives_what_eager_gives():
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True)
     for _ in range(2):
-        for got, want in zip(compiled(query, key, value, text["gate"]), call(query, key, value, text["gate"]), strict=True):
+        for got, want in zip(
+            compiled(query, key, value, text["gate"]), call(query, key, value, text["gate"]), strict=True
+        ):
             torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-4)
         query = query + 0.1
 

@@ -1,8 +1,8 @@
 """Backends: "triton", "cuda", "cpu", "reference". Each is one module; none imports another.
 
-A backend module has `availability()`, `not_supported_reasons(...)`, `attention(...)` and `smooth(...)`. This file chooses
-among them: "auto" takes the fastest that serves the call and says once when it has to fall back to the reference; a name
-takes that backend or raises with the reasons why it cannot serve.
+A backend module has `availability()`, `not_supported_reasons(...)`, `attention(...)` and `smooth(...)`. This file
+chooses among them: "auto" takes the fastest that serves the call and says once when it has to fall back to the
+reference; a name takes that backend or raises with the reasons why it cannot serve.
 
 Source: DESIGN.md section 3, "Backends".
 """
@@ -37,7 +37,13 @@ def backends() -> dict[str, bool | str]:
 
 
 def choose(
-    name: str, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, plan: Plan | None, needs_map: str | None,
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    plan: Plan | None,
+    needs_map: str | None,
     needs_grad: bool,
 ) -> str:
     """The backend that serves this call.
@@ -83,7 +89,13 @@ unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _reasons(
-    name: str, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, plan: Plan | None, needs_map: str | None,
+    name: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    plan: Plan | None,
+    needs_map: str | None,
     needs_grad: bool,
 ) -> list[str]:
     reason = unavailable(name)

@@ -22,7 +22,14 @@ def not_supported_reasons(
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, rows: RowPlan, return_bits: bool = False
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    return_bits: bool = False,
+    keep_layout: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Raises ValueError."""
     raise ValueError(f"backend: {_WHY}")

@@ -14,15 +14,21 @@ from . import fused
 __all__ = ["attention", "smooth"]
 
 _ROWS_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, Tensor? content, Tensor? gate, Tensor? phrases, "
-    "Tensor? drop, float random_ratio, Tensor? seed, float threshold, int renormalize, Tensor? head_mode, "
-    "Tensor? capture_tokens, bool capture_final, bool capture_mean, SymInt max_content, SymInt max_drop, bool return_bits, "
-    "str backend) -> (Tensor, Tensor, Tensor)"
+    "(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, Tensor? content, Tensor? gate, "
+    "Tensor? phrases, Tensor? drop, float random_ratio, Tensor? seed, float threshold, int renormalize, "
+    "Tensor? head_mode, Tensor? capture_tokens, bool capture_final, bool capture_mean, SymInt max_content, "
+    "SymInt max_drop, bool return_bits, str backend) -> (Tensor, Tensor, Tensor)"
 )
 
 
 def attention(
-    query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, scale: float, rows: RowPlan, backend: str,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    backend: str,
     return_bits: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """A fused backend's `attention` through the op ``sdattn_fast::rows``."""

@@ -56,7 +56,9 @@ def _app(typer):
 
     @app.callback()
     def _root(
-        version: bool = typer.Option(False, "--version", callback=show_version, is_eager=True, help="Print the version."),
+        version: bool = typer.Option(
+            False, "--version", callback=show_version, is_eager=True, help="Print the version."
+        ),
     ) -> None: ...
 
     return app

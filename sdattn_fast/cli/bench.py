@@ -91,7 +91,12 @@ def _op_table(
             logs.append(took["full"] / sdpa)
             shares = [f"{took[x] / sdpa:.2f}" for x in took]
             table.add_row(
-                name, str(layer.heads), f"{layer.height}x{layer.width}", str(layer.head_dim), f"{1e3 * sdpa:.3f}", *shares
+                name,
+                str(layer.heads),
+                f"{layer.height}x{layer.width}",
+                str(layer.head_dim),
+                f"{1e3 * sdpa:.3f}",
+                *shares,
             )
     console = Console()
     console.print(table)
@@ -110,19 +115,19 @@ def _time_op(
 
     h, m, d = layer.heads, layer.pixels, layer.head_dim
     query, key, value = (torch.randn(batch, h, s, d, device=device).to(dtype) for s in (m, 77, 77))
-    side = {"batch": batch, "heads_count": h, "tokens": 77, "device": query.device}
+    side: dict[str, Any] = {"batch": batch, "heads_count": h, "tokens": 77, "device": query.device}
     text = text_side(batch, 77, content, device)
     full = prepare(FULL(), **side, **text, backend=backend)
     empty = prepare(Program(), **side, backend=backend)
     reference = prepare(FULL(), **side, **text, backend="reference")
-    contestants = {
+    contestants: dict[str, Any] = {
         "sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value),
         "empty": lambda: empty(query, key, value),
         "full": lambda: full(query, key, value),
     }
     with torch.no_grad():
         took = alternate(contestants, seconds=seconds)
-        slow = {"reference": lambda: reference(query, key, value)}
+        slow: dict[str, Any] = {"reference": lambda: reference(query, key, value)}
         if compiled:
             whole = torch.compile(lambda q, k, v: reference(q, k, v)[0])
             slow["compiled"] = lambda: whole(query, key, value)
@@ -173,4 +178,6 @@ def _print_ground(torch: Any, device: str) -> None:
     from .doctor import processor_name
 
     where = torch.cuda.get_device_name() if device.startswith("cuda") else processor_name()
-    print(f"{where}; torch {torch.__version__}, {torch.get_num_threads()} threads; core: {cpu.info().get('isa', 'none')}")
+    print(
+        f"{where}; torch {torch.__version__}, {torch.get_num_threads()} threads; core: {cpu.info().get('isa', 'none')}"
+    )

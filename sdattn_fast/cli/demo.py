@@ -1,4 +1,4 @@
-"""`sdattn-fast demo`: the shapes pipeline stock, with an empty program, and with semantics; pictures, maps, time, memory.
+"""`sdattn-fast demo`: the shapes pipeline stock, with an empty program, with semantics; pictures, maps, time, memory.
 
 Writes one self-contained HTML page and its PNGs. Everything runs offline on a CPU in under a minute.
 """
@@ -261,7 +261,8 @@ def _ground() -> str:
 
     from .doctor import processor_name
 
-    return f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}, Python {platform.python_version()}"
+    software = f"torch {torch.__version__}, Python {platform.python_version()}"
+    return f"{processor_name()}, {torch.get_num_threads()} threads, {software}"
 
 
 def _print_table(console: Any, rows: list[Row]) -> None:

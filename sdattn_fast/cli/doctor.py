@@ -35,7 +35,9 @@ def doctor() -> None:
         ground.add_row(f"core: {key}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
     console.print(ground)
 
-    table = Table("backend", "available", "why not, and what mends it", title="Backends, as sdattn_fast.backends() says")
+    table = Table(
+        "backend", "available", "why not, and what mends it", title="Backends, as sdattn_fast.backends() says"
+    )
     for name, state in backends().items():
         table.add_row(name, "yes" if state is True else "no", "" if state is True else str(state))
     console.print(table)

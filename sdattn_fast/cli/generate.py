@@ -24,7 +24,9 @@ __all__ = ["generate", "load_pipeline"]
 
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
-    model: Annotated[str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")] = "shapes",
+    model: Annotated[
+        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")
+    ] = "shapes",
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     seed: Annotated[int, typer.Option(help="Of the latents, and of random dropout.")] = 0,
     num_inference_steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,

@@ -8,12 +8,23 @@ import typer
 
 from ..program import Program, Refinement, SalienceDropout
 
-__all__ = ["Ratio", "DropoutAxis", "DropoutMode", "Steps", "Threshold", "Sigma", "RefineAxis", "Renormalize", "program_of"]
+__all__ = [
+    "Ratio",
+    "DropoutAxis",
+    "DropoutMode",
+    "Steps",
+    "Threshold",
+    "Sigma",
+    "RefineAxis",
+    "Renormalize",
+    "program_of",
+]
 
 _PANEL = "Program (none given: plain attention)"
 
 Ratio = Annotated[
-    float | None, typer.Option("--dropout-ratio", help="Salience dropout: share to drop, 0 to 1.", rich_help_panel=_PANEL)
+    float | None,
+    typer.Option("--dropout-ratio", help="Salience dropout: share to drop, 0 to 1.", rich_help_panel=_PANEL),
 ]
 DropoutAxis = Annotated[str, typer.Option("--dropout-axis", help="token or space.", rich_help_panel=_PANEL)]
 DropoutMode = Annotated[str, typer.Option("--dropout-mode", help="topk or random.", rich_help_panel=_PANEL)]

@@ -85,7 +85,8 @@ def build_unet(name: str, dtype: Any = None, device: Any = "cpu") -> Any:
     torch.set_default_dtype(dtype or default)
     try:
         with torch.device(device):
-            return UNet2DConditionModel(**UNET_CONFIGS[name]).eval()
+            unet: Any = UNet2DConditionModel(**UNET_CONFIGS[name])
+            return unet.eval()
     finally:
         torch.set_default_dtype(default)
 

@@ -1,4 +1,4 @@
-"""The lab: a world of shapes where the truth is known, and a small Stable Diffusion trained on it that ships with us."""
+"""The lab: a world of shapes where the truth is known, and a small Stable Diffusion trained on it, shipped with us."""
 
 from __future__ import annotations
 

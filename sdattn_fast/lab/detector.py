@@ -52,7 +52,9 @@ def detect_background(image: np.ndarray) -> str:
     Raises: TypeError, ValueError: not a (64, 64, 3) uint8 array.
     """
     names, classes = _classify(image)
-    border = np.concatenate([classes[:3].ravel(), classes[-3:].ravel(), classes[:, :3].ravel(), classes[:, -3:].ravel()])
+    border = np.concatenate(
+        [classes[:3].ravel(), classes[-3:].ravel(), classes[:, :3].ravel(), classes[:, -3:].ravel()]
+    )
     counts = {name: int((border == index).sum()) for index, name in enumerate(names) if name in BACKGROUNDS}
     return max(counts, key=counts.__getitem__)
 

@@ -7,6 +7,7 @@ what is in the picture; first it is itself judged on true scenes.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,8 +29,8 @@ GUIDANCE, STEPS = 4.0, 20
 class Judgement:
     """What the detector says of one picture.
 
-    present: share of the caption's objects whose shape is there, each detection used once; bound: share whose colour and
-    shape are there together; right: all bound, and nothing else in the picture; background: right, None where the
+    present: share of the caption's objects whose shape is there, each detection used once; bound: share whose colour
+    and shape are there together; right: all bound, and nothing else in the picture; background: right, None where the
     caption names none.
     """
 
@@ -90,8 +91,7 @@ def table(judgements: Sequence[Judgement]) -> dict[str, dict[str, float]]:
 
 
 def _matched(wanted: list[Any], found: list[Any]) -> int:
-    left = list(found)
-    return sum(1 for w in wanted if w in left and left.remove(w) is None)
+    return sum((Counter(wanted) & Counter(found)).values())
 
 
 def _evaluate(

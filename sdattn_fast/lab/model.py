@@ -41,7 +41,7 @@ def build_tokenizer() -> Any:
     alphabet = set(pieces)
     pieces += [c for c in (b + "</w>" for b in pre_tokenizers.ByteLevel.alphabet()) if c not in alphabet]
     vocabulary = {p: i for i, p in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=POSITIONS)
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=POSITIONS)  # type: ignore[arg-type]
 
 
 def build_text_encoder(tokenizer: Any) -> Any:
@@ -60,9 +60,7 @@ def build_clip(tokenizer: Any) -> Any:
         patch_size=8, projection_dim=TEXT_WIDTH,
     )  # fmt: skip
     text = _text_config(tokenizer)
-    return CLIPModel(
-        CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=TEXT_WIDTH)
-    )
+    return CLIPModel(CLIPConfig(text_config=text.to_dict(), vision_config=vision.to_dict(), projection_dim=TEXT_WIDTH))
 
 
 def build_vae() -> Any:

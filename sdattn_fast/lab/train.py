@@ -1,9 +1,9 @@
 """Train the shapes pipeline: `python -m sdattn_fast.lab.train`.
 
 Three stages, each seeded, each with checkpoints that survive a kill: the autoencoder, the UNet together with the text
-encoder, and a CLIP vision tower fitted to that text encoder, which is then locked. Two CPU cores take a few hours; a GPU
-minutes. What a step draws depends on the seed and the step's number alone, so a resumed run draws what an uninterrupted
-one would.
+encoder, and a CLIP vision tower fitted to that text encoder, which is then locked. Two CPU cores take a few hours; a
+GPU minutes. What a step draws depends on the seed and the step's number alone, so a resumed run draws what an
+uninterrupted one would.
 """
 
 from __future__ import annotations
@@ -72,9 +72,7 @@ def train(
     _say(f"saved {out}")
 
 
-def _train_vae(
-    vae: nn.Module, world: _World, steps: int, rate: float, checkpoints: Path, save_every: int, seed: int
-) -> None:
+def _train_vae(vae: Any, world: _World, steps: int, rate: float, checkpoints: Path, save_every: int, seed: int) -> None:
     def loss(step: int) -> Tensor:
         picture = world.pictures(world.batch(step, 16))
         posterior = vae.encode(picture).latent_dist
@@ -133,7 +131,7 @@ def _loop(
     save_every: int,
 ) -> None:
     """AdamW, warm-up and cosine, clipped gradients, an exponential moving average; resumes from its checkpoint."""
-    named = {key: p for key, p in model.named_parameters() if p.requires_grad}
+    named: dict[str, Tensor] = {key: p for key, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(named.values(), lr=rate, weight_decay=0.01)
     average = {key: p.detach().clone() for key, p in named.items()}
     path = checkpoints / f"{name}.safetensors"
@@ -184,7 +182,7 @@ class _World:
     def tokens(self, chosen: Tensor, empty: Tensor) -> Tensor:
         return torch.where(empty[:, None], self.empty, self.captions[chosen]).to(self.device)
 
-    def latents(self, vae: nn.Module, checkpoints: Path) -> Tensor:
+    def latents(self, vae: Any, checkpoints: Path) -> Tensor:
         """The posterior means of all scenes, (n, 4, 16, 16), kept beside the checkpoints."""
         path = checkpoints / "latents.safetensors"
         if path.exists() and len(kept := load_file(path)["latents"]) == len(self.images):
@@ -253,7 +251,7 @@ def _save(parts: dict[str, Any], tokenizer: Any, checkpoints: Path, out: Path) -
     scale = checkpoints / "scale.safetensors"
     if scale.exists():
         vae.register_to_config(scaling_factor=1.0 / load_file(scale)["scale"].item())
-    pipe = StableDiffusionPipeline(
+    pipe: Any = StableDiffusionPipeline(
         vae=vae, text_encoder=parts["text_encoder"], tokenizer=tokenizer, unet=parts["unet"],
         scheduler=build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
