@@ -29,12 +29,16 @@ def bench(
     """
     import torch
 
+    from ..backend import NAMES
+
     if content < 0 or content > 77:
         raise typer.BadParameter(f"expected 0 to 77, got {content}", param_hint="--content")
     if batch < 1:
         raise typer.BadParameter(f"expected at least 1, got {batch}", param_hint="--batch")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"expected float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
+    if backend not in ("auto", *NAMES):
+        raise typer.BadParameter(f"expected auto or one of {', '.join(NAMES)}, got {backend!r}", param_hint="--backend")
     chosen = model or list(UNET_LAYERS)
     for name in chosen:
         if name not in UNET_LAYERS:

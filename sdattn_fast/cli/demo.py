@@ -5,6 +5,8 @@ Writes one self-contained HTML page and its PNGs. Everything runs offline on a C
 
 from __future__ import annotations
 
+import copy
+import functools
 import platform
 import time
 from dataclasses import dataclass
@@ -216,35 +218,23 @@ def _measure(pipe: Any, prompt: str, tick: Any) -> list[Row]:
     from .timing import alternate, peak_tensor_bytes
 
     unet = pipe.unet
-    stock = dict(unet.attn_processors)
     conditional, unconditional = pipe.encode_prompt(prompt, "cpu", 1, True)
     size = unet.config.sample_size
     inputs = (torch.randn(2, 4, size, size), torch.tensor(500), torch.cat([unconditional, conditional]))
     active, protected = torch.tensor([False, True]), _protected(pipe, prompt)
     contestants = {}
     for name, backend in (("stock (no program)", None), ("plain torch reference", "reference"), ("fused", "auto")):
-        processors = stock
+        own = copy.deepcopy(unet)
         if backend is not None:
-            patch = apply(unet, semantics(), active=active, protected=protected, backend=backend)
-            processors = dict(unet.attn_processors)
-            patch.remove()
-        contestants[name] = _step(unet, processors, inputs)
+            apply(own, semantics(), active=active, protected=protected, backend=backend)
+        contestants[name] = functools.partial(own, inputs[0], inputs[1], encoder_hidden_states=inputs[2])
     with torch.no_grad():
         took = alternate(contestants, seconds=1.5)
         tick()
         peak = {name: peak_tensor_bytes(run) for name, run in contestants.items()}
         tick()
-    unet.set_attn_processor(dict(stock))
     first = took["stock (no program)"]
     return [Row(name, 1e3 * t, t / first, peak[name] / 1e6) for name, t in took.items()]
-
-
-def _step(unet: Any, processors: dict[str, Any], inputs: tuple[Any, ...]) -> Any:
-    def run() -> None:
-        unet.set_attn_processor(dict(processors))
-        unet(inputs[0], inputs[1], encoder_hidden_states=inputs[2])
-
-    return run
 
 
 def _protected(pipe: Any, prompt: str) -> Any:

@@ -59,6 +59,8 @@ def generate(
         raise typer.BadParameter("expected some words, got an empty prompt", param_hint="--prompt")
     if not 0 <= seed < 2**63:
         raise typer.BadParameter(f"expected 0 <= seed < 2**63, got {seed}", param_hint="--seed")
+    if out.is_dir():
+        raise typer.BadParameter(f"expected a file to write, got the folder {out}", param_hint="--out")
     pipe = load_pipeline(model, device, dtype)
     shapes = model == "shapes"
     asked: dict[str, Any] = {
@@ -83,7 +85,7 @@ def generate(
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> Any:
     """`DiffusionPipeline.from_pretrained` on a folder or hub id, or the pipeline that ships with this package.
 
-    Raises: ValueError for a dtype or device that is not there; OSError, from diffusers, for a model that is not.
+    Raises: ValueError for a dtype, device or folder that is not there; OSError, from diffusers, for other models.
     """
     import torch
 
@@ -94,15 +96,20 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     if device.startswith("cuda") and not torch.cuda.is_available():
         raise ValueError(f"device: {device!r} was asked for, and torch sees no CUDA device")
     kind = getattr(torch, dtype)
+    if Path(model).is_absolute() and not Path(model).is_dir():
+        raise ValueError(f"model: expected a folder, a hub id or 'shapes', and there is no folder {model}")
     if model == "shapes":
         from ..lab import load_pipeline as load_shapes
 
-        return load_shapes(torch_dtype=kind).to(device)
+        return load_shapes(kind).to(device)
     try:
-        from diffusers import DiffusionPipeline
+        import diffusers
+        from packaging.version import Version
     except ImportError as error:
         raise ImportError("generate needs diffusers: pip install 'sdattn-fast[diffusers]'") from error
-    return DiffusionPipeline.from_pretrained(model, torch_dtype=kind, use_safetensors=True).to(device)
+    new = Version(diffusers.__version__) >= Version("0.42.0")
+    asked: dict[str, Any] = {"dtype" if new else "torch_dtype": kind, "use_safetensors": True}
+    return diffusers.DiffusionPipeline.from_pretrained(model, **asked).to(device)
 
 
 def _save(picture: Any, path: Path) -> None:

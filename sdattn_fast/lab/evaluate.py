@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from . import load_pipeline, quiet_loading
 from .detector import detect, detect_background
 from .world import Scene, sample_scene
 
@@ -94,6 +95,16 @@ def _matched(wanted: list[Any], found: list[Any]) -> int:
     return sum((Counter(wanted) & Counter(found)).values())
 
 
+def _load_folder(model: Path) -> Any:
+    import torch
+
+    with quiet_loading():
+        from diffusers import StableDiffusionPipeline
+
+        pipe: Any = StableDiffusionPipeline.from_pretrained(model)
+        return pipe.to(torch.float32)
+
+
 def _evaluate(
     pictures: Annotated[int, typer.Option(help="How many captions.")] = 258,
     model: Annotated[Path | None, typer.Option(help="A pipeline's folder; default: the one that ships.")] = None,
@@ -106,8 +117,6 @@ def _evaluate(
     from rich.progress import Progress
     from rich.table import Table
 
-    from . import load_pipeline
-
     if pictures < 1:
         raise typer.BadParameter(f"expected at least 1, got {pictures}", param_hint="--pictures")
     console = Console()
@@ -116,10 +125,7 @@ def _evaluate(
     if model is None:
         pipe = load_pipeline()
     else:
-        import torch
-        from diffusers import StableDiffusionPipeline
-
-        pipe = StableDiffusionPipeline.from_pretrained(model, torch_dtype=torch.float32)
+        pipe = _load_folder(model)
     pipe.set_progress_bar_config(disable=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Drawing", total=pictures)

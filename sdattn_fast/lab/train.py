@@ -100,7 +100,7 @@ def _train_unet(
         empty = torch.rand(len(chosen), generator=generator) < _EMPTY_CAPTIONS
         states = text(world.tokens(chosen, empty)).last_hidden_state
         guess = unet(scheduler.add_noise(clean, noise, when), when, states).sample
-        return F.mse_loss(guess, noise)
+        return F.mse_loss(guess, scheduler.get_velocity(clean, noise, when))
 
     _loop("unet", _both(parts), loss, steps, rate, checkpoints, save_every)
 

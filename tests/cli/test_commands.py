@@ -1,0 +1,118 @@
+"""Each command runs and prints what it is for; bad input is one line on stderr and exit status 2."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+
+import pytest
+from PIL import Image
+
+from sdattn_fast.cli import main
+
+
+@pytest.fixture
+def run(capsys):
+    def run(*arguments: str) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as exit:
+            main(list(arguments))
+        out, err = capsys.readouterr()
+        return exit.value.code, out, err
+
+    return run
+
+
+@pytest.mark.parametrize("command", ["doctor", "demo", "generate", "bench"])
+def test_help_of_each_command(run, command):
+    code, out, _ = run(command, "--help")
+    assert code == 0
+    assert f"sdattn-fast {command}" in out
+    assert command in run("--help")[1]
+
+
+def test_version(run):
+    from sdattn_fast import __version__
+
+    assert run("--version")[:2] == (0, __version__ + "\n")
+
+
+def test_doctor_names_every_backend_and_why_not(run):
+    from sdattn_fast import backends
+
+    code, out, _ = run("doctor")
+    assert code == 0
+    flat = " ".join(out.replace("│", " ").split())
+    for name, state in backends().items():
+        assert name in out
+        if state is not True:
+            assert " ".join(str(state).split()[:4]) in flat
+
+
+def test_bench_prints_every_layer_of_a_model(run):
+    code, out, _ = run("bench", "--model", "sd15", "--seconds", "0.01")
+    assert code == 0
+    for text in ("64x64", "32x32", "16x16", "8x8", "Geometric mean", "threads"):
+        assert text in out
+
+
+def test_generate_writes_the_picture_and_the_stock_one_beside_it(run, tmp_path):
+    code, out, _ = run(
+        "generate", "--prompt", "a large red circle", "--steps", "2", "--compare", "--out", str(tmp_path / "a.png"),
+        "--dropout-ratio", "0.4", "--threshold", "0.2", "--sigma", "0.5", "--renormalize", "content",
+    )  # fmt: skip
+    assert code == 0
+    ours, stock = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "a.stock.png")
+    assert ours.size == stock.size == (64, 64)
+    assert ours.tobytes() != stock.tobytes()
+    assert str(tmp_path / "a.png") in out
+
+
+def test_generate_loads_a_pipeline_from_a_folder(run, tmp_path):
+    from sdattn_fast.lab import shapes_path
+
+    where = tmp_path / "b.png"
+    code, _, _ = run(
+        "generate", "--model", str(shapes_path()), "--prompt", "a star", "--steps", "1", "--out", str(where)
+    )
+    assert code == 0
+    assert Image.open(where).size == (64, 64)
+
+
+@pytest.mark.parametrize(
+    "arguments, says",
+    [
+        (["generate"], "--prompt"),
+        (["generate", "--prompt", " "], "--prompt: expected some words"),
+        (["generate", "--prompt", "x", "--seed", "-1"], "--seed"),
+        (["generate", "--prompt", "x", "--model", "/nowhere"], "model: expected a folder"),
+        (["generate", "--prompt", "x", "--out", "/"], "--out: expected a file"),
+        (["generate", "--prompt", "x", "--dtype", "int8"], "dtype: expected float32"),
+        (["generate", "--prompt", "x", "--backend", "fast"], "backend: expected one of"),
+        (["generate", "--prompt", "x", "--dropout-ratio", "2"], "SalienceDropout.ratio: expected a number in [0, 1]"),
+        (["generate", "--prompt", "x", "--threshold", "1"], "Refinement.threshold"),
+        (["generate", "--prompt", "x", "--sigma", "-1"], "Refinement.sigma"),
+        (["generate", "--prompt", "x", "--renormalize", "all"], "renormalize"),
+        (["bench", "--model", "sd9"], "--model: expected one of sd15, sd21, sdxl"),
+        (["bench", "--dtype", "int8"], "--dtype"),
+        (["bench", "--batch", "0"], "--batch"),
+        (["bench", "--content", "78"], "--content"),
+        (["bench", "--backend", "fast"], "--backend"),
+        (["demo", "--seed", "-1"], "--seed"),
+        (["demo", "--prompt", ""], "--prompt"),
+        (["demo", "--out", "/proc/nowhere"], "/proc/nowhere"),
+        (["dream"], "dream"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_2(run, arguments, says):
+    code, _, err = run(*arguments)
+    assert code == 2
+    assert err.startswith("sdattn-fast: ") and err.count("\n") == 1
+    assert says in err
+
+
+def test_the_installed_command_starts():
+    done = subprocess.run(
+        [sys.executable, "-c", "from sdattn_fast.cli import main; main(['dream'])"], capture_output=True
+    )
+    assert done.returncode == 2
+    assert b"Traceback" not in done.stderr

@@ -1,0 +1,47 @@
+"""The demo writes one page that holds its pictures, and the same pictures beside it."""
+
+from __future__ import annotations
+
+import base64
+import re
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from sdattn_fast.cli import demo, main
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    monkeypatch.setattr(demo, "DENOISING_STEPS", 2)
+    with pytest.raises(SystemExit) as exit:
+        main(["demo", "--out", str(tmp_path), "--prompt", "a large red circle and a <small> star"])
+    assert exit.value.code == 0
+    return (tmp_path / "demo.html").read_text()
+
+
+def test_demo(page, tmp_path, capsys):
+    embedded = [base64.b64decode(x) for x in re.findall(r"data:image/png;base64,([^\"]+)", page)]
+    files = [path.read_bytes() for path in tmp_path.glob("*.png")]
+    assert len(files) == 4 and sorted(files) == sorted(embedded)
+    assert not re.search(r"(src|href)=\"(?!data:)", page)
+    assert "a &lt;small&gt; star" in page
+    for text in ("stock", "plain torch reference", "fused", "ms a UNet step", "SalienceDropout"):
+        assert text in page
+    stock, semantic = (np.asarray(Image.open(tmp_path / f"demo-1-{x}.png")) for x in ("stock", "semantic"))
+    assert stock.shape == (192, 192, 3)
+    assert (stock != semantic).any()
+    assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("prompt, words", [("a red circle and a red star", {"red": [2], "circle": [3]})])
+def test_words_and_phrases(prompt, words):
+    from sdattn_fast.lab import load_pipeline
+
+    pipe = load_pipeline()
+    found = demo._words(pipe, prompt)
+    assert {k: found[k] for k in words} == words
+    assert found["red (2)"] == [6]
+    phrases = demo._phrases(pipe, prompt)[0, :9].tolist()
+    assert phrases == [-1, -1, 0, 0, -1, -1, 1, 1, -1]
