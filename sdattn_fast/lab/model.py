@@ -37,9 +37,9 @@ def build_tokenizer() -> Any:
     merges = [tuple(m) if isinstance(m, list) else tuple(m.split()) for m in learned["merges"]]
     split = {"background</w>", "triangle</w>"}
     merges = [m for m in merges if "".join(m) not in split]
-    pieces = [p for p in sorted(learned["vocab"], key=learned["vocab"].get) if p not in split]
-    alphabet = set(pieces)
-    pieces += [c for c in (b + "</w>" for b in pre_tokenizers.ByteLevel.alphabet()) if c not in alphabet]
+    # The trainer numbers single characters in the order of a hash table, another one in every process.
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    pieces = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
     vocabulary = {p: i for i, p in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=POSITIONS)  # type: ignore[arg-type]
 

@@ -22,6 +22,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from . import quiet_loading
 from .model import build_clip, build_scheduler, build_text_encoder, build_tokenizer, build_unet, build_vae
 from .world import sample_scene
 
@@ -183,17 +184,20 @@ class _World:
         return torch.where(empty[:, None], self.empty, self.captions[chosen]).to(self.device)
 
     def latents(self, vae: Any, checkpoints: Path) -> Tensor:
-        """The posterior means of all scenes, (n, 4, 16, 16), kept beside the checkpoints."""
+        """The posterior means of all scenes, (n, 4, 16, 16), kept beside the checkpoints for this autoencoder."""
         path = checkpoints / "latents.safetensors"
-        if path.exists() and len(kept := load_file(path)["latents"]) == len(self.images):
-            return kept
+        of = load_file(checkpoints / "vae.safetensors")["step"]
+        if path.exists():
+            kept = load_file(path)
+            if len(kept["latents"]) == len(self.images) and torch.equal(kept.get("vae_step", of), of):
+                return kept["latents"]
         with torch.no_grad():
             means = [
                 vae.encode(self.pictures(torch.arange(i, min(i + 64, len(self.images))))).latent_dist.mean.cpu()
                 for i in _progress("latents", range(0, len(self.images), 64), len(self.images) // 64)
             ]
         latents = torch.cat(means).contiguous()
-        _write(path, {"latents": latents})
+        _write(path, {"latents": latents, "vae_step": of})
         _write(checkpoints / "scale.safetensors", {"scale": _scale(latents).reshape(1)})
         return latents
 
@@ -255,10 +259,11 @@ def _save(parts: dict[str, Any], tokenizer: Any, checkpoints: Path, out: Path) -
         vae=vae, text_encoder=parts["text_encoder"], tokenizer=tokenizer, unet=parts["unet"],
         scheduler=build_scheduler(), safety_checker=None, feature_extractor=None, requires_safety_checker=False,
     )  # fmt: skip
-    pipe.to("cpu", torch.float16).save_pretrained(out)
     clip = parts["clip"]
     clip.text_model.load_state_dict(_text_state(parts["text_encoder"], clip))
-    clip.to("cpu", torch.float16).save_pretrained(out / "clip")
+    with quiet_loading():
+        pipe.to("cpu", torch.float16, silence_dtype_warnings=True).save_pretrained(out)
+        clip.to("cpu", torch.float16).save_pretrained(out / "clip")
     tokenizer.save_pretrained(out / "clip")
     side = {"height": 64, "width": 64}
     CLIPImageProcessor(
