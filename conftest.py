@@ -15,6 +15,9 @@ sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--benchmark", action="store_true", help="run the suites in benchmarks/ instead of the tests")
+    parser.addoption(
+        "--results", metavar="FOLDER", help="with --benchmark: also append the figures to FOLDER/<device>.csv"
+    )
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:

@@ -139,7 +139,9 @@ def _phrase_mean(p: Tensor, content: Tensor, phrases: Tensor) -> Tensor:
     size = together.sum(-1, keepdim=True).clamp(min=1)
     mean = p @ (together.to(p.dtype) / size).transpose(-1, -2)[:, None]
     # Every member takes its phrase's first member's sum, so that members tie exactly whatever the product's rounding.
-    first = together.to(torch.uint8).argmax(-1)[:, None, None, :].expand(p.shape)
+    tokens = torch.arange(p.shape[-1], device=p.device)
+    first = torch.where(together, tokens, p.shape[-1]).amin(-1) if p.shape[-1] else phrases
+    first = torch.where(member, first, tokens)[:, None, None, :].expand(p.shape)
     return torch.where(member[:, None, None, :], mean.gather(-1, first), p)
 
 

@@ -156,14 +156,16 @@ def test_all_minus_infinity_and_nan_rows():
     assert out.isnan().any(-1).nonzero().tolist() == [[1, 1, 5]] and out[1, 1, 5].isnan().all()
 
 
-def test_compiled_whole_gives_what_eager_gives():
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_compiled_whole_gives_what_eager_gives(backend):
     query, key, value = _qkv()
     text, program = _text(), PROGRAMS["full"]
 
     def call(query, key, value, gate):
         return semantic_attention(
-            query, key, value, program, **{**text, "gate": gate}, heads=[0, 2], grid=GRID, capture=Capture((1, 2))
-        )
+            query, key, value, program, **{**text, "gate": gate}, heads=[0, 2], grid=GRID, capture=Capture((1, 2)),
+            backend=backend,
+        )  # fmt: skip
 
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True)
