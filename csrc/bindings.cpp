@@ -26,18 +26,25 @@ Tensor4 tensor(const py::tuple& t) {
 }
 
 void raise_on(cpu::Error error) {
-  if (error == cpu::bad_size) throw std::invalid_argument("N and D go up to 256");
+  if (error == cpu::bad_size) throw std::invalid_argument("too many tokens or too large a head dimension");
   if (error == cpu::out_of_memory) throw std::bad_alloc();
+}
+
+// (B, H, M, N, D, Dv)
+void set_sizes(Attention& a, const py::tuple& sizes, int dtype) {
+  int64_t* size[] = {&a.B, &a.H, &a.M, &a.N, &a.D, &a.Dv};
+  for (int i = 0; i < 6; ++i) *size[i] = sizes[i].cast<int64_t>();
+  a.dtype = static_cast<DType>(dtype);
 }
 
 void cpu_attention(const py::tuple& sizes, int dtype, float scale, const py::tuple& query, const py::tuple& key,
                    const py::tuple& value, const py::tuple& out, const py::tuple& bias, int bias_dtype, int64_t maps,
-                   int64_t bits, const py::tuple& rows, int threads) {
+                   int64_t bits, const py::tuple& rows, int64_t packed, int64_t out_bias, int threads) {
   Attention a;
-  int64_t* size[] = {&a.B, &a.H, &a.M, &a.N, &a.D, &a.Dv};
-  for (int i = 0; i < 6; ++i) *size[i] = sizes[i].cast<int64_t>();
-  a.dtype = static_cast<DType>(dtype);
+  set_sizes(a, sizes, dtype);
   a.scale = scale;
+  a.packed = pointer<void>(packed);
+  a.out_bias = pointer<float>(out_bias);
   a.query = tensor(query);
   a.key = tensor(key);
   a.value = tensor(value);
@@ -69,6 +76,27 @@ void cpu_attention(const py::tuple& sizes, int dtype, float scale, const py::tup
   {
     py::gil_scoped_release release;
     error = cpu::attention(a, threads);
+  }
+  raise_on(error);
+}
+
+int64_t cpu_packed_bytes(const py::tuple& sizes, int dtype) {
+  Attention a;
+  set_sizes(a, sizes, dtype);
+  return static_cast<int64_t>(cpu::packed_bytes(a));
+}
+
+void cpu_pack(const py::tuple& sizes, int dtype, const py::tuple& key, const py::tuple& value, int64_t content, int64_t to,
+              int threads) {
+  Attention a;
+  set_sizes(a, sizes, dtype);
+  a.key = tensor(key);
+  a.value = tensor(value);
+  a.program.content = pointer<uint8_t>(content);
+  cpu::Error error;
+  {
+    py::gil_scoped_release release;
+    error = cpu::pack(a, threads, pointer<void>(to));
   }
   raise_on(error);
 }
@@ -113,6 +141,8 @@ py::dict cpu_info() {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled core of sdattn_fast. Addresses and strides in, nothing of torch; see sdattn_fast.backend.";
   m.def("cpu_attention", &cpu_attention);
+  m.def("cpu_packed_bytes", &cpu_packed_bytes);
+  m.def("cpu_pack", &cpu_pack);
   m.def("cpu_smooth", &cpu_smooth);
   m.def("cpu_info", &cpu_info);
   m.def("cpu_set_isa", [](const std::string& name) { return cpu::set_isa(name.c_str()); });

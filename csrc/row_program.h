@@ -16,7 +16,7 @@
 namespace sdattn {
 
 constexpr int max_tokens = 256;  // N
-constexpr int max_dim = 256;     // D and Dv
+constexpr int max_dim = 65536;   // D and Dv: a folded layer's are its channels
 
 enum DType : int32_t { float32 = 0, bfloat16 = 1 };
 enum Renormalize : int32_t { renormalize_none = 0, renormalize_content = 1, renormalize_row = 2 };
@@ -46,7 +46,8 @@ struct Tensor4 {
   int64_t stride[4] = {0, 0, 0, 0};
 };
 
-// One call. query (B,H,M,D), key (B,H,N,D), value (B,H,N,Dv), out (B,H,M,Dv), all of one dtype.
+// One call. query (B,H,M,D), key (B,H,N,D), value (B,H,N,Dv), out (B,H,M,Dv), all of one dtype. A stride of 0 over the
+// heads means what it says: all heads share one query, or all of them add to one output, which is a folded layer.
 struct Attention {
   int64_t B = 0, H = 0, M = 0, N = 0, D = 0, Dv = 0;
   DType dtype = float32;
@@ -54,6 +55,8 @@ struct Attention {
   Tensor4 query, key, value, out;
   Tensor4 bias;                        // data null: none
   DType bias_dtype = float32;
+  const void* packed = nullptr;        // keys and values, already packed for this very program; null: they are not
+  const float* out_bias = nullptr;     // (Dv,), added to an output that all heads share
   float* maps = nullptr;               // (B, T, M) or (B, H, T, M), contiguous; null: none
   int32_t* bits = nullptr;             // (B, H, M, ceil(N / 32)), contiguous; null: none
   RowProgram program;

@@ -209,36 +209,61 @@ Error attention(const Attention& a, int threads) {
 
   try {
     const TokenSide side = bring_into_columns(a);
-    Job job{&a, side.entries.data(), nullptr, isa.packed_bytes(a), weight_of_a_head(a), false};
-    const size_t packed = job.packed_bytes * static_cast<size_t>(a.B * a.H);
+    Job job{&a, side.entries.data(), static_cast<const char*>(a.packed), isa.packed_bytes(a), weight_of_a_head(a), false};
+    const size_t packed = a.packed ? 0 : job.packed_bytes * static_cast<size_t>(a.B * a.H);
     const size_t workspace = (isa.workspace_bytes(a) + 2 * page - 1) / page * page;
     Memory memory = allocate(packed + workspace * static_cast<size_t>(threads));
     if (!memory) return out_of_memory;
-    job.packed = memory.get() + workspace * static_cast<size_t>(threads);
+    char* to = memory.get() + workspace * static_cast<size_t>(threads);
+    if (!a.packed) job.packed = to;
 
-    // Heads innermost where a pixel's heads lie side by side, and where a mean over heads is one thread's to add up.
+    // Heads innermost where a pixel's heads lie side by side, and where a sum over heads is one thread's to add up.
+    const bool shared = a.query.stride[1] == 0 || a.out.stride[1] == 0;
     const bool beside = a.query.stride[1] < a.query.stride[2] && a.B * blocks >= 4 * threads;
-    job.heads_first = beside || (a.maps && a.program.capture_mean);
+    job.heads_first = shared || beside || (a.maps && a.program.capture_mean);
     const int64_t heads = a.B * a.H, all = heads * blocks;
 
     // One parallel region, no barrier inside: a head's rows wait for that head's panels alone.
     std::vector<std::atomic<bool>> packed_already(heads);
-    for (std::atomic<bool>& ready : packed_already) ready = false;
-    Deal packing(heads, 1), blocks_of_rows(job.heads_first ? a.B * blocks : all, !job.heads_first && all >= 64 * threads ? 8 : 1);
+    for (std::atomic<bool>& ready : packed_already) ready = a.packed != nullptr;
+    Deal packing(a.packed ? 0 : heads, 1), blocks_of_rows(job.heads_first ? a.B * blocks : all, !job.heads_first && all >= 64 * threads ? 8 : 1);
     on_threads(threads, [&](int thread) {
       char* own = memory.get() + workspace * thread;
       packing([&](int64_t i) {
-        isa.pack(job, i / a.H, i % a.H);
+        isa.pack(job, to, i / a.H, i % a.H);
         packed_already[i].store(true, std::memory_order_release);
       });
-      const auto rows = [&](int64_t b, int64_t h, int64_t block) {
-        while (!packed_already[b * a.H + h].load(std::memory_order_acquire)) std::this_thread::yield();
-        isa.rows(job, own, b, h, block * isa.block_rows);
+      const auto rows = [&](int64_t b, int64_t h, int64_t count, int64_t block) {
+        for (int64_t j = h; j < h + count; ++j) {
+          while (!packed_already[b * a.H + j].load(std::memory_order_acquire)) std::this_thread::yield();
+        }
+        isa.rows(job, own, b, h, count, block * isa.block_rows);
       };
       blocks_of_rows([&](int64_t i) {
-        if (!job.heads_first) return rows(i / blocks / a.H, i / blocks % a.H, i % blocks);
-        for (int64_t h = 0; h < a.H; ++h) rows(i / blocks, h, i % blocks);
+        if (!job.heads_first) return rows(i / blocks / a.H, i / blocks % a.H, 1, i % blocks);
+        rows(i / blocks, 0, a.H, i % blocks);
       });
+    });
+  } catch (const std::bad_alloc&) {
+    return out_of_memory;
+  }
+  return ok;
+}
+
+size_t packed_bytes(const Attention& a) {
+  return current().packed_bytes(a) * static_cast<size_t>(a.B > 0 && a.H > 0 ? a.B * a.H : 0);
+}
+
+Error pack(const Attention& a, int threads, void* to) {
+  if (a.N > max_tokens || a.D > max_dim || a.Dv > max_dim) return bad_size;
+  if (a.B <= 0 || a.H <= 0) return ok;
+  const Isa& isa = current();
+  try {
+    const TokenSide side = bring_into_columns(a);
+    const Job job{&a, side.entries.data(), nullptr, isa.packed_bytes(a), 0.0f, false};
+    Deal deal(a.B * a.H, 1);
+    on_threads(usable_threads(threads, a.B * a.H), [&](int) {
+      deal([&](int64_t i) { isa.pack(job, static_cast<char*>(to), i / a.H, i % a.H); });
     });
   } catch (const std::bad_alloc&) {
     return out_of_memory;

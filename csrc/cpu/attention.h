@@ -1,6 +1,8 @@
 // The CPU backend's face: one call of attention, one of smoothing, and the choice of the instruction set.
 #pragma once
 
+#include <cstddef>
+
 #include "../row_program.h"
 
 namespace sdattn::cpu {
@@ -9,6 +11,11 @@ enum Error : int { ok = 0, bad_size = 1, out_of_memory = 2 };
 
 // Steps 1 to 6 and 8. `threads` is the most to use. Safe from several threads at once.
 Error attention(const Attention& call, int threads);
+
+// Keys and values in the panels that `attention` multiplies by, made once for many calls: the instruction set, N, D, Dv,
+// dtype and content tokens must stay. `to` is aligned to 64 bytes and has room for packed_bytes(call).
+size_t packed_bytes(const Attention& call);
+Error pack(const Attention& call, int threads, void* to);
 
 // Step 7 on x (B, H, height * width, C), contiguous, float32 or bfloat16, `times` times, where (B, H) is set; copies
 // the rest. weights: 2 * radius + 1 numbers.

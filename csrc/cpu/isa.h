@@ -23,7 +23,7 @@ struct Entry {
 struct Job {
   const Attention* call;
   const Entry* entries;  // (B,)
-  char* packed;          // (B, H, packed_bytes)
+  const char* packed;    // (B, H, packed_bytes)
   size_t packed_bytes;
   float head_weight;     // of one head in a captured mean
   bool heads_first;      // a thread goes on to the next head, else to the next rows
@@ -35,8 +35,8 @@ struct Isa {
   int block_rows;
   size_t (*packed_bytes)(const Attention&);
   size_t (*workspace_bytes)(const Attention&);
-  void (*pack)(const Job&, int64_t b, int64_t h);
-  void (*rows)(const Job&, void* workspace, int64_t b, int64_t h, int64_t m);
+  void (*pack)(const Job&, char* to, int64_t b, int64_t h);
+  void (*rows)(const Job&, void* workspace, int64_t b, int64_t h, int64_t heads, int64_t m);
   size_t (*smooth_bytes)(const Smoothing&);
   int64_t (*smooth_blocks)(const Smoothing&);
   void (*smooth)(const Smoothing&, void* workspace, int64_t bh, int64_t block);

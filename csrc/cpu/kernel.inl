@@ -39,7 +39,7 @@ inline float from_bf16(uint16_t x) {
 
 // ---- The products -------------------------------------------------------------------------------------------------
 //
-// product<E>: out[c][R] = factor[R] * sum_k panel(k, c) * x[k][R]. Columns c go in tiles of at most T, as even as can be;
+// product<E>: out[c][R] = factor[R] * sum_k panel(k, c) * x[k][R], with `add` added to what is there. Columns c go in tiles of at most T, as even as can be;
 // a tile's panel is stored [k][c]. E says how numbers are stored and multiplied: Scalar is what a tensor holds, Element
 // what a panel holds, per_step scalars of depth at a time. load reads elements whose depth runs along memory, load_both
 // those whose depth runs over rows: the first row and, for pairs, the second (null: zeros).
@@ -88,7 +88,7 @@ inline int tile_size(int64_t columns, int count, int i) {
 // Longer sums go in parts: a single chain of 256 roundings would lose to torch's blocked sums.
 constexpr int64_t longest_chain = 128;
 
-template <class E, int C>
+template <class E, bool add, int C>
 inline void product_tile(const typename E::Element* panel, int64_t steps, const float* x, const F* factor, float* out) {
   const int64_t parts = steps > longest_chain ? (steps + longest_chain - 1) / longest_chain : 1;
   for (int64_t part = 0; part < parts; ++part) {
@@ -103,6 +103,14 @@ inline void product_tile(const typename E::Element* panel, int64_t steps, const 
         acc[c][0] = E::multiply_add(x0, panel[c], acc[c][0]);
         acc[c][1] = E::multiply_add(x1, panel[c], acc[c][1]);
       }
+    }
+    if (add) {
+#pragma GCC unroll 16
+      for (int c = 0; c < C; ++c) {
+        V::store(out + c * R, V::fma(acc[c][0], factor[0], V::load(out + c * R)));
+        V::store(out + c * R + W, V::fma(acc[c][1], factor[1], V::load(out + c * R + W)));
+      }
+      continue;
     }
     if (part > 0) {
 #pragma GCC unroll 16
@@ -120,21 +128,21 @@ inline void product_tile(const typename E::Element* panel, int64_t steps, const 
   }
 }
 
-template <class E, int C = T>
+template <class E, bool add, int C = T>
 inline void product_tile_of(int size, const typename E::Element* panel, int64_t steps, const float* x, const F* factor,
                             float* out) {
   if constexpr (C > 0) {
-    if (size == C) return product_tile<E, C>(panel, steps, x, factor, out);
-    product_tile_of<E, C - 1>(size, panel, steps, x, factor, out);
+    if (size == C) return product_tile<E, add, C>(panel, steps, x, factor, out);
+    product_tile_of<E, add, C - 1>(size, panel, steps, x, factor, out);
   }
 }
 
-template <class E>
+template <class E, bool add = false>
 void product(const typename E::Element* panel, int64_t columns, int64_t steps, const float* x, const F* factor, float* out) {
   const int count = tiles(columns);
   for (int i = 0; i < count; ++i) {
     const int size = tile_size(columns, count, i);
-    product_tile_of<E>(size, panel, steps, x, factor, out);
+    product_tile_of<E, add>(size, panel, steps, x, factor, out);
     panel += size * steps;
     out += size * R;
   }
@@ -209,11 +217,11 @@ inline void pack_values(const Attention& a, const typename E::Scalar* value, con
 }
 
 template <class E>
-void pack_head(const Job& job, int64_t b, int64_t h) {
+void pack_head(const Job& job, char* to, int64_t b, int64_t h) {
   using Scalar = typename E::Scalar;
   const Attention& a = *job.call;
   const int32_t* order = job.entries[b].order;
-  float* packed = reinterpret_cast<float*>(job.packed + (b * a.H + h) * job.packed_bytes);
+  float* packed = reinterpret_cast<float*>(to + (b * a.H + h) * job.packed_bytes);
   pack_keys<E>(a, static_cast<const Scalar*>(a.key.data) + b * a.key.stride[0] + h * a.key.stride[1], order, packed);
   pack_values<E>(a, static_cast<const Scalar*>(a.value.data) + b * a.value.stride[0] + h * a.value.stride[1], order,
                  packed + panel_size<E>(a.N, a.D));
@@ -624,22 +632,52 @@ inline Workspace workspace_of(const Attention& a) {
 }
 
 template <class E>
-void block(const Job& job, void* memory, int64_t b, int64_t h, int64_t m) {
-  using Element = typename E::Element;
-  const Attention& a = *job.call;
-  const Entry& entry = job.entries[b];
-  const int64_t rows = at_most(R, a.M - m);
-  const uint8_t mode = a.program.head_mode ? a.program.head_mode[h] : static_cast<uint8_t>(head_program);
-  if (a.maps && (!a.program.capture_mean || h == 0)) zero_maps(a, b, h, m, rows);
-  if (mode == head_zero || a.N == 0) {
-    zero_rows(a, b, h, m, rows);
-    if (a.bits) store_bits(a, entry, b, h, m, rows, 0, nullptr, mode != head_zero);
-    return;
-  }
+void head(const Job& job, char* base, int64_t b, int64_t h, int64_t m, int64_t rows, bool add);
 
+// Heads h to h + heads - 1 of the rows from m on. What the heads share, a query or an output, is read or written once.
+template <class E>
+void block(const Job& job, void* memory, int64_t b, int64_t h, int64_t heads, int64_t m) {
+  const Attention& a = *job.call;
   const Workspace w = workspace_of(a);
   char* base = static_cast<char*>(memory);
   float* x = reinterpret_cast<float*>(base + w.query);
+  float* o = reinterpret_cast<float*>(base + w.output);
+  const bool one_query = a.query.stride[1] == 0, one_output = a.out.stride[1] == 0;
+  const int64_t rows = at_most(R, a.M - m);
+  const int64_t ahead = job.heads_first && !one_query ? a.query.stride[1] : R * a.query.stride[2];
+  if (one_output) {
+    for (int64_t c = 0; c < a.Dv; ++c) {
+      const F start = V::set(a.out_bias ? a.out_bias[c] : 0.0f);
+      V::store(o + c * R, start);
+      V::store(o + c * R + W, start);
+    }
+  }
+  bool loaded = false;
+  for (int64_t i = h; i < h + heads; ++i) {
+    const uint8_t mode = a.program.head_mode ? a.program.head_mode[i] : static_cast<uint8_t>(head_program);
+    if (a.maps && (!a.program.capture_mean || i == 0)) zero_maps(a, b, i, m, rows);
+    if (mode == head_zero || a.N == 0) {
+      if (!one_output) zero_rows(a, b, i, m, rows);
+      if (a.bits) store_bits(a, job.entries[b], b, i, m, rows, 0, nullptr, mode != head_zero);
+      continue;
+    }
+    if (!loaded) load_query<E>(a, b, i, m, rows, ahead, x);
+    loaded = one_query;
+    head<E>(job, base, b, i, m, rows, one_output);
+    if (!one_output) store_output<E>(a, b, i, m, rows, o);
+  }
+  if (one_output) store_output<E>(a, b, 0, m, rows, o);
+}
+
+// One head of a block whose query is loaded; its output is left in the workspace, added to what is there if `add`.
+template <class E>
+void head(const Job& job, char* base, int64_t b, int64_t h, int64_t m, int64_t rows, bool add) {
+  using Element = typename E::Element;
+  const Attention& a = *job.call;
+  const Entry& entry = job.entries[b];
+  const Workspace w = workspace_of(a);
+  const uint8_t mode = a.program.head_mode ? a.program.head_mode[h] : static_cast<uint8_t>(head_program);
+  const float* x = reinterpret_cast<float*>(base + w.query);
   float* s = reinterpret_cast<float*>(base + w.scores);
   float* o = reinterpret_cast<float*>(base + w.output);
   float* kept = a.bits ? reinterpret_cast<float*>(base + w.kept) : nullptr;
@@ -647,7 +685,6 @@ void block(const Job& job, void* memory, int64_t b, int64_t h, int64_t m) {
   const auto* key = reinterpret_cast<const Element*>(packed);
   const auto* value = key + panel_size<E>(a.N, a.D);
 
-  load_query<E>(a, b, h, m, rows, job.heads_first ? a.query.stride[1] : R * a.query.stride[2], x);
   const F to_log2[2] = {V::set(a.scale * log2_e), V::set(a.scale * log2_e)};
   product<E>(key, a.N, steps_of<E>(a.D), x, to_log2, s);
   if (a.bias.data && a.bias_dtype == bfloat16) add_bias<uint16_t>(a, entry, b, h, m, rows, s);
@@ -684,8 +721,11 @@ void block(const Job& job, void* memory, int64_t b, int64_t h, int64_t m) {
     s = pairs;
   }
 #endif
-  product<E>(value, a.Dv, steps_of<E>(a.N), s, factor, o);
-  store_output<E>(a, b, h, m, rows, o);
+  if (add) {
+    product<E, true>(value, a.Dv, steps_of<E>(a.N), s, factor, o);
+  } else {
+    product<E>(value, a.Dv, steps_of<E>(a.N), s, factor, o);
+  }
 }
 
 // ---- Step 7 -----------------------------------------------------------------------------------------------------
@@ -794,12 +834,13 @@ size_t packed_bytes(const Attention& a) {
 
 size_t workspace_bytes(const Attention& a) { return workspace_of(a).bytes; }
 
-void pack(const Job& job, int64_t b, int64_t h) {
-  job.call->dtype == bfloat16 ? pack_head<Bfloat16>(job, b, h) : pack_head<Float32>(job, b, h);
+void pack(const Job& job, char* to, int64_t b, int64_t h) {
+  job.call->dtype == bfloat16 ? pack_head<Bfloat16>(job, to, b, h) : pack_head<Float32>(job, to, b, h);
 }
 
-void rows(const Job& job, void* workspace, int64_t b, int64_t h, int64_t m) {
-  job.call->dtype == bfloat16 ? block<Bfloat16>(job, workspace, b, h, m) : block<Float32>(job, workspace, b, h, m);
+void rows(const Job& job, void* workspace, int64_t b, int64_t h, int64_t heads, int64_t m) {
+  job.call->dtype == bfloat16 ? block<Bfloat16>(job, workspace, b, h, heads, m)
+                              : block<Float32>(job, workspace, b, h, heads, m);
 }
 
 void smooth(const Smoothing& s, void* workspace, int64_t bh, int64_t block) {

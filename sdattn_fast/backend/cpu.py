@@ -8,6 +8,7 @@ environment variable SDATTN_FAST_ISA.
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 from ..plan import Plan, RowPlan
 from ..reference import gaussian_kernel
 
-__all__ = ["availability", "not_supported_reasons", "attention", "smooth", "info", "set_isa"]
+__all__ = ["availability", "not_supported_reasons", "attention", "pack", "Packed", "smooth", "info", "set_isa"]
 
 _MOST = 256  # N, D and Dv
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -103,6 +104,67 @@ def attention(
         maps = torch.empty((b, t, m) if rows.capture_mean else (b, h, t, m), dtype=torch.float32)
     if return_bits:
         bits = torch.empty((b, h, m, (n + 31) // 32), dtype=torch.int32)
+    _call(query, key, value, bias, scale, rows, out, maps, bits)
+    return out, maps, bits
+
+
+@dataclass(frozen=True)
+class Packed:
+    """Keys (B, H, N, D) and values (B, H, N, Dv) of one text, laid out for the kernel; made by `pack`."""
+
+    data: Tensor  # uint8
+    sizes: tuple[int, int, int, int, int]  # B, H, N, D, Dv
+    dtype: torch.dtype
+    isa: str
+
+
+def pack(key: Tensor, value: Tensor, rows: RowPlan) -> Packed:
+    """Lay out key (B, H, N, D) and value (B, H, N, Dv) for many calls of `folded` with this plan's content tokens."""
+    b, h, n, d = key.shape
+    sizes, dtype = (b, h, 0, n, d, value.shape[3]), _DTYPES[key.dtype]
+    data = torch.empty(_core.cpu_packed_bytes(sizes, dtype) + 64, dtype=torch.uint8)
+    data = data[-data.data_ptr() % 64 :]
+    threads = torch.get_num_threads()
+    _core.cpu_pack(sizes, dtype, _handle(key), _handle(value), _address(rows.content), data.data_ptr(), threads)
+    return Packed(data, (b, h, n, d, value.shape[3]), key.dtype, _core.cpu_info()["isa"])
+
+
+def folded(
+    x: Tensor, packed: Packed, bias: Tensor | None, out_bias: Tensor | None, scale: float, rows: RowPlan
+) -> tuple[Tensor, Tensor | None]:
+    """A folded layer: attention in which all heads share one query, or add to one output, or both.
+
+    Args:
+        x: (B, M, D), one query for all heads, or (B, H, M, D).
+        packed: keys and values whose D and Dv are what x and the output have.
+        bias: broadcasts to (B, H, M, N), added to the logits.
+        out_bias: (Dv,) float32, added to the sum over the heads.
+
+    Returns:
+        y (B, M, Dv), the sum over the heads, and maps as `attention`.
+
+    Raises: ValueError where the instruction set is another one than when it was packed.
+    """
+    b, h, n, d, dv = packed.sizes
+    if packed.isa != _core.cpu_info()["isa"]:
+        raise ValueError(f"packed: laid out for {packed.isa}, and the instruction set is now {_core.cpu_info()['isa']}")
+    m = x.shape[-2]
+    # Not expand, which leaves a stride to a single head: here a stride of 0 is what says "shared".
+    query = x.as_strided((b, h, m, d), (x.stride(0), 0, x.stride(1), 1)) if x.dim() == 3 else x
+    y = torch.empty((b, m, dv), dtype=x.dtype)
+    out = y.as_strided((b, h, m, dv), (m * dv, 0, dv, 1))
+    maps = None
+    if rows.capture_tokens is not None:
+        t = rows.capture_tokens.shape[0]
+        maps = torch.empty((b, t, m) if rows.capture_mean else (b, h, t, m), dtype=torch.float32)
+    _call(query, packed, packed, bias, scale, rows, out, maps, None, out_bias)
+    return y, maps
+
+
+def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None) -> None:
+    b, h, m, d = query.shape
+    packed = key if isinstance(key, Packed) else None
+    n, dv = (packed.sizes[2], packed.sizes[4]) if packed else (key.shape[2], value.shape[3])
     if bias is not None:
         bias = bias if bias.dtype in _DTYPES else bias.to(torch.float32)
         bias = bias.expand(b, h, m, n)
@@ -111,8 +173,8 @@ def attention(
         _DTYPES[query.dtype],
         scale,
         _handle(query),
-        _handle(key),
-        _handle(value),
+        _handle(None if packed else key),
+        _handle(None if packed else value),
         _handle(out),
         _handle(bias),
         0 if bias is None else _DTYPES[bias.dtype],
@@ -134,9 +196,10 @@ def attention(
             rows.capture_final,
             rows.capture_mean,
         ),
+        0 if packed is None else packed.data.data_ptr(),
+        _address(out_bias),
         torch.get_num_threads(),
     )
-    return out, maps, bits
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None) -> Tensor:
