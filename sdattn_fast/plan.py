@@ -27,7 +27,7 @@ class TokenSide:
     """What a call says of tokens and heads, checked and on the inputs' device.
 
     gate: (B, 1 or H, N) float32 or float64, >= 0; phrases: (B, N) int64, -1 for none; protected: (B, N) bool; active:
-    (B,) bool; heads: (H,) bool, the active ones. None: as if not given.
+    (B,) bool; heads: (H,) bool, the active ones; seed: (1,) int64, of the random mode. None: as if not given.
     """
 
     batch: int
@@ -40,6 +40,7 @@ class TokenSide:
     active: Tensor | None = None
     heads: Tensor | None = None
     inactive_heads: str = "plain"
+    seed: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +177,7 @@ def _row_steps(rows: RowPlan, program: Program, side: TokenSide, compiling: bool
         phrases=None if side.phrases is None else _phrase_leaders(content, side.phrases),
         drop=drop,
         random_ratio=ratio,
-        seed=None,
+        seed=side.seed if ratio >= 0 else None,
         threshold=threshold,
         renormalize=RENORMALIZE[program.renormalize],
         max_content=most,

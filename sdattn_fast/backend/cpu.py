@@ -92,7 +92,7 @@ def attention(
         int32 (B, H, M, ceil(N / 32)), None unless asked: bit n % 32 of word n // 32 says that entry n survived steps
         4 and 5.
     """
-    b, h, m, d = query.shape
+    b, h, m, _ = query.shape
     n, dv = key.shape[2], value.shape[3]
     if keep_layout and query.stride(1) < query.stride(2):
         out = torch.empty((b, m, h, dv), dtype=value.dtype).transpose(1, 2)
@@ -145,7 +145,7 @@ def folded(
 
     Raises: ValueError where the instruction set is another one than when it was packed.
     """
-    b, h, n, d, dv = packed.sizes
+    b, h, _, d, dv = packed.sizes
     if packed.isa != _core.cpu_info()["isa"]:
         raise ValueError(f"packed: laid out for {packed.isa}, and the instruction set is now {_core.cpu_info()['isa']}")
     m = x.shape[-2]
