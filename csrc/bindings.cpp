@@ -128,6 +128,11 @@ py::dict cpu_info() {
   info["isa"] = cpu::isa();
   info["isas"] = isas;
   info["openmp"] = cpu::has_openmp();
+#if defined(__x86_64__) && defined(__GNUC__)
+  info["vendor"] = __builtin_cpu_is("amd") ? "amd" : __builtin_cpu_is("intel") ? "intel" : "other";
+#else
+  info["vendor"] = "other";
+#endif
 #if defined(__VERSION__)
   info["compiler"] = __VERSION__;
 #else

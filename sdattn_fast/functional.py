@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_bias, check_grid, check_products, check_program, check_scale, check_seed, token_side
-from .backend import NAMES, choose, fused, op
+from .backend import NAMES, choose, cpu, fused, op, unavailable
 from .plan import Plan, TokenSide, fold_into_value, make_plan, needs_map
 from .program import Capture, Program
 from .reference import reference_attention
@@ -134,6 +134,21 @@ def prepare(
 
 
 @dataclass(frozen=True)
+class FoldedText:
+    """A layer's text with projections folded into it, in the kernel's form. Made by `Prepared.fold`."""
+
+    packed: cpu.Packed
+    shared_query: bool
+    summed: bool
+    scale: float
+    token_bias: Tensor | None
+    out_bias: Tensor | None
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (self.packed.data, self.token_bias, self.out_bias) if x is not None]
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A lowered call: everything but the tensors that change from step to step. Made by `prepare`."""
 
@@ -155,8 +170,10 @@ class Prepared:
         scale: float | None = None,
         grid: tuple[int, int] | None = None,
         seed: int | Tensor | None = None,
+        folded_value: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """(out, maps), maps None without capture. seed overrides the prepared one. Raises as `semantic_attention`."""
+        """(out, maps), maps None without capture. seed overrides the prepared one. folded_value: `fold_value(value)` of
+        before, where the caller kept it. Raises as `semantic_attention`."""
         self._check(query, key, value, bias, scale, grid, seed)
         name = choose(
             self.backend, query, key, value, bias, self.plan, self.needs_map, self._needs_grad(query, key, value, bias)
@@ -165,7 +182,93 @@ class Prepared:
         key_of_random = self._seed(seed, query.device)
         if name == "reference":
             return self._on_reference(query, key, value, bias, scale, grid, key_of_random)
+        value = self.fold_value(value) if folded_value is None else folded_value
         return self._on_fused(name, query, key, value, bias, scale, grid, key_of_random)
+
+    def fold_refusal(self, x: Tensor) -> str | None:
+        """Why no kernel serves a folded layer with this program on rows like x, or None."""
+        if self.backend not in ("auto", "cpu"):
+            return f"backend {self.backend!r} has no folded kernel"
+        if self.plan is None:
+            return self.needs_map
+        if x.device.type != "cpu":
+            return f"there is no folded kernel for device type {x.device.type!r} yet"
+        if x.dtype not in (torch.float32, torch.bfloat16):
+            return f"the folded kernel takes float32 and bfloat16, not {x.dtype}"
+        if torch.is_autocast_enabled("cpu"):
+            return "autocast is on"
+        if self._needs_grad(x, x, x, None):
+            return "gradients are asked for"
+        if self.side.tokens > 256 or x.shape[-1] > 65536:
+            return f"{self.side.tokens} tokens of {x.shape[-1]} channels are too many"
+        return unavailable("cpu")
+
+    def folds_alike(self, other: Prepared) -> bool:
+        """Whether `fold` gives for the other call what it gives for this one: same content tokens, no linear steps."""
+        if self.plan is None or other.plan is None or self.plan.folded or other.plan.folded:
+            return False
+        mine, theirs = self.plan.rows.content, other.plan.rows.content
+        if mine is None or theirs is None:
+            return mine is theirs
+        return torch.equal(mine, theirs)
+
+    def may_sum_heads(self) -> bool:
+        """Whether what follows p @ value treats all heads of an entry alike, so that they may be summed before it."""
+        plan = self.plan
+        return plan is not None and (
+            not plan.smoothings or self.side.heads is None or self.side.inactive_heads == "zero"
+        )
+
+    def fold_value(self, value: Tensor) -> Tensor:
+        """The values with the program's linear steps in them, where it has no others."""
+        return fold_into_value(value, self.plan.side) if self.plan is not None and self.plan.folded else value
+
+    def fold(
+        self,
+        key: Tensor,
+        value: Tensor,
+        shared_query: bool,
+        summed: bool,
+        scale: float,
+        token_bias: Tensor | None = None,
+        out_bias: Tensor | None = None,
+    ) -> FoldedText:
+        """Bring a folded layer's keys (B, H, N, D) and values (B, H, N, Dv) into the kernel's form, for `call_folded`.
+
+        shared_query: one query for all heads. summed: one output for all heads. token_bias: (B, H, 1, N) float32, added
+        to the logits. out_bias: (Dv,) float32, added to the sum. The values come from `fold_value`.
+        """
+        assert self.plan is not None
+        return FoldedText(cpu.pack(key, value, self.plan.rows), shared_query, summed, scale, token_bias, out_bias)
+
+    def call_folded(
+        self,
+        x: Tensor,
+        text: FoldedText,
+        *,
+        bias: Tensor | None = None,
+        grid: tuple[int, int] | None = None,
+        seed: int | Tensor | None = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """A folded layer: x (B, M, D) for a shared query, else (B, H, M, D). Returns (y, maps): y (B, M, Dv) if the
+        heads are summed, else (B, H, M, Dv)."""
+        plan = self.plan
+        assert plan is not None
+        seed = self._seed(seed, x.device)
+        rows = plan.rows if seed is None else replace(plan.rows, seed=seed)
+        if text.token_bias is not None:
+            bias = text.token_bias if bias is None else bias + text.token_bias
+        out, maps = cpu.folded(x, text.packed, text.summed, bias, text.out_bias, text.scale, rows)
+        if plan.smoothings:
+            assert grid is not None
+            if text.summed:
+                where = None if plan.smoothed is None or plan.side.active is None else plan.side.active[:, None]
+                out = _smooth("cpu", out[:, None], grid, plan, where)[:, 0]
+            else:
+                out = _smooth("cpu", out, grid, plan, plan.smoothed)
+            if maps is not None and rows.capture_final:
+                maps = _smooth_maps("cpu", maps, grid, plan)
+        return out, maps
 
     def _on_reference(
         self,
@@ -210,8 +313,6 @@ class Prepared:
         plan = self.plan
         assert plan is not None
         rows = plan.rows if seed is None else replace(plan.rows, seed=seed)
-        if plan.folded:
-            value = fold_into_value(value, plan.side)
         if torch.compiler.is_compiling():
             out, maps, _ = op.attention(query, key, value, bias, scale, rows, name)
         else:

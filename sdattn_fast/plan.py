@@ -203,7 +203,9 @@ def _phrase_leaders(content: Tensor, phrases: Tensor) -> Tensor:
     together = _together(content, phrases)
     if together.shape[-1] == 0:
         return phrases.to(torch.int32).contiguous()
-    leader = together.to(torch.uint8).argmax(-1)
+    # Not argmax, which Inductor 2.13 compiles wrongly for uint8 rows as long as a vector.
+    tokens = torch.arange(together.shape[-1], device=phrases.device)
+    leader = torch.where(together, tokens, together.shape[-1]).amin(-1)
     return torch.where(together.sum(-1) > 1, leader, -1).to(torch.int32).contiguous()
 
 

@@ -130,18 +130,25 @@ def pack(key: Tensor, value: Tensor, rows: RowPlan) -> Packed:
 
 
 def folded(
-    x: Tensor, packed: Packed, bias: Tensor | None, out_bias: Tensor | None, scale: float, rows: RowPlan
+    x: Tensor,
+    packed: Packed,
+    summed: bool,
+    bias: Tensor | None,
+    out_bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
 ) -> tuple[Tensor, Tensor | None]:
     """A folded layer: attention in which all heads share one query, or add to one output, or both.
 
     Args:
         x: (B, M, D), one query for all heads, or (B, H, M, D).
         packed: keys and values whose D and Dv are what x and the output have.
+        summed: the output is the sum over the heads.
         bias: broadcasts to (B, H, M, N), added to the logits.
         out_bias: (Dv,) float32, added to the sum over the heads.
 
     Returns:
-        y (B, M, Dv), the sum over the heads, and maps as `attention`.
+        y (B, M, Dv) if summed, else (B, H, M, Dv) with a pixel's heads side by side, and maps as `attention`.
 
     Raises: ValueError where the instruction set is another one than when it was packed.
     """
@@ -149,10 +156,14 @@ def folded(
     if packed.isa != _core.cpu_info()["isa"]:
         raise ValueError(f"packed: laid out for {packed.isa}, and the instruction set is now {_core.cpu_info()['isa']}")
     m = x.shape[-2]
+    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
     # Not expand, which leaves a stride to a single head: here a stride of 0 is what says "shared".
     query = x.as_strided((b, h, m, d), (x.stride(0), 0, x.stride(1), 1)) if x.dim() == 3 else x
-    y = torch.empty((b, m, dv), dtype=x.dtype)
-    out = y.as_strided((b, h, m, dv), (m * dv, 0, dv, 1))
+    if summed:
+        y = torch.empty((b, m, dv), dtype=x.dtype)
+        out = y.as_strided((b, h, m, dv), (m * dv, 0, dv, 1))
+    else:
+        y = out = torch.empty((b, m, h, dv), dtype=x.dtype).transpose(1, 2)
     maps = None
     if rows.capture_tokens is not None:
         t = rows.capture_tokens.shape[0]

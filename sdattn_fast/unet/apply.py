@@ -61,8 +61,10 @@ def apply(
         active: (B,) bool for the UNet's whole batch. Tensors are copied; say so by `Patch.update` when they change.
         seed: of the random mode, an int in [0, 2**63); layer and timestep are mixed in. None: torch's generator draws.
         capture: which maps to keep in `Patch.maps`.
-        fold: "auto" or "never"; no layer is folded so far, and "always" raises.
-        text_cache: keep what depends on the text alone (the lowered token side, not keys and values yet) between steps.
+        fold: "auto" folds `to_q` and `to_out` into the text of layers where that is cheaper (on CPUs so far), "never"
+            does not, "always" folds every layer or raises where one cannot be.
+        text_cache: keep what depends on the text alone (token side, keys, values, what is folded) between steps, while
+            text and weights stay what they were.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
 
     Returns:
@@ -324,6 +326,8 @@ class _ModelHook:
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         if isinstance(text, Tensor) and text.dim() == 3:
             self._look_at(text)
+            if patch._settings.text_cache:
+                model.text.cached.look(text)
         seed = patch._settings.seed
         if seed is not None:
             timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)

@@ -15,9 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..functional import FoldedText
 from ..program import Capture, Program
+from .fold import choose_fold, fold_refusal, fold_text, shape_of
 from .layers import LAYER, Layer, is_served
 from .settings import Heads, Settings, checked_heads
+from .text_cache import KeyValue, Weights
 from .text_state import Given, TextState, checked_token_input
 
 __all__ = ["SemanticAttnProcessor"]
@@ -136,39 +139,12 @@ def attention_layer(
     if attn.group_norm is not None:
         hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-    # The projections are called, never read: PEFT puts modules of its own in their places.
-    query = attn.to_q(hidden_states)
-
-    is_cross = encoder_hidden_states is not None and is_served(attn)
-    if encoder_hidden_states is None:
-        encoder_hidden_states = hidden_states
-    elif attn.norm_cross:
-        encoder_hidden_states = attn.norm_encoder_hidden_states(encoder_hidden_states)
-
-    key = attn.to_k(encoder_hidden_states)
-    value = attn.to_v(encoder_hidden_states)
-
-    head_dim = key.shape[-1] // attn.heads
-    query = query.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
-    key = key.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
-    value = value.view(batch_size, -1, attn.heads, head_dim).transpose(1, 2)
-
-    if attn.norm_q is not None:
-        query = attn.norm_q(query)
-    if attn.norm_k is not None:
-        key = attn.norm_k(key)
-
-    if is_cross:
-        hidden_states = _cross_attention(self, attn, query, key, value, attention_mask, grid)
+    if encoder_hidden_states is not None and is_served(attn):
+        hidden_states = _cross_attention(
+            self, attn, hidden_states, encoder_hidden_states, attention_mask, grid, add_image
+        )
     else:
-        hidden_states = F.scaled_dot_product_attention(query, key, value, attn_mask=attention_mask, scale=attn.scale)
-
-    hidden_states = hidden_states.transpose(1, 2).reshape(batch_size, -1, attn.heads * head_dim)
-    hidden_states = hidden_states.to(query.dtype)
-    if add_image is not None:
-        hidden_states = add_image(query, hidden_states)
-
-    hidden_states = attn.to_out[0](hidden_states)
+        hidden_states = _plain_attention(attn, hidden_states, encoder_hidden_states, attention_mask, add_image)
     hidden_states = attn.to_out[1](hidden_states)
 
     if input_ndim == 4:
@@ -178,15 +154,57 @@ def attention_layer(
     return hidden_states / attn.rescale_output_factor
 
 
+AddImage = Callable[[Tensor, Tensor], Tensor] | None
+
+
+def _plain_attention(attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, add_image: AddImage) -> Tensor:
+    """Up to and with `to_out[0]`, as diffusers does it: self-attention, and layers that are not served."""
+    query = _query(attn, x)
+    key, value = _key_value(attn, x if text is None else text, cross=text is not None)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
+    return _project_out(attn, out, query, add_image)
+
+
+# The projections are called, never read: PEFT puts modules of its own in their places.
+
+
+def _query(attn: Any, x: Tensor) -> Tensor:
+    query = attn.to_q(x)
+    query = query.view(x.shape[0], -1, attn.heads, query.shape[-1] // attn.heads).transpose(1, 2)
+    return query if attn.norm_q is None else attn.norm_q(query)
+
+
+def _key_value(attn: Any, text: Tensor, cross: bool = True) -> tuple[Tensor, Tensor]:
+    if cross and attn.norm_cross:
+        text = attn.norm_encoder_hidden_states(text)
+    key, value = attn.to_k(text), attn.to_v(text)
+    key = key.view(text.shape[0], -1, attn.heads, key.shape[-1] // attn.heads).transpose(1, 2)
+    value = value.view(text.shape[0], -1, attn.heads, value.shape[-1] // attn.heads).transpose(1, 2)
+    return key if attn.norm_k is None else attn.norm_k(key), value
+
+
+def _project_out(attn: Any, out: Tensor, query: Tensor, add_image: AddImage) -> Tensor:
+    out = out.transpose(1, 2).reshape(out.shape[0], -1, out.shape[1] * out.shape[3]).to(query.dtype)
+    return attn.to_out[0](out if add_image is None else add_image(query, out))
+
+
 def _cross_attention(
-    self: Any, attn: Any, query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, grid: tuple[int, int] | None
+    self: Any,
+    attn: Any,
+    x: Tensor,
+    states: Tensor,
+    mask: Tensor | None,
+    grid: tuple[int, int] | None,
+    add_image: AddImage,
 ) -> Tensor:
+    """Up to and with `to_out[0]`: x (B, M, C) attends to the text, states (B, N, E), through the program."""
     layer: Layer | None = getattr(attn, LAYER, None)
     seed: int | Tensor | None
-    batch, heads_count, pixels, _ = query.shape
+    heads_count = int(attn.heads)
+    batch, pixels = states.shape[0], x.shape[1]
     settings: Settings = self.settings
     if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=query.dtype).masked_fill(~mask, float("-inf"))
+        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, float("-inf"))
     if layer is None:
         text, heads, seed = self.text, checked_heads(self.heads, heads_count, " in this layer"), settings.seed
     else:
@@ -201,12 +219,77 @@ def _cross_attention(
             f"grid: {where} does not know the height and width of its {pixels} pixels, which smoothing "
             "(Refinement.sigma > 0) needs; sdattn_fast.apply takes them from the enclosing Transformer2DModel"
         )
-    prepared = text.prepared(batch, heads_count, key.shape[2], key.device, heads)
-    # Not attn.scale: a block compiled for layers of several widths would make a symbol of it.
-    out, maps = prepared(query, key, value, bias=mask, scale=None if attn.scale_qk else 1.0, grid=grid, seed=seed)
+    prepared = text.prepared(batch, heads_count, states.shape[1], states.device, heads)
+    entry = None if torch.compiler.is_compiling() else _kept(text, attn, states, first_look=layer is None)
+    if entry is None:
+        key, value = _key_value(attn, states)
+        folded_value = folded = None
+        if settings.fold == "always":
+            raise ValueError("fold: 'always' needs text that stands still, and this call's may not be kept")
+    else:
+        entry.serve(prepared)
+        key, value, folded_value = entry.key, entry.value, entry.value_folded
+        folded = _folded(settings, attn, entry, x, add_image)
+    query = None if folded is not None and folded.shared_query else _query(attn, x)
+    if folded is not None:
+        out, maps = prepared.call_folded(x if query is None else query, folded, bias=mask, grid=grid, seed=seed)
+    else:
+        assert query is not None
+        # Not attn.scale: a block compiled for layers of several widths would make a symbol of it.
+        scale = None if attn.scale_qk else 1.0
+        out, maps = prepared(query, key, value, bias=mask, scale=scale, grid=grid, seed=seed, folded_value=folded_value)
     if maps is not None and layer is not None:
         layer.captured = (maps, prepared.side.active, grid)
-    return out
+    if folded is not None and folded.summed:
+        return out
+    return _project_out(attn, out, x if query is None else query, add_image)
+
+
+def _kept(text: TextState, attn: Any, states: Tensor, first_look: bool) -> KeyValue | None:
+    """The layer's keys and values from the cache, made now if need be; None where nothing may be kept.
+
+    first_look: no hook has looked at the text before this forward.
+    """
+    if not text.settings.text_cache:
+        return None
+    weights = Weights.of(attn.to_k, attn.to_v, attn.to_q, attn.to_out[0], attn.norm_cross, attn.norm_k)
+    if weights is None or (torch.is_grad_enabled() and weights.requires_grad):
+        return None
+    if first_look and text.cached.look(states) is None:
+        return None
+    found = text.cached.find(attn, states, weights)
+    if found is None:
+        return None
+    place, entry = found
+    if entry is None:
+        entry = KeyValue(*_key_value(attn, states), weights)
+        text.cached.keep(attn, place, entry)
+    return entry
+
+
+def _folded(settings: Settings, attn: Any, entry: KeyValue, x: Tensor, add_image: AddImage) -> FoldedText | None:
+    prepared = entry.prepared
+    assert prepared is not None
+    if settings.fold == "never":
+        return None
+    refusal = "an IP-Adapter adds its part to the heads" if add_image is not None else None
+    if refusal is None and x.dtype != entry.key.dtype:
+        refusal = f"x is {x.dtype} and the keys {entry.key.dtype}"
+    refusal = refusal or fold_refusal(attn, prepared, x)
+    may_out = refusal is None and prepared.may_sum_heads()
+    if settings.fold == "always":
+        if refusal is not None:
+            raise ValueError(f"fold: 'always' cannot be served, because {refusal}")
+        kind = "both" if may_out else "query"
+    elif refusal is None:
+        kind = choose_fold(shape_of(attn, entry.key, x, prepared), may_out=may_out)
+    else:
+        return None
+    if kind == "none":
+        return None
+    if kind not in entry.folds:
+        entry.folds[kind] = fold_text(attn, kind, entry.key, entry.value, prepared)
+    return entry.folds[kind]
 
 
 def _say_scale_is_deprecated() -> None:

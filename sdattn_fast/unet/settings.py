@@ -22,8 +22,8 @@ Heads = Sequence[int] | Tensor | Mapping[str, Sequence[int]] | None
 class Settings:
     """The part of a patch that does not change while it lives.
 
-    fold: "auto" and "never" both run the layers unfolded so far; "always" is refused.
-    text_cache: False computes the token side anew at every call.
+    fold: "auto" folds projections into the text where that is cheaper, "always" wherever the kernel can or raises.
+    text_cache: False computes the token side, keys and values anew at every call.
 
     Raises: TypeError, ValueError, naming the argument, what came and what was expected.
     """
@@ -45,12 +45,10 @@ class Settings:
             raise TypeError(f"fold: expected 'auto', 'never' or 'always', got {type(self.fold).__name__}")
         if self.fold not in ("auto", "never", "always"):
             raise ValueError(f"fold: expected 'auto', 'never' or 'always', got {self.fold!r}")
-        if self.fold == "always":
-            raise ValueError(
-                "fold: folded layers are not there yet, so 'always' cannot be served; use 'auto' or 'never'"
-            )
         if not isinstance(self.text_cache, bool):
             raise TypeError(f"text_cache: expected a bool, got {type(self.text_cache).__name__}")
+        if self.fold == "always" and not self.text_cache:
+            raise ValueError("fold: 'always' needs text_cache=True, since what is folded is kept with the text")
         # The smallest call there is checks the two arguments that are left as the op itself does.
         prepare(
             Program(), batch=1, heads_count=1, tokens=1, device=torch.device("cpu"),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..functional import Prepared, prepare
 from .settings import Settings
+from .text_cache import TextCache
 
 __all__ = ["Given", "Rows", "TextState", "checked_token_input"]
 
@@ -54,9 +55,11 @@ class TextState:
     given: Given
     rows: Rows | None = None
     cache: dict[tuple[Any, ...], Prepared] = field(default_factory=dict)
+    cached: TextCache = field(default_factory=TextCache)
 
     def forget(self) -> None:
         self.cache.clear()
+        self.cached.forget()
 
     def see(self, rows: Rows | None) -> None:
         """A new batch of text; what was prepared stays where its rows are of the same classes as before."""
