@@ -1,0 +1,324 @@
+"""The text cache is never stale: whatever happens to text, weights, adapters or modes, what comes out is stock's.
+
+Random sequences of events run on one patched UNet, and after each the same UNet runs with diffusers' own processors.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, example, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import sdattn_fast
+from sdattn_fast import SemanticAttnProcessor
+from sdattn_fast.unet.text_cache import TEXTS
+
+peft = pytest.importorskip("peft")
+
+LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
+LORA = {"r": 2, "target_modules": ["to_q", "to_k", "to_v", "to_out.0"], "init_lora_weights": False}
+
+
+class World:
+    """A UNet, its latents and the text of the moment."""
+
+    def __init__(self, unet: nn.Module, bare: bool, fold: str) -> None:
+        self.unet: Any = copy.deepcopy(unet)
+        self.unet.set_attn_processor(_stock())
+        self.x = torch.randn(2, 4, 8, 8)
+        self.text = torch.randn(2, 77, 32)
+        self.other = torch.randn(2, 77, 32)
+        self.attn = self.unet.get_submodule(LAYER)
+        self.adapter = "none"
+        self.run: Callable[[], Tensor] = self.plain
+        self.patch = None if bare else sdattn_fast.apply(self.unet, fold=fold)
+        self.processor = SemanticAttnProcessor(fold=fold) if bare else None
+        if bare:
+            self.unet.set_attn_processor(self.processor)
+
+    def plain(self) -> Tensor:
+        return self.unet(self.x, 5, self.text).sample
+
+    def stock(self) -> Tensor:
+        """The same modules under diffusers' processors, our hook out of the way."""
+        hooks, self.unet._forward_pre_hooks = self.unet._forward_pre_hooks, OrderedDict()
+        placed = {m: m.processor for m in self.unet.modules() if hasattr(m, "set_processor")}
+        try:
+            for module in placed:
+                module.processor = _stock()
+            return self.run()
+        finally:
+            for module, processor in placed.items():
+                module.processor = processor
+            self.unet._forward_pre_hooks = hooks
+
+    def check(self) -> None:
+        with torch.no_grad():
+            ours, stock = self.run().float(), self.stock().float()
+            error = 1e-5 * stock.norm()
+            if torch.is_autocast_enabled("cpu"):
+                with torch.autocast("cpu", enabled=False):
+                    error = (stock - self.stock()).norm()
+            elif self.x.dtype != torch.float32:
+                error = 4e-2 * stock.norm()
+            assert (ours - stock).norm() <= 2 * error
+
+    @property
+    def to_k(self) -> Any:
+        return getattr(self.attn.to_k, "base_layer", self.attn.to_k)
+
+
+def _stock() -> Any:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    return AttnProcessor2_0()
+
+
+def new_text(w: World) -> None:
+    w.text = torch.randn(2, 77, 32)
+
+
+def freed_text(w: World) -> None:
+    w.text = None
+    gc.collect()
+    w.text = torch.randn(2, 77, 32)
+
+
+def same_values(w: World) -> None:
+    w.text = w.text.clone()
+
+
+def two_texts_in_turn(w: World) -> None:
+    w.text, w.other = w.other, w.text
+
+
+def edit_in_place(w: World) -> None:
+    w.text[1, 3] += 1.0
+
+
+def edit_data(w: World) -> None:
+    w.text.data[0, 2, 5] += 1.0
+
+
+def text_from_inference_mode(w: World) -> None:
+    with torch.inference_mode():
+        w.text = torch.randn(2, 77, 32)
+
+
+def edit_inference_text(w: World) -> None:
+    text_from_inference_mode(w)
+    w.check()
+    with torch.inference_mode():
+        w.text[0, 1] -= 2.0
+
+
+def run_in_inference_mode(w: World) -> None:
+    with torch.inference_mode():
+        w.check()
+
+
+def run_under_autocast(w: World) -> None:
+    with torch.autocast("cpu", torch.bfloat16):
+        w.check()
+
+
+def weight_in_place(w: World) -> None:
+    with torch.no_grad():
+        w.to_k.weight.mul_(1.1)
+
+
+def weight_data_and_new_prompt(w: World) -> None:
+    w.to_k.weight.data.copy_(torch.randn_like(w.to_k.weight) * 0.3)
+    w.text = w.text.clone()
+
+
+def query_weight(w: World) -> None:
+    with torch.no_grad():
+        getattr(w.attn.to_q, "base_layer", w.attn.to_q).weight.mul_(0.9)
+
+
+def out_bias(w: World) -> None:
+    with torch.no_grad():
+        getattr(w.attn.to_out[0], "base_layer", w.attn.to_out[0]).bias.add_(0.5)
+
+
+def weight_replaced(w: World) -> None:
+    w.to_k.weight = nn.Parameter(torch.randn_like(w.to_k.weight) * 0.3)
+    gc.collect()
+
+
+def module_replaced(w: World) -> None:
+    if w.adapter == "none":
+        w.attn.to_v = nn.Linear(32, w.attn.to_v.out_features, bias=False)
+
+
+def hook_on_a_projection(w: World) -> None:
+    handle = w.to_k.register_forward_hook(lambda module, args, out: out * 2)
+    w.check()
+    handle.remove()
+
+
+def lora(w: World) -> None:
+    """Added, then disabled and enabled in turn."""
+    if w.adapter == "none":
+        w.unet.add_adapter(peft.LoraConfig(**LORA), "one")
+        w.unet.eval()
+        w.adapter = "on"
+    elif w.adapter == "on":
+        w.unet.disable_adapters()
+        w.adapter = "off"
+    else:
+        w.unet.enable_adapters()
+        w.adapter = "on"
+
+
+def lora_scaled(w: World) -> None:
+    w.run = lambda: w.unet(w.x, 5, w.text, cross_attention_kwargs={"scale": 0.25}).sample
+    w.check()
+    w.run = w.plain
+
+
+def lora_fused(w: World) -> None:
+    if w.adapter == "on":
+        w.unet.fuse_lora()
+        w.check()
+        w.unet.unfuse_lora()
+
+
+def lora_deleted(w: World) -> None:
+    if w.adapter != "none":
+        w.unet.enable_adapters()
+        w.unet.delete_adapters("one")
+        w.adapter = "none"
+
+
+def there_and_back_in_bfloat16(w: World) -> None:
+    w.unet.to(torch.bfloat16)
+    x, text, other = w.x, w.text, w.other
+    w.x, w.text, w.other = x.bfloat16(), text.bfloat16(), other.bfloat16()
+    w.check()
+    w.unet.to(torch.float32)
+    w.x, w.text, w.other = x, text, other
+
+
+def refresh(w: World) -> None:
+    if w.patch is not None:
+        w.patch.refresh()
+
+
+EVENTS = (
+    new_text, freed_text, same_values, two_texts_in_turn, edit_in_place, edit_data, text_from_inference_mode,
+    edit_inference_text, run_in_inference_mode, run_under_autocast, weight_in_place, weight_data_and_new_prompt,
+    query_weight, out_bias, weight_replaced, module_replaced, hook_on_a_projection, lora, lora_scaled, lora_fused,
+    lora_deleted, there_and_back_in_bfloat16, refresh,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("bare, fold", [(False, "never"), (False, "always"), (True, "always")])
+@pytest.mark.filterwarnings("ignore")
+def test_whatever_happens(parts: dict[str, Any], bare: bool, fold: str) -> None:
+    quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+
+    @settings(max_examples=6, deadline=None, suppress_health_check=quiet, derandomize=True)
+    @example(EVENTS)
+    @given(st.lists(st.sampled_from(EVENTS), min_size=3, max_size=7))
+    def run(events: Sequence[Callable[[World], None]]) -> None:
+        torch.manual_seed(0)
+        # Where nothing can be kept, "always" has nothing to fold and says so; that is tested by itself.
+        unkept = {run_under_autocast, hook_on_a_projection}
+        if fold == "always":
+            events = [event for event in events if event not in unkept]
+        world = World(parts["sd15"], bare, fold)
+        world.check()
+        world.check()
+        for event in events:
+            event(world)
+            world.check()
+
+    run()
+
+
+@pytest.fixture
+def cached(parts: dict[str, Any]) -> Iterator[tuple[Any, Any, list[int]]]:
+    """A patched UNet, its cache, and how often each of two layers' `to_k` ran."""
+    unet = copy.deepcopy(parts["sd15"])
+    calls: list[int] = []
+    attn = unet.get_submodule(LAYER)
+    original = attn.to_k.forward
+
+    class Counting(nn.Linear):
+        def forward(self, x: Tensor) -> Tensor:
+            calls.append(1)
+            return original(x)
+
+    Counting.__module__ = "torch.nn"
+    attn.to_k.__class__ = Counting
+    with sdattn_fast.apply(unet) as patch:
+        yield unet, patch, calls
+
+
+def test_keys_are_computed_once_a_prompt(cached: tuple[Any, Any, list[int]]) -> None:
+    unet, patch, calls = cached
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+    with torch.no_grad():
+        for _ in range(3):
+            unet(x, 5, text)
+        assert len(calls) == 1
+        unet(x, 5, text.clone())
+        assert len(calls) == 1
+        unet(x, 5, torch.randn(2, 77, 32))
+        assert len(calls) == 2
+        patch.refresh()
+        unet(x, 5, text)
+        assert len(calls) == 3
+    unet(x, 5, text)
+    unet(x, 5, text)
+    assert len(calls) == 5, "with gradients nothing is kept"
+
+
+def test_memory_is_bounded_and_freed(cached: tuple[Any, Any, list[int]]) -> None:
+    unet, patch, _ = cached
+    cache = patch._models[0].text.cached
+    with torch.no_grad():
+        sizes = []
+        for _ in range(TEXTS + 3):
+            unet(torch.randn(2, 4, 8, 8), 5, torch.randn(2, 77, 32))
+            sizes.append(cache.bytes())
+    assert sizes[0] > 0 and sizes[TEXTS - 1] == sizes[-1]
+    patch.remove()
+    assert cache.bytes() == 0
+
+
+def test_training_gives_the_uncached_gradients(parts: dict[str, Any]) -> None:
+    grads = []
+    for cache in (True, False):
+        unet = copy.deepcopy(parts["sd15"])
+        torch.manual_seed(0)
+        x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32, requires_grad=True)
+        with sdattn_fast.apply(unet, text_cache=cache):
+            with torch.no_grad():
+                unet(x, 5, text)
+            for _ in range(2):
+                unet(x, 5, text).sample.square().mean().backward()
+        grads.append([text.grad, *(p.grad for p in unet.parameters() if p.grad is not None)])
+    assert len(grads[0]) > 10
+    for mine, plain in zip(*grads, strict=True):
+        assert torch.equal(mine, plain)
+
+
+def test_always_says_why_it_cannot(parts: dict[str, Any]) -> None:
+    unet = copy.deepcopy(parts["sd15"])
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+    with sdattn_fast.apply(unet, fold="always"):
+        with pytest.raises(ValueError, match="fold: 'always' needs text that stands still"):
+            unet(x, 5, text)
+        with torch.no_grad(), pytest.raises(ValueError, match="fold: 'always' cannot be served, because"):
+            unet.to(torch.float64)(x.double(), 5, text.double())
