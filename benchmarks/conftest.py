@@ -1,6 +1,7 @@
 """Prints what the suites found, `benchmark.extra_info` of each case, a table a suite; `--results FOLDER` also keeps it.
 
-Ratios are medians over medians of calls that took turns. The last line of a column of ratios is its geometric mean.
+Ratios are medians over medians of calls that took turns. The last line of a column of ratios is its geometric mean. A
+suite that has several lines a case puts them into `extra_info["rows"]`.
 """
 
 from __future__ import annotations
@@ -52,8 +53,10 @@ def _suites(config: pytest.Config) -> Suites:
     session = getattr(config, "_benchmarksession", None)
     for one in session.benchmarks if session else ():
         suite, _, case = one.name.partition("[")
-        if one.extra_info:
-            suites.setdefault(suite, {})[case.rstrip("]") or "all"] = one.extra_info
+        case = case.rstrip("]") or "all"
+        rows = one.extra_info.get("rows", {"": one.extra_info} if one.extra_info else {})
+        for row, figures in rows.items():
+            suites.setdefault(suite, {})[f"{case} {row}".strip()] = figures
     return suites
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Layer", "UNET_LAYERS", "UNET_CONFIGS", "build_unet", "unet_inputs"]
+__all__ = ["Layer", "UNET_LAYERS", "UNET_CONFIGS", "build_unet", "twin_of", "unet_inputs"]
 
 
 @dataclass(frozen=True)
@@ -89,6 +89,16 @@ def build_unet(name: str, dtype: Any = None, device: Any = "cpu") -> Any:
             return unet.eval()
     finally:
         torch.set_default_dtype(default)
+
+
+def twin_of(unet: Any) -> Any:
+    """Another UNet on the same weights, so that a patched one and a stock one can take turns."""
+    import torch
+
+    with torch.device("meta"):
+        twin = type(unet)(**unet.config)
+    twin.load_state_dict(unet.state_dict(), assign=True)
+    return twin.eval()
 
 
 def unet_inputs(name: str, batch: int, dtype: Any, device: Any = "cpu") -> dict[str, Any]:

@@ -28,7 +28,8 @@ KINDS = ("none", "query", "out", "both")
 
 @dataclass(frozen=True)
 class Shape:
-    """A layer and its call: batch, pixels, heads that are not zero, tokens, head dimension, channels in and out."""
+    """A layer and its call: batch, pixels, heads that are not zero, tokens, head dimension, channels in, of all heads
+    (zero or not), and out."""
 
     batch: int
     pixels: int
@@ -36,6 +37,7 @@ class Shape:
     tokens: int
     head_dim: int
     channels_in: int
+    inner: int
     channels_out: int
     dtype: torch.dtype
 
@@ -75,7 +77,7 @@ def seconds_of(shape: Shape, kind: str) -> float:
     Only what differs between kinds has to be right.
     """
     s, rates = shape, _rates(shape.dtype)
-    rows, inner = s.batch * s.pixels, s.heads * s.head_dim
+    rows, inner = s.batch * s.pixels, s.inner
     deep = s.channels_in if kind in ("query", "both") else s.head_dim
     wide = s.channels_out if kind in ("out", "both") else s.head_dim
     size = s.dtype.itemsize
@@ -95,8 +97,9 @@ def shape_of(attn: Any, key: Tensor, x: Tensor, prepared: Prepared) -> Shape:
     zero = side.heads is not None and side.inactive_heads == "zero"
     heads = int(side.heads.sum()) if zero and side.heads is not None else key.shape[1]
     return Shape(
-        x.shape[0], x.shape[1], heads, key.shape[2], key.shape[3], int(attn.query_dim), int(attn.out_dim), x.dtype
-    )
+        x.shape[0], x.shape[1], heads, key.shape[2], key.shape[3], int(attn.query_dim), key.shape[1] * key.shape[3],
+        int(attn.out_dim), x.dtype,
+    )  # fmt: skip
 
 
 def fold_refusal(attn: Any, prepared: Prepared, x: Tensor) -> str | None:
