@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .registry import UNET_CONFIGS, UNET_LAYERS, Layer, build_unet, twin_of, unet_inputs
+from .registry import UNET_CONFIGS, UNET_LAYERS, Layer, build_unet, random_inputs, twin_of
 
 __all__ = ["bench", "FULL", "text_side"]
 
@@ -149,7 +149,7 @@ def _step_table(name: str, dtype: Any, batch: int, device: str, backend: str, co
     console = Console()
     with console.status(f"Building the {name} UNet, random weights"):
         unet = build_unet(name, dtype, device)
-    inputs = unet_inputs(name, batch, dtype, device)
+    inputs = random_inputs(UNET_CONFIGS[name], batch, dtype, device)
     text = {key: x for key, x in text_side(batch, 77, content, device).items()}
     ours = twin_of(unet)
     apply(ours, FULL(), **text, backend=backend)

@@ -5,13 +5,23 @@ from __future__ import annotations
 import importlib.metadata
 import platform
 from pathlib import Path
+from typing import Annotated, Any
+
+import typer
 
 __all__ = ["doctor", "processor_name"]
 
 _PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
 
-def doctor() -> None:
+def doctor(
+    model: Annotated[
+        str | None,
+        typer.Option(help="Also show what is folded in a model: sd15, sd21, sdxl, shapes, a folder or hub id."),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help="Of that model: float32 or bfloat16.")] = "float32",
+    batch: Annotated[int, typer.Option(help="Of that model, both guidance halves counted.")] = 2,
+) -> None:
     """Show versions, devices, and each backend: available, or why not and how to mend it."""
     import torch
     from rich.console import Console
@@ -47,6 +57,42 @@ def doctor() -> None:
         gaps.add_row(label, str(needs_map(program)))
     gaps.add_row("gradients", "the fused kernels have no backward yet")
     console.print(gaps)
+    if model is not None:
+        _print_folds(console, model, dtype, batch)
+
+
+def _print_folds(console: Any, model: str, dtype: str, batch: int) -> None:
+    import torch
+    from rich.table import Table
+
+    from .folds import fold_table
+    from .generate import load_pipeline
+    from .registry import UNET_CONFIGS, build_unet, random_inputs
+
+    if dtype not in ("float32", "bfloat16"):
+        raise typer.BadParameter(f"expected float32 or bfloat16, got {dtype!r}", param_hint="--dtype")
+    if batch < 1:
+        raise typer.BadParameter(f"expected at least 1, got {batch}", param_hint="--batch")
+    kind = getattr(torch, dtype)
+    with console.status(f"Loading {model}, and running it once"):
+        unet = build_unet(model, kind) if model in UNET_CONFIGS else load_pipeline(model, "cpu", dtype).unet
+        rows = fold_table(unet, random_inputs(unet.config, batch, kind))
+    table = Table(title=f"{model}, batch {batch}, {dtype}: projections folded into the text (ms expected)")
+    for column in ("layers", "pixels", "channels", "heads", "folded", "ms", "not folded", "MB each"):
+        table.add_column(column, justify="left" if column == "folded" else "right")
+    for row in rows:
+        ms = [_against(row.measured, row.expected.get(row.kind)), _against(row.unfolded, row.expected.get("none"))]
+        numbers = (len(row.names), row.pixels, row.channels, row.heads)
+        table.add_row(*map(str, numbers), row.kind, *ms, f"{row.kept / 1e6:.1f}")
+    console.print(table)
+    took = 1e3 * sum(len(row.names) * row.measured for row in rows)
+    unfolded = 1e3 * sum(len(row.names) * row.unfolded for row in rows)
+    kept = sum(len(row.names) * row.kept for row in rows) / 1e6
+    console.print(f"A step's cross-attention: {took:.1f} ms, {unfolded:.1f} with fold='never'; {kept:.0f} MB a prompt")
+
+
+def _against(measured: float, expected: float | None) -> str:
+    return f"{1e3 * measured:.2f}" if expected is None else f"{1e3 * measured:.2f} ({1e3 * expected:.2f})"
 
 
 def processor_name() -> str:

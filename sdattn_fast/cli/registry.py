@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Layer", "UNET_LAYERS", "UNET_CONFIGS", "build_unet", "twin_of", "unet_inputs"]
+__all__ = ["Layer", "UNET_LAYERS", "UNET_CONFIGS", "build_unet", "random_inputs", "twin_of"]
 
 
 @dataclass(frozen=True)
@@ -101,18 +101,17 @@ def twin_of(unet: Any) -> Any:
     return twin.eval()
 
 
-def unet_inputs(name: str, batch: int, dtype: Any, device: Any = "cpu") -> dict[str, Any]:
-    """Random keyword arguments for the forward of `build_unet(name)`: latents, a timestep, 77 tokens of text."""
+def random_inputs(config: Any, batch: int, dtype: Any, device: Any = "cpu") -> dict[str, Any]:
+    """Random keyword arguments for the forward of a UNet of that config: latents, a timestep, 77 tokens of text."""
     import torch
 
-    config = UNET_CONFIGS[name]
-    side = config["sample_size"]
+    side, channels = config["sample_size"], config.get("in_channels", 4)
     inputs: dict[str, Any] = {
-        "sample": torch.randn(batch, 4, side, side, dtype=dtype, device=device),
+        "sample": torch.randn(batch, channels, side, side, dtype=dtype, device=device),
         "timestep": torch.tensor(500, device=device),
         "encoder_hidden_states": torch.randn(batch, 77, config["cross_attention_dim"], dtype=dtype, device=device),
     }
-    if name == "sdxl":
+    if config.get("addition_embed_type") == "text_time":
         inputs["added_cond_kwargs"] = {
             "text_embeds": torch.randn(batch, 1280, dtype=dtype, device=device),
             "time_ids": torch.tensor([[1024, 1024, 0, 0, 1024, 1024]] * batch, dtype=dtype, device=device),

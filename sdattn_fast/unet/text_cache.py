@@ -101,6 +101,10 @@ class TextCache:
             entry.weights.sample()
             of_layer[key] = entry
 
+    def latest(self, attn: nn.Module) -> KeyValue | None:
+        """What is kept of a layer, the newest first."""
+        return next(reversed(self._entries.get(attn, {}).values()), None)
+
     def bytes(self) -> int:
         """Of everything kept."""
         kept = [t for of_layer in list(self._entries.values()) for e in of_layer.values() for t in e.tensors()]

@@ -48,6 +48,13 @@ def test_doctor_names_every_backend_and_why_not(run):
             assert " ".join(str(state).split()[:4]) in flat
 
 
+def test_doctor_shows_what_is_folded_in_a_model(run):
+    code, out, _ = run("doctor", "--model", "shapes")
+    assert code == 0
+    for text in ("shapes, batch 2, float32", "256", "not folded", "MB a prompt"):
+        assert text in out
+
+
 def test_bench_prints_every_layer_of_a_model(run):
     code, out, _ = run("bench", "--model", "sd15", "--seconds", "0.01")
     assert code == 0
@@ -97,6 +104,9 @@ def test_generate_loads_a_pipeline_from_a_folder(run, tmp_path):
         (["bench", "--batch", "0"], "--batch"),
         (["bench", "--content", "78"], "--content"),
         (["bench", "--backend", "fast"], "--backend"),
+        (["doctor", "--model", "/nowhere"], "model: expected a folder"),
+        (["doctor", "--model", "shapes", "--dtype", "float16"], "--dtype"),
+        (["doctor", "--model", "shapes", "--batch", "0"], "--batch"),
         (["demo", "--seed", "-1"], "--seed"),
         (["demo", "--prompt", ""], "--prompt"),
         (["demo", "--out", "/proc/nowhere"], "/proc/nowhere"),
