@@ -20,7 +20,7 @@ from ..program import Capture, Program
 from .fold import choose_fold, fold_refusal, fold_text, shape_of
 from .layers import LAYER, Layer, is_served
 from .settings import Heads, Settings, checked_heads
-from .text_cache import KeyValue, Weights
+from .text_cache import KeyValue, Served, Weights
 from .text_state import Given, TextState, checked_token_input
 
 __all__ = ["SemanticAttnProcessor"]
@@ -227,9 +227,9 @@ def _cross_attention(
         if settings.fold == "always":
             raise ValueError("fold: 'always' needs text that stands still, and this call's may not be kept")
     else:
-        entry.serve(prepared)
-        key, value, folded_value = entry.key, entry.value, entry.value_folded
-        folded = _folded(settings, attn, entry, x, add_image)
+        served = entry.serve(prepared)
+        key, value, folded_value = entry.key, entry.value, served.value_folded
+        folded = _folded(settings, attn, entry, served, x, add_image)
     query = None if folded is not None and folded.shared_query else _query(attn, x)
     if folded is not None:
         out, maps = prepared.call_folded(x if query is None else query, folded, bias=mask, grid=grid, seed=seed)
@@ -262,14 +262,16 @@ def _kept(text: TextState, attn: Any, states: Tensor, first_look: bool) -> KeyVa
         return None
     place, entry = found
     if entry is None:
+        weights.sample()
         entry = KeyValue(*_key_value(attn, states), weights)
         text.cached.keep(attn, place, entry)
     return entry
 
 
-def _folded(settings: Settings, attn: Any, entry: KeyValue, x: Tensor, add_image: AddImage) -> FoldedText | None:
-    prepared = entry.prepared
-    assert prepared is not None
+def _folded(
+    settings: Settings, attn: Any, entry: KeyValue, served: Served, x: Tensor, add_image: AddImage
+) -> FoldedText | None:
+    prepared = served.prepared
     if settings.fold == "never":
         return None
     refusal = "an IP-Adapter adds its part to the heads" if add_image is not None else None
@@ -287,9 +289,10 @@ def _folded(settings: Settings, attn: Any, entry: KeyValue, x: Tensor, add_image
         return None
     if kind == "none":
         return None
-    if kind not in entry.folds:
-        entry.folds[kind] = fold_text(attn, kind, entry.key, entry.value, prepared)
-    return entry.folds[kind]
+    folded = served.folds.get(kind)
+    if folded is None:
+        folded = served.folds[kind] = fold_text(attn, kind, entry.key, entry.value, prepared)
+    return folded
 
 
 def _say_scale_is_deprecated() -> None:

@@ -4,12 +4,13 @@ moves.
 That is the text, the weights they went through and torch's modes. Each is looked at before every use:
 - text: the same tensor and version, or else the same values. On a CPU the values are compared even for the same
   tensor, once a forward, since a write through `.data` leaves no trace in the version.
-- weights: the same parameters, versions and addresses; PEFT's active and merged adapters and their scaling; and, at
-  each new prompt, a strided sample of the numbers themselves, for writes through `.data`. A single number changed that
-  way can slip through: that is what `Patch.refresh` is for.
+- weights: the same parameters, versions, storages and strides; PEFT's active and merged adapters and their scaling;
+  and a strided sample of the numbers themselves, for writes through `.data`: on a CPU at every forward; elsewhere,
+  where a look would wait for the device, at every new text tensor. A single number changed that way can slip through,
+  and, off the CPU, any number where the very same text tensor follows: that is what `Patch.refresh` is for.
 - modes: autocast and inference mode.
-Where any of it cannot be known (a module of an unknown kind, hooks on it, inference tensors, gradients), nothing is
-kept.
+Where any of it cannot be known (a module of an unknown kind, hooks on it or on all modules, DataParallel's replicas,
+inference tensors, gradients), nothing is kept.
 
 Source: DESIGN.md section 1, fact 1, and section 5, "Cached text state must notice".
 """
@@ -19,15 +20,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules import module as torch_module
 
 from ..functional import FoldedText, Prepared
 
-__all__ = ["KeyValue", "TextCache", "Weights"]
+__all__ = ["KeyValue", "Served", "TextCache", "Weights"]
 
 TEXTS = 2  # prompts remembered: an unbatched guidance alternates between two
 _SAMPLES = 64
@@ -54,33 +58,32 @@ class TextCache:
             self._seen = None
             self._entries = weakref.WeakKeyDictionary()
 
-    def look(self, text: Tensor) -> int | None:
-        """The number of a text, a new one for values that were not seen lately; None where it may not be kept.
+    def look(self, text: Tensor) -> _Seen | None:
+        """Give a text its number, a new one for values that were not seen lately; None where it may not be kept.
 
         Called before a forward: until the next call, the same tensor object is taken for the same text.
         """
         if text.requires_grad and torch.is_grad_enabled():
             return None
         with self._lock:
-            number = self._number(text)
-            self._looks += self._seen is None or self._seen.number != number or self._seen.text() is not text
-            version = None if text.is_inference() else text._version
-            self._seen = _Seen(weakref.ref(text), version, number, self._looks)
-            return number
+            number, before = self._number(text), self._seen
+            again = before is not None and before.number == number and before.text() is text
+            if text.device.type == "cpu" or not again:
+                self._looks += 1
+            self._seen = _Seen(weakref.ref(text), _version(text), number, self._looks)
+            return self._seen
 
     def find(self, attn: nn.Module, text: Tensor, weights: Weights) -> tuple[tuple[Any, ...], KeyValue | None] | None:
         """What a layer made of a text: (key, entry), entry None where it has to be made and handed to `keep`.
 
         None where nothing may be kept.
         """
-        seen = self._seen
-        if seen is None or seen.text() is not text or seen.version != (None if text.is_inference() else text._version):
-            if self.look(text) is None:
-                return None
-            seen = self._seen
+        seen = self._seen  # read once: another thread may look at its own text meanwhile
+        if seen is None or seen.text() is not text or seen.version != _version(text):
+            seen = self.look(text)
         if seen is None:
             return None
-        key = (seen.number, *_modes(text))
+        key = (seen.number, getattr(attn, "heads", None), *_modes(text))
         entry = self._entries.get(attn, {}).get(key)
         if entry is None or not entry.weights.same_as(weights):
             return key, None
@@ -98,7 +101,6 @@ class TextCache:
             for old in [k for k in of_layer if k[0] not in self._texts]:
                 del of_layer[old]
             entry.look = self._looks
-            entry.weights.sample()
             of_layer[key] = entry
 
     def latest(self, attn: nn.Module) -> KeyValue | None:
@@ -129,45 +131,65 @@ class TextCache:
 
 @dataclass
 class KeyValue:
-    """Keys and values (B, H, N, D) of one layer and text, and what is derived from them for the latest prepared call.
-
-    value_folded: the values with the program's linear steps in them. folds: kind -> `FoldedText`.
-    """
+    """Keys and values (B, H, N, D) of one layer and text, and what is derived from them for the latest call."""
 
     key: Tensor
     value: Tensor
     weights: Weights
     look: int = 0
-    prepared: Prepared | None = None
-    value_folded: Tensor | None = None
-    folds: dict[str, FoldedText] = field(default_factory=dict)
+    served: Served | None = None
 
-    def serve(self, prepared: Prepared) -> None:
-        """Derive for this call from now on. What hangs on the content tokens alone outlives a change of the gate."""
-        before, self.prepared = self.prepared, prepared
-        if before is prepared:
-            return
-        if before is None or not before.folds_alike(prepared):
-            self.folds.clear()
-        self.value_folded = prepared.fold_value(self.value)
+    def serve(self, prepared: Prepared) -> Served:
+        """What is derived for this call. What hangs on the content tokens alone outlives a change of the gate."""
+        before = self.served
+        if before is not None and before.prepared is prepared:
+            return before
+        alike = before is not None and before.prepared.folds_alike(prepared)
+        folds = before.folds if before is not None and alike else {}
+        # A new object, not a change of the old one, which another thread may be reading.
+        self.served = served = Served(prepared, prepared.fold_value(self.value), folds)
+        return served
+
+    @property
+    def prepared(self) -> Prepared | None:
+        return None if self.served is None else self.served.prepared
+
+    @property
+    def folds(self) -> dict[str, FoldedText]:
+        return {} if self.served is None else self.served.folds
 
     def tensors(self) -> list[Tensor]:
         inner = [x for fold in self.folds.values() for x in fold.tensors()]
-        return [x for x in (self.key, self.value, self.value_folded, *inner) if x is not None]
+        value_folded = [] if self.served is None else [self.served.value_folded]
+        # Without linear steps the folded values are the values themselves.
+        return list({id(x): x for x in (self.key, self.value, *value_folded, *inner)}.values())
+
+
+@dataclass(frozen=True)
+class Served:
+    """value_folded: values with the program's linear steps in them. folds: kind -> `FoldedText`."""
+
+    prepared: Prepared
+    value_folded: Tensor
+    folds: dict[str, FoldedText]
 
 
 class Weights:
     """The parameters of some modules as they are now."""
 
-    def __init__(self, parameters: list[Tensor], state: tuple[Any, ...]) -> None:
+    def __init__(self, modules: tuple[Any, ...], parameters: list[Tensor], state: tuple[Any, ...]) -> None:
+        self.modules = modules
         self.parameters = parameters
-        self.state = (state, tuple((p._version, p.data_ptr(), p.dtype, p.device) for p in parameters))
+        self.state = (state, tuple(map(_place, parameters)))
         self.requires_grad = any(p.requires_grad for p in parameters)
         self.samples: list[Tensor] = []
+        self.storages: list[StorageWeakRef] = []
 
     @classmethod
     def of(cls, *modules: Any) -> Weights | None:
         """None where what the modules compute cannot be told from parameters that can be watched."""
+        if torch_module._has_any_global_hook():
+            return None
         parameters: list[Tensor] = []
         state: list[Any] = []
         for module in modules:
@@ -180,21 +202,24 @@ class Weights:
                     if inner.training:  # its dropout is on
                         return None
                     state.append(_adapter_state(inner))
+                state.append(type(inner))
             parameters += module.parameters()
         for p in parameters:
             if type(p) is not nn.Parameter or type(p.data) is not Tensor or p.is_inference() or p.is_meta:
                 return None
-        return cls(parameters, (tuple(map(id, modules)), tuple(state)))
+        return cls(modules, parameters, tuple(state))
 
     def same_as(self, other: Weights) -> bool:
         return (
             self.state == other.state
-            and len(self.parameters) == len(other.parameters)
-            and all(a is b for a, b in zip(self.parameters, other.parameters, strict=True))
+            and _same_objects(self.modules, other.modules)
+            and _same_objects(self.parameters, other.parameters)
         )
 
     def sample(self) -> None:
+        """Remember some of the numbers, and keep the storages' names from being given again."""
         self.samples = [_sampled(p).clone() for p in self.parameters]
+        self.storages = [StorageWeakRef(p.untyped_storage()) for p in self.parameters]
 
     def sampled_alike(self) -> bool:
         return all(torch.equal(kept, _sampled(p)) for kept, p in zip(self.samples, self.parameters, strict=True))
@@ -210,6 +235,20 @@ class _Seen:
     look: int
 
 
+def _version(text: Tensor) -> int | None:
+    return None if text.is_inference() else text._version
+
+
+def _place(p: Tensor) -> tuple[Any, ...]:
+    """Where a parameter's numbers lie. Addresses recur as soon as memory is freed; a storage's name, while a weak
+    reference to it lives, does not."""
+    return p._version, p.untyped_storage()._cdata, p.data_ptr(), p.shape, p.stride(), p.dtype, p.device
+
+
+def _same_objects(mine: Sequence[Any], theirs: Sequence[Any]) -> bool:
+    return len(mine) == len(theirs) and all(a is b for a, b in zip(mine, theirs, strict=True))
+
+
 def _sampled(p: Tensor) -> Tensor:
     flat = p.detach().reshape(-1)
     return flat[:: max(1, flat.numel() // _SAMPLES)]
@@ -223,6 +262,8 @@ def _modes(text: Tensor) -> tuple[Any, ...]:
 
 def _is_plain(module: nn.Module) -> bool:
     """Whether a module's forward is its class's, of a library whose modules keep their state in parameters."""
+    if getattr(module, "_is_replica", False):  # its parameters are tensors of one forward
+        return False
     known = type(module).__module__.split(".")[0] in ("torch", "diffusers", "peft")
     parametrized = hasattr(module, "parametrizations")
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__

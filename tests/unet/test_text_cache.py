@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import copy
 import gc
+import sys
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -16,10 +18,12 @@ import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.nn.modules.module import register_module_forward_hook
 
 import sdattn_fast
 from sdattn_fast import SemanticAttnProcessor
-from sdattn_fast.unet.text_cache import TEXTS
+from sdattn_fast.unet.text_cache import TEXTS, TextCache, Weights
 
 peft = pytest.importorskip("peft")
 
@@ -140,6 +144,27 @@ def weight_data_and_new_prompt(w: World) -> None:
     w.text = w.text.clone()
 
 
+def weight_data(w: World) -> None:
+    w.to_k.weight.data.mul_(-1.1)
+
+
+def weight_storage_freed(w: World) -> None:
+    """The new numbers lie where the old ones lay: parameter, version and address are as before."""
+    weight = w.to_k.weight
+    shape, address = weight.shape, weight.data_ptr()
+    for _ in range(50):
+        weight.data = torch.empty(0)
+        weight.data = torch.randn(shape) * 0.3
+        if weight.data_ptr() == address:
+            return
+
+
+def weight_transposed(w: World) -> None:
+    """A view of the same storage at the same address."""
+    weight = getattr(w.attn.to_q, "base_layer", w.attn.to_q).weight
+    weight.data = weight.data.t()
+
+
 def query_weight(w: World) -> None:
     with torch.no_grad():
         getattr(w.attn.to_q, "base_layer", w.attn.to_q).weight.mul_(0.9)
@@ -162,6 +187,13 @@ def module_replaced(w: World) -> None:
 
 def hook_on_a_projection(w: World) -> None:
     handle = w.to_k.register_forward_hook(lambda module, args, out: out * 2)
+    w.check()
+    handle.remove()
+
+
+def hook_on_all_modules(w: World) -> None:
+    to_k = w.to_k
+    handle = register_module_forward_hook(lambda module, args, out: out * 2 if module is to_k else None)
     w.check()
     handle.remove()
 
@@ -193,6 +225,15 @@ def lora_fused(w: World) -> None:
         w.unet.unfuse_lora()
 
 
+def lora_fused_and_unloaded(w: World) -> None:
+    """The modules are then those of before, with other numbers, and no forward has seen anything between."""
+    if w.adapter == "none":
+        w.unet.add_adapter(peft.LoraConfig(**LORA), "one")
+        w.unet.eval()
+        w.unet.fuse_lora()
+        w.unet.unload_lora()
+
+
 def lora_deleted(w: World) -> None:
     if w.adapter != "none":
         w.unet.enable_adapters()
@@ -217,8 +258,9 @@ def refresh(w: World) -> None:
 EVENTS = (
     new_text, freed_text, same_values, two_texts_in_turn, edit_in_place, edit_data, text_from_inference_mode,
     edit_inference_text, run_in_inference_mode, run_under_autocast, weight_in_place, weight_data_and_new_prompt,
-    query_weight, out_bias, weight_replaced, module_replaced, hook_on_a_projection, lora, lora_scaled, lora_fused,
-    lora_deleted, there_and_back_in_bfloat16, refresh,
+    weight_data, weight_storage_freed, weight_transposed, query_weight, out_bias, weight_replaced, module_replaced,
+    hook_on_a_projection, hook_on_all_modules, lora, lora_scaled, lora_fused, lora_deleted, lora_fused_and_unloaded,
+    there_and_back_in_bfloat16, refresh,
 )  # fmt: skip
 
 
@@ -233,7 +275,7 @@ def test_whatever_happens(parts: dict[str, Any], bare: bool, fold: str) -> None:
     def run(events: Sequence[Callable[[World], None]]) -> None:
         torch.manual_seed(0)
         # Where nothing can be kept, "always" has nothing to fold and says so; that is tested by itself.
-        unkept = {run_under_autocast, hook_on_a_projection}
+        unkept = {run_under_autocast, hook_on_a_projection, hook_on_all_modules}
         if fold == "always":
             events = [event for event in events if event not in unkept]
         world = World(parts["sd15"], bare, fold)
@@ -322,3 +364,98 @@ def test_always_says_why_it_cannot(parts: dict[str, Any]) -> None:
             unet(x, 5, text)
         with torch.no_grad(), pytest.raises(ValueError, match="fold: 'always' cannot be served, because"):
             unet.to(torch.float64)(x.double(), 5, text.double())
+
+
+@pytest.mark.parametrize("fold", ["never", "always"])
+def test_threads_with_texts_of_their_own(parts: dict[str, Any], fold: str) -> None:
+    """Two threads share one UNet; what each looks at last is not what the other computes from."""
+    unet: Any = copy.deepcopy(parts["sd15"])
+    unet.set_attn_processor(_stock())
+    x, texts = torch.randn(2, 4, 8, 8), [torch.randn(2, 77, 32) for _ in range(3)]
+    with torch.no_grad():
+        want = [unet(x, 5, text).sample for text in texts]
+    wrong: list[Any] = []
+
+    def work(first: int) -> None:
+        with torch.no_grad():
+            for i in range(8):
+                which = (first + i // 2) % 3
+                error = float((unet(x, 5, texts[which]).sample - want[which]).norm() / want[which].norm())
+                if not error < 1e-4:
+                    wrong.append((first, i, error))
+
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-5)
+    try:
+        with sdattn_fast.apply(unet, fold=fold):
+            threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    finally:
+        sys.setswitchinterval(interval)
+    assert not wrong
+
+
+def test_a_look_by_another_thread_between(parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The worst moment for it: after this thread's look, before its layer asks."""
+    cache, other = TextCache(), torch.randn(1, 3, 4)
+    attn, text = nn.Linear(4, 4), torch.randn(1, 3, 4)
+    weights = Weights.of(attn)
+    assert weights is not None
+    look = TextCache.look
+
+    def look_twice(self: TextCache, x: Tensor) -> Any:
+        mine = look(self, x)
+        look(self, other)
+        return mine
+
+    look(cache, other)
+    theirs = cache.find(attn, other, weights)
+    monkeypatch.setattr(TextCache, "look", look_twice)
+    mine = cache.find(attn, text, weights)
+    assert mine is not None and theirs is not None and mine[0] != theirs[0]
+
+
+def test_replicas_keep_nothing(parts: dict[str, Any]) -> None:
+    """DataParallel's modules live for one forward, and their parameters are no parameters."""
+    linear = nn.Linear(4, 4)
+    assert Weights.of(linear) is not None
+    assert Weights.of(linear._replicate_for_data_parallel()) is None
+
+
+def test_old_storages_are_not_kept_alive(cached: tuple[Any, Any, list[int]]) -> None:
+    """What a model frees by moving away is free, though the cache knows its name."""
+    unet, _, _ = cached
+    with torch.no_grad():
+        unet(torch.randn(2, 4, 8, 8), 5, torch.randn(2, 77, 32))
+    weight = unet.get_submodule(LAYER).to_q.weight
+    storage = StorageWeakRef(weight.untyped_storage())
+    weight.data = weight.data.clone()
+    assert storage.expired()
+
+
+def test_weights_know_their_storages_and_strides() -> None:
+    """Without a look at the numbers, which a GPU gets at new prompts alone."""
+    linear = nn.Linear(4, 4, bias=False)
+
+    def kept() -> Weights:
+        weights = Weights.of(linear)
+        assert weights is not None
+        weights.sample()
+        return weights
+
+    before = kept()
+    assert before.same_as(kept())
+    address = linear.weight.data_ptr()
+    for _ in range(50):  # until the allocator gives the same address again
+        linear.weight.data = torch.empty(0)
+        linear.weight.data = torch.randn(4, 4)
+        if linear.weight.data_ptr() == address:
+            break
+    assert not before.same_as(kept())
+    before = kept()
+    linear.weight.data = linear.weight.data.t()
+    assert linear.weight.data_ptr() == before.parameters[0].data_ptr()
+    assert not before.same_as(kept())
