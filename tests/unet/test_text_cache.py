@@ -13,6 +13,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
@@ -150,13 +151,17 @@ def weight_data(w: World) -> None:
 
 def weight_storage_freed(w: World) -> None:
     """The new numbers lie where the old ones lay: parameter, version and address are as before."""
-    weight = w.to_k.weight
-    shape, address = weight.shape, weight.data_ptr()
-    for _ in range(50):
-        weight.data = torch.empty(0)
-        weight.data = torch.randn(shape) * 0.3
-        if weight.data_ptr() == address:
-            return
+    place = np.empty(w.to_k.weight.shape, np.float32)
+    for _ in range(2):
+        place[:] = torch.randn(place.shape) * 0.3
+        freed_and_back(w.to_k.weight, place)
+        w.check()
+
+
+def freed_and_back(weight: nn.Parameter, place: Any) -> None:
+    """Free a weight's storage, then let it have a new one over the memory of an array."""
+    weight.data = torch.empty(0)
+    weight.data = torch.from_numpy(place)
 
 
 def weight_transposed(w: World) -> None:
@@ -446,15 +451,14 @@ def test_weights_know_their_storages_and_strides() -> None:
         weights.sample()
         return weights
 
+    assert kept().same_as(kept())
+    place = np.zeros((4, 4), np.float32)
+    freed_and_back(linear.weight, place)
     before = kept()
-    assert before.same_as(kept())
-    address = linear.weight.data_ptr()
-    for _ in range(50):  # until the allocator gives the same address again
-        linear.weight.data = torch.empty(0)
-        linear.weight.data = torch.randn(4, 4)
-        if linear.weight.data_ptr() == address:
-            break
-    assert not before.same_as(kept())
+    for _ in range(50):  # the allocator would give the storage's own place again, were it not kept from it
+        freed_and_back(linear.weight, place)
+        assert linear.weight.data_ptr() == place.ctypes.data
+        assert not before.same_as(kept())
     before = kept()
     linear.weight.data = linear.weight.data.t()
     assert linear.weight.data_ptr() == before.parameters[0].data_ptr()
