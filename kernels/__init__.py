@@ -1,10 +1,12 @@
 """The Triton kernels. They import nothing but triton: pointers, sizes and strides go in, and a grid.
 
-`rows_kernel`: attention with the row program on axis "token". `smooth_kernel`: one pass of a Gaussian over the picture.
+`rows_kernel`: attention with the row program on axis "token". `folded_kernel`: the first half of a folded layer.
+`smooth_kernel`: one pass of a Gaussian over the picture.
 The Python side, which allocates and launches, is `sdattn_fast.backend.triton`.
 """
 
+from .folded import folded_kernel
 from .rows import rows_kernel
 from .smooth import smooth_kernel
 
-__all__ = ["rows_kernel", "smooth_kernel"]
+__all__ = ["folded_kernel", "rows_kernel", "smooth_kernel"]

@@ -105,20 +105,9 @@ def _head(
     in_b = NA + tl.arange(0, NB1) < N
     col_a = _columns(Order, b, N, 0, NA)
     col_b = _columns(Order, b, N, NA, NB1)
-    content = in_a
-    gate = tl.full((NA,), 1.0, tl.float32)
-    leader = tl.full((NA,), -1, tl.int32)
-    k = 0
-    if Content is not None:
-        content = tl.load(Content + b * N + col_a, mask=in_a, other=0) != 0
-        if HeadMode is not None:
-            content = content & (mode == 0)
-        if Gate is not None:
-            gate = tl.load(Gate + b * gate_b + h * gate_h + col_a, mask=content, other=1.0)
-        if Phrases is not None:
-            leader = tl.load(Phrases + b * N + col_a, mask=content, other=-1)
-        if DROP > 0:
-            k = tl.load(Drop + b)
+    content, gate, leader, k = _token_side(
+        Content, Gate, Phrases, Drop, b, h, mode, HeadMode is not None, gate_b, gate_h, col_a, in_a, N, NA, DROP
+    )
 
     # The keys and values, where they can stay. Products along D come in two slices, 32 + 16 for 40.
     if not STREAM:
@@ -217,6 +206,29 @@ def _head(
                     o = tl.dot(pb, vb1, o, input_precision=PRECISION)
                 _store_out(Out, o * after[:, None], rows, in_m, o_m * UNIT, VA, VB, DV)
     return map_a, map_b
+
+
+@triton.jit
+def _token_side(
+    Content, Gate, Phrases, Drop, b, h, mode, MODES: tl.constexpr, gate_b, gate_h, cols, inside,
+    N: tl.constexpr, NA: tl.constexpr, DROP: tl.constexpr,
+):  # fmt: skip
+    """Of tile A's columns: which are content, their gates and phrase leaders; and k of step 4."""
+    content = inside
+    gate = tl.full((NA,), 1.0, tl.float32)
+    leader = tl.full((NA,), -1, tl.int32)
+    k = 0
+    if Content is not None:
+        content = tl.load(Content + b * N + cols, mask=inside, other=0) != 0
+        if MODES:
+            content = content & (mode == 0)
+        if Gate is not None:
+            gate = tl.load(Gate + b * gate_b + h * gate_h + cols, mask=content, other=1.0)
+        if Phrases is not None:
+            leader = tl.load(Phrases + b * N + cols, mask=content, other=-1)
+        if DROP > 0:
+            k = tl.load(Drop + b)
+    return content, gate, leader, k
 
 
 @triton.jit

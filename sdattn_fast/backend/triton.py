@@ -17,12 +17,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from ..plan import Plan, RowPlan
+from ..plan import HEAD_ZERO, Plan, RowPlan
 
-__all__ = ["availability", "not_supported_reasons", "attention", "smooth", "content_first"]
+__all__ = ["availability", "not_supported_reasons", "attention", "folded", "pack", "smooth", "content_first"]
 
 _MOST = 256  # N, D and Dv
+_BLOCK = 1024  # rows whose probabilities exist at a time
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOG2E = math.log2(math.e)
 
@@ -114,6 +116,107 @@ def attention(
         programs, arguments, options = rows_call(query, key, value, bias, scale, rows, out, maps, bits)
         rows_kernel[programs,](*arguments, **options)
     return out, maps, bits
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A folded layer's text: keys (B, H', N', D) with the columns in the kernel's order, values (B, H' * N', Dv) if the
+    heads are summed, else (B, H', N', Dv). H' heads that are not zero, N' tokens rounded up to 16, zeros beyond."""
+
+    key: Tensor
+    value: Tensor
+    heads: Tensor | None
+    sizes: tuple[int, int, int, int, int]  # B, H, N, D, Dv
+
+    def tensors(self) -> list[Tensor]:
+        return [x for x in (self.key, self.value, self.heads) if x is not None]
+
+
+def folded_refusal(x: Tensor, plan: Plan) -> str | None:
+    """Why a folded layer on rows like x (B, M, C) is not served, or None."""
+    kind = "cpu" if _interprets() else "cuda"
+    if x.device.type != kind:
+        return f"x is on {x.device}, not on a {kind} device"
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return f"the folded kernel takes float16 and bfloat16, not {x.dtype}: what lies between its halves is half"
+    if x.dtype == torch.bfloat16 and kind == "cpu":
+        return "x is bfloat16, whose products Triton's interpreter computes wrongly (triton #11584)"
+    if plan.rows.capture_tokens is not None:
+        return "maps are captured, which the folded kernel does not do"
+    return None
+
+
+def pack(key: Tensor, value: Tensor, rows: RowPlan, summed: bool) -> Packed:
+    """Bring key (B, H, N, D) and value (B, H, N, Dv) into the kernel's order, for many calls of `folded`."""
+    b, h, n, d = key.shape
+    dv, heads = value.shape[3], None
+    if rows.head_mode is not None and bool((rows.head_mode == HEAD_ZERO).any()):
+        # Heads that give zeros are not there; without a sum over the heads their zeros have a place.
+        heads = (rows.head_mode != HEAD_ZERO).nonzero()[:, 0]
+        key, value = key[:, heads], value[:, heads]
+    if rows.content is not None:
+        order = content_first(rows.content).long()[:, None, :, None].expand(-1, key.shape[1], -1, -1)
+        key, value = (x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (key, value))
+    key, value = (pad(x, (0, 0, 0, -n % 16)).contiguous() for x in (key, value))
+    if summed:
+        value = value.reshape(b, -1, dv)
+    return Packed(key, value, None if heads is None else heads.to(torch.int32), (b, h, n, d, dv))
+
+
+def folded(
+    x: Tensor,
+    packed: Packed,
+    summed: bool,
+    bias: Tensor | None,
+    out_bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+) -> tuple[Tensor, None]:
+    """A folded layer: attention in which all heads share one query, or add to one output, or both.
+
+    Our kernel goes from x to the probabilities of at most 1024 pixels, in x's dtype; a library's product with the values
+    and `out_bias` goes on to y.
+
+    Args:
+        x: (B, M, D), one query for all heads, or (B, H, M, D).
+        packed: of the same dtype, made with the same plan and `summed`.
+        bias: broadcasts to (B, H, M, N), added to the logits.
+        out_bias: (Dv,) float32, added to the sum over the heads.
+
+    Returns: y (B, M, Dv) if summed, else (B, H, M, Dv); and None, for there are no maps.
+    """
+    b, h, n, _, dv = packed.sizes
+    m = x.shape[-2]
+    y = torch.empty((b, m, dv) if summed else (b, h, m, dv), dtype=x.dtype, device=x.device)
+    if packed.key.shape[1] == 0 or n == 0:  # no head is there: nothing but the bias
+        return y.copy_(torch.zeros_like(y) if out_bias is None else out_bias.expand_as(y)), None
+    from ..kernels import folded_kernel
+
+    with _on(x.device):
+        for first in range(0, m, _BLOCK):
+            end = min(first + _BLOCK, m)
+            p = torch.empty(_block_shape(packed, summed, end - first), dtype=x.dtype, device=x.device)
+            programs, arguments, options = folded_call(x, packed, bias, scale, rows, p, first, end, summed)
+            folded_kernel[programs,](*arguments, **options)
+            if not summed:
+                part = p @ packed.value
+                if packed.heads is None:
+                    y[:, :, first:end] = part
+                else:
+                    y[:, :, first:end] = 0
+                    y[:, packed.heads.long(), first:end] = part
+            elif out_bias is None:
+                torch.bmm(p.flatten(2), packed.value, out=y[:, first:end])
+            else:
+                bias_row = out_bias.to(x.dtype).expand(b, end - first, dv)
+                torch.baddbmm(bias_row, p.flatten(2), packed.value, out=y[:, first:end])
+    return y, None
+
+
+def _block_shape(packed: Packed, summed: bool, rows: int) -> tuple[int, ...]:
+    """Of the probabilities: a pixel's heads side by side where they are summed, else a head's pixels."""
+    b, heads, columns, _ = packed.key.shape
+    return (b, rows, heads, columns) if summed else (b, heads, rows, columns)
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None) -> Tensor:
@@ -253,6 +356,52 @@ def rows_call(
         PRECISION=_precision(query.device), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
     return groups * b * (1 if mean else h), arguments, options
+
+
+def folded_call(
+    x: Tensor,
+    packed: Packed,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    p: Tensor,
+    first: int,
+    end: int,
+    summed: bool,
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """How `folded_kernel` is called for the rows from first to before end, as `rows_call` says it."""
+    b, h, n, d = packed.sizes[:4]
+    heads, columns = packed.key.shape[1:3]
+    programmed = rows.content is not None and rows.max_content > 0
+    content = rows.content if programmed else None
+    tiles = choose_tiles(
+        n, d, 16, 2, rows.max_content if programmed else None, end - first, b * heads, _processors(x.device), False
+    )
+    # The columns are permuted wherever there are token classes, since `pack` cannot know more than that.
+    order = None if rows.content is None else _kept(rows, "order", rows.content, content_first)
+    gate = rows.gate if programmed else None
+    if bias is not None:
+        bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, x.shape[-2], n)
+    groups = -(-(end - first) // tiles.BM)
+    x_strides = (x.stride(0), 0, x.stride(1)) if x.dim() == 3 else x.stride()[:3]
+    p_b, p_h, p_m = (p.stride(0), p.stride(2), p.stride(1)) if summed else p.stride()[:3]
+    strides = (*x_strides, *packed.key.stride()[:3])
+    unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in strides))
+    arguments = (
+        x, packed.key, bias, p, order, content, gate, rows.phrases if programmed else None,
+        rows.drop if programmed else None, rows.seed if programmed else None, rows.head_mode, packed.heads,
+        float(scale) * _LOG2E, float(rows.random_ratio), float(rows.threshold),
+        *(s // unit for s in strides), p_b, p_h, p_m, *((0, 0, 0, 0) if bias is None else bias.stride()),
+        0 if gate is None else gate.stride(0), 0 if gate is None or gate.shape[1] == 1 else n,
+        first, end, groups,
+    )  # fmt: skip
+    options = dict(
+        HEADS=heads, N=n, D=d, NA=tiles.NA, NB=tiles.NB, NP=columns, DA=min(64, _power(d)), BM=tiles.BM, UNIT=unit,
+        DROP=_bucket(rows.max_drop) if programmed and rows.drop is not None else 0,
+        RANDOM=programmed and rows.random_ratio >= 0, NMS=programmed and rows.threshold >= 0,
+        RENORM=rows.renormalize if programmed else 0, num_warps=tiles.num_warps, num_stages=tiles.num_stages,
+    )  # fmt: skip
+    return groups * b * heads, arguments, options
 
 
 def _bucket(most: int) -> int:
