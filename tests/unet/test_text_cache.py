@@ -423,11 +423,24 @@ def test_a_look_by_another_thread_between(parts: dict[str, Any], monkeypatch: py
     assert mine is not None and theirs is not None and mine[0] != theirs[0]
 
 
+def test_two_pipelines_on_one_unet(build: Callable[[str], Any], draw: Any, psnr: Any) -> None:
+    one, two = build("sd15"), build("sd15")
+    assert one.unet is two.unet
+    stock = [draw(one, "a red car"), draw(two, "a blue dog")]
+    with sdattn_fast.apply(one.unet):
+        for _ in range(2):
+            assert psnr(stock[0], draw(one, "a red car")) > 110
+            assert psnr(stock[1], draw(two, "a blue dog")) > 110
+
+
 def test_replicas_keep_nothing(parts: dict[str, Any]) -> None:
-    """DataParallel's modules live for one forward, and their parameters are no parameters."""
-    linear = nn.Linear(4, 4)
-    assert Weights.of(linear) is not None
-    assert Weights.of(linear._replicate_for_data_parallel()) is None
+    """DataParallel's replicas hold tensors in their parameters' places, which nobody could watch."""
+    attn = copy.deepcopy(parts["sd15"].get_submodule(LAYER))
+    assert Weights.of(attn.to_k) is not None
+    weight = attn.to_k.weight
+    del attn.to_k._parameters["weight"]
+    attn.to_k.weight = weight.detach().clone()
+    assert Weights.of(attn.to_k) is None
 
 
 def test_old_storages_are_not_kept_alive(cached: tuple[Any, Any, list[int]]) -> None:
