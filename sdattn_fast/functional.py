@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_bias, check_grid, check_products, check_program, check_scale, check_seed, token_side
-from .backend import NAMES, choose, cpu, fused, op, unavailable
+from .backend import NAMES, choose, cpu, fused, op, triton, unavailable
 from .plan import Plan, TokenSide, fold_into_value, make_plan, needs_map
 from .program import Capture, Program
 from .reference import reference_attention
@@ -135,9 +135,10 @@ def prepare(
 
 @dataclass(frozen=True)
 class FoldedText:
-    """A layer's text with projections folded into it, in the kernel's form. Made by `Prepared.fold`."""
+    """A layer's text with projections folded into it, in a backend's form. Made by `Prepared.fold`."""
 
-    packed: cpu.Packed
+    backend: str
+    packed: cpu.Packed | triton.Packed
     shared_query: bool
     summed: bool
     scale: float
@@ -145,7 +146,7 @@ class FoldedText:
     out_bias: Tensor | None
 
     def tensors(self) -> list[Tensor]:
-        return [x for x in (self.packed.data, self.token_bias, self.out_bias) if x is not None]
+        return [x for x in (*self.packed.tensors(), self.token_bias, self.out_bias) if x is not None]
 
 
 @dataclass(frozen=True)
@@ -187,21 +188,18 @@ class Prepared:
 
     def fold_refusal(self, x: Tensor) -> str | None:
         """Why no kernel serves a folded layer with this program on rows like x, or None."""
-        if self.backend not in ("auto", "cpu"):
-            return f"backend {self.backend!r} has no folded kernel"
+        name = self._folding_backend(x.device)
+        if name not in ("cpu", "triton"):
+            return f"backend {name!r} has no folded kernel"
         if self.plan is None:
             return self.needs_map
-        if x.device.type != "cpu":
-            return f"there is no folded kernel for device type {x.device.type!r} yet"
-        if x.dtype not in (torch.float32, torch.bfloat16):
-            return f"the folded kernel takes float32 and bfloat16, not {x.dtype}"
-        if torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
         if self._needs_grad(x, x, x, None):
             return "gradients are asked for"
         if self.side.tokens > 256 or x.shape[-1] > 65536:
             return f"{self.side.tokens} tokens of {x.shape[-1]} channels are too many"
-        return unavailable("cpu")
+        return unavailable(name) or fused(name).folded_refusal(x, self.plan)
 
     def folds_alike(self, other: Prepared) -> bool:
         """Whether `fold` gives for the other call what it gives for this one: same content tokens, no linear steps."""
@@ -239,7 +237,11 @@ class Prepared:
         to the logits. out_bias: (Dv,) float32, added to the sum. The values come from `fold_value`.
         """
         assert self.plan is not None
-        return FoldedText(cpu.pack(key, value, self.plan.rows), shared_query, summed, scale, token_bias, out_bias)
+        name = self._folding_backend(key.device)
+        if name != "cpu" and out_bias is not None:
+            out_bias = out_bias.to(key.dtype)  # what it was before it was widened
+        packed = fused(name).pack(key, value, self.plan.rows)
+        return FoldedText(name, packed, shared_query, summed, scale, token_bias, out_bias)
 
     def call_folded(
         self,
@@ -258,17 +260,21 @@ class Prepared:
         rows = plan.rows if seed is None else replace(plan.rows, seed=seed)
         if text.token_bias is not None:
             bias = text.token_bias if bias is None else bias + text.token_bias
-        out, maps = cpu.folded(x, text.packed, text.summed, bias, text.out_bias, text.scale, rows)
+        name = text.backend
+        out, maps = fused(name).folded(x, text.packed, text.summed, bias, text.out_bias, text.scale, rows)
         if plan.smoothings:
             assert grid is not None
             if text.summed:
                 where = None if plan.smoothed is None or plan.side.active is None else plan.side.active[:, None]
-                out = _smooth("cpu", out[:, None], grid, plan, where)[:, 0]
+                out = _smooth(name, out[:, None], grid, plan, where)[:, 0]
             else:
-                out = _smooth("cpu", out, grid, plan, plan.smoothed)
+                out = _smooth(name, out, grid, plan, plan.smoothed)
             if maps is not None and rows.capture_final:
-                maps = _smooth_maps("cpu", maps, grid, plan)
+                maps = _smooth_maps(name, maps, grid, plan)
         return out, maps
+
+    def _folding_backend(self, device: torch.device) -> str:
+        return self.backend if self.backend != "auto" else "cpu" if device.type == "cpu" else "triton"
 
     def _on_reference(
         self,

@@ -117,6 +117,18 @@ class Packed:
     dtype: torch.dtype
     isa: str
 
+    def tensors(self) -> list[Tensor]:
+        return [self.data]
+
+
+def folded_refusal(x: Tensor, plan: Plan) -> str | None:
+    """Why a folded layer on rows like x (B, M, C) is not served, or None."""
+    if x.device.type != "cpu":
+        return f"x is on {x.device}, not on the CPU"
+    if x.dtype not in _DTYPES:
+        return f"the folded kernel takes float32 and bfloat16, not {x.dtype}"
+    return None
+
 
 def pack(key: Tensor, value: Tensor, rows: RowPlan) -> Packed:
     """Lay out key (B, H, N, D) and value (B, H, N, Dv) for many calls of `folded` with this plan's content tokens."""

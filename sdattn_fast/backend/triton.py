@@ -120,8 +120,8 @@ def attention(
 
 @dataclass(frozen=True)
 class Packed:
-    """A folded layer's text: keys (B, H', N', D) with the columns in the kernel's order, values (B, H' * N', Dv) if the
-    heads are summed, else (B, H', N', Dv). H' heads that are not zero, N' tokens rounded up to 16, zeros beyond."""
+    """A folded layer's text: keys (B, H', N', D) and values (B, H', N', Dv), tokens in the kernel's order. H' heads that
+    are not zero, N tokens rounded up to 16 with zeros; heads: (H',) int32, which they are, None for all."""
 
     key: Tensor
     value: Tensor
@@ -146,20 +146,18 @@ def folded_refusal(x: Tensor, plan: Plan) -> str | None:
     return None
 
 
-def pack(key: Tensor, value: Tensor, rows: RowPlan, summed: bool) -> Packed:
+def pack(key: Tensor, value: Tensor, rows: RowPlan) -> Packed:
     """Bring key (B, H, N, D) and value (B, H, N, Dv) into the kernel's order, for many calls of `folded`."""
     b, h, n, d = key.shape
     dv, heads = value.shape[3], None
     if rows.head_mode is not None and bool((rows.head_mode == HEAD_ZERO).any()):
-        # Heads that give zeros are not there; without a sum over the heads their zeros have a place.
+        # Heads that give zeros are not there and cost nothing.
         heads = (rows.head_mode != HEAD_ZERO).nonzero()[:, 0]
         key, value = key[:, heads], value[:, heads]
     if rows.content is not None:
         order = content_first(rows.content).long()[:, None, :, None].expand(-1, key.shape[1], -1, -1)
         key, value = (x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (key, value))
     key, value = (pad(x, (0, 0, 0, -n % 16)).contiguous() for x in (key, value))
-    if summed:
-        value = value.reshape(b, -1, dv)
     return Packed(key, value, None if heads is None else heads.to(torch.int32), (b, h, n, d, dv))
 
 
@@ -179,9 +177,10 @@ def folded(
 
     Args:
         x: (B, M, D), one query for all heads, or (B, H, M, D).
-        packed: of the same dtype, made with the same plan and `summed`.
+        packed: of the same dtype, made with the same plan.
+        summed: the output is the sum over the heads.
         bias: broadcasts to (B, H, M, N), added to the logits.
-        out_bias: (Dv,) float32, added to the sum over the heads.
+        out_bias: (Dv,), of x's dtype, added to the sum over the heads.
 
     Returns: y (B, M, Dv) if summed, else (B, H, M, Dv); and None, for there are no maps.
     """
@@ -189,7 +188,7 @@ def folded(
     m = x.shape[-2]
     y = torch.empty((b, m, dv) if summed else (b, h, m, dv), dtype=x.dtype, device=x.device)
     if packed.key.shape[1] == 0 or n == 0:  # no head is there: nothing but the bias
-        return y.copy_(torch.zeros_like(y) if out_bias is None else out_bias.expand_as(y)), None
+        return y.zero_() if out_bias is None else y.copy_(out_bias.expand_as(y)), None
     from ..kernels import folded_kernel
 
     with _on(x.device):
@@ -206,10 +205,9 @@ def folded(
                     y[:, :, first:end] = 0
                     y[:, packed.heads.long(), first:end] = part
             elif out_bias is None:
-                torch.bmm(p.flatten(2), packed.value, out=y[:, first:end])
+                torch.bmm(p.flatten(2), packed.value.flatten(1, 2), out=y[:, first:end])
             else:
-                bias_row = out_bias.to(x.dtype).expand(b, end - first, dv)
-                torch.baddbmm(bias_row, p.flatten(2), packed.value, out=y[:, first:end])
+                torch.baddbmm(out_bias, p.flatten(2), packed.value.flatten(1, 2), out=y[:, first:end])
     return y, None
 
 

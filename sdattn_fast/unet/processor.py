@@ -283,7 +283,7 @@ def _folded(
         if refusal is not None:
             raise ValueError(f"fold: 'always' cannot be served, because {refusal}")
         kind = "both" if may_out else "query"
-    elif refusal is None:
+    elif refusal is None and x.device.type == "cpu":  # nothing was measured on a GPU yet, and nothing is guessed
         kind = choose_fold(shape_of(attn, entry.key, x, prepared), may_out=may_out)
     else:
         return None
