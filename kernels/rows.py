@@ -221,7 +221,7 @@ def _token_side(
     if Content is not None:
         content = tl.load(Content + b * N + cols, mask=inside, other=0) != 0
         if MODES:
-            content = content & (mode == 0)
+            content = tl.where(mode == 0, content, False)
         if Gate is not None:
             gate = tl.load(Gate + b * gate_b + h * gate_h + cols, mask=content, other=1.0)
         if Phrases is not None:

@@ -193,22 +193,24 @@ class Prepared:
             return f"backend {name!r} has no folded kernel"
         if self.plan is None:
             return self.needs_map
+        refusal = unavailable(name) or fused(name).folded_refusal(x, self.plan)
+        if refusal is not None:
+            return refusal
         if torch.is_autocast_enabled(x.device.type):
             return "autocast is on"
         if self._needs_grad(x, x, x, None):
             return "gradients are asked for"
         if self.side.tokens > 256 or x.shape[-1] > 65536:
             return f"{self.side.tokens} tokens of {x.shape[-1]} channels are too many"
-        return unavailable(name) or fused(name).folded_refusal(x, self.plan)
+        return None
 
     def folds_alike(self, other: Prepared) -> bool:
-        """Whether `fold` gives for the other call what it gives for this one: same content tokens, no linear steps."""
+        """Whether `fold` gives for the other call what it gives for this one: same content tokens and heads, no linear
+        steps."""
         if self.plan is None or other.plan is None or self.plan.folded or other.plan.folded:
             return False
-        mine, theirs = self.plan.rows.content, other.plan.rows.content
-        if mine is None or theirs is None:
-            return mine is theirs
-        return torch.equal(mine, theirs)
+        mine, theirs = self.plan.rows, other.plan.rows
+        return _equal(mine.content, theirs.content) and _equal(mine.head_mode, theirs.head_mode)
 
     def may_sum_heads(self) -> bool:
         """Whether what follows p @ value treats all heads of an entry alike, so that they may be summed before it."""
@@ -367,6 +369,10 @@ class Prepared:
         if seed is None:
             return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
         return torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(1)
+
+
+def _equal(x: Tensor | None, y: Tensor | None) -> bool:
+    return x is y if x is None or y is None else torch.equal(x, y)
 
 
 def _smooth(name: str, x: Tensor, grid: tuple[int, int], plan: Plan, where: Tensor | None) -> Tensor:

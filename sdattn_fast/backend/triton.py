@@ -120,8 +120,8 @@ def attention(
 
 @dataclass(frozen=True)
 class Packed:
-    """A folded layer's text: keys (B, H', N', D) and values (B, H', N', Dv), tokens in the kernel's order. H' heads that
-    are not zero, N tokens rounded up to 16 with zeros; heads: (H',) int32, which they are, None for all."""
+    """A folded layer's text: keys (B, H', N', D) and values (B, H', N', Dv), tokens in the kernel's order. H' heads
+    that are not zero, N tokens rounded up to 16 with zeros; heads: (H',) int32, which they are, None for all."""
 
     key: Tensor
     value: Tensor
@@ -172,8 +172,8 @@ def folded(
 ) -> tuple[Tensor, None]:
     """A folded layer: attention in which all heads share one query, or add to one output, or both.
 
-    Our kernel goes from x to the probabilities of at most 1024 pixels, in x's dtype; a library's product with the values
-    and `out_bias` goes on to y.
+    Our kernel goes from x to the probabilities of at most 1024 pixels, in x's dtype; a library's product with the
+    values and `out_bias` goes on to y.
 
     Args:
         x: (B, M, D), one query for all heads, or (B, H, M, D).

@@ -133,7 +133,8 @@ def test_rows_beyond_a_block(monkeypatch):
     monkeypatch.setattr(backend, "_BLOCK", 20)
     for summed in (True, False):
         parts = check(case(PROGRAMS["random"], grid=(5, 9)), summed)
-        assert not summed or torch.equal(parts, whole)
+        if summed:
+            torch.testing.assert_close(parts, whole, atol=2e-3, rtol=2e-3)
     assert [s[1] for s in made[1:4]] == [20, 20, 5]
 
 

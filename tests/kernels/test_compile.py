@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from sdattn_fast.kernels import rows_kernel, smooth_kernel  # noqa: E402
+from sdattn_fast.kernels import folded_kernel, rows_kernel, smooth_kernel  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -165,6 +165,45 @@ def test_rows_of_the_largest_shape_fit(target, dtype, monkeypatch, tmp_path):
     source, options = rows_source(monkeypatch, target, dtype=dtype, n=256, d=256, content=40)
     # Here some spilling is accepted; shared memory must fit.
     check(source, options, target, tmp_path, f"N = D = 256, {dtype}", most_stack=1024)
+
+
+FOLDED = {
+    "SD 1.5 at 32x32": dict(m=1024, c=640),
+    "SD 1.5 at 16x16": dict(m=256, c=1280),
+    "SDXL at 32x32, bf16": dict(m=1024, c=1280, h=20, dtype=torch.bfloat16),
+    "to_out alone": dict(m=1024, c=640, d=80),
+    "plain": dict(m=1024, c=640, content=None),
+    "all content": dict(m=1024, c=640, content=77),
+    "154 tokens": dict(m=256, c=1280, n=154),
+}
+
+
+def folded_source(m, c, h=8, n=77, d=None, content=12, dtype=torch.float16):
+    """The folded layer's kernel for 2 entries of h heads; d: of keys that `to_q` is not folded into."""
+    x = torch.empty(2, m, c, dtype=dtype) if d is None else torch.empty(2, m, h, d, dtype=dtype).transpose(1, 2)
+    key, value = torch.empty(2, h, n, c if d is None else d, dtype=dtype), torch.empty(2, h, n, c, dtype=dtype)
+    side = {}
+    if content is not None:
+        protected = torch.ones(2, n, dtype=torch.bool)
+        protected[:, :content] = False
+        side = {"protected": protected, "gate": torch.ones(2, 1, n), "phrases": torch.zeros(2, n, dtype=torch.int64)}
+    plan = make_plan(Program() if content is None else FULL, TokenSide(2, h, n, x.device, **side))
+    packed = backend.pack(key, value, plan.rows)
+    p = torch.empty(backend._block_shape(packed, True, m), dtype=dtype)
+    _, arguments, options = backend.folded_call(x, packed, None, 0.1, plan.rows, p, 0, m, True)
+    return source_of(folded_kernel, arguments, options), options
+
+
+@pytest.mark.parametrize("name", FOLDED)
+def test_folded_for_sm90(name, tmp_path):
+    source, options = folded_source(**FOLDED[name])
+    check(source, options, CUDA[90], tmp_path, f"folded, {name}")
+
+
+@pytest.mark.parametrize("target", [*(CUDA[cc] for cc in (80, 86, 89, 100, 120)), HIP], ids=lambda t: str(t.arch))
+def test_folded(target, tmp_path):
+    source, options = folded_source(**FOLDED["SDXL at 32x32, bf16"])
+    check(source, options, target, tmp_path, "folded")
 
 
 @pytest.mark.parametrize("target", [*CUDA.values(), HIP], ids=lambda t: str(t.arch))
