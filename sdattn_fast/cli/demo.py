@@ -20,7 +20,7 @@ __all__ = ["demo"]
 PROMPTS = (
     "a large red circle and a large blue square on a gray background",
     "a large green triangle and a large yellow circle on a black background",
-    "a small purple star on a white background",
+    "a large cyan triangle and a large pink star on a brown background",
 )
 GUIDANCE, DENOISING_STEPS = 4.0, 20
 

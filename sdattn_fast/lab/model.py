@@ -97,6 +97,7 @@ def build_scheduler() -> Any:
     return DDIMScheduler(
         beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear", clip_sample=False,
         prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing",
+        steps_offset=1,
     )  # fmt: skip
 
 
