@@ -9,7 +9,8 @@ namespace sdattn::cpu {
 
 enum Error : int { ok = 0, bad_size = 1, out_of_memory = 2 };
 
-// Steps 1 to 6 and 8. `threads` is the most to use. Safe from several threads at once.
+// Steps 1 to 6 and 8, over the picture too (no bits, no shared query or output then). `threads` is the most to use. Safe
+// from several threads at once.
 Error attention(const Attention& call, int threads);
 
 // Keys and values in the panels that `attention` multiplies by, made once for many calls: the instruction set, N, D, Dv,

@@ -40,6 +40,8 @@ struct Isa {
   size_t (*smooth_bytes)(const Smoothing&);
   int64_t (*smooth_blocks)(const Smoothing&);
   void (*smooth)(const Smoothing&, void* workspace, int64_t bh, int64_t block);
+  size_t (*picture_bytes)(const Attention&);
+  void (*picture)(const Job&, void* workspace, int64_t b, int64_t h, float* maps);
 };
 
 #if defined(__x86_64__)

@@ -7,6 +7,7 @@ environment variable SDATTN_FAST_ISA.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Plan, RowPlan
+from ..plan import PicturePlan, Plan, RowPlan
 from ..reference import gaussian_kernel
 
-__all__ = ["availability", "not_supported_reasons", "attention", "pack", "Packed", "smooth", "info", "set_isa"]
+__all__ = [
+    "availability", "not_supported_reasons", "attention", "picture_attention", "pack", "Packed", "smooth", "info",
+    "set_isa",
+]  # fmt: skip
 
 _MOST = 256  # N, D and Dv
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -92,20 +96,61 @@ def attention(
         int32 (B, H, M, ceil(N / 32)), None unless asked: bit n % 32 of word n // 32 says that entry n survived steps
         4 and 5.
     """
+    out, maps = _results(query, value, rows, keep_layout)
+    bits = None
+    if return_bits:
+        bits = torch.empty((*query.shape[:3], (key.shape[2] + 31) // 32), dtype=torch.int32)
+    _call(query, key, value, bias, scale, rows, out, maps, bits)
+    return out, maps, bits
+
+
+def picture_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    picture: PicturePlan,
+    grid: tuple[int, int] | None,
+    keep_layout: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention` of a program that looks over the picture, all but its last smoothing. grid: (height, width).
+
+    Memory beside the results: a thread has the map of one head, (M + 47) * N floats at most; with one round never more
+    than 4 MiB of it.
+
+    Returns: out and maps, as `attention`.
+    """
+    out, maps = _results(query, value, rows, keep_layout)
+    m = query.shape[2]
+    weights = gaussian_kernel(picture.sigma, dtype=torch.float32) if picture.sigma > 0 else None
+    height, width = (0, 0) if grid is None else grid
+    over = (
+        picture.steps,
+        math.floor(picture.drop_ratio * m + 1e-9) if picture.drop_ratio >= 0 else 0,
+        picture.nms,
+        _address(picture.active),
+        height,
+        width,
+        _address(weights),
+        0 if weights is None else weights.numel() // 2,
+    )
+    _call(query, key, value, bias, scale, rows, out, maps, None, picture=over)
+    return out, maps
+
+
+def _results(query: Tensor, value: Tensor, rows: RowPlan, keep_layout: bool) -> tuple[Tensor, Tensor | None]:
     b, h, m, _ = query.shape
-    n, dv = key.shape[2], value.shape[3]
+    dv = value.shape[3]
     if keep_layout and query.stride(1) < query.stride(2):
         out = torch.empty((b, m, h, dv), dtype=value.dtype).transpose(1, 2)
     else:
         out = torch.empty((b, h, m, dv), dtype=value.dtype)
-    maps = bits = None
-    if rows.capture_tokens is not None:
-        t = rows.capture_tokens.shape[0]
-        maps = torch.empty((b, t, m) if rows.capture_mean else (b, h, t, m), dtype=torch.float32)
-    if return_bits:
-        bits = torch.empty((b, h, m, (n + 31) // 32), dtype=torch.int32)
-    _call(query, key, value, bias, scale, rows, out, maps, bits)
-    return out, maps, bits
+    if rows.capture_tokens is None:
+        return out, None
+    t = rows.capture_tokens.shape[0]
+    return out, torch.empty((b, t, m) if rows.capture_mean else (b, h, t, m), dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -172,7 +217,7 @@ def folded(
     return y, maps
 
 
-def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None) -> None:
+def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None, picture=()) -> None:
     b, h, m, d = query.shape
     packed = key if isinstance(key, Packed) else None
     n, dv = (packed.sizes[2], packed.sizes[4]) if packed else (key.shape[2], value.shape[3])
@@ -209,6 +254,7 @@ def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None) 
         ),
         0 if packed is None else packed.data.data_ptr(),
         _address(out_bias),
+        picture,
         torch.get_num_threads(),
     )
 

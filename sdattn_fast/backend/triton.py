@@ -45,6 +45,8 @@ def not_supported_reasons(
 ) -> list[str]:
     """What of this call the kernels do not serve; looks at shapes, strides, dtypes and devices alone."""
     reasons = []
+    if plan.picture is not None:
+        reasons.append("the program looks over the picture, and there is no Triton kernel for that yet")
     kind = "cpu" if _interprets() else "cuda"
     for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias)):
         if x is None:
