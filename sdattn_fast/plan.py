@@ -98,9 +98,9 @@ class Plan:
     """A whole call, lowered.
 
     folded: V is to be replaced by `fold_into_value` before the rows run (gate and phrases are in it then).
-    rows: what the kernel does to rows. picture: what it does over the picture, None where every row is by itself. sigma,
-    smoothings: the Gaussian that filters the output (and the final maps), so many times; 0: none. smoothed: (B, H) bool,
-    the maps that it applies to, None for all.
+    rows: what the kernel does to rows. picture: what it does over the picture, None where every row is by itself.
+    sigma, smoothings: the Gaussian that filters the output (and the final maps), so many times; 0: none. smoothed:
+    (B, H) bool, the maps that it applies to, None for all.
     """
 
     folded: bool

@@ -9,7 +9,8 @@
 // an entry against 2 * (radius + 1) here.
 //
 // With one round the map is not kept where it is larger than `largest_map`: each pass over the picture computes it anew,
-// so that memory is bounded whatever the picture. Between rounds it must be kept.
+// which takes about twice as long (128x128 pixels, 15 content tokens: 13.7 against 26 to 30 ms), so that memory is bounded
+// whatever the picture. Between rounds it must be kept.
 
 constexpr int64_t largest_map = 4 << 20;  // bytes
 

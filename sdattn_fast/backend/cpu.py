@@ -71,7 +71,9 @@ def not_supported_reasons(
         reasons.append(f"{key.shape[2]} tokens, more than {_MOST}")
     if query.shape[3] > _MOST or value.shape[3] > _MOST:
         reasons.append(f"head dimension {max(query.shape[3], value.shape[3])}, more than {_MOST}")
-    if needs_grad:
+    if needs_grad and plan.picture is not None:
+        reasons.append("gradients are asked for of a program that looks over the picture, which has no backward kernel")
+    elif needs_grad:
         reasons.append("gradients are asked for and the CPU kernel has no backward yet")
     return reasons
 
