@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <cstdlib>
 #include <cstring>
 #include <memory>
 #include <random>
@@ -203,6 +204,45 @@ void run(const char* isa, const Case& c, DType dtype, int threads) {
   }
 }
 
+// A folded layer: one query for all heads and one output, panels packed beforehand, against the heads one by one.
+void run_folded(const char* isa, const Case& c, DType dtype, int threads) {
+  Attention a;
+  a.B = c.B, a.H = c.H, a.M = c.M, a.N = c.N, a.D = c.D, a.Dv = c.Dv;
+  a.dtype = dtype;
+  Numbers query(dtype, c.B * c.M * c.D), key(dtype, c.B * c.H * c.N * c.D), value(dtype, c.B * c.H * c.N * c.Dv);
+  Numbers out(dtype, c.B * c.H * c.M * c.Dv), summed(dtype, c.B * c.M * c.Dv);
+  query.fill(0.5f), key.fill(0.5f), value.fill(1);
+  a.query = {query.data(), {c.M * c.D, 0, c.D, 1}};
+  a.key = dense(key, c.H, c.N, c.D);
+  a.value = dense(value, c.H, c.N, c.Dv);
+  a.out = dense(out, c.H, c.M, c.Dv);
+  std::vector<uint8_t> content(c.B * c.N), head_mode(c.H);
+  for (uint8_t& x : content) x = random_bits() % 2;
+  for (int64_t h = 0; h < c.H; ++h) head_mode[h] = static_cast<uint8_t>(h % 3);
+  a.program.content = content.data();
+  a.program.head_mode = head_mode.data();
+  a.program.threshold = 0.3f;
+  if (cpu::attention(a, threads) != cpu::ok) ++failures, std::printf("an error code\n");
+
+  const size_t bytes = cpu::packed_bytes(a), start = 64;
+  std::unique_ptr<char, void (*)(void*)> packed(static_cast<char*>(std::aligned_alloc(64, (bytes + start) / 64 * 64)), std::free);
+  if (cpu::pack(a, threads, packed.get()) != cpu::ok) ++failures, std::printf("an error code\n");
+  std::vector<float> bias(c.Dv);
+  for (float& x : bias) x = normal();
+  a.key = a.value = {};
+  a.packed = packed.get();
+  a.out = {summed.data(), {c.M * c.Dv, 0, c.Dv, 1}};
+  a.out_bias = bias.data();
+  if (cpu::attention(a, threads) != cpu::ok) ++failures, std::printf("an error code\n");
+  for (int64_t b = 0; b < c.B; ++b) {
+    for (int64_t i = 0; i < c.M * c.Dv; ++i) {
+      double expected = bias[i % c.Dv];
+      for (int64_t h = 0; h < c.H; ++h) expected += out.at((b * c.H + h) * c.M * c.Dv + i);
+      expect_near(isa, "folded", c, summed.at(b * c.M * c.Dv + i), expected, dtype == bfloat16 ? 3e-2 : 2e-5);
+    }
+  }
+}
+
 int64_t reflect(int64_t i, int64_t n) {
   while (i < 0 || i >= n) i = i < 0 ? -1 - i : 2 * n - 1 - i;
   return i;
@@ -322,6 +362,9 @@ int main() {
       for (c.kind = 0; c.kind < 4; ++c.kind) {
         for (DType dtype : {float32, bfloat16}) run(*name, c, dtype, 1 + c.kind % 2);
       }
+    }
+    for (Case c : {Case{1, 1, 1, 1, 1, 1, 4}, Case{2, 4, 35, 7, 300, 37, 4}, Case{1, 3, 9, 77, 41, 301, 4}, Case{1, 2, 5, 200, 3, 5, 4}}) {
+      for (DType dtype : {float32, bfloat16}) run_folded(*name, c, dtype, 2);
     }
     for (DType dtype : {float32, bfloat16}) {
       run_smooth(*name, 9, 13, 40, dtype);

@@ -37,6 +37,7 @@ def write_report(out: Path, scenes: list[Scene], rows: list[Row], ground: str, p
         heat = _heat_maps(scene)
         _write(out / f"demo-{number}-maps-{_slug(scene.prompt)}.png", heat)
         shown.append({"prompt": scene.prompt, "pictures": pictures, "maps": _uri(heat)})
+    _write(out / "demo.png", _overview(scenes))
     template = resources.files(__package__).joinpath("demo.html.jinja").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(template).render(scenes=shown, rows=rows, ground=ground, program=program)
@@ -52,6 +53,31 @@ def _png(out: Path, name: str, picture: Any) -> str:
     return _uri(data.getvalue())
 
 
+def _overview(scenes: list[Scene]) -> bytes:
+    """A row for each prompt: stock, with an empty program, with semantics."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+    import numpy as np
+
+    kinds = {"stock": "stock", "empty": "empty program", "semantic": "semantics"}
+    figure, axes = plt.subplots(len(scenes), 3, figsize=(6.4, 2.35 * len(scenes)), squeeze=False)
+    for axis, label in zip(axes[0], kinds.values(), strict=True):
+        axis.set_title(label, fontsize=10)
+    for line, scene in zip(axes, scenes, strict=True):
+        for axis, kind in zip(line, kinds, strict=True):
+            axis.imshow(np.asarray(getattr(scene, kind)))
+            axis.set_axis_off()
+        line[1].text(0.5, -0.06, scene.prompt, transform=line[1].transAxes, ha="center", va="top", fontsize=9)
+    edge = 0.3 / figure.get_figheight()
+    figure.subplots_adjust(left=0.01, right=0.99, top=1 - edge, bottom=edge, wspace=0.03, hspace=0.14)
+    data = io.BytesIO()
+    figure.savefig(data, format="png", dpi=110)
+    plt.close(figure)
+    return data.getvalue()
+
+
 def _heat_maps(scene: Scene) -> bytes:
     """A row for the empty program, a row for the semantics; a column for each word, its map over the picture."""
     import matplotlib
@@ -62,6 +88,8 @@ def _heat_maps(scene: Scene) -> bytes:
 
     words = list(scene.stock_maps)
     figure, axes = plt.subplots(2, max(len(words), 1), figsize=(1.45 * max(len(words), 1) + 0.4, 3.2), squeeze=False)
+    for axis, word in zip(axes[0], words, strict=False):
+        axis.set_title(word, fontsize=10)
     lines = (("empty program", scene.empty, scene.stock_maps), ("semantics", scene.semantic, scene.semantic_maps))
     for line, (label, picture, maps) in zip(axes, lines, strict=True):
         for axis, word in zip(line, words, strict=False):
@@ -69,8 +97,6 @@ def _heat_maps(scene: Scene) -> bytes:
             axis.imshow(maps[word].numpy(), cmap="inferno", alpha=0.65, vmin=0, vmax=1)
             axis.set_xticks([])
             axis.set_yticks([])
-            if line is axes[0]:
-                axis.set_title(word, fontsize=10)
         line[0].set_ylabel(label, fontsize=9)
     figure.tight_layout(pad=0.4)
     data = io.BytesIO()

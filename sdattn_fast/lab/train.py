@@ -1,9 +1,9 @@
 """Train the shapes pipeline: `python -m sdattn_fast.lab.train`.
 
-Three stages, each seeded, each with checkpoints that survive a kill: the autoencoder, the UNet together with the text
-encoder, and a CLIP vision tower fitted to that text encoder, which is then locked. Two CPU cores take a few hours; a
-GPU minutes. What a step draws depends on the seed and the step's number alone, so a resumed run draws what an
-uninterrupted one would.
+Four stages, each seeded, each with checkpoints that survive a kill: the autoencoder, its decoder alone, the UNet
+together with the text encoder, and a CLIP vision tower fitted to that text encoder, which is then locked. Two CPU cores
+take a few hours; a GPU minutes. What a step draws depends on the seed and the step's number alone, so a resumed run
+draws what an uninterrupted one would. More steps than before go on from where it ended.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ _EMPTY_CAPTIONS = 0.1
 
 def train(
     out: Annotated[Path, typer.Option(help="Folder of the pipeline; checkpoints in OUT/checkpoints.")] = Path("shapes"),
-    stage: Annotated[str, typer.Option(help="all, vae, unet, clip or save.")] = "all",
+    stage: Annotated[str, typer.Option(help="all, vae, decoder, unet, clip or save.")] = "all",
     vae_steps: Annotated[int, typer.Option(help="Of 16 scenes.")] = 1500,
+    decoder_steps: Annotated[int, typer.Option(help="Of 32 scenes; the encoder stays.")] = 3000,
     unet_steps: Annotated[int, typer.Option(help="Of 32 scenes.")] = 5000,
     clip_steps: Annotated[int, typer.Option(help="Of 128 scenes.")] = 1200,
     scenes: Annotated[int, typer.Option(help="How many training scenes to draw from.")] = 12000,
@@ -44,8 +45,8 @@ def train(
     device: Annotated[str, typer.Option()] = "cpu",
 ) -> None:
     """Train, or go on with training, and save the pipeline in half precision."""
-    if stage not in ("all", "vae", "unet", "clip", "save"):
-        raise typer.BadParameter(f"expected all, vae, unet, clip or save, got {stage!r}", param_hint="--stage")
+    if stage not in ("all", "vae", "decoder", "unet", "clip", "save"):
+        raise typer.BadParameter(f"expected all, vae, decoder, unet, clip or save, got {stage!r}", param_hint="--stage")
     checkpoints = out / "checkpoints"
     checkpoints.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
@@ -62,8 +63,15 @@ def train(
     if stage in ("all", "vae"):
         _train_vae(parts["vae"], world, vae_steps, learning_rate, checkpoints, save_every, seed)
     _load_ema(parts["vae"], checkpoints / "vae.safetensors")
+    if stage in ("all", "decoder"):
+        _train_decoder(parts["vae"], world, decoder_steps, learning_rate, checkpoints, save_every, seed)
+    if (checkpoints / "decoder.safetensors").exists():
+        _load_ema(parts["vae"], checkpoints / "decoder.safetensors")
     if stage in ("all", "unet"):
         _train_unet(parts, world, unet_steps, learning_rate, checkpoints, save_every, seed)
+    if not (checkpoints / "unet.safetensors").exists():
+        _say("nothing saved: there is no UNet yet")
+        return
     _load_ema(_both(parts), checkpoints / "unet.safetensors")
     if stage in ("all", "clip"):
         _train_clip(parts, world, clip_steps, learning_rate, checkpoints, save_every, seed)
@@ -82,6 +90,24 @@ def _train_vae(vae: Any, world: _World, steps: int, rate: float, checkpoints: Pa
         return error.abs().mean() + error.square().mean() + 1e-6 * posterior.kl().mean()
 
     _loop("vae", vae, loss, steps, rate, checkpoints, save_every)
+
+
+def _train_decoder(
+    vae: Any, world: _World, steps: int, rate: float, checkpoints: Path, save_every: int, seed: int
+) -> None:
+    """The decoder alone, on the latents that the UNet learns: they stay, and it can go on as long as it gains."""
+    latents = world.latents(vae, checkpoints)
+    spread = _scale(latents)
+    for parameter in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
+        parameter.requires_grad_(False)
+
+    def loss(step: int) -> Tensor:
+        chosen = world.batch(step, 32)
+        noise = torch.randn(latents[chosen].shape, generator=_generator(seed + 2, step))
+        error = vae.decode((latents[chosen] + 0.03 * spread * noise).to(world.device)).sample - world.pictures(chosen)
+        return error.abs().mean() + error.square().mean()
+
+    _loop("decoder", vae, loss, steps, rate, checkpoints, save_every)
 
 
 def _train_unet(

@@ -226,7 +226,9 @@ def _is_plain(module: nn.Module) -> bool:
     known = type(module).__module__.split(".")[0] in ("torch", "diffusers", "peft")
     parametrized = hasattr(module, "parametrizations")
     hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
-    return known and not parametrized and not hooked and not any(True for _ in module.buffers(recurse=False))
+    # DataParallel's replicas have tensors where parameters were.
+    others = module._buffers or any(isinstance(x, Tensor) for x in module.__dict__.values())
+    return known and not parametrized and not hooked and not others
 
 
 def _adapter_state(module: Any) -> tuple[Any, ...]:

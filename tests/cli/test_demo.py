@@ -23,7 +23,8 @@ def page(tmp_path, monkeypatch):
 
 def test_demo(page, tmp_path, capsys):
     embedded = [base64.b64decode(x) for x in re.findall(r"data:image/png;base64,([^\"]+)", page)]
-    files = [path.read_bytes() for path in tmp_path.glob("*.png")]
+    assert Image.open(tmp_path / "demo.png").width > 500
+    files = [path.read_bytes() for path in tmp_path.glob("demo-*.png")]
     assert len(files) == 4 and sorted(files) == sorted(embedded)
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "a &lt;small&gt; star" in page

@@ -11,7 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
-STEPS = {"vae-steps": 2, "unet-steps": 4, "clip-steps": 1, "scenes": 40, "save-every": 2}
+STEPS = {"vae-steps": 2, "decoder-steps": 2, "unet-steps": 4, "clip-steps": 1, "scenes": 40, "save-every": 2}
 
 
 def test_a_killed_run_resumes(tmp_path):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 import gc
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from torch import Tensor, nn
 
 import sdattn_fast
 from sdattn_fast import SemanticAttnProcessor
-from sdattn_fast.unet.text_cache import TEXTS
+from sdattn_fast.unet.text_cache import TEXTS, Weights
 
 peft = pytest.importorskip("peft")
 
@@ -322,3 +323,47 @@ def test_always_says_why_it_cannot(parts: dict[str, Any]) -> None:
             unet(x, 5, text)
         with torch.no_grad(), pytest.raises(ValueError, match="fold: 'always' cannot be served, because"):
             unet.to(torch.float64)(x.double(), 5, text.double())
+
+
+def test_two_threads_with_texts_of_their_own(parts: dict[str, Any]) -> None:
+    unet = copy.deepcopy(parts["sd15"])
+    x = torch.randn(2, 4, 8, 8)
+    texts = [torch.randn(2, 77, 32) for _ in range(2)]
+    with torch.no_grad():
+        want = [unet(x, 5, text).sample for text in texts]
+        wrong: list[float] = []
+
+        def run(i: int) -> None:
+            with torch.no_grad():
+                for _ in range(12):
+                    error = (unet(x, 5, texts[i]).sample - want[i]).abs().max().item()
+                    if error > 1e-4:
+                        wrong.append(error)
+
+        with sdattn_fast.apply(unet):
+            threads = [threading.Thread(target=run, args=(i,)) for i in range(2)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert not wrong
+
+
+def test_two_pipelines_on_one_unet(build: Callable[[str], Any], draw: Any, psnr: Any) -> None:
+    one, two = build("sd15"), build("sd15")
+    assert one.unet is two.unet
+    stock = [draw(one, "a red car"), draw(two, "a blue dog")]
+    with sdattn_fast.apply(one.unet):
+        for _ in range(2):
+            assert psnr(stock[0], draw(one, "a red car")) > 110
+            assert psnr(stock[1], draw(two, "a blue dog")) > 110
+
+
+def test_replicas_keep_nothing(parts: dict[str, Any]) -> None:
+    """DataParallel's replicas hold tensors in their parameters' places, which nobody could watch."""
+    attn = copy.deepcopy(parts["sd15"].get_submodule(LAYER))
+    assert Weights.of(attn.to_k) is not None
+    weight = attn.to_k.weight
+    del attn.to_k._parameters["weight"]
+    attn.to_k.weight = weight.detach().clone()
+    assert Weights.of(attn.to_k) is None

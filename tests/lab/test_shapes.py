@@ -1,0 +1,75 @@
+"""The pipeline that ships: small, safe, half precision, loaded by diffusers as any other; it draws what is asked."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors import safe_open
+
+from sdattn_fast.lab import load_clip, load_pipeline, shapes_path
+from sdattn_fast.lab.detector import detect, detect_background
+from sdattn_fast.lab.world import sample_scene
+
+
+def test_files():
+    files = [p for p in shapes_path().rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= 16e6
+    assert {p.suffix for p in files} <= {".json", ".safetensors", ".txt"}
+    for path in files:
+        if path.suffix == ".safetensors":
+            with safe_open(path, "pt") as f:
+                kinds = {f.get_slice(key).get_dtype() for key in f.keys()}
+            assert kinds <= {"F16", "I64"}, path
+    index = json.loads((shapes_path() / "model_index.json").read_text())
+    assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+@pytest.fixture(scope="module")
+def pipe():
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_loads_in_a_dtype(dtype):
+    assert {p.dtype for p in load_pipeline(dtype).unet.parameters()} == {dtype}
+
+
+def test_draws_what_it_is_asked_for(pipe):
+    """Not the evaluation, which is long: pairs seen in training, and the best of a few."""
+    caption = "a large blue square on a white background"
+    generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
+    found = pipe([caption] * 6, guidance_scale=4.0, num_inference_steps=20, generator=generators).images
+    pictures = [np.asarray(picture) for picture in found]
+    assert [detect_background(p) for p in pictures].count("white") >= 5
+    assert sum(any((d.colour, d.shape) == ("blue", "square") for d in detect(p)) for p in pictures) >= 2
+
+
+def test_phrases_of_several_pieces_occur(pipe):
+    assert len(pipe.tokenizer.tokenize("triangle")) == 2
+    assert len(pipe.tokenizer.tokenize("a large red circle")) == 4
+
+
+def test_clip_shares_the_text_tower_and_knows_pictures(pipe):
+    model, tokenizer = load_clip()
+    mine, theirs = model.text_model.state_dict(), pipe.text_encoder.state_dict()
+    for key, x in mine.items():
+        assert torch.equal(x, theirs[key] if key in theirs else theirs[f"text_model.{key}"])
+    scenes = [sample_scene(20_000_000 + i, held_out=i % 2 == 0) for i in range(64)]
+    pictures = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    ids = tokenizer([s.caption for s in scenes], padding="max_length", return_tensors="pt").input_ids
+    with torch.no_grad():
+        logits = model(input_ids=ids, pixel_values=pictures).logits_per_image
+    right = (logits.argmax(-1) == torch.arange(64)).float().mean()
+    assert right >= 0.5, "one of 64 by chance"
+
+
+def test_nothing_but_the_package_is_needed(tmp_path: Path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert load_pipeline().unet.config.sample_size == 16
