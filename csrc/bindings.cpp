@@ -141,6 +141,24 @@ void cpu_smooth(const py::tuple& sizes, int dtype, int64_t x, int64_t out, int64
   raise_on(error);
 }
 
+// (P, d, L)
+void cpu_gaussian_attention(const py::tuple& sizes, int64_t features, int64_t values, int64_t out, float cutoff,
+                            int threads) {
+  cpu::GaussianAttention g;
+  int64_t* size[] = {&g.P, &g.d, &g.L};
+  for (int i = 0; i < 3; ++i) *size[i] = sizes[i].cast<int64_t>();
+  g.features = pointer<float>(features);
+  g.values = pointer<float>(values);
+  g.out = pointer<float>(out);
+  g.cutoff = cutoff;
+  cpu::Error error;
+  {
+    py::gil_scoped_release release;
+    error = cpu::gaussian_attention(g, threads);
+  }
+  raise_on(error);
+}
+
 py::dict cpu_info() {
   py::list isas;
   for (const char* const* name = cpu::available_isas(); *name; ++name) isas.append(*name);
@@ -169,6 +187,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("cpu_packed_bytes", &cpu_packed_bytes);
   m.def("cpu_pack", &cpu_pack);
   m.def("cpu_smooth", &cpu_smooth);
+  m.def("cpu_gaussian_attention", &cpu_gaussian_attention);
   m.def("cpu_info", &cpu_info);
   m.def("cpu_set_isa", [](const std::string& name) { return cpu::set_isa(name.c_str()); });
 }

@@ -322,6 +322,26 @@ Error smooth(const Smoothing& s, int threads) {
   return ok;
 }
 
+Error gaussian_attention(const GaussianAttention& g, int threads) {
+  if (g.d < 1 || g.d > 8) return bad_size;
+  if (g.P <= 0 || g.L <= 0) return ok;
+  const Isa& isa = current();
+  const int64_t row_blocks = (g.P + isa.block_rows - 1) / isa.block_rows, key_blocks = isa.gaussian_blocks(g);
+  threads = usable_threads(threads, row_blocks);
+  const size_t packed = (isa.gaussian_packed_bytes(g) + page - 1) / page * page;
+  const size_t workspace = (isa.gaussian_bytes(g) + 2 * page - 1) / page * page;
+  const Memory memory = allocate(packed + workspace * static_cast<size_t>(threads));
+  if (!memory) return out_of_memory;
+  Deal packing(key_blocks, 16), rows(row_blocks, 1);
+  on_threads(threads, [&](int) { packing([&](int64_t i) { isa.gaussian_pack(g, memory.get(), i); }); });
+  on_threads(threads, [&](int thread) {
+    rows([&](int64_t i) {
+      isa.gaussian(g, memory.get(), memory.get() + packed + workspace * thread, i * isa.block_rows);
+    });
+  });
+  return ok;
+}
+
 const char* const* available_isas() { return isas().names; }
 
 const char* isa() { return current().name; }

@@ -31,6 +31,17 @@ struct Smoothing {
 };
 Error smooth(const Smoothing& call, int threads);
 
+// out_i = sum over j of exp2(-|f_i - f_j|^2) v_j, P pixels of d <= 8 features and L values; all contiguous. Pairs farther
+// apart than `cutoff`, squared, may be left out.
+struct GaussianAttention {
+  int64_t P = 0, d = 0, L = 0;
+  const float* features = nullptr;  // (P, d)
+  const float* values = nullptr;    // (P, L)
+  float* out = nullptr;             // (P, L)
+  float cutoff = 0.0f;
+};
+Error gaussian_attention(const GaussianAttention& call, int threads);
+
 // Instruction sets in this binary that this machine runs, the widest first; null ends the list.
 const char* const* available_isas();
 const char* isa();                 // the one in use

@@ -831,6 +831,7 @@ void smooth_block(const Smoothing& s, void* memory, int64_t bh, int64_t block) {
   }
 }
 
+#include "gaussian_attention.inl"
 #include "refine.inl"
 
 // ---- The table that attention.cpp calls through -------------------------------------------------------------------
@@ -862,7 +863,8 @@ void smooth(const Smoothing& s, void* workspace, int64_t bh, int64_t block) {
 
 constexpr Isa table(const char* name, bool (*runs_here)()) {
   return {name,         runs_here,     R,      packed_bytes, workspace_bytes, pack, rows,
-          smooth_bytes, smooth_blocks, smooth, picture_bytes, picture};
+          smooth_bytes, smooth_blocks, smooth, picture_bytes, picture,
+          gaussian_packed_bytes, gaussian_blocks, gaussian_pack, gaussian_bytes, gaussian};
 }
 
 }  // namespace

@@ -19,8 +19,8 @@ from ..plan import PicturePlan, Plan, RowPlan
 from ..reference import gaussian_kernel
 
 __all__ = [
-    "availability", "not_supported_reasons", "attention", "picture_attention", "pack", "Packed", "smooth", "info",
-    "set_isa",
+    "availability", "not_supported_reasons", "attention", "picture_attention", "pack", "Packed", "smooth",
+    "gaussian_attention", "info", "set_isa",
 ]  # fmt: skip
 
 _MOST = 256  # N, D and Dv
@@ -283,6 +283,23 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
         torch.get_num_threads(),
     )
     return out.to(kept)
+
+
+def gaussian_attention(features: Tensor, values: Tensor, cutoff: float) -> Tensor:
+    """(P, L) float32: the sums over j of exp(-|f_i - f_j|^2 / 2) values_j, for features (P, d <= 8) and values (P, L),
+    both float32. Pairs whose squared distance is above the cutoff may be left out: order pixels by their features."""
+    features = (features * math.sqrt(0.5 * math.log2(math.e))).contiguous()
+    values = values.contiguous()
+    out = torch.empty_like(values)
+    _core.cpu_gaussian_attention(
+        (*features.shape, values.shape[1]),
+        features.data_ptr(),
+        values.data_ptr(),
+        out.data_ptr(),
+        0.5 * math.log2(math.e) * cutoff,
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def info() -> dict[str, object]:
