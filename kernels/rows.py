@@ -112,7 +112,8 @@ def _head(
     if Content is not None:
         content = tl.load(Content + b * N + col_a, mask=in_a, other=0) != 0
         if HeadMode is not None:
-            content = content & (mode == 0)
+            # Not `content & (mode == 0)`, which the interpreter does not take for a mask.
+            content = tl.where(mode == 0, content.to(tl.int32), 0) != 0
         if Gate is not None:
             gate = tl.load(Gate + b * gate_b + h * gate_h + col_a, mask=content, other=1.0)
         if Phrases is not None:
