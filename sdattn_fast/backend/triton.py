@@ -22,7 +22,7 @@ from ..plan import PicturePlan, Plan, RowPlan
 
 __all__ = [
     "availability", "not_supported_reasons", "attention", "picture_attention", "smooth", "gaussian_attention",
-    "content_first",
+    "content_first", "interprets",
 ]  # fmt: skip
 
 _MOST = 256  # N, D and Dv
@@ -34,7 +34,7 @@ def availability() -> str | None:
     """None where the kernels can run here, else the reason and how to mend it."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` (torch's CUDA wheels for Linux bring it)"
-    if _interprets():
+    if interprets():
         return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
@@ -48,7 +48,7 @@ def not_supported_reasons(
 ) -> list[str]:
     """What of this call the kernels do not serve; looks at shapes, strides, dtypes and devices alone."""
     reasons = []
-    kind = "cpu" if _interprets() else "cuda"
+    kind = "cpu" if interprets() else "cuda"
     for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias)):
         if x is None:
             continue
@@ -489,5 +489,6 @@ def _count_processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _interprets() -> bool:
+def interprets() -> bool:
+    """Whether kernels run on CPU tensors, in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"

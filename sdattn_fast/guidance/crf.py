@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import cpu
+from ..backend import cpu, triton
 
 __all__ = ["PairwiseGaussian", "PairwiseBilateral", "dense_crf", "GaussianSums"]
 
@@ -84,8 +84,9 @@ def dense_crf(
         image: (height, width, C), any real dtype, C at most 6, on the unary's device; needed by `PairwiseBilateral`.
         pairwise: the kernels; None: pydensecrf's usual two, ``(PairwiseGaussian(), PairwiseBilateral())``.
         iterations: of mean field, >= 0.
-        backend: "auto", "cpu" or "reference". "cpu" serves float32 on CPUs, without gradients; "auto" takes it where it
-            can. "reference" is plain torch in the unary's precision (at least float32), differentiable in the unary.
+        backend: "auto", "triton", "cpu" or "reference". "triton" and "cpu" serve float32 without gradients; "auto"
+            takes the one of the unary's device where it can. "reference" is plain torch in the unary's precision (at
+            least float32), differentiable in the unary.
 
     Returns: (L, height, width), summing to 1 over the labels, in the unary's dtype.
 
@@ -108,13 +109,13 @@ def dense_crf(
 class GaussianSums:
     """values (P, L) -> the sums over j of exp(-|f_i - f_j|^2 / 2) values_j, for features (P, d); never a (P, P) array.
 
-    backend: "cpu" (float32, d <= 8) or "reference" (any floating dtype, in chunks).
+    backend: "triton" or "cpu" (float32, d <= 8), or "reference" (any floating dtype, in chunks).
     """
 
     def __init__(self, features: Tensor, backend: str) -> None:
         self.backend = backend
         self.features = features
-        if backend != "reference":
+        if backend == "cpu":
             self.order = _neighbours_together(features)
             self.back = self.order.argsort()
             self.features = features[self.order]
@@ -124,6 +125,8 @@ class GaussianSums:
     def __call__(self, values: Tensor) -> Tensor:
         if self.backend == "cpu":
             return cpu.gaussian_attention(self.features, values[self.order], self.cutoff)[self.back]
+        if self.backend == "triton":
+            return triton.gaussian_attention(self.features, values)
         rows = max(1, (1 << 20) // len(self.features))
         return torch.cat([self._weights(some) @ values for some in self.features.split(rows)])
 
@@ -236,26 +239,24 @@ def _check_image(image: Any, unary: Tensor, term: PairwiseBilateral) -> None:
 def _choose(backend: Any, unary: Tensor, image: Tensor | None) -> str:
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
-    if backend not in ("auto", "cpu", "reference"):
-        raise ValueError(f"backend: expected 'auto', 'cpu' or 'reference', got {backend!r}")
+    if backend not in ("auto", "triton", "cpu", "reference"):
+        raise ValueError(f"backend: expected 'auto', 'triton', 'cpu' or 'reference', got {backend!r}")
     if backend == "reference":
         return backend
+    name = backend if backend != "auto" else "cpu" if unary.device.type == "cpu" else "triton"
+    why_not = (cpu if name == "cpu" else triton).availability()
+    kind = "cuda" if name == "triton" and not triton.interprets() else "cpu"
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (unary, image))
-    reasons = [
-        reason
-        for refused, reason in (
-            (unary.device.type != "cpu", f"unary is on {unary.device}"),
-            (unary.dtype != torch.float32, f"unary is {unary.dtype}, not float32"),
-            (needs_grad, "gradients are asked for"),
-            (cpu.availability() is not None, str(cpu.availability())),
-        )
-        if refused
-    ]
-    if not reasons:
-        return "cpu"
-    if backend == "cpu":
-        raise ValueError(f"backend: 'cpu' cannot serve this call: {'; '.join(reasons)}")
-    return "reference"
+    refusals = (
+        (unary.device.type != kind, f"unary is on {unary.device}"),
+        (unary.dtype != torch.float32, f"unary is {unary.dtype}, not float32"),
+        (needs_grad, "gradients are asked for"),
+        (why_not is not None, str(why_not)),
+    )
+    reasons = [reason for refused, reason in refusals if refused]
+    if reasons and backend != "auto":
+        raise ValueError(f"backend: {backend!r} cannot serve this call: {'; '.join(reasons)}")
+    return "reference" if reasons else name
 
 
 def _pair(sxy: Any) -> tuple[float, float]:

@@ -11,6 +11,7 @@ import torch
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.backend import triton as backend
 from sdattn_fast.functional import semantic_attention
+from sdattn_fast.guidance.crf import dense_crf
 from sdattn_fast.reference import reference_attention
 
 DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
@@ -105,3 +106,9 @@ def test_gaussian_sums(pixels, d, labels):
     f = features.double()
     want = torch.exp(-0.5 * (f[:, None] - f).square().sum(-1)) @ values.double()
     torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-4)
+
+
+def test_dense_crf():
+    unary, image = torch.randn(3, 7, 9, device=DEVICE), torch.randint(0, 255, (7, 9, 3), device=DEVICE)
+    got = dense_crf(unary, image, backend="triton")
+    torch.testing.assert_close(got.double(), dense_crf(unary.double(), image), atol=1e-5, rtol=1e-4)

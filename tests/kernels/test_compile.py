@@ -215,6 +215,19 @@ def test_picture(target, stage, dtype, monkeypatch, tmp_path):
     check(source_of(picture_kernel, arguments, options), options, target, tmp_path, stage)
 
 
+@pytest.mark.parametrize("target", [CUDA[86], CUDA[90], HIP], ids=lambda t: str(t.arch))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_picture_of_the_largest_shape_fits(target, dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(backend, "_precision", lambda device: "tf32x3" if target.backend == "cuda" else "ieee")
+    q, k = torch.empty(1, 1, 4096, 256, dtype=dtype), torch.empty(1, 1, 256, 256, dtype=dtype)
+    plan = make_plan(STAGES["last"][0], TokenSide(1, 1, 256, q.device))
+    ints, kth = torch.empty(1, 1, 256, dtype=torch.int32), torch.empty(1, 1, 256)
+    _, arguments, options = backend.picture_call(
+        q, k, k, None, 1 / 16, plan.rows, plan.picture, q, None, "last", None, None, highest=ints, kth=kth
+    )
+    check(source_of(picture_kernel, arguments, options), options, target, tmp_path, "N = D = 256", most_stack=1024)
+
+
 @pytest.mark.parametrize("target", [*CUDA.values(), HIP], ids=lambda t: str(t.arch))
 @pytest.mark.parametrize("labels", [5, 32])
 def test_gaussian(target, labels, monkeypatch, tmp_path):
