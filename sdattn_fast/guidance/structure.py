@@ -162,8 +162,8 @@ class Structure:
 
     Args:
         patch: of a pipeline, with a capture.
-        prompt: whose words' maps are asked.
-        words: the objects among them; None: all.
+        prompt: whose words' maps are asked; a list where the pipeline draws several prompts.
+        words: the objects among them, None: all; with a list of prompts, a list for each.
         steps: indices of the steps after which latents are refined. before_decoding: after the last step too.
         preview: "latent": edges and colours of the predicted clean latent; "decoded": of its decoded picture.
         **how: strength, sigma, background, iterations of `refine_latents`.
@@ -174,9 +174,9 @@ class Structure:
     def __init__(
         self,
         patch: Any,
-        prompt: str,
+        prompt: str | Sequence[str],
         *,
-        words: Sequence[str] | None = None,
+        words: Sequence[str] | Sequence[Sequence[str]] | None = None,
         steps: Sequence[int] = (),
         before_decoding: bool = True,
         preview: str = "latent",
@@ -187,16 +187,20 @@ class Structure:
             raise ValueError("patch: expected sdattn_fast.apply(pipe, ..., capture=Capture()) of a pipeline")
         if preview not in ("latent", "decoded"):
             raise ValueError(f"preview: expected 'latent' or 'decoded', got {preview!r}")
-        if not isinstance(prompt, str):
-            raise TypeError(f"prompt: expected a str, got {type(prompt).__name__}")
-        if isinstance(words, str):
-            raise TypeError(f"words: expected a list of words, got {words!r}")
+        self.prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else list(prompt)
+        if not self.prompts or any(not isinstance(p, str) for p in self.prompts):
+            raise TypeError(f"prompt: expected a str or a list of them, got {prompt!r}")
+        self.words: list[Any] | None = None if words is None else [words] if isinstance(prompt, str) else list(words)
+        if self.words is not None and (
+            len(self.words) != len(self.prompts) or any(isinstance(some, str) for some in self.words)
+        ):
+            raise TypeError(f"words: expected a list of words (for each of {len(self.prompts)} prompts), got {words!r}")
         if any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in steps):
             raise ValueError(f"steps: expected indices >= 0, got {steps!r}")
         unknown = set(how) - {"strength", "sigma", "background", "iterations"}
         if unknown:
             raise TypeError(f"how: expected strength, sigma, background, iterations, got {sorted(unknown)}")
-        self.patch, self.prompt, self.words = patch, prompt, words
+        self.patch = patch
         self.steps, self.before_decoding, self.preview, self.how = set(steps), before_decoding, preview, how
         self._seen: tuple[Tensor, Any, Tensor] | None = None
         self._handle = pipe.unet.register_forward_hook(self._watch, with_kwargs=True)
@@ -206,15 +210,22 @@ class Structure:
         if step not in self.steps and not (last and self.before_decoding):
             return inputs
         latents: Tensor = inputs["latents"]
-        size = (latents.shape[2], latents.shape[3])
-        maps: Mapping[str, Tensor] = self.patch.maps.per_word(self.prompt, size)
-        if self.words is not None:
-            missing = [word for word in self.words if word not in maps]
-            if missing:
-                raise ValueError(f"words: {missing[0]!r} is not among the prompt's words, {list(maps)}")
-            maps = {word: maps[word] for word in self.words}
-        refined = refine_latents(latents.float(), maps, picture=self._picture(pipe, size), **self.how)
-        return {**inputs, "latents": refined.to(latents.dtype)}
+        picture = self._picture(pipe, (latents.shape[2], latents.shape[3]))
+        refined = [
+            refine_latents(latents[i : i + 1].float(), self._maps(i, latents), picture=picture[i : i + 1], **self.how)
+            for i in range(len(latents))
+        ]
+        return {**inputs, "latents": torch.cat(refined).to(latents.dtype)}
+
+    def _maps(self, entry: int, latents: Tensor) -> dict[str, Tensor]:
+        """The maps of one entry's words, (1, height, width). A pipeline's entries are its prompts, each repeated."""
+        place = entry * len(self.prompts) // len(latents)
+        maps = self.patch.maps.per_word(self.prompts[place], (latents.shape[2], latents.shape[3]))
+        words: list[str] = list(maps if self.words is None else self.words[place])
+        missing = [word for word in words if word not in maps]
+        if missing:
+            raise ValueError(f"words: {missing[0]!r} is not among the prompt's words, {list(maps)}")
+        return {word: maps[word][entry : entry + 1] for word in words}
 
     def remove(self) -> None:
         """Stop watching the UNet."""

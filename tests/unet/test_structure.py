@@ -40,3 +40,22 @@ def test_as_a_callback(architecture: str, preview: str, build: Callable[[str], A
         ):
             draw(pipe, "a car", callback_on_step_end=s)
     assert len(pipe.unet._forward_hooks) == hooks
+
+
+def test_several_prompts(build: Callable[[str], Any], draw: Any) -> None:
+    """Two prompts, two pictures of each, and objects by prompt."""
+    pipe, prompts = build("sd15"), ["a red car", "a dog"]
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        with Structure(patch, prompts, words=[["car"], ["a", "dog"]]) as structure:
+            together = draw(pipe, prompts, num_images_per_prompt=2, callback_on_step_end=structure)
+        stock = draw(pipe, prompts, num_images_per_prompt=2)
+        assert all(not np.array_equal(a, b) for a, b in zip(together, stock, strict=True))
+        with Structure(patch, prompts, words=[["car"], ["car"]]) as structure:
+            with pytest.raises(ValueError, match="words: 'car' is not among"):
+                draw(pipe, prompts, callback_on_step_end=structure)
+        for wrong in (3, [], ["a", 3]):
+            with pytest.raises(TypeError, match="prompt: expected"):
+                Structure(patch, wrong)  # type: ignore[arg-type]
+        for wrong_words in ("car", [["car"]]):
+            with pytest.raises(TypeError, match="words: expected"):
+                Structure(patch, prompts, words=wrong_words)
