@@ -37,9 +37,24 @@ void set_sizes(Attention& a, const py::tuple& sizes, int dtype) {
   a.dtype = static_cast<DType>(dtype);
 }
 
+// (steps, drop, nms, active, height, width, weights, radius)
+PictureProgram picture_program(const py::tuple& t) {
+  PictureProgram p;
+  p.steps = t[0].cast<int64_t>();
+  p.drop = t[1].cast<int64_t>();
+  p.nms = t[2].cast<bool>();
+  p.active = pointer<uint8_t>(t[3].cast<int64_t>());
+  p.height = t[4].cast<int64_t>();
+  p.width = t[5].cast<int64_t>();
+  p.weights = pointer<float>(t[6].cast<int64_t>());
+  p.radius = t[7].cast<int64_t>();
+  return p;
+}
+
 void cpu_attention(const py::tuple& sizes, int dtype, float scale, const py::tuple& query, const py::tuple& key,
                    const py::tuple& value, const py::tuple& out, const py::tuple& bias, int bias_dtype, int64_t maps,
-                   int64_t bits, const py::tuple& rows, int64_t packed, int64_t out_bias, int threads) {
+                   int64_t bits, const py::tuple& rows, int64_t packed, int64_t out_bias, const py::tuple& picture,
+                   int threads) {
   Attention a;
   set_sizes(a, sizes, dtype);
   a.scale = scale;
@@ -72,6 +87,11 @@ void cpu_attention(const py::tuple& sizes, int dtype, float scale, const py::tup
   p.capture_final = next().cast<bool>();
   p.capture_mean = next().cast<bool>();
 
+  PictureProgram over;
+  if (!picture.empty()) {
+    over = picture_program(picture);
+    a.picture = &over;
+  }
   cpu::Error error;
   {
     py::gil_scoped_release release;
@@ -121,6 +141,24 @@ void cpu_smooth(const py::tuple& sizes, int dtype, int64_t x, int64_t out, int64
   raise_on(error);
 }
 
+// (P, d, L)
+void cpu_gaussian_attention(const py::tuple& sizes, int64_t features, int64_t values, int64_t out, float cutoff,
+                            int threads) {
+  cpu::GaussianAttention g;
+  int64_t* size[] = {&g.P, &g.d, &g.L};
+  for (int i = 0; i < 3; ++i) *size[i] = sizes[i].cast<int64_t>();
+  g.features = pointer<float>(features);
+  g.values = pointer<float>(values);
+  g.out = pointer<float>(out);
+  g.cutoff = cutoff;
+  cpu::Error error;
+  {
+    py::gil_scoped_release release;
+    error = cpu::gaussian_attention(g, threads);
+  }
+  raise_on(error);
+}
+
 py::dict cpu_info() {
   py::list isas;
   for (const char* const* name = cpu::available_isas(); *name; ++name) isas.append(*name);
@@ -149,6 +187,7 @@ PYBIND11_MODULE(_core, m) {
   m.def("cpu_packed_bytes", &cpu_packed_bytes);
   m.def("cpu_pack", &cpu_pack);
   m.def("cpu_smooth", &cpu_smooth);
+  m.def("cpu_gaussian_attention", &cpu_gaussian_attention);
   m.def("cpu_info", &cpu_info);
   m.def("cpu_set_isa", [](const std::string& name) { return cpu::set_isa(name.c_str()); });
 }

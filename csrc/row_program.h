@@ -40,6 +40,17 @@ struct RowProgram {
   bool capture_mean = true;
 };
 
+// What a program does over the whole of a head's map, as sdattn_fast/plan.py lowers it (its PicturePlan).
+struct PictureProgram {
+  int64_t steps = 1;                // rounds of steps 5 to 7; the last smoothing filters the output and is not done here
+  int64_t drop = 0;                 // k of step 4 on axis "space"
+  bool nms = false;                 // step 5 compares with the maximum of the token's map
+  const uint8_t* active = nullptr;  // (B,), null: all
+  int64_t height = 0, width = 0;    // of the smoothing
+  const float* weights = nullptr;   // 2 * radius + 1 of them
+  int64_t radius = 0;               // 0: no smoothing
+};
+
 // A tensor of four dimensions; strides count elements, the last dimension of q, k, v and out is contiguous.
 struct Tensor4 {
   void* data = nullptr;
@@ -60,6 +71,7 @@ struct Attention {
   float* maps = nullptr;               // (B, T, M) or (B, H, T, M), contiguous; null: none
   int32_t* bits = nullptr;             // (B, H, M, ceil(N / 32)), contiguous; null: none
   RowProgram program;
+  const PictureProgram* picture = nullptr;  // null: every row by itself
 };
 
 // Step 4, mode "random": u in [0, 1) from Philox4x32-10 (Salmon et al. 2011), key = seed, counter = (n, m, h, b).

@@ -53,11 +53,7 @@ def row_program(
     kth = tl.full(total.shape, float("inf"), tl.float32)
     low = tl.full(total.shape, -0.5, tl.float32)
     if RANDOM:
-        seed = tl.load(Seed)
-        n, m = tl.broadcast(cols.to(tl.int32)[None, :], rows.to(tl.int32)[:, None])
-        words = tl.philox(seed, n, m, n * 0 + h.to(tl.int32), n * 0 + b.to(tl.int32))
-        u = (words[0] >> 8).to(tl.float32) * 5.9604644775390625e-08
-        rank = tl.where(u < ratio, -1.0, rank)
+        rank = tl.where(philox_uniform(Seed, cols, rows, h, b) < ratio, -1.0, rank)
     if DROP > 0:
         kth = tl.where(k > 0, kth_largest(rank, k, DROP), float("inf"))
     if NMS:
@@ -88,6 +84,15 @@ def row_program(
             pb = pb * after[:, None]
         after = tl.full(total.shape, 1.0, tl.float32)
     return p, pb, after, kept
+
+
+@triton.jit
+def philox_uniform(Seed, cols, rows, h, b):
+    """u in [0, 1) of step 4, mode "random", (rows, columns)."""
+    seed = tl.load(Seed)
+    n, m = tl.broadcast(cols.to(tl.int32)[None, :], rows.to(tl.int32)[:, None])
+    words = tl.philox(seed, n, m, n * 0 + h.to(tl.int32), n * 0 + b.to(tl.int32))
+    return (words[0] >> 8).to(tl.float32) * 5.9604644775390625e-08
 
 
 @triton.jit

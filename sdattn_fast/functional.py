@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .arguments import check_bias, check_grid, check_products, check_program, check_scale, check_seed, token_side
 from .backend import NAMES, choose, cpu, fused, op, triton, unavailable
-from .plan import Plan, TokenSide, fold_into_value, make_plan, needs_map
+from .plan import Plan, TokenSide, fold_into_value, make_plan
 from .program import Capture, Program
 from .reference import reference_attention
 
@@ -128,9 +128,8 @@ def prepare(
         heads=heads,
         inactive_heads=inactive_heads,
     )
-    reason = needs_map(program)
-    plan = None if backend == "reference" or reason is not None else make_plan(program, side, capture)
-    return Prepared(program, side, plan, reason, capture, backend, seed)
+    plan = None if backend == "reference" else make_plan(program, side, capture)
+    return Prepared(program, side, plan, capture, backend, seed)
 
 
 @dataclass(frozen=True)
@@ -156,7 +155,6 @@ class Prepared:
     program: Program
     side: TokenSide
     plan: Plan | None
-    needs_map: str | None
     capture: Capture | None
     backend: str
     seed: int | Tensor | None
@@ -176,9 +174,7 @@ class Prepared:
         """(out, maps), maps None without capture. seed overrides the prepared one. folded_value: `fold_value(value)` of
         before, where the caller kept it. Raises as `semantic_attention`."""
         self._check(query, key, value, bias, scale, grid, seed)
-        name = choose(
-            self.backend, query, key, value, bias, self.plan, self.needs_map, self._needs_grad(query, key, value, bias)
-        )
+        name = choose(self.backend, query, key, value, bias, self.plan, self._needs_grad(query, key, value, bias))
         scale = query.shape[3] ** -0.5 if scale is None and query.shape[3] else (scale or 1.0)
         key_of_random = self._seed(seed, query.device)
         if name == "reference":
@@ -191,8 +187,8 @@ class Prepared:
         name = self._folding_backend(x.device)
         if name not in ("cpu", "triton"):
             return f"backend {name!r} has no folded kernel"
-        if self.plan is None:
-            return self.needs_map
+        if self.plan is None or self.plan.picture is not None:
+            return "the program looks over the picture, and the folded kernel at rows alone"
         refusal = unavailable(name) or fused(name).folded_refusal(x, self.plan)
         if refusal is not None:
             return refusal
@@ -321,7 +317,12 @@ class Prepared:
         plan = self.plan
         assert plan is not None
         rows = plan.rows if seed is None else replace(plan.rows, seed=seed)
-        if torch.compiler.is_compiling():
+        if plan.picture is not None:
+            compiling = torch.compiler.is_compiling()
+            attention = op.picture_attention if compiling else fused(name).picture_attention
+            how = {"backend": name} if compiling else {"keep_layout": True}
+            out, maps = attention(query, key, value, bias, scale, rows, plan.picture, grid, **how)
+        elif torch.compiler.is_compiling():
             out, maps, _ = op.attention(query, key, value, bias, scale, rows, name)
         else:
             # The op's out is contiguous; eager out lies as the query does, so that merging the heads is a view.

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .program import Capture, Program
 
-__all__ = ["TokenSide", "RowPlan", "Plan", "make_plan", "fold_into_value"]
+__all__ = ["TokenSide", "RowPlan", "PicturePlan", "Plan", "make_plan", "fold_into_value"]
 
 RENORMALIZE = {"none": 0, "content": 1, "row": 2}
 HEAD_PROGRAM, HEAD_PLAIN, HEAD_ZERO = 0, 1, 2
@@ -45,7 +45,7 @@ class TokenSide:
 
 @dataclass(frozen=True)
 class RowPlan:
-    """What a fused kernel does to a row, on axis "token", between the two products. All tensors are contiguous.
+    """What a fused kernel does to a row between the two products. All tensors are contiguous.
 
     content: (B, N) uint8, 1 for a content token of an active entry; None: the rows are plain attention.
     gate: (B, 1 or H, N) float32, read at content tokens only; None: no gate.
@@ -78,16 +78,34 @@ class RowPlan:
 
 
 @dataclass(frozen=True)
+class PicturePlan:
+    """What a program does over the whole of a head's map, beside what the `RowPlan` does to its rows.
+
+    steps: rounds of steps 5 to 7. The smoothing after the last one is not among them: it filters the output. sigma: of
+    the smoothing between rounds, 0: none. drop_ratio: of step 4 on axis "space", mode "topk"; -1: no such step. nms:
+    step 5 compares with the maximum of the token's map. active: (B,) uint8, the others are plain; None: all are.
+    """
+
+    steps: int = 1
+    sigma: float = 0.0
+    drop_ratio: float = -1.0
+    nms: bool = False
+    active: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Plan:
     """A whole call, lowered.
 
     folded: V is to be replaced by `fold_into_value` before the rows run (gate and phrases are in it then).
-    rows: what the kernel does. sigma, smoothings: the Gaussian that filters the output (and the final maps), so many
-    times; 0: none. smoothed: (B, H) bool, the maps that it applies to, None for all.
+    rows: what the kernel does to rows. picture: what it does over the picture, None where every row is by itself.
+    sigma, smoothings: the Gaussian that filters the output (and the final maps), so many times; 0: none. smoothed:
+    (B, H) bool, the maps that it applies to, None for all.
     """
 
     folded: bool
     rows: RowPlan
+    picture: PicturePlan | None
     side: TokenSide
     sigma: float
     smoothings: int
@@ -95,16 +113,15 @@ class Plan:
 
 
 def make_plan(program: Program, side: TokenSide, capture: Capture | None = None) -> Plan:
-    """Lower a program of axis "token" and at most one nonlinear refinement round; see `needs_map` for the others."""
-    reason = needs_map(program)
-    assert reason is None, reason
+    """Lower a program for one text."""
     compiling = torch.compiler.is_compiling()
     final_capture = capture is not None and capture.stage == "final"
 
     rows = _capture_plan(RowPlan(), side, capture)
     rows = replace(rows, head_mode=_head_mode(side))
+    picture = _picture_plan(program, side)
     folded = False
-    if _needs_row(program, side):
+    if picture is not None or _needs_row(program, side):
         rows = _row_steps(rows, program, side, compiling)
     elif side.gate is not None or side.phrases is not None:
         if final_capture:
@@ -112,27 +129,35 @@ def make_plan(program: Program, side: TokenSide, capture: Capture | None = None)
         else:
             folded = True
 
-    refine = program.refine
-    smoothings = refine.steps if refine is not None and refine.sigma > 0 and _radius(refine.sigma) > 0 else 0
-    sigma = refine.sigma if refine is not None and smoothings else 0.0
-    return Plan(folded, rows, side, sigma, smoothings, _where_program(side) if smoothings else None)
+    smoothings = 0
+    if program.refine is not None and _smooths(program):
+        again = picture is not None and picture.steps > 1
+        alone = program.refine.threshold is None  # nothing is decided between the smoothings, so all are the output's
+        smoothings = program.refine.steps if alone and not again else 1
+    sigma = program.refine.sigma if program.refine is not None and smoothings else 0.0
+    return Plan(folded, rows, picture, side, sigma, smoothings, _where_program(side) if smoothings else None)
 
 
-def needs_map(program: Program) -> str | None:
-    """Why a program needs the map over the picture, so that no fused kernel serves it yet; None where one does."""
-    if program.dropout is not None and program.dropout.axis == "space" and program.dropout.mode == "topk":
-        return "SalienceDropout(axis='space') ranks a token's whole map; no fused kernel does that yet"
-    refine = program.refine
-    if refine is None:
+def _picture_plan(program: Program, side: TokenSide) -> PicturePlan | None:
+    """None where no entry of the map depends on another row's."""
+    dropout, refine = program.dropout, program.refine
+    ratio = dropout.ratio if dropout is not None and dropout.axis == "space" and dropout.mode == "topk" else -1.0
+    steps, sigma, nms = 1, 0.0, False
+    if refine is not None:
+        sigma = refine.sigma if _smooths(program) else 0.0
+        nms = refine.axis == "space" and refine.threshold is not None
+        # Without a smoothing in between, suppressing a row again changes nothing, nor does regaining its mass.
+        again = refine.threshold is not None and (sigma > 0 or nms)
+        again = again or (program.renormalize == "row" and sigma > 0)
+        steps = refine.steps if again else 1
+    if steps == 1 and ratio < 0 and not nms:
         return None
-    if refine.axis == "space" and refine.threshold is not None:
-        return (
-            "Refinement(axis='space') compares with the maximum of a token's whole map; no fused kernel does that yet"
-        )
-    nonlinear = refine.threshold is not None or program.renormalize != "none"
-    if refine.steps > 1 and nonlinear and (refine.sigma > 0 or refine.threshold is not None):
-        return f"Refinement(steps={refine.steps}) works on the map again; the fused kernels do one round so far"
-    return None
+    active = None if side.active is None else side.active.to(torch.uint8).contiguous()
+    return PicturePlan(steps, sigma if steps > 1 else 0.0, ratio, nms, active)
+
+
+def _smooths(program: Program) -> bool:
+    return program.refine is not None and program.refine.sigma > 0 and _radius(program.refine.sigma) > 0
 
 
 def fold_into_value(value: Tensor, side: TokenSide) -> Tensor:
@@ -164,10 +189,10 @@ def _row_steps(rows: RowPlan, program: Program, side: TokenSide, compiling: bool
     count = content.sum(-1)
     most = side.tokens if compiling else (int(count.max()) if count.numel() else 0)
     drop, max_drop, ratio = None, 0, -1.0
-    if program.dropout is not None and program.dropout.mode == "topk":
+    if program.dropout is not None and program.dropout.mode == "topk" and program.dropout.axis == "token":
         drop = torch.floor(program.dropout.ratio * count.to(torch.float64) + 1e-9).to(torch.int32)
         max_drop = math.floor(program.dropout.ratio * most + 1e-9)
-    elif program.dropout is not None:
+    elif program.dropout is not None and program.dropout.mode == "random":
         ratio = program.dropout.ratio
     threshold = -1.0 if program.refine is None or program.refine.threshold is None else program.refine.threshold
     return replace(

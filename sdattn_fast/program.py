@@ -7,6 +7,7 @@ belong to a call. Source: DESIGN.md, sections 2 (meaning) and 3 (names).
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -114,6 +115,11 @@ class Capture:
         tokens: indices of the tokens whose maps are wanted, in that order; None: all of them.
         stage: "softmax", after step 1, or "final", after the whole program.
         reduce: over heads, "mean" (of the active heads; zeros where there is none) or "none" (every head by itself).
+        layers: of a patch: names or fnmatch patterns; None: its key layers, the level nearest to a quarter of the
+            latent's side, but not below 16 pixels (16x16 for SD 1.5, 32x32 for SDXL).
+        steps: of a patch: indices of the denoising steps whose mean is kept; None: all; "latest": the latest alone.
+
+    `semantic_attention`, which is one layer at one step, has no use for layers and steps.
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range.
@@ -122,24 +128,36 @@ class Capture:
     tokens: tuple[int, ...] | None = None
     stage: str = "final"
     reduce: str = "mean"
+    layers: str | tuple[str, ...] | None = None
+    steps: str | tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         if self.tokens is not None:
-            try:
-                tokens = tuple(self.tokens)
-            except TypeError:
-                raise TypeError(
-                    f"Capture.tokens: expected None or a sequence of ints, got {_said(self.tokens)}"
-                ) from None
-            if any(isinstance(t, bool) or not isinstance(t, int) for t in tokens):
-                raise TypeError(f"Capture.tokens: expected ints, got {tokens!r}")
-            if any(t < 0 for t in tokens):
-                raise ValueError(f"Capture.tokens: expected indices >= 0, got {tokens!r}")
-            if len(set(tokens)) != len(tokens):
-                raise ValueError(f"Capture.tokens: expected each index once, got {tokens!r}")
-            object.__setattr__(self, "tokens", tokens)
+            object.__setattr__(self, "tokens", _indices("Capture.tokens", self.tokens))
+        if self.steps is not None and self.steps != "latest":
+            object.__setattr__(self, "steps", _indices("Capture.steps", self.steps, "'latest', "))
+        if self.layers is not None and not isinstance(self.layers, str):
+            if not isinstance(self.layers, Sequence) or any(not isinstance(name, str) for name in self.layers):
+                raise TypeError(f"Capture.layers: expected None, names or patterns, got {_said(self.layers)}")
+            object.__setattr__(self, "layers", tuple(self.layers))
         _choice("Capture.stage", self.stage, ("softmax", "final"))
         _choice("Capture.reduce", self.reduce, ("mean", "none"))
+
+
+def _indices(name: str, given: Any, or_else: str = "") -> tuple[int, ...]:
+    if isinstance(given, str):
+        raise TypeError(f"{name}: expected {or_else}None or a sequence of ints, got {_said(given)}")
+    try:
+        indices = tuple(given)
+    except TypeError:
+        raise TypeError(f"{name}: expected {or_else}None or a sequence of ints, got {_said(given)}") from None
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
+        raise TypeError(f"{name}: expected ints, got {indices!r}")
+    if any(i < 0 for i in indices):
+        raise ValueError(f"{name}: expected indices >= 0, got {indices!r}")
+    if len(set(indices)) != len(indices):
+        raise ValueError(f"{name}: expected each index once, got {indices!r}")
+    return indices
 
 
 def _number(name: str, value: Any) -> float:

@@ -125,14 +125,14 @@ def test_gradients_are_the_references():
 
 
 def test_falling_back_is_said_once_and_refused_by_name():
-    query, key, value = _qkv()
+    query, key, value = (x.double() for x in _qkv())
     sdattn_fast.backend._said.clear()
-    with pytest.warns(UserWarning, match="Refinement\\(steps=3\\)"):
+    with pytest.warns(UserWarning, match="float64"):
         semantic_attention(query, key, value, PROGRAMS["repeated"], grid=GRID)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         semantic_attention(query, key, value, PROGRAMS["repeated"], grid=GRID)
-    with pytest.raises(ValueError, match=r"backend: 'cpu' cannot serve this call: .*steps=3"):
+    with pytest.raises(ValueError, match=r"backend: 'cpu' cannot serve this call: .*float64"):
         semantic_attention(query, key, value, PROGRAMS["repeated"], grid=GRID, backend="cpu")
 
 
@@ -177,6 +177,19 @@ def test_compiled_whole_gives_what_eager_gives(backend):
         query = query + 0.1
 
 
+def test_programs_over_the_picture_trace_whole():
+    query, key, value = _qkv()
+    text, program = _text(), Program(SalienceDropout(0.2, "space"), Refinement(3, 0.3, 0.8, "space"), "content")
+
+    def call(query, key, value):
+        return semantic_attention(query, key, value, program, **text, grid=GRID, capture=Capture((1, 2)))
+
+    torch._dynamo.reset()
+    compiled = torch.compile(call, fullgraph=True, backend="aot_eager")
+    for got, want in zip(compiled(query, key, value), call(query, key, value), strict=True):
+        torch.testing.assert_close(got, want)
+
+
 def test_custom_ops_pass_opcheck():
     from sdattn_fast.backend import backends
 
@@ -191,4 +204,6 @@ def test_custom_ops_pass_opcheck():
         rows.max_content, rows.max_drop, True, "cpu",
     )  # fmt: skip
     torch.library.opcheck(torch.ops.sdattn_fast.rows.default, arguments)
+    over = (2, 0.8, 0.3, True, None, 3, 4, "cpu")
+    torch.library.opcheck(torch.ops.sdattn_fast.picture.default, (*arguments[:-2], *over))
     torch.library.opcheck(torch.ops.sdattn_fast.smooth.default, (query, 3, 4, 0.8, 1, None, "cpu"))

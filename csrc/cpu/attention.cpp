@@ -195,6 +195,34 @@ float weight_of_a_head(const Attention& a) {
   return on ? 1.0f / static_cast<float>(on) : 0.0f;
 }
 
+// Every head by one thread. A mean over heads is added up in the order of the heads, whichever thread has them: a head's
+// turn comes once those before it are in, and those were dealt before it.
+void pictures(const Isa& isa, const Job& job, int threads, char* memory, size_t workspace, size_t maps, char* packed_to) {
+  const Attention& a = *job.call;
+  const int64_t size = a.program.capture_count * a.M;
+  std::vector<std::atomic<int64_t>> turn(a.B);
+  for (std::atomic<int64_t>& next : turn) next = 0;
+  Deal deal(a.B * a.H, 1);
+  on_threads(threads, [&](int thread) {
+    char* own = memory + workspace * thread;
+    float* scratch = reinterpret_cast<float*>(own + workspace - maps);
+    deal([&](int64_t i) {
+      const int64_t b = i / a.H, h = i % a.H;
+      const bool counts = !a.program.head_mode || a.program.head_mode[h] == head_program;
+      float* mine = !a.maps ? nullptr : !maps ? a.maps + i * size : counts ? scratch : nullptr;
+      if (!a.packed) isa.pack(job, packed_to, b, h);
+      isa.picture(job, own, b, h, mine);
+      if (!maps) return;
+      while (turn[b].load(std::memory_order_acquire) != h) std::this_thread::yield();
+      float* sum = a.maps + b * size;
+      for (int64_t j = 0; j < size; ++j) {
+        sum[j] = (h == 0 ? 0.0f : sum[j]) + (counts ? job.head_weight * scratch[j] : 0.0f);
+      }
+      turn[b].store(h + 1, std::memory_order_release);
+    });
+  });
+}
+
 }  // namespace
 
 Error attention(const Attention& a, int threads) {
@@ -205,13 +233,16 @@ Error attention(const Attention& a, int threads) {
   if (a.B <= 0 || a.H <= 0 || a.M <= 0) return ok;
   const Isa& isa = current();
   const int64_t blocks = (a.M + isa.block_rows - 1) / isa.block_rows;
-  threads = usable_threads(threads, a.B * a.H * blocks);
+  if (a.picture && (a.bits || (a.out.stride[1] == 0 && a.H > 1))) return bad_size;
+  threads = usable_threads(threads, a.B * a.H * (a.picture ? 1 : blocks));
 
   try {
     const TokenSide side = bring_into_columns(a);
     Job job{&a, side.entries.data(), static_cast<const char*>(a.packed), isa.packed_bytes(a), weight_of_a_head(a), false};
     const size_t packed = a.packed ? 0 : job.packed_bytes * static_cast<size_t>(a.B * a.H);
-    const size_t workspace = (isa.workspace_bytes(a) + 2 * page - 1) / page * page;
+    const size_t maps = a.picture && a.maps && a.program.capture_mean ? sizeof(float) * a.program.capture_count * a.M : 0;
+    const size_t own_bytes = a.picture ? isa.picture_bytes(a) + maps : isa.workspace_bytes(a);
+    const size_t workspace = (own_bytes + 2 * page - 1) / page * page;
     Memory memory = allocate(packed + workspace * static_cast<size_t>(threads));
     if (!memory) return out_of_memory;
     char* to = memory.get() + workspace * static_cast<size_t>(threads);
@@ -222,6 +253,11 @@ Error attention(const Attention& a, int threads) {
     const bool beside = a.query.stride[1] < a.query.stride[2] && a.B * blocks >= 4 * threads;
     job.heads_first = shared || beside || (a.maps && a.program.capture_mean);
     const int64_t heads = a.B * a.H, all = heads * blocks;
+
+    if (a.picture) {
+      pictures(isa, job, threads, memory.get(), workspace, maps, to);
+      return ok;
+    }
 
     // One parallel region, no barrier inside: a head's rows wait for that head's panels alone.
     std::vector<std::atomic<bool>> packed_already(heads);
@@ -282,6 +318,26 @@ Error smooth(const Smoothing& s, int threads) {
   Deal deal(work, 1);
   on_threads(threads, [&](int thread) {
     deal([&](int64_t i) { isa.smooth(s, memory.get() + workspace * thread, i / blocks, i % blocks); });
+  });
+  return ok;
+}
+
+Error gaussian_attention(const GaussianAttention& g, int threads) {
+  if (g.d < 1 || g.d > 8) return bad_size;
+  if (g.P <= 0 || g.L <= 0) return ok;
+  const Isa& isa = current();
+  const int64_t row_blocks = (g.P + isa.block_rows - 1) / isa.block_rows, key_blocks = isa.gaussian_blocks(g);
+  threads = usable_threads(threads, row_blocks);
+  const size_t packed = (isa.gaussian_packed_bytes(g) + page - 1) / page * page;
+  const size_t workspace = (isa.gaussian_bytes(g) + 2 * page - 1) / page * page;
+  const Memory memory = allocate(packed + workspace * static_cast<size_t>(threads));
+  if (!memory) return out_of_memory;
+  Deal packing(key_blocks, 16), rows(row_blocks, 1);
+  on_threads(threads, [&](int) { packing([&](int64_t i) { isa.gaussian_pack(g, memory.get(), i); }); });
+  on_threads(threads, [&](int thread) {
+    rows([&](int64_t i) {
+      isa.gaussian(g, memory.get(), memory.get() + packed + workspace * thread, i * isa.block_rows);
+    });
   });
   return ok;
 }

@@ -40,6 +40,13 @@ struct Isa {
   size_t (*smooth_bytes)(const Smoothing&);
   int64_t (*smooth_blocks)(const Smoothing&);
   void (*smooth)(const Smoothing&, void* workspace, int64_t bh, int64_t block);
+  size_t (*picture_bytes)(const Attention&);
+  void (*picture)(const Job&, void* workspace, int64_t b, int64_t h, float* maps);
+  size_t (*gaussian_packed_bytes)(const GaussianAttention&);
+  int64_t (*gaussian_blocks)(const GaussianAttention&);
+  void (*gaussian_pack)(const GaussianAttention&, char* packed, int64_t block);
+  size_t (*gaussian_bytes)(const GaussianAttention&);
+  void (*gaussian)(const GaussianAttention&, char* packed, void* workspace, int64_t m);
 };
 
 #if defined(__x86_64__)

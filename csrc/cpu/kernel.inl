@@ -631,6 +631,41 @@ inline Workspace workspace_of(const Attention& a) {
   return w;
 }
 
+// The logits s, in units of ln 2, of a block whose query is x.
+template <class E>
+void first_product(const Attention& a, const Entry& entry, const char* packed, const float* x, int64_t b, int64_t h,
+                   int64_t m, int64_t rows, float* s) {
+  const F to_log2[2] = {V::set(a.scale * log2_e), V::set(a.scale * log2_e)};
+  product<E>(reinterpret_cast<const typename E::Element*>(packed), a.N, steps_of<E>(a.D), x, to_log2, s);
+  if (a.bias.data && a.bias_dtype == bfloat16) add_bias<uint16_t>(a, entry, b, h, m, rows, s);
+  if (a.bias.data && a.bias_dtype == float32) add_bias<float>(a, entry, b, h, m, rows, s);
+}
+
+// o, in the workspace, from the probabilities s there, times factor; added to what is there if `add`.
+template <class E>
+void second_product(const Attention& a, const char* packed, const Workspace& w, char* base, const F* factor, bool add) {
+  const auto* value = reinterpret_cast<const typename E::Element*>(packed) + panel_size<E>(a.N, a.D);
+  float* s = reinterpret_cast<float*>(base + w.scores);
+  float* o = reinterpret_cast<float*>(base + w.output);
+#if defined(__AVX512BF16__)
+  if constexpr (E::per_step == 2) {
+    float* pairs = reinterpret_cast<float*>(base + w.pairs);
+    for (int64_t n = 0; n < a.N; n += 2) {
+      for (int half = 0; half < R; half += W) {
+        const F high = n + 1 < a.N ? V::load(s + (n + 1) * R + half) : V::set(0.0f);
+        V::store(pairs + n / 2 * R + half, V::round_pairs(V::load(s + n * R + half), high));
+      }
+    }
+    s = pairs;
+  }
+#endif
+  if (add) {
+    product<E, true>(value, a.Dv, steps_of<E>(a.N), s, factor, o);
+  } else {
+    product<E>(value, a.Dv, steps_of<E>(a.N), s, factor, o);
+  }
+}
+
 template <class E>
 void head(const Job& job, char* base, int64_t b, int64_t h, int64_t m, int64_t rows, bool add);
 
@@ -672,23 +707,15 @@ void block(const Job& job, void* memory, int64_t b, int64_t h, int64_t heads, in
 // One head of a block whose query is loaded; its output is left in the workspace, added to what is there if `add`.
 template <class E>
 void head(const Job& job, char* base, int64_t b, int64_t h, int64_t m, int64_t rows, bool add) {
-  using Element = typename E::Element;
   const Attention& a = *job.call;
   const Entry& entry = job.entries[b];
   const Workspace w = workspace_of(a);
   const uint8_t mode = a.program.head_mode ? a.program.head_mode[h] : static_cast<uint8_t>(head_program);
   const float* x = reinterpret_cast<float*>(base + w.query);
   float* s = reinterpret_cast<float*>(base + w.scores);
-  float* o = reinterpret_cast<float*>(base + w.output);
   float* kept = a.bits ? reinterpret_cast<float*>(base + w.kept) : nullptr;
   const char* packed = job.packed + (b * a.H + h) * job.packed_bytes;
-  const auto* key = reinterpret_cast<const Element*>(packed);
-  const auto* value = key + panel_size<E>(a.N, a.D);
-
-  const F to_log2[2] = {V::set(a.scale * log2_e), V::set(a.scale * log2_e)};
-  product<E>(key, a.N, steps_of<E>(a.D), x, to_log2, s);
-  if (a.bias.data && a.bias_dtype == bfloat16) add_bias<uint16_t>(a, entry, b, h, m, rows, s);
-  if (a.bias.data && a.bias_dtype == float32) add_bias<float>(a, entry, b, h, m, rows, s);
+  first_product<E>(a, entry, packed, x, b, h, m, rows, s);
 
   const int32_t content = mode == head_program ? entry.content : 0;
   const bool captured = a.maps && (!a.program.capture_mean || mode == head_program);
@@ -709,23 +736,7 @@ void head(const Job& job, char* base, int64_t b, int64_t h, int64_t m, int64_t r
   if (captured && a.program.capture_final) capture(job, b, h, m, rows, s, factor);
   if (a.bits) store_bits(a, entry, b, h, m, rows, content, kept, true);
 
-#if defined(__AVX512BF16__)
-  if constexpr (E::per_step == 2) {
-    float* pairs = reinterpret_cast<float*>(base + w.pairs);
-    for (int64_t n = 0; n < a.N; n += 2) {
-      for (int half = 0; half < R; half += W) {
-        const F high = n + 1 < a.N ? V::load(s + (n + 1) * R + half) : V::set(0.0f);
-        V::store(pairs + n / 2 * R + half, V::round_pairs(V::load(s + n * R + half), high));
-      }
-    }
-    s = pairs;
-  }
-#endif
-  if (add) {
-    product<E, true>(value, a.Dv, steps_of<E>(a.N), s, factor, o);
-  } else {
-    product<E>(value, a.Dv, steps_of<E>(a.N), s, factor, o);
-  }
+  second_product<E>(a, packed, w, base, factor, add);
 }
 
 // ---- Step 7 -----------------------------------------------------------------------------------------------------
@@ -820,6 +831,9 @@ void smooth_block(const Smoothing& s, void* memory, int64_t bh, int64_t block) {
   }
 }
 
+#include "gaussian_attention.inl"
+#include "refine.inl"
+
 // ---- The table that attention.cpp calls through -------------------------------------------------------------------
 
 template <class E>
@@ -848,7 +862,9 @@ void smooth(const Smoothing& s, void* workspace, int64_t bh, int64_t block) {
 }
 
 constexpr Isa table(const char* name, bool (*runs_here)()) {
-  return {name, runs_here, R, packed_bytes, workspace_bytes, pack, rows, smooth_bytes, smooth_blocks, smooth};
+  return {name,         runs_here,     R,      packed_bytes, workspace_bytes, pack, rows,
+          smooth_bytes, smooth_blocks, smooth, picture_bytes, picture,
+          gaussian_packed_bytes, gaussian_blocks, gaussian_pack, gaussian_bytes, gaussian};
 }
 
 }  // namespace

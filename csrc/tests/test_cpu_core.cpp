@@ -2,6 +2,7 @@
 // tests/csrc/test_sanitizers.py compiles this with AddressSanitizer and UBSan. Buffers are exactly as large as they must
 // be, so that a lane too many is found.
 
+#include <algorithm>
 #include <cmath>
 #include <cstdio>
 #include <cstdlib>
@@ -247,6 +248,84 @@ int64_t reflect(int64_t i, int64_t n) {
   return i;
 }
 
+// Programs over the picture: all of it at once for the memory it touches, then two rounds that decide nothing, which can be
+// spelled out. A map of c.M * c.N numbers is kept or, with one round, computed again where it is large.
+void run_picture(const char* isa, const Case& c, DType dtype, int64_t height, int64_t width, int64_t steps) {
+  Attention a;
+  a.B = c.B, a.H = c.H, a.M = c.M, a.N = c.N, a.D = c.D, a.Dv = c.Dv;
+  a.dtype = dtype;
+  a.scale = 0.3f;
+  Numbers query(dtype, c.B * c.H * c.M * c.D), key(dtype, c.B * c.H * c.N * c.D), value(dtype, c.B * c.H * c.N * c.Dv);
+  Numbers out(dtype, c.B * c.H * c.M * c.Dv);
+  query.fill(2), key.fill(1), value.fill(1);
+  a.query = dense(query, c.H, c.M, c.D);
+  a.key = dense(key, c.H, c.N, c.D);
+  a.value = dense(value, c.H, c.N, c.Dv);
+  a.out = dense(out, c.H, c.M, c.Dv);
+  const std::vector<uint8_t> content(c.B * c.N, 1);
+  std::vector<uint8_t> active(c.B, 1);
+  active[c.B - 1] = c.B == 1;
+  std::vector<int32_t> tokens{0};
+  std::vector<float> maps(c.B * c.M);
+  const int64_t radius = 2;
+  const float weights[] = {0.1f, 0.2f, 0.4f, 0.2f, 0.1f};
+  PictureProgram over;
+  over.steps = steps, over.drop = c.M / 5, over.nms = true, over.active = active.data();
+  over.height = height, over.width = width, over.weights = weights, over.radius = steps > 1 ? radius : 0;
+  a.picture = &over;
+  a.program.content = content.data();
+  a.program.threshold = 0.3f;
+  a.program.renormalize = renormalize_content;
+  a.program.capture_tokens = tokens.data(), a.program.capture_count = 1;
+  a.maps = maps.data();
+  if (cpu::attention(a, 2) != cpu::ok) ++failures, std::printf("an error code\n");
+  for (int64_t i = 0; i < c.B * c.H * c.M * c.Dv; ++i) expect_near(isa, "finite", c, std::isfinite(out.at(i)), 1, 0);
+  if (steps == 1) return;
+
+  over.drop = 0, over.nms = false, over.steps = 2;
+  a.program.threshold = -1.0f;
+  a.program.renormalize = renormalize_row;
+  if (cpu::attention(a, 2) != cpu::ok) ++failures, std::printf("an error code\n");
+  for (int64_t bh = 0; bh < c.B * c.H; ++bh) {
+    std::vector<double> p(c.M * c.N), smoothed(c.M * c.N);
+    for (int64_t m = 0; m < c.M; ++m) {
+      std::vector<double> logits(c.N);
+      for (int64_t n = 0; n < c.N; ++n) {
+        for (int64_t d = 0; d < c.D; ++d) {
+          logits[n] += double(query.at((bh * c.M + m) * c.D + d)) * key.at((bh * c.N + n) * c.D + d);
+        }
+        logits[n] *= a.scale;
+      }
+      const double top = *std::max_element(logits.begin(), logits.end());
+      double sum = 0;
+      for (double& s : logits) sum += s = std::exp(s - top);
+      for (int64_t n = 0; n < c.N; ++n) p[m * c.N + n] = logits[n] / sum;
+    }
+    smoothed = p;
+    if (active[bh / c.H]) {
+      for (int64_t m = 0; m < c.M; ++m) {
+        for (int64_t n = 0; n < c.N; ++n) {
+          double sum = 0;
+          for (int64_t dy = -radius; dy <= radius; ++dy) {
+            for (int64_t dx = -radius; dx <= radius; ++dx) {
+              const int64_t from = reflect(m / width + dy, height) * width + reflect(m % width + dx, width);
+              sum += double(weights[dy + radius]) * weights[dx + radius] * p[from * c.N + n];
+            }
+          }
+          smoothed[m * c.N + n] = sum;
+        }
+      }
+    }
+    for (int64_t m = 0; m < c.M; ++m) {
+      for (int64_t d = 0; d < c.Dv; ++d) {
+        double o = 0;
+        for (int64_t n = 0; n < c.N; ++n) o += smoothed[m * c.N + n] * value.at((bh * c.N + n) * c.Dv + d);
+        expect_near(isa, "picture", c, out.at((bh * c.M + m) * c.Dv + d), o, dtype == bfloat16 ? 2e-2 : 2e-5);
+      }
+    }
+  }
+}
+
 void run_smooth(const char* isa, int64_t height, int64_t width, int64_t C, DType dtype) {
   const int64_t radius = 5, pixels = height * width;
   std::vector<float> weights(2 * radius + 1);
@@ -291,6 +370,14 @@ int main() {
       run_smooth(*name, 9, 13, 40, dtype);
       run_smooth(*name, 2, 3, 5, dtype);
       run_smooth(*name, 1, 17, 33, dtype);
+    }
+    for (DType dtype : {float32, bfloat16}) {
+      for (int64_t steps : {1, 3}) {
+        run_picture(*name, {2, 2, 35, 13, 8, 9, 10}, dtype, 5, 7, steps);
+        run_picture(*name, {1, 3, 3, 77, 40, 40, 11}, dtype, 1, 3, steps);
+        run_picture(*name, {1, 1, 320, 5, 4, 4, 12}, dtype, 20, 16, steps);
+      }
+      run_picture(*name, {1, 1, 5000, 256, 2, 2, 13}, dtype, 50, 100, 1);
     }
     std::printf("%s: done\n", *name);
   }

@@ -43,12 +43,9 @@ def choose(
     value: Tensor,
     bias: Tensor | None,
     plan: Plan | None,
-    needs_map: str | None,
     needs_grad: bool,
 ) -> str:
     """The backend that serves this call.
-
-    plan is None where `needs_map` says why no fused kernel runs the program.
 
     Raises:
         ValueError: a backend was named that cannot serve this call; the message lists why.
@@ -56,13 +53,13 @@ def choose(
     if name == "reference":
         return name
     if name != "auto":
-        reasons = _reasons(name, query, key, value, bias, plan, needs_map, needs_grad)
+        reasons = _reasons(name, query, key, value, bias, plan, needs_grad)
         if reasons:
             raise ValueError(f"backend: {name!r} cannot serve this call: {'; '.join(reasons)}")
         return name
     refused = []
     for candidate in _AUTO.get(query.device.type, ()):
-        reasons = _reasons(candidate, query, key, value, bias, plan, needs_map, needs_grad)
+        reasons = _reasons(candidate, query, key, value, bias, plan, needs_grad)
         if not reasons:
             return candidate
         refused.append(f"{candidate}: {'; '.join(reasons)}")
@@ -95,14 +92,12 @@ def _reasons(
     value: Tensor,
     bias: Tensor | None,
     plan: Plan | None,
-    needs_map: str | None,
     needs_grad: bool,
 ) -> list[str]:
     reason = unavailable(name)
     if reason is not None:
         return [reason]
-    if plan is None:
-        return [needs_map or "no plan"]
+    assert plan is not None
     return _FUSED[name].not_supported_reasons(query, key, value, bias, plan, needs_grad)
 
 

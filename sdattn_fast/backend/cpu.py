@@ -7,6 +7,7 @@ environment variable SDATTN_FAST_ISA.
 
 from __future__ import annotations
 
+import math
 import os
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Plan, RowPlan
+from ..plan import PicturePlan, Plan, RowPlan
 from ..reference import gaussian_kernel
 
-__all__ = ["availability", "not_supported_reasons", "attention", "pack", "Packed", "smooth", "info", "set_isa"]
+__all__ = [
+    "availability", "not_supported_reasons", "attention", "picture_attention", "pack", "Packed", "smooth",
+    "gaussian_attention", "info", "set_isa",
+]  # fmt: skip
 
 _MOST = 256  # N, D and Dv
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
@@ -67,7 +71,9 @@ def not_supported_reasons(
         reasons.append(f"{key.shape[2]} tokens, more than {_MOST}")
     if query.shape[3] > _MOST or value.shape[3] > _MOST:
         reasons.append(f"head dimension {max(query.shape[3], value.shape[3])}, more than {_MOST}")
-    if needs_grad:
+    if needs_grad and plan.picture is not None:
+        reasons.append("gradients are asked for of a program that looks over the picture, which has no backward kernel")
+    elif needs_grad:
         reasons.append("gradients are asked for and the CPU kernel has no backward yet")
     return reasons
 
@@ -92,20 +98,61 @@ def attention(
         int32 (B, H, M, ceil(N / 32)), None unless asked: bit n % 32 of word n // 32 says that entry n survived steps
         4 and 5.
     """
+    out, maps = _results(query, value, rows, keep_layout)
+    bits = None
+    if return_bits:
+        bits = torch.empty((*query.shape[:3], (key.shape[2] + 31) // 32), dtype=torch.int32)
+    _call(query, key, value, bias, scale, rows, out, maps, bits)
+    return out, maps, bits
+
+
+def picture_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    picture: PicturePlan,
+    grid: tuple[int, int] | None,
+    keep_layout: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention` of a program that looks over the picture, all but its last smoothing. grid: (height, width).
+
+    Memory beside the results: a thread has the map of one head, (M + 47) * N floats at most; with one round never more
+    than 4 MiB of it.
+
+    Returns: out and maps, as `attention`.
+    """
+    out, maps = _results(query, value, rows, keep_layout)
+    m = query.shape[2]
+    weights = gaussian_kernel(picture.sigma, dtype=torch.float32) if picture.sigma > 0 else None
+    height, width = (0, 0) if grid is None else grid
+    over = (
+        picture.steps,
+        math.floor(picture.drop_ratio * m + 1e-9) if picture.drop_ratio >= 0 else 0,
+        picture.nms,
+        _address(picture.active),
+        height,
+        width,
+        _address(weights),
+        0 if weights is None else weights.numel() // 2,
+    )
+    _call(query, key, value, bias, scale, rows, out, maps, None, picture=over)
+    return out, maps
+
+
+def _results(query: Tensor, value: Tensor, rows: RowPlan, keep_layout: bool) -> tuple[Tensor, Tensor | None]:
     b, h, m, _ = query.shape
-    n, dv = key.shape[2], value.shape[3]
+    dv = value.shape[3]
     if keep_layout and query.stride(1) < query.stride(2):
         out = torch.empty((b, m, h, dv), dtype=value.dtype).transpose(1, 2)
     else:
         out = torch.empty((b, h, m, dv), dtype=value.dtype)
-    maps = bits = None
-    if rows.capture_tokens is not None:
-        t = rows.capture_tokens.shape[0]
-        maps = torch.empty((b, t, m) if rows.capture_mean else (b, h, t, m), dtype=torch.float32)
-    if return_bits:
-        bits = torch.empty((b, h, m, (n + 31) // 32), dtype=torch.int32)
-    _call(query, key, value, bias, scale, rows, out, maps, bits)
-    return out, maps, bits
+    if rows.capture_tokens is None:
+        return out, None
+    t = rows.capture_tokens.shape[0]
+    return out, torch.empty((b, t, m) if rows.capture_mean else (b, h, t, m), dtype=torch.float32)
 
 
 @dataclass(frozen=True)
@@ -184,7 +231,7 @@ def folded(
     return y, maps
 
 
-def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None) -> None:
+def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None, picture=()) -> None:
     b, h, m, d = query.shape
     packed = key if isinstance(key, Packed) else None
     n, dv = (packed.sizes[2], packed.sizes[4]) if packed else (key.shape[2], value.shape[3])
@@ -221,6 +268,7 @@ def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None) 
         ),
         0 if packed is None else packed.data.data_ptr(),
         _address(out_bias),
+        picture,
         torch.get_num_threads(),
     )
 
@@ -247,6 +295,23 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
         torch.get_num_threads(),
     )
     return out.to(kept)
+
+
+def gaussian_attention(features: Tensor, values: Tensor, cutoff: float) -> Tensor:
+    """(P, L) float32: the sums over j of exp(-|f_i - f_j|^2 / 2) values_j, for features (P, d <= 8) and values (P, L),
+    both float32. Pairs whose squared distance is above the cutoff may be left out: order pixels by their features."""
+    features = (features * math.sqrt(0.5 * math.log2(math.e))).contiguous()
+    values = values.contiguous()
+    out = torch.empty_like(values)
+    _core.cpu_gaussian_attention(
+        (*features.shape, values.shape[1]),
+        features.data_ptr(),
+        values.data_ptr(),
+        out.data_ptr(),
+        0.5 * math.log2(math.e) * cutoff,
+        torch.get_num_threads(),
+    )
+    return out
 
 
 def info() -> dict[str, object]:

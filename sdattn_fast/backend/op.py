@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..plan import RowPlan
+from ..plan import PicturePlan, RowPlan
 from . import fused
 
-__all__ = ["attention", "smooth"]
+__all__ = ["attention", "picture_attention", "smooth"]
 
 _ROWS_SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, Tensor? content, Tensor? gate, "
@@ -38,6 +38,28 @@ def attention(
         rows.max_content, rows.max_drop, return_bits, backend,
     )  # fmt: skip
     return out, maps if rows.capture_tokens is not None else None, bits if return_bits else None
+
+
+def picture_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    picture: PicturePlan,
+    grid: tuple[int, int] | None,
+    backend: str,
+) -> tuple[Tensor, Tensor | None]:
+    """A fused backend's `picture_attention` through the op ``sdattn_fast::picture``."""
+    height, width = (0, 0) if grid is None else grid
+    out, maps = torch.ops.sdattn_fast.picture(
+        query, key, value, bias, scale, rows.content, rows.gate, rows.phrases, rows.drop, rows.random_ratio, rows.seed,
+        rows.threshold, rows.renormalize, rows.head_mode, rows.capture_tokens, rows.capture_final, rows.capture_mean,
+        rows.max_content, rows.max_drop, picture.steps, picture.sigma, picture.drop_ratio, picture.nms, picture.active,
+        height, width, backend,
+    )  # fmt: skip
+    return out, maps if rows.capture_tokens is not None else None
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None, backend: str) -> Tensor:
@@ -73,6 +95,43 @@ def _rows_fake(
     if return_bits:
         bits = query.new_empty(b, h, m, (key.shape[2] + 31) // 32, dtype=torch.int32)
     return out, maps, bits
+
+
+@torch.library.custom_op(
+    "sdattn_fast::picture",
+    mutates_args=(),
+    schema=_ROWS_SCHEMA.replace(
+        "bool return_bits, str backend) -> (Tensor, Tensor, Tensor)",
+        "int steps, float sigma, float drop_ratio, bool nms, Tensor? active, SymInt height, SymInt width, str backend) "
+        "-> (Tensor, Tensor)",
+    ),
+)
+def _picture(
+    query, key, value, bias, scale, content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode,
+    capture_tokens, capture_final, capture_mean, max_content, max_drop, steps, sigma, drop_ratio, nms, active, height,
+    width, backend,
+):  # fmt: skip
+    rows = RowPlan(
+        content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode, capture_tokens,
+        capture_final, capture_mean, max_content, max_drop,
+    )  # fmt: skip
+    picture, grid = PicturePlan(steps, sigma, drop_ratio, nms, active), (height, width)
+    out, maps = fused(backend).picture_attention(query, key, value, bias, scale, rows, picture, grid)
+    return out, torch.empty(0, device=query.device) if maps is None else maps
+
+
+@_picture.register_fake
+def _picture_fake(
+    query, key, value, bias, scale, content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode,
+    capture_tokens, capture_final, capture_mean, max_content, max_drop, steps, sigma, drop_ratio, nms, active, height,
+    width, backend,
+):  # fmt: skip
+    b, h, m, _ = query.shape
+    maps = query.new_empty(0, dtype=torch.float32)
+    if capture_tokens is not None:
+        t = capture_tokens.shape[0]
+        maps = query.new_empty((b, t, m) if capture_mean else (b, h, t, m), dtype=torch.float32)
+    return value.new_empty(b, h, m, value.shape[3]), maps
 
 
 @torch.library.custom_op(

@@ -19,9 +19,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..plan import HEAD_ZERO, Plan, RowPlan
+from ..plan import HEAD_ZERO, PicturePlan, Plan, RowPlan
 
-__all__ = ["availability", "not_supported_reasons", "attention", "folded", "pack", "smooth", "content_first"]
+__all__ = [
+    "availability", "not_supported_reasons", "attention", "folded", "pack", "picture_attention", "smooth",
+    "gaussian_attention", "content_first", "interprets",
+]  # fmt: skip
 
 _MOST = 256  # N, D and Dv
 _BLOCK = 1024  # rows whose probabilities exist at a time
@@ -33,7 +36,7 @@ def availability() -> str | None:
     """None where the kernels can run here, else the reason and how to mend it."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` (torch's CUDA wheels for Linux bring it)"
-    if _interprets():
+    if interprets():
         return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
@@ -47,7 +50,7 @@ def not_supported_reasons(
 ) -> list[str]:
     """What of this call the kernels do not serve; looks at shapes, strides, dtypes and devices alone."""
     reasons = []
-    kind = "cpu" if _interprets() else "cuda"
+    kind = "cpu" if interprets() else "cuda"
     for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias)):
         if x is None:
             continue
@@ -69,7 +72,9 @@ def not_supported_reasons(
         reasons.append(f"{key.shape[2]} tokens, more than {_MOST}")
     if query.shape[3] > _MOST or value.shape[3] > _MOST:
         reasons.append(f"head dimension {max(query.shape[3], value.shape[3])}, more than {_MOST}")
-    if needs_grad:
+    if needs_grad and plan.picture is not None:
+        reasons.append("gradients are asked for of a program that looks over the picture, which has no backward kernel")
+    elif needs_grad:
         reasons.append("gradients are asked for and there is no Triton backward kernel yet")
     return reasons
 
@@ -134,7 +139,7 @@ class Packed:
 
 def folded_refusal(x: Tensor, plan: Plan) -> str | None:
     """Why a folded layer on rows like x (B, M, C) is not served, or None."""
-    kind = "cpu" if _interprets() else "cuda"
+    kind = "cpu" if interprets() else "cuda"
     if x.device.type != kind:
         return f"x is on {x.device}, not on a {kind} device"
     if x.dtype not in (torch.float16, torch.bfloat16):
@@ -215,6 +220,180 @@ def _block_shape(packed: Packed, summed: bool, rows: int) -> tuple[int, ...]:
     """Of the probabilities: a pixel's heads side by side where they are summed, else a head's pixels."""
     b, heads, columns, _ = packed.key.shape
     return (b, rows, heads, columns) if summed else (b, heads, rows, columns)
+
+
+def picture_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    picture: PicturePlan,
+    grid: tuple[int, int] | None,
+    keep_layout: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """`attention` of a program that looks over the picture, all but its last smoothing. grid: (height, width).
+
+    Memory beside the results: with one round histograms alone, 8 KiB a token and head; with more the map (B, H, M, N)
+    in float32, three times while it is smoothed. Captured maps are kept by head before their mean is taken.
+
+    Returns: out and maps, as `attention`.
+    """
+    b, h, m, _ = query.shape
+    n, dv = key.shape[2], value.shape[3]
+    on: dict[str, Any] = {"device": query.device}
+    if keep_layout and query.stride(1) < query.stride(2):
+        out = torch.empty((b, m, h, dv), dtype=value.dtype, **on).transpose(1, 2)
+    else:
+        out = torch.empty((b, h, m, dv), dtype=value.dtype, **on)
+    maps = None
+    if rows.capture_tokens is not None:
+        maps = torch.empty((b, h, rows.capture_tokens.shape[0], m), dtype=torch.float32, **on)
+    if b * h * m == 0 or n == 0:
+        out.zero_()
+        maps = None if maps is None else maps.zero_()
+        return out, _mean_of_heads(maps, rows)
+    content = rows.content
+    assert content is not None
+
+    p = mass = kth = highest = None
+    if picture.steps > 1:
+        p = torch.empty((b, h, m, n), dtype=torch.float32, **on)
+        mass = torch.empty((b, h, m), dtype=torch.float32, **on)
+    call = functools.partial(_launch_picture, query, key, value, bias, scale, rows, picture, out, maps)
+    if p is not None:
+        call("begin", p, mass)
+    drop = math.floor(picture.drop_ratio * m + 1e-9) if picture.drop_ratio >= 0 else 0
+    if drop > 0:
+        kth = _kth_of_maps(functools.partial(call, "count", p, mass), (b, h, n), drop, query.device)
+    where = None if picture.active is None else picture.active[:, None]
+    if rows.head_mode is not None:
+        heads = (rows.head_mode == 0)[None]
+        where = heads.expand(b, h) if where is None else (where != 0) & heads
+    for step in range(picture.steps):
+        first, last = step == 0, step + 1 == picture.steps
+        kth = kth if first else None
+        if picture.nms:
+            highest = torch.zeros((b, h, n), dtype=torch.int32, **on)
+            call("highest", p, mass, first=first, kth=kth, highest=highest)
+        call("last" if last else "round", p, mass, first=first, kth=kth, highest=highest)
+        if not last and picture.sigma > 0:
+            assert p is not None and grid is not None
+            p = smooth(p, grid, picture.sigma, 1, where)
+    return out, _mean_of_heads(maps, rows)
+
+
+_LEVELS = ((20, 11), (10, 10), (0, 10))  # shift and bits of the histograms
+
+
+def _kth_of_maps(count: Callable[..., None], shape: tuple[int, ...], k: int, device: torch.device) -> Tensor:
+    """(B, H, N) float32: the k-th largest of every content token's map; for other tokens it means nothing."""
+    found = torch.zeros(shape, dtype=torch.int32, device=device)
+    left = torch.full(shape, k, dtype=torch.int64, device=device)
+    for level, (shift, bits) in enumerate(_LEVELS):
+        histogram = torch.zeros((*shape, 2048), dtype=torch.int32, device=device)
+        count(first=level == 0, histogram=histogram, found=found, shift=shift, bits=bits)
+        above = histogram[..., : 1 << bits].flip(-1).cumsum(-1)
+        passed = (above < left[..., None]).sum(-1).clamp(max=(1 << bits) - 1)
+        left = left - torch.where(passed > 0, above.gather(-1, (passed - 1).clamp(min=0)[..., None])[..., 0], 0)
+        found = (found << bits) | ((1 << bits) - 1 - passed).to(torch.int32)
+    return found.view(torch.float32)
+
+
+def _mean_of_heads(maps: Tensor | None, rows: RowPlan) -> Tensor | None:
+    if maps is None or not rows.capture_mean:
+        return maps
+    if rows.head_mode is None:
+        return maps.mean(1) if maps.shape[1] else maps.sum(1)
+    weight = rows.head_mode == 0
+    return (maps * weight[:, None, None]).sum(1) / weight.sum().clamp(min=1)
+
+
+def _launch_picture(query, key, value, bias, scale, rows, picture, out, maps, stage, p, mass, **how) -> None:
+    from ..kernels import picture_kernel
+
+    with _on(query.device):
+        programs, arguments, options = picture_call(
+            query, key, value, bias, scale, rows, picture, out, maps, stage, p, mass, **how
+        )
+        picture_kernel[programs,](*arguments, **options)
+
+
+def picture_call(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    picture: PicturePlan,
+    out: Tensor,
+    maps: Tensor | None,
+    stage: str,
+    p: Tensor | None,
+    mass: Tensor | None,
+    first: bool = True,
+    kth: Tensor | None = None,
+    highest: Tensor | None = None,
+    histogram: Tensor | None = None,
+    found: Tensor | None = None,
+    shift: int = 0,
+    bits: int = 0,
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """How `picture_kernel` is called: the number of programs, the arguments in order, constants and options by name."""
+    b, h, m, d = query.shape
+    n, dv = key.shape[2], value.shape[3]
+    na = _power(n)
+    # All columns in one tile: 32 rows of 128 are 32 registers a thread, and float32 products take as many again.
+    bm = 16 if na > 128 or query.element_size() == 4 else 32
+    groups = -(-m // bm)
+    gate, captured = rows.gate, rows.capture_tokens
+    slots = None if captured is None else _kept(rows, "slots", captured, lambda tokens: map_slots(tokens, n))
+    if bias is not None:
+        bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, m, n)
+    arguments = (
+        query, key, value, bias, out, p, mass, maps, rows.content, gate, rows.phrases, rows.drop, rows.seed,
+        rows.head_mode, picture.active, slots, histogram, found, kth, highest,
+        float(scale) * _LOG2E, float(rows.random_ratio), float(rows.threshold),
+        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        *((0, 0, 0, 0) if bias is None else bias.stride()),
+        0 if gate is None else gate.stride(0), 0 if gate is None or gate.shape[1] == 1 else n,
+        m, 0 if maps is None else maps.shape[2], groups,
+    )  # fmt: skip
+    options = dict(
+        H=h, N=n, D=d, DV=dv, NA=na, DA=min(32, _power(d)), VA=min(32, _power(dv)), BM=bm, STAGE=stage, FIRST=first,
+        SHIFT=shift, BITS=bits, DROP=_bucket(rows.max_drop) if rows.drop is not None else 0,
+        RANDOM=rows.random_ratio >= 0, NMS=0 if rows.threshold < 0 else 2 if picture.nms else 1,
+        RENORM=rows.renormalize, FINAL=rows.capture_final, PRECISION=_precision(query.device),
+        num_warps=8 if na > 128 else 4, num_stages=2,
+    )  # fmt: skip
+    return groups * b * h, arguments, options
+
+
+def gaussian_attention(features: Tensor, values: Tensor) -> Tensor:
+    """(P, L) float32: the sums over j of exp(-|f_i - f_j|^2 / 2) values_j, for features (P, d <= 8) and values (P, L),
+    both float32."""
+    from ..kernels import gaussian_kernel
+
+    out = torch.empty_like(values, memory_format=torch.contiguous_format)
+    if values.numel() == 0:
+        return out
+    with _on(features.device):
+        programs, arguments, options = gaussian_call(features, values, out)
+        gaussian_kernel[programs,](*arguments, **options)
+    return out
+
+
+def gaussian_call(features: Tensor, values: Tensor, out: Tensor) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """How `gaussian_kernel` is called, as `picture_call` says it."""
+    pixels, labels = values.shape
+    arguments = ((features * math.sqrt(0.5 * _LOG2E)).contiguous(), values.contiguous(), out, pixels)
+    options = dict(
+        D=features.shape[1], L=labels, BL=_power(labels), BM=64, BN=64, PRECISION=_precision(features.device),
+        num_warps=4, num_stages=2,
+    )  # fmt: skip
+    return -(-pixels // 64), arguments, options
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None) -> Tensor:
@@ -457,5 +636,6 @@ def _count_processors(index: int) -> int:
     return torch.cuda.get_device_properties(index).multi_processor_count
 
 
-def _interprets() -> bool:
+def interprets() -> bool:
+    """Whether kernels run on CPU tensors, in Triton's interpreter."""
     return os.environ.get("TRITON_INTERPRET") == "1"

@@ -9,6 +9,7 @@ import copy
 import functools
 import platform
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -146,7 +147,7 @@ class _Mean:
     def __init__(self) -> None:
         self.total: Any = 0.0
 
-    def add(self, layers: dict[str, Any]) -> None:
+    def add(self, layers: Mapping[str, Any]) -> None:
         import torch.nn.functional as F
 
         for maps in layers.values():

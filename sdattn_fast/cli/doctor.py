@@ -29,7 +29,6 @@ def doctor(
 
     from .. import __version__, backends
     from ..backend import cpu
-    from ..plan import needs_map
 
     console = Console()
     ground = Table("what", "found", title=f"sdattn_fast {__version__}")
@@ -53,8 +52,6 @@ def doctor(
     console.print(table)
 
     gaps = Table("what", "why", title="Served by the plain torch reference so far (a named backend raises instead)")
-    for label, program in _unfused():
-        gaps.add_row(label, str(needs_map(program)))
     gaps.add_row("gradients", "the fused kernels have no backward yet")
     console.print(gaps)
     if model is not None:
@@ -110,13 +107,3 @@ def _version(name: str) -> str:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
         return f"not installed (pip install {name})"
-
-
-def _unfused():
-    from ..program import Program, Refinement, SalienceDropout
-
-    return (
-        ("SalienceDropout(axis='space')", Program(SalienceDropout(axis="space"))),
-        ("Refinement(axis='space')", Program(refine=Refinement(axis="space"))),
-        ("Refinement(steps=2)", Program(refine=Refinement(steps=2))),
-    )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ..program import Capture, Program
 from .ip_adapter import ip_adapter_processor, is_ip_adapter
 from .layers import LAYER, Layer, cross_attention_layers, heads_of_layers, select_layers, watch_grids
-from .maps import captured_maps
+from .maps import MapKeeper, Maps
 from .processor import SemanticAttnProcessor
 from .settings import Heads, Settings
 from .text_state import TOKEN_INPUTS, Given, TextState, checked_token_input
@@ -60,7 +60,7 @@ def apply(
             UNet's whole batch; gate also (P or A or B, H, N). Unconditional entries have no use for them.
         active: (B,) bool for the UNet's whole batch. Tensors are copied; say so by `Patch.update` when they change.
         seed: of the random mode, an int in [0, 2**63); layer and timestep are mixed in. None: torch's generator draws.
-        capture: which maps to keep in `Patch.maps`.
+        capture: which maps to keep in `Patch.maps`: by default those of the key layers, `Capture` says which.
         fold: "auto" folds `to_q` and `to_out` into the text of layers where that is cheaper (on CPUs so far), "never"
             does not, "always" folds every layer or raises where one cannot be.
         text_cache: keep what depends on the text alone (token side, keys, values, what is folded) between steps, while
@@ -110,7 +110,10 @@ def apply(
         patched.append(_Model(model, outer, text, mine))
     if memory is not None and not memory.watches:
         memory = None
-    patch = Patch(settings, given, patched, [layer for model in patched for layer in model.layers], memory)
+    layers_kept = None
+    if capture is not None and capture.layers is not None:
+        layers_kept = select_layers(capture.layers, [name for name, _ in chosen], "Capture.layers")
+    patch = Patch(settings, given, patched, [layer for model in patched for layer in model.layers], memory, layers_kept)
     patch._install()
     return patch
 
@@ -125,12 +128,14 @@ class Patch:
         models: list[_Model],
         layers: list[Layer],
         memory: PromptMemory | None,
+        layers_kept: Sequence[str] | None = None,
     ) -> None:
         self._settings = settings
         self._given = given
         self._models = models
         self._layers = layers
         self._memory = memory
+        self._keeper = None if settings.capture is None else MapKeeper(settings.capture, layers_kept)
         self._handles: list[Any] = []
         self._installed = False
         self._warned: set[str] = set()
@@ -146,15 +151,19 @@ class Patch:
         return [layer.name for layer in self._layers]
 
     @property
-    def maps(self) -> dict[str, Tensor]:
-        """The maps of the latest step: layer name -> (B, T, height, width) float32, B the active entries, mean over the
-        active heads; (B, H, T, height, width) for ``Capture(reduce="none")``. Layers that have not run are left out.
+    def maps(self) -> Maps:
+        """The mean over the run's steps so far: layer name -> (B, T, height, width) float32, B the active entries, mean
+        over the active heads; (B, H, T, height, width) for ``Capture(reduce="none")``. A run is a call of the pipeline;
+        the steps and layers are those of `Capture`, by default all steps of the key layers.
 
-        Where gradients are on they are part of the graph. Raises: ValueError if `apply` was not given `capture`.
+        Also ``maps.upsample(size)``, ``maps.per_word(prompt)``, ``maps.overlay(image, prompt)``, ``maps.save(path)``.
+        Where gradients are on, they are the latest step's and part of its graph. Raises: ValueError if `apply` was not
+        given `capture`.
         """
-        if self._settings.capture is None:
+        if self._keeper is None:
             raise ValueError("maps: expected apply(..., capture=sdattn_fast.Capture(...)), got no capture")
-        return captured_maps(self._layers)
+        tokenizer = None if self._memory is None else getattr(self._memory.pipe, "tokenizer", None)
+        return self._keeper.read(self._layers, tokenizer)
 
     def update(self, **inputs: Tensor | None) -> None:
         """Change gate, phrases, protected or active between steps; those not named stay, None takes one away.
@@ -320,8 +329,12 @@ class _ModelHook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         patch, model = self.patch, self.model
         patch._keep_in_place(model.layers)
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
+        if patch._keeper is not None:
+            x = kwargs.get("sample", args[0] if args else None)
+            encoded = 0 if patch._memory is None else patch._memory.encoded
+            patch._keeper.begin_step(model.module, model.layers, x, timestep, encoded)
         for layer in model.layers:
-            layer.captured = None
             layer.grid = None
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         if isinstance(text, Tensor) and text.dim() == 3:
@@ -330,7 +343,6 @@ class _ModelHook:
                 model.text.cached.look(text)
         seed = patch._settings.seed
         if seed is not None:
-            timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
             seeds = _mixed_seeds(seed, timestep, model.keys, text.device if isinstance(text, Tensor) else None)
             for layer, one in zip(model.layers, seeds.split(1), strict=True):
                 layer.seed = one
@@ -368,7 +380,9 @@ class _ModelHook:
         try:
             for layer in self.model.layers:
                 heads_count = int(layer.attn.heads)
-                self.model.text.prepared(text.shape[0], heads_count, text.shape[1], text.device, layer.heads)
+                self.model.text.prepared(
+                    text.shape[0], heads_count, text.shape[1], text.device, layer.heads, layer.captures
+                )
         except ValueError:
             # Video models multiply the batch inside: what does not fit here may fit there. If not, the layer says so.
             return

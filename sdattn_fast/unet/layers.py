@@ -35,7 +35,8 @@ class Layer:
     """One served layer of a patch.
 
     heads: the active ones, None for all. grid: (height, width) of the forward in progress. seed: (1,) int64, layer and
-    timestep mixed in. captured: maps (B, T, M) or (B, H, T, M), and the active entries they belong to.
+    timestep mixed in. captures: whether it keeps maps in this step. captured: maps (B, T, M) or (B, H, T, M), which
+    entries are active, the grid.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Layer:
     heads: tuple[int, ...] | None = None
     grid: tuple[int, int] | None = None
     seed: Tensor | None = None
+    captures: bool = False
     captured: tuple[Tensor, Tensor | None, tuple[int, int] | None] | None = None
     original: Any = None
     placed: Any = None
@@ -67,7 +69,7 @@ def cross_attention_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple
             yield prefix + name, module
 
 
-def select_layers(wanted: str | Sequence[str] | None, names: Sequence[str]) -> list[str]:
+def select_layers(wanted: str | Sequence[str] | None, names: Sequence[str], argument: str = "layers") -> list[str]:
     """The names that `layers` asks for, in the model's order.
 
     Raises: TypeError (not names), ValueError (a name or pattern that finds nothing; the nearest name is suggested).
@@ -76,10 +78,10 @@ def select_layers(wanted: str | Sequence[str] | None, names: Sequence[str]) -> l
         return list(names)
     patterns = [wanted] if isinstance(wanted, str) else wanted
     if not isinstance(patterns, Sequence) or any(not isinstance(p, str) for p in patterns):
-        raise TypeError(f"layers: expected names or fnmatch patterns, got {wanted!r}")
+        raise TypeError(f"{argument}: expected names or fnmatch patterns, got {wanted!r}")
     chosen: set[str] = set()
     for pattern in patterns:
-        found = _matching("layers", pattern, names)
+        found = _matching(argument, pattern, names)
         chosen.update(found)
     return [name for name in names if name in chosen]
 

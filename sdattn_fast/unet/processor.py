@@ -219,7 +219,8 @@ def _cross_attention(
             f"grid: {where} does not know the height and width of its {pixels} pixels, which smoothing "
             "(Refinement.sigma > 0) needs; sdattn_fast.apply takes them from the enclosing Transformer2DModel"
         )
-    prepared = text.prepared(batch, heads_count, states.shape[1], states.device, heads)
+    captures = layer is not None and layer.captures
+    prepared = text.prepared(batch, heads_count, states.shape[1], states.device, heads, captures)
     entry = None if torch.compiler.is_compiling() else _kept(text, attn, states, first_look=layer is None)
     if entry is None:
         key, value = _key_value(attn, states)

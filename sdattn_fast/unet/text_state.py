@@ -78,17 +78,24 @@ class TextState:
         return self.needs_protected() or self.settings.capture is not None
 
     def prepared(
-        self, batch: int, heads_count: int, tokens: int, device: torch.device, heads: tuple[int, ...] | None
+        self,
+        batch: int,
+        heads_count: int,
+        tokens: int,
+        device: torch.device,
+        heads: tuple[int, ...] | None,
+        captures: bool = False,
     ) -> Prepared:
-        """The call for keys (batch, heads_count, tokens, D), from the cache where nothing changed.
+        """The call for keys (batch, heads_count, tokens, D), from the cache where nothing changed. captures: with the
+        settings' capture.
 
         Raises: ValueError where a token input does not fit the batch, or is missing.
         """
-        key = (batch, heads_count, tokens, device.type, device.index, heads)
+        key = (batch, heads_count, tokens, device.type, device.index, heads, captures)
         found = self.cache.get(key) if self.settings.text_cache else None
         if found is not None:
             return found
-        made = self._prepare(batch, heads_count, tokens, device, heads)
+        made = self._prepare(batch, heads_count, tokens, device, heads, captures)
         # A gate with a gradient belongs to one graph. Under torch.compile the cache is read and not written.
         gate = self.given.gate
         if not torch.compiler.is_compiling() and not (gate is not None and gate.requires_grad):
@@ -117,7 +124,13 @@ class TextState:
         return torch.tensor([p >= 0 for p in self.rows.prompt], dtype=torch.bool, device=device)
 
     def _prepare(
-        self, batch: int, heads_count: int, tokens: int, device: torch.device, heads: tuple[int, ...] | None
+        self,
+        batch: int,
+        heads_count: int,
+        tokens: int,
+        device: torch.device,
+        heads: tuple[int, ...] | None,
+        captures: bool,
     ) -> Prepared:
         s = self.settings
         active = self.active(batch, device)
@@ -137,7 +150,7 @@ class TextState:
             active=active,
             heads=heads,
             inactive_heads=s.inactive_heads,
-            capture=s.capture,
+            capture=s.capture if captures else None,
             backend=s.backend,
         )
 

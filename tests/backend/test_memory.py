@@ -6,12 +6,15 @@ import subprocess
 import sys
 
 import pytest
+import torch
+
+from sdattn_fast import Program, Refinement, SalienceDropout
 
 CODE = """
 import resource, torch
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
 torch.manual_seed(0)
-program = Program(SalienceDropout(0.2), Refinement(1, 0.3, 0.8), "content")
+program = {program}
 def run(m):
     query, key, value = torch.randn(2, 8, m, 8), torch.randn(2, 8, 77, 8), torch.randn(2, 8, 77, 8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -23,12 +26,27 @@ print(run(32768))
 QUERY, MAP = (2 * 8 * 32768 * columns * 4 / 2**20 for columns in (8, 77))
 
 
-@pytest.mark.parametrize("backend, stores_the_map", [("cpu", False), ("reference", True)])
-def test_peak_memory(backend, stores_the_map):
-    done = subprocess.run(
-        [sys.executable, "-c", CODE.replace("{backend!r}", repr(backend))], capture_output=True, check=True
-    )
-    megabytes = float(done.stdout)
+ROWS = Program(SalienceDropout(0.2), Refinement(1, 0.3, 0.8), "content")
+PICTURE = Program(SalienceDropout(0.2, "space"), Refinement(1, 0.3, 0.8, "space"), "content")
+REPEATED = Program(SalienceDropout(0.2), Refinement(3, 0.3, 0.8), "content")
+
+
+@pytest.mark.parametrize(
+    "backend, program, stores_the_map",
+    [("cpu", ROWS, False), ("cpu", PICTURE, False), ("reference", ROWS, True)],
+    ids=["rows", "picture", "reference"],
+)
+def test_peak_memory(backend, program, stores_the_map):
+    megabytes = _measured(backend, program)
     assert (megabytes > MAP) == stores_the_map
     if not stores_the_map:
         assert megabytes < 4 * QUERY
+
+
+def test_rounds_keep_one_head_a_thread():
+    assert _measured("cpu", REPEATED) < 4 * QUERY + torch.get_num_threads() * MAP / 16
+
+
+def _measured(backend, program):
+    code = CODE.replace("{backend!r}", repr(backend)).replace("{program}", repr(program))
+    return float(subprocess.run([sys.executable, "-c", code], capture_output=True, check=True).stdout)

@@ -337,3 +337,10 @@ def test_same_as_the_reference_end_to_end():
     out, _, _ = check(c, Program(renormalize="row"))
     exact, _ = reference_attention(c.q, c.k, c.v, Program(renormalize="row"), protected=c.side.protected)
     torch.testing.assert_close(out, exact, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("capture", [None, Capture((1, 2)), Capture((1, 2), "softmax", "none")], ids=str)
+def test_some_heads_with_words(capture):
+    heads = torch.tensor([True, False])
+    c = case(heads=heads, gate=torch.rand(2, 1, 77) + 0.5, phrases=torch.arange(77).expand(2, -1) // 3)
+    check(c, Program(SalienceDropout(0.2), renormalize="content"), capture=capture)

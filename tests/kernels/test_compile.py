@@ -18,7 +18,7 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from sdattn_fast.kernels import folded_kernel, rows_kernel, smooth_kernel  # noqa: E402
+from sdattn_fast.kernels import folded_kernel, gaussian_kernel, picture_kernel, rows_kernel, smooth_kernel  # noqa: E402
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
@@ -212,3 +212,65 @@ def test_smooth(target, tmp_path):
     arguments = (x, y, torch.empty(1, dtype=torch.uint8), 0.8, 64, 64, 64 * 64 * 320, 40, 320, 1, 8, 128)
     options = dict(C=40, RADIUS=3, DOWN=True, BP=16, BC=64, num_warps=4)
     check(source_of(smooth_kernel, arguments, options), options, target, tmp_path, "smooth")
+
+
+STAGES = {
+    "begin": (Program(SalienceDropout(0.2), Refinement(2, 0.3, 0.8), "content"), {}),
+    "count": (Program(SalienceDropout(0.2, "space")), {"shift": 10, "bits": 10, "first": False}),
+    "highest": (Program(None, Refinement(1, 0.3, 0.0, "space")), {}),
+    "round": (Program(None, Refinement(2, 0.3, 0.8), "content"), {"first": False}),
+    "last": (Program(SalienceDropout(0.2, "space"), Refinement(1, 0.3, 0.0, "space"), "row"), {}),
+}
+PICTURE_TARGETS = [(CUDA[90], s) for s in STAGES]
+PICTURE_TARGETS += [
+    (t, s) for t in (CUDA[80], CUDA[86], CUDA[89], CUDA[100], CUDA[120], HIP) for s in ("count", "last")
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+@pytest.mark.parametrize("target, stage", PICTURE_TARGETS, ids=lambda x: getattr(x, "arch", x))
+def test_picture(target, stage, dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(backend, "_precision", lambda device: "tf32x3" if target.backend == "cuda" else "ieee")
+    program, how = STAGES[stage]
+    b, h, m, n, d = 2, 8, 4096, 77, 40
+    q, k, v = (torch.empty(b, s, h, d, dtype=dtype).transpose(1, 2) for s in (m, n, n))
+    protected = torch.ones(b, n, dtype=torch.bool)
+    protected[:, :12] = False
+    side = {"gate": torch.ones(b, 1, n), "phrases": torch.zeros(b, n, dtype=torch.int64), "protected": protected}
+    plan = make_plan(program, TokenSide(b, h, n, q.device, **side, active=torch.tensor([True, False])))
+    ints = torch.empty(b, h, n, dtype=torch.int32)
+    p = mass = None
+    if plan.picture.steps > 1:
+        p, mass = torch.empty(b, h, m, n), torch.empty(b, h, m)
+    more = {"count": {"histogram": ints, "found": ints}, "highest": {"highest": ints}}.get(stage, {})
+    if plan.picture.nms:
+        more["highest"] = ints
+    if stage == "last":
+        more["kth"] = torch.empty(b, h, n)
+    out = torch.empty(b, h, m, d, dtype=dtype)
+    _, arguments, options = backend.picture_call(
+        q, k, v, None, d**-0.5, plan.rows, plan.picture, out, None, stage, p, mass, **how, **more
+    )
+    check(source_of(picture_kernel, arguments, options), options, target, tmp_path, stage)
+
+
+@pytest.mark.parametrize("target", [CUDA[86], CUDA[90], HIP], ids=lambda t: str(t.arch))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_picture_of_the_largest_shape_fits(target, dtype, monkeypatch, tmp_path):
+    monkeypatch.setattr(backend, "_precision", lambda device: "tf32x3" if target.backend == "cuda" else "ieee")
+    q, k = torch.empty(1, 1, 4096, 256, dtype=dtype), torch.empty(1, 1, 256, 256, dtype=dtype)
+    plan = make_plan(STAGES["last"][0], TokenSide(1, 1, 256, q.device))
+    ints, kth = torch.empty(1, 1, 256, dtype=torch.int32), torch.empty(1, 1, 256)
+    _, arguments, options = backend.picture_call(
+        q, k, k, None, 1 / 16, plan.rows, plan.picture, q, None, "last", None, None, highest=ints, kth=kth
+    )
+    check(source_of(picture_kernel, arguments, options), options, target, tmp_path, "N = D = 256", most_stack=1024)
+
+
+@pytest.mark.parametrize("target", [*CUDA.values(), HIP], ids=lambda t: str(t.arch))
+@pytest.mark.parametrize("labels", [5, 32])
+def test_gaussian(target, labels, monkeypatch, tmp_path):
+    monkeypatch.setattr(backend, "_precision", lambda device: "tf32x3" if target.backend == "cuda" else "ieee")
+    values = torch.empty(76800, labels)
+    _, arguments, options = backend.gaussian_call(torch.empty(76800, 5), values, values)
+    check(source_of(gaussian_kernel, arguments, options), options, target, tmp_path, f"CRF, {labels} labels")

@@ -53,7 +53,7 @@ def test_a_compiled_unet_sees_a_new_prompt(how: str, build: Any, draw: Any, psnr
     pipe = build("sd15")
     pipe.register_modules(unet=copy.deepcopy(pipe.unet))
     program = Program(dropout=SalienceDropout(0.3, mode="random"))
-    capture = Capture(tokens=[3])
+    capture = Capture(tokens=[3], layers="*")
     prompts = ("a red car", "some other dog")
     torch._dynamo.reset()
     with sdattn_fast.apply(pipe, program, seed=5, capture=capture) as patch:

@@ -71,7 +71,7 @@ def test_kinds_and_programs(kind: str, program: str, heads: Any) -> None:
 
 def _prepared64(prepared: Prepared) -> Prepared:
     side = prepared.side
-    return Prepared(prepared.program, side, None, None, prepared.capture, "reference", prepared.seed)
+    return Prepared(prepared.program, side, None, prepared.capture, "reference", prepared.seed)
 
 
 def test_smoothing_of_some_heads_does_not_commute_with_their_sum() -> None:

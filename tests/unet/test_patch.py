@@ -92,7 +92,9 @@ def test_layers_by_name_and_pattern(parts: dict[str, Any]) -> None:
 
 def test_heads_for_all_layers_or_by_layer(parts: dict[str, Any], build: Callable[[str], Any], draw: Any) -> None:
     pipe = build("sd15")
-    with sdattn_fast.apply(pipe, heads={DOWN: []}, inactive_heads="zero", capture=Capture(reduce="none")) as patch:
+    with sdattn_fast.apply(
+        pipe, heads={DOWN: []}, inactive_heads="zero", capture=Capture(reduce="none", layers="*")
+    ) as patch:
         draw(pipe)
         assert patch.maps[DOWN].abs().sum() == 0
         assert patch.maps[MID].abs().sum() > 0
@@ -112,7 +114,7 @@ def test_heads_for_all_layers_or_by_layer(parts: dict[str, Any], build: Callable
 
 def test_maps_are_pictures_of_the_active_entries(build: Callable[[str], Any], draw: Any) -> None:
     pipe = build("sd15")
-    with sdattn_fast.apply(pipe, DROPOUT, capture=Capture(tokens=[2, 4, 6])) as patch:
+    with sdattn_fast.apply(pipe, DROPOUT, capture=Capture(tokens=[2, 4, 6], layers="*")) as patch:
         assert patch.maps == {}
         draw(pipe, ["a red car", "dog"], height=32, width=48)
         shapes = {name: tuple(maps.shape) for name, maps in patch.maps.items()}

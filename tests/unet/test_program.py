@@ -71,7 +71,7 @@ def test_latents_that_halve_to_odd_sides(parts: dict[str, Any]) -> None:
     """15 x 9 halves to 8 x 5: nothing here is a multiple of anything, and no square root would find it."""
     unet = parts["sd15"]
     inputs = _unet_inputs(batch=1, height=15, width=9)
-    with sdattn_fast.apply(unet, capture=sdattn_fast.Capture()) as patch, torch.no_grad():
+    with sdattn_fast.apply(unet, capture=sdattn_fast.Capture(layers="*")) as patch, torch.no_grad():
         unet(**inputs)
         grids = {tuple(maps.shape[-2:]) for maps in patch.maps.values()}
     assert grids == {(15, 9), (8, 5)}
@@ -94,7 +94,7 @@ def test_blocks_that_are_no_transformers() -> None:
         stock = unet(**inputs).sample
         with sdattn_fast.apply(unet):
             assert torch.allclose(unet(**inputs).sample, stock, atol=1e-5)
-        with sdattn_fast.apply(unet, PROGRAMS["refinement"], capture=sdattn_fast.Capture()) as patch:
+        with sdattn_fast.apply(unet, PROGRAMS["refinement"], capture=sdattn_fast.Capture(layers="*")) as patch:
             unet(**inputs)
             assert {tuple(maps.shape[2:]) for maps in patch.maps.values()} == {(8, 12), (4, 6), (2, 3)}
 
@@ -111,7 +111,9 @@ def test_video_multiplies_the_batch_inside() -> None:
     active = torch.tensor([False] * 3 + [True] * 3)
     with torch.no_grad():
         stock = unet(*inputs).sample
-        with sdattn_fast.apply(unet, PROGRAMS["dropout"], active=active, capture=sdattn_fast.Capture()) as patch:
+        with sdattn_fast.apply(
+            unet, PROGRAMS["dropout"], active=active, capture=sdattn_fast.Capture(layers="*")
+        ) as patch:
             changed = unet(*inputs).sample
             assert {len(maps) for maps in patch.maps.values()} == {3}
     assert torch.allclose(changed[0], stock[0], atol=1e-5)

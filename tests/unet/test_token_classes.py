@@ -87,7 +87,7 @@ def test_foreign_embeddings_ask_for_their_token_classes(build: Callable[[str], A
         draw(pipe, None, **embeds)
         assert _seen(patch) == ([False, True], [0, 4])
     # Plain attention does not care, and its maps want the prompts' entries alone.
-    with sdattn_fast.apply(pipe, capture=sdattn_fast.Capture()) as patch:
+    with sdattn_fast.apply(pipe, capture=sdattn_fast.Capture(layers="*")) as patch:
         draw(pipe, None, **embeds)
         assert all(len(maps) == 1 for maps in patch.maps.values())
         patch.update(gate=torch.ones(77))

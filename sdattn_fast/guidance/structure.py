@@ -1,0 +1,328 @@
+"""Structure: smooth latents inside objects and never across their boundaries.
+
+Where objects are is asked of the word maps and the picture together: the maps give unaries, `dense_crf` fits them to
+the picture, Canny finds edges. Then every latent pixel becomes a mean of its neighbours in the same object, weighed by
+distance and by how surely they belong together; pixels on an edge stay. Each channel's mean and variance are restored,
+which the denoiser relies on. Labels and edges are decisions, constants to autograd; the smoothing is differentiable.
+
+Source: Canny 1986, "A computational approach to edge detection", as kornia implements it; crf.py beside this.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .crf import PairwiseBilateral, PairwiseGaussian, dense_crf
+
+__all__ = ["Structure", "refine_latents", "object_marginals", "canny_edges", "predicted_clean"]
+
+
+def refine_latents(
+    latents: Tensor,
+    maps: Tensor | Mapping[str, Tensor],
+    *,
+    picture: Tensor | None = None,
+    strength: float = 1.0,
+    sigma: float = 1.0,
+    background: float = 0.5,
+    iterations: int = 5,
+) -> Tensor:
+    """Latents smoothed inside objects.
+
+    Args:
+        latents: (B, C, height, width) floating, C up to 6.
+        maps: (B, W, height, width), a map a word, or word -> (B, height, width), as `Maps.per_word` gives them.
+        picture: (B, channels, height, width), up to 6 channels: where edges and colours are looked for, such as the
+            predicted clean latent or a decoded preview; None: the latents themselves.
+        strength: 0 leaves the latents, 1 smooths them, in between mixes.
+        sigma: of the smoothing, in latent pixels, more than 0.
+        background, iterations: as in `object_marginals`.
+
+    Returns: (B, C, height, width), each channel with the mean and variance it had, differentiable in the latents.
+
+    Raises: TypeError, ValueError, naming the argument, what it was and what was expected.
+    """
+    _check_picture("latents", latents)
+    maps = _stacked(maps)
+    picture = latents if picture is None else picture
+    _check_picture("picture", picture)
+    for name, x in (("maps", maps), ("picture", picture)):
+        if x.shape[0] != latents.shape[0] or x.shape[2:] != latents.shape[2:]:
+            raise ValueError(
+                f"{name}: expected {latents.shape[0]} entries of {latents.shape[2]} x {latents.shape[3]} pixels, as "
+                f"the latents, got {tuple(x.shape)}"
+            )
+    _check_range("strength", strength, 0.0, 1.0)
+    if not _is_number(sigma) or not 0.0 < sigma < math.inf:
+        raise ValueError(f"sigma: expected a finite number > 0, got {sigma!r}")
+    with torch.no_grad():
+        marginals = object_marginals(maps, picture, background=background, iterations=iterations)
+        weights = _weights(marginals.to(latents.dtype), canny_edges(picture).to(latents.dtype), float(sigma))
+    radius = (math.isqrt(weights.shape[1]) - 1) // 2
+    batch, channels, height, width = latents.shape
+    windows = F.unfold(latents, 2 * radius + 1, padding=radius).view(batch, channels, -1, height, width)
+    smoothed = (windows * weights[:, None]).sum(2)
+    return _with_moments_of(latents, latents + strength * (smoothed - latents))
+
+
+def object_marginals(
+    maps: Tensor | Mapping[str, Tensor], picture: Tensor, *, background: float = 0.5, iterations: int = 5
+) -> Tensor:
+    """(B, 1 + W, height, width): how likely each pixel is background, or each word's object; they sum to 1.
+
+    Args:
+        maps: as in `refine_latents`. Each is scaled to [0, 1] over its picture.
+        picture: (B, channels, height, width); each channel is scaled to unit variance, whatever its units.
+        background: the scaled map's value below which background is likelier, in [0, 1].
+        iterations: of mean field, >= 0; 0: the maps alone decide.
+
+    Raises: TypeError, ValueError.
+    """
+    maps = _stacked(maps)
+    _check_picture("picture", picture)
+    _check_range("background", background, 0.0, 1.0)
+    low, high = maps.amin((2, 3), keepdim=True), maps.amax((2, 3), keepdim=True)
+    scaled = (maps - low) / (high - low).clamp(min=1e-12)
+    # A softmax of 10 is sure of a word (e^5 to 1) where its map is highest.
+    energies = -10.0 * torch.cat([torch.full_like(scaled[:, :1], background), scaled], 1)
+    colours = (picture / picture.std((2, 3), keepdim=True, unbiased=False).clamp(min=1e-6)).to(energies.dtype)
+    reach = max(2.0, max(picture.shape[2:]) / 8)
+    pairwise = (PairwiseGaussian(1.0, 1.0), PairwiseBilateral(reach, 5.0, 0.5))
+    return torch.stack(
+        [
+            dense_crf(one.contiguous(), image.movedim(0, -1), pairwise, iterations=iterations)
+            for one, image in zip(energies, colours, strict=True)
+        ]
+    )
+
+
+def canny_edges(picture: Tensor, low: float = 0.2, high: float = 0.5, sigma: float = 1.0) -> Tensor:
+    """(B, 1, height, width) of zeros and ones: pixels where any channel has a Canny edge.
+
+    Args:
+        picture: (B, channels, height, width) floating; each channel is scaled to [0, 1] first.
+        low, high: thresholds of the (unnormalised Sobel) gradient, low <= high; a step from 0 to 1 has about 2.5.
+        sigma: of the blur before it, in pixels.
+
+    Raises: TypeError, ValueError; ImportError without kornia.
+    """
+    _check_picture("picture", picture)
+    if not (_is_number(low) and _is_number(high) and 0 < low <= high):
+        raise ValueError(f"low, high: expected 0 < low <= high, got {low!r} and {high!r}")
+    try:
+        from kornia.filters import canny
+    except ImportError as error:
+        raise ImportError("Canny edges need kornia: pip install kornia") from error
+    x = picture.detach().to(torch.promote_types(picture.dtype, torch.float32))
+    lowest, highest = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
+    x = ((x - lowest) / (highest - lowest).clamp(min=1e-12)).flatten(0, 1)[:, None]
+    # kornia reflects at the border, which wants more pixels than the kernel's half.
+    size = 5 if min(x.shape[2:]) > 2 else 1
+    _, edges = canny(x, float(low), float(high), (size, size), (float(sigma), float(sigma)))
+    return edges.view(picture.shape).amax(1, keepdim=True).to(picture.dtype)
+
+
+def predicted_clean(scheduler: Any, sample: Tensor, timestep: Any, prediction: Tensor) -> Tensor:
+    """The clean latent that a UNet's output stands for: sample (B, C, height, width) is the UNet's (scaled) input.
+
+    Source: Ho et al. 2020, equation 15; Salimans and Ho 2022 for "v_prediction". Raises: ValueError for schedulers
+    without alphas_cumprod (flow matching) or of another prediction type.
+    """
+    kind = getattr(scheduler.config, "prediction_type", None)
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None or kind not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(
+            "scheduler: expected alphas_cumprod and a prediction of epsilon, v or sample, got "
+            f"{type(scheduler).__name__} with {kind!r}"
+        )
+    index = int(torch.as_tensor(timestep).reshape(-1)[0])
+    signal = float(alphas[index]) ** 0.5
+    noise = (1 - float(alphas[index])) ** 0.5
+    if kind == "sample":
+        return prediction
+    if kind == "v_prediction":
+        return signal * sample - noise * prediction
+    # At zero terminal SNR there is no signal to divide by; epsilon says nothing of the picture there.
+    return (sample - noise * prediction) / max(signal, 1e-3)
+
+
+class Structure:
+    """`refine_latents` as a ``callback_on_step_end``.
+
+    ::
+
+        with sdattn_fast.apply(pipe, capture=Capture()) as patch, Structure(patch, prompt, steps=(12, 16)) as refine:
+            pipe(prompt, callback_on_step_end=refine)
+
+    Args:
+        patch: of a pipeline, with a capture.
+        prompt: whose words' maps are asked; a list where the pipeline draws several prompts.
+        words: the objects among them, None: all; with a list of prompts, a list for each.
+        steps: indices of the steps after which latents are refined. before_decoding: after the last step too.
+        preview: "latent": edges and colours of the predicted clean latent; "decoded": of its decoded picture.
+        **how: strength, sigma, background, iterations of `refine_latents`.
+
+    Raises: TypeError, ValueError.
+    """
+
+    def __init__(
+        self,
+        patch: Any,
+        prompt: str | Sequence[str],
+        *,
+        words: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        steps: Sequence[int] = (),
+        before_decoding: bool = True,
+        preview: str = "latent",
+        **how: Any,
+    ) -> None:
+        pipe = None if getattr(patch, "_memory", None) is None else patch._memory.pipe
+        if pipe is None or patch._keeper is None:
+            raise ValueError("patch: expected sdattn_fast.apply(pipe, ..., capture=Capture()) of a pipeline")
+        if preview not in ("latent", "decoded"):
+            raise ValueError(f"preview: expected 'latent' or 'decoded', got {preview!r}")
+        self.prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else list(prompt)
+        if not self.prompts or any(not isinstance(p, str) for p in self.prompts):
+            raise TypeError(f"prompt: expected a str or a list of them, got {prompt!r}")
+        self.words: list[Any] | None = None if words is None else [words] if isinstance(prompt, str) else list(words)
+        if self.words is not None and (
+            len(self.words) != len(self.prompts) or any(isinstance(some, str) for some in self.words)
+        ):
+            raise TypeError(f"words: expected a list of words (for each of {len(self.prompts)} prompts), got {words!r}")
+        if any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in steps):
+            raise ValueError(f"steps: expected indices >= 0, got {steps!r}")
+        unknown = set(how) - {"strength", "sigma", "background", "iterations"}
+        if unknown:
+            raise TypeError(f"how: expected strength, sigma, background, iterations, got {sorted(unknown)}")
+        self.patch = patch
+        self.steps, self.before_decoding, self.preview, self.how = set(steps), before_decoding, preview, how
+        self._seen: tuple[Tensor, Any, Tensor] | None = None
+        self._handle = pipe.unet.register_forward_hook(self._watch, with_kwargs=True)
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        last = step + 1 == getattr(pipe, "num_timesteps", -1)
+        if step not in self.steps and not (last and self.before_decoding):
+            return inputs
+        latents: Tensor = inputs["latents"]
+        picture = self._picture(pipe, (latents.shape[2], latents.shape[3]))
+        refined = [
+            refine_latents(latents[i : i + 1].float(), self._maps(i, latents), picture=picture[i : i + 1], **self.how)
+            for i in range(len(latents))
+        ]
+        return {**inputs, "latents": torch.cat(refined).to(latents.dtype)}
+
+    def _maps(self, entry: int, latents: Tensor) -> dict[str, Tensor]:
+        """The maps of one entry's words, (1, height, width). A pipeline's entries are its prompts, each repeated."""
+        place = entry * len(self.prompts) // len(latents)
+        maps = self.patch.maps.per_word(self.prompts[place], (latents.shape[2], latents.shape[3]))
+        words: list[str] = list(maps if self.words is None else self.words[place])
+        missing = [word for word in words if word not in maps]
+        if missing:
+            raise ValueError(f"words: {missing[0]!r} is not among the prompt's words, {list(maps)}")
+        return {word: maps[word][entry : entry + 1] for word in words}
+
+    def remove(self) -> None:
+        """Stop watching the UNet."""
+        self._handle.remove()
+
+    def __enter__(self) -> Structure:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.remove()
+
+    def _watch(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        sample: Tensor = kwargs["sample"] if "sample" in kwargs else args[0]
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        prediction = output[0] if isinstance(output, tuple) else output.sample
+        self._seen = (sample.detach(), timestep, prediction.detach())
+
+    def _picture(self, pipe: Any, size: tuple[int, int]) -> Tensor:
+        assert self._seen is not None
+        sample, timestep, prediction = self._seen
+        if getattr(pipe, "do_classifier_free_guidance", False):
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + pipe.guidance_scale * (conditional - unconditional)
+            sample = sample.chunk(2)[1]
+        # Inpainting models have further channels beside the latent.
+        clean = predicted_clean(pipe.scheduler, sample[:, : prediction.shape[1]], timestep, prediction)
+        if self.preview == "latent":
+            return clean.float()
+        clean = clean.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
+        clean = clean + (getattr(pipe.vae.config, "shift_factor", None) or 0.0)
+        with torch.no_grad():
+            decoded = pipe.vae.decode(clean, return_dict=False)[0].float()
+        return F.interpolate(decoded, size=size, mode="area")
+
+
+def _weights(marginals: Tensor, edges: Tensor, sigma: float) -> Tensor:
+    """(B, K*K, height, width), summing to 1 over the window: neighbours of one's own label, off the edges."""
+    radius = max(1, int(2.0 * sigma + 0.5))
+    size = 2 * radius + 1
+    batch, _, height, width = marginals.shape
+
+    def windows(x: Tensor) -> Tensor:
+        return F.unfold(x, size, padding=radius).view(batch, x.shape[1], size * size, height, width)
+
+    label = marginals.argmax(1, keepdim=True).to(marginals.dtype) + 1  # outside the picture: 0
+    same = (windows(label) == label[:, :, None])[:, 0].to(marginals.dtype)
+    together = (windows(marginals) * marginals[:, :, None]).sum(1)
+    inside = (windows(1 - edges) * (1 - edges)[:, :, None])[:, 0]
+    at = torch.arange(-radius, radius + 1, dtype=marginals.dtype, device=marginals.device)
+    near = torch.exp(-0.5 * (at[:, None] ** 2 + at**2) / sigma**2).reshape(1, -1, 1, 1)
+    weights = near * same * together * inside
+    centre = size * size // 2
+    itself = torch.zeros_like(weights)
+    itself[:, centre] = weights[:, centre].clamp(min=1e-6)
+    others = weights.clone()
+    others[:, centre] = 0
+    weights = others + itself
+    return weights / weights.sum(1, keepdim=True)
+
+
+def _with_moments_of(x: Tensor, y: Tensor) -> Tensor:
+    """y, each channel shifted and scaled to x's mean and variance over the pixels."""
+    mean, mean_y = x.mean((2, 3), keepdim=True), y.mean((2, 3), keepdim=True)
+    variance = x.var((2, 3), keepdim=True, unbiased=False)
+    variance_y = y.var((2, 3), keepdim=True, unbiased=False)
+    scale = (variance / variance_y.clamp(min=1e-12)).clamp(min=1e-24).sqrt()
+    return (y - mean_y) * scale + mean
+
+
+def _stacked(maps: Any) -> Tensor:
+    if isinstance(maps, Mapping):
+        if not maps:
+            raise ValueError("maps: expected at least one word")
+        maps = torch.stack(list(maps.values()), 1)
+    if not isinstance(maps, Tensor):
+        raise TypeError(f"maps: expected a torch.Tensor or a mapping of words to them, got {type(maps).__name__}")
+    _check_picture("maps", maps, most=31)
+    return maps
+
+
+def _check_picture(name: str, x: Any, most: int = 6) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+    if not x.is_floating_point():
+        raise TypeError(f"{name}: expected a floating dtype, got {x.dtype}")
+    if x.dim() != 4 or not 1 <= x.shape[1] <= most:
+        raise ValueError(f"{name}: expected (batch, 1 to {most}, height, width), got shape {tuple(x.shape)}")
+    if not x.numel():
+        raise ValueError(f"{name}: expected at least one pixel, got shape {tuple(x.shape)}")
+    if not bool(torch.isfinite(x).all()):
+        raise ValueError(f"{name}: expected finite numbers, got NaN or infinity")
+
+
+def _check_range(name: str, x: Any, low: float, high: float) -> None:
+    if not _is_number(x) or not low <= x <= high:
+        raise ValueError(f"{name}: expected a number in [{low:g}, {high:g}], got {x!r}")
+
+
+def _is_number(x: Any) -> bool:
+    return isinstance(x, (int, float)) and not isinstance(x, bool)

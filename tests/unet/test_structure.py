@@ -1,0 +1,61 @@
+"""The structure callback in pipelines."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+
+import sdattn_fast
+from sdattn_fast import Capture
+from sdattn_fast.guidance.structure import Structure
+
+pytest.importorskip("kornia")
+
+
+@pytest.mark.parametrize("architecture", ["sd15", "sdxl", "inpaint"])
+@pytest.mark.parametrize("preview", ["latent", "decoded"])
+def test_as_a_callback(architecture: str, preview: str, build: Callable[[str], Any], draw: Any) -> None:
+    pipe = build(architecture)
+    hooks = len(pipe.unet._forward_hooks)
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        stock = draw(pipe, num_inference_steps=3)
+        calls = []
+        with Structure(patch, "a red car", words=["red", "car"], steps=(1,), preview=preview) as structure:
+
+            def callback(pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+                after = structure(pipe, step, timestep, inputs)
+                calls.append(bool((after["latents"] != inputs["latents"]).any()))
+                return after
+
+            changed = draw(pipe, num_inference_steps=3, callback_on_step_end=callback)
+        assert calls == [False, True, True], "step 1, and the last before decoding"
+        assert np.isfinite(changed).all() and not np.array_equal(stock, changed)
+        assert np.array_equal(draw(pipe, num_inference_steps=3), stock)
+        with (
+            pytest.raises(ValueError, match="words: 'dog' is not among"),
+            Structure(patch, "a car", words=["dog"]) as s,
+        ):
+            draw(pipe, "a car", callback_on_step_end=s)
+    assert len(pipe.unet._forward_hooks) == hooks
+
+
+def test_several_prompts(build: Callable[[str], Any], draw: Any) -> None:
+    """Two prompts, two pictures of each, and objects by prompt."""
+    pipe, prompts = build("sd15"), ["a red car", "a dog"]
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        with Structure(patch, prompts, words=[["car"], ["a", "dog"]]) as structure:
+            together = draw(pipe, prompts, num_images_per_prompt=2, callback_on_step_end=structure)
+        stock = draw(pipe, prompts, num_images_per_prompt=2)
+        assert all(not np.array_equal(a, b) for a, b in zip(together, stock, strict=True))
+        with Structure(patch, prompts, words=[["car"], ["car"]]) as structure:
+            with pytest.raises(ValueError, match="words: 'car' is not among"):
+                draw(pipe, prompts, callback_on_step_end=structure)
+        for wrong in (3, [], ["a", 3]):
+            with pytest.raises(TypeError, match="prompt: expected"):
+                Structure(patch, wrong)  # type: ignore[arg-type]
+        for wrong_words in ("car", [["car"]]):
+            with pytest.raises(TypeError, match="words: expected"):
+                Structure(patch, prompts, words=wrong_words)
