@@ -283,23 +283,25 @@ class Prepared:
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         side = self.side
-        return reference_attention(
-            query,
-            key,
-            value,
-            self.program,
-            bias=bias,
-            scale=scale,
-            gate=side.gate,
-            phrases=side.phrases,
-            protected=side.protected,
-            active=side.active,
-            heads=side.heads,
-            inactive_heads=side.inactive_heads,
-            grid=grid,
-            seed=0 if seed is None else seed,
-            capture=self.capture,
-        )
+        # Autocast would round the logits, on which decisions hang, to half precision.
+        with torch.autocast(query.device.type, enabled=False):
+            return reference_attention(
+                query,
+                key,
+                value,
+                self.program,
+                bias=bias,
+                scale=scale,
+                gate=side.gate,
+                phrases=side.phrases,
+                protected=side.protected,
+                active=side.active,
+                heads=side.heads,
+                inactive_heads=side.inactive_heads,
+                grid=grid,
+                seed=0 if seed is None else seed,
+                capture=self.capture,
+            )
 
     def _on_fused(
         self,

@@ -13,6 +13,7 @@ Source: DESIGN.md section 2, "Gradients".
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -51,10 +52,14 @@ def attention(
     sink, tokens, heads = (None, None, None) if relevance is None else (relevance.sink, relevance.tokens, relevance.heads)
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+    decides = rows.decides
     if torch.compiler.is_compiling():
-        out, maps, _ = op.attention(query, key, value, bias, scale, rows, backend, rows.decides, (sink, tokens, heads))
+        out, maps, _ = op.attention(query, key, value, bias, scale, rows, backend, decides, (sink, tokens, heads))
         return out, maps
-    out, maps, _ = _Rows.apply(query, key, value, bias, rows.gate, sink, scale, rows, (tokens, heads), backend)
+    # Every tensor by itself: inside torch.func's transforms even what the plan made is wrapped.
+    plan = [getattr(rows, name) for name in _PER_ENTRY + _SHARED]
+    rows = replace(rows, **dict.fromkeys(_PER_ENTRY + _SHARED))
+    out, maps, _ = _Rows.apply(query, key, value, bias, sink, *plan, tokens, heads, scale, rows, decides, backend)
     return out, maps
 
 
@@ -70,50 +75,62 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active()
 
 
+# The tensors of a RowPlan: those with an entry dimension, the gate first, and those without.
+_PER_ENTRY = ("gate", "content", "phrases", "drop")
+_SHARED = ("seed", "head_mode", "capture_tokens")
+
+
+def _with_tensors(rows: RowPlan, plan: Sequence[Tensor | None]) -> RowPlan:
+    return replace(rows, **dict(zip(_PER_ENTRY + _SHARED, plan, strict=True)))
+
+
 class _Rows(torch.autograd.Function):
+    """Arguments: query, key, value, bias, sink, then the plan's tensors, then what Relevance has beside the sink."""
+
     @staticmethod
-    def forward(query, key, value, bias, gate, sink, scale, rows, relevance, backend):
-        rows = replace(rows, gate=gate)
-        return fused(backend).attention(
-            query, key, value, bias, scale, rows, return_bits=rows.decides, keep_layout=True
-        )
+    def forward(query, key, value, bias, sink, *rest):
+        *plan, _, _, scale, rows, decides, backend = rest
+        rows = _with_tensors(rows, plan)
+        return fused(backend).attention(query, key, value, bias, scale, rows, return_bits=decides, keep_layout=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        query, key, value, bias, gate, _, ctx.scale, ctx.rows, ctx.relevance, ctx.backend = inputs
+        query, key, value, bias, _, *plan_and_relevance, ctx.scale, ctx.rows, _, ctx.backend = inputs
         bits = output[2]
         if bits is not None:
             ctx.mark_non_differentiable(bits)
         ctx.set_materialize_grads(False)
-        ctx.save_for_backward(query, key, value, bias, gate, bits)
+        ctx.save_for_backward(query, key, value, bias, bits, *plan_and_relevance)
 
     @staticmethod
     def backward(ctx, grad_out, grad_maps, _):
-        wanted = tuple(ctx.needs_input_grad[:6])
+        query, key, value, bias, sink, gate, *none = ctx.needs_input_grad
+        wanted = (query, key, value, bias, gate, sink)
         if (grad_out is None and grad_maps is None) or not any(wanted):
-            return (None,) * 10
+            return (None,) * (6 + len(none))
         grads = _RowsBackward.apply(
-            grad_out, grad_maps, *ctx.saved_tensors, ctx.scale, ctx.rows, ctx.relevance, wanted, ctx.backend
+            grad_out, grad_maps, *ctx.saved_tensors, ctx.scale, ctx.rows, wanted, ctx.backend
         )
-        return (*grads, None, None, None, None)
+        query, key, value, bias, gate, sink = grads
+        return (query, key, value, bias, sink, gate, *(None for _ in none))
 
     @staticmethod
-    def vmap(info, in_dims, query, key, value, bias, gate, sink, scale, rows, relevance, backend):
-        batch = _batch(query, in_dims[0])
-        tensors = _folded(info.batch_size, batch, in_dims, (query, key, value, bias, gate, sink))
-        return _unfolded(info.batch_size, _Rows.apply(*tensors, scale, _repeated(rows, info), relevance, backend))
+    def vmap(info, in_dims, *inputs):
+        batched = 5 + len(_PER_ENTRY)
+        tensors = _folded(info.batch_size, _batch(inputs[0], in_dims[0]), in_dims, inputs[:batched])
+        outputs = _Rows.apply(*tensors, *_checked(inputs[batched:], in_dims[batched:], info))
+        return _unfolded(info.batch_size, outputs)
 
 
 class _RowsBackward(torch.autograd.Function):
     """A function of its own, so that a second backward pass finds the refusal and torch.func.vmap its rule."""
 
     @staticmethod
-    def forward(grad_out, grad_maps, query, key, value, bias, gate, bits, scale, rows, relevance, wanted, backend):
-        if grad_out is None:
-            grad_out = value.new_zeros((1, 1, 1, 1)).expand(*query.shape[:3], value.shape[3])
-        rows = replace(rows, gate=gate)
+    def forward(grad_out, grad_maps, query, key, value, bias, bits, *rest):
+        *plan, tokens, heads, scale, rows, wanted, backend = rest
+        rows = _with_tensors(rows, plan)
         return fused(backend).backward(
-            grad_out, grad_maps, query, key, value, bias, scale, rows, bits, wanted, *relevance
+            grad_out, grad_maps, query, key, value, bias, scale, rows, bits, wanted, tokens, heads
         )
 
     @staticmethod
@@ -126,10 +143,10 @@ class _RowsBackward(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        batch, bias = _batch(inputs[2], in_dims[2]), inputs[5]
-        tensors = _folded(info.batch_size, batch, in_dims, inputs[:8])
-        scale, rows, relevance, wanted, backend = inputs[8:]
-        grads = _RowsBackward.apply(*tensors, scale, _repeated(rows, info), relevance, wanted, backend)
+        batched, bias = 7 + len(_PER_ENTRY), inputs[5]
+        batch = _batch(inputs[2], in_dims[2])
+        tensors = _folded(info.batch_size, batch, in_dims, inputs[:batched])
+        grads = _RowsBackward.apply(*tensors, *_checked(inputs[batched:], in_dims[batched:], info))
         grads, dims = _unfolded(info.batch_size, grads)
         if grads[3] is not None and _batch(bias, in_dims[5]) < batch:
             grads = (*grads[:3], grads[3].sum(1, keepdim=True), *grads[4:])
@@ -183,12 +200,13 @@ def _unfolded(size: int, outputs: Any) -> tuple[Any, Any]:
     return tensors, tuple(None if x is None else 0 for x in outputs)
 
 
-def _repeated(rows: RowPlan, info: Any) -> RowPlan:
+def _checked(shared: tuple[Any, ...], in_dims: tuple[Any, ...], info: Any) -> tuple[Any, ...]:
+    rows = next(x for x in shared if isinstance(x, RowPlan))
     if rows.random_ratio >= 0 and info.randomness != "different":
         raise RuntimeError(
-            f"torch.func.vmap: a program with mode 'random' draws anew for every sample; expected "
+            "torch.func.vmap: a program with mode 'random' draws anew for every sample; expected "
             f"randomness='different', got {info.randomness!r}"
         )
-    names = ("content", "gate", "phrases", "drop")
-    tensors = {name: getattr(rows, name) for name in names}
-    return replace(rows, **{n: x.repeat(info.batch_size, *(1,) * (x.dim() - 1)) for n, x in tensors.items() if x is not None})
+    if any(isinstance(x, Tensor) and dim is not None for x, dim in zip(shared, in_dims, strict=True)):
+        raise RuntimeError("torch.func.vmap: seed, heads and captured tokens are the same for every sample")
+    return shared
