@@ -19,7 +19,7 @@ from setuptools import Extension, find_packages, setup  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
 
 CPU = "csrc/cpu"
-SOURCES = ["csrc/bindings.cpp", f"{CPU}/attention.cpp", f"{CPU}/isa_portable.cpp"]
+SOURCES = ["csrc/bindings.cpp", f"{CPU}/attention.cpp", f"{CPU}/backward.cpp", f"{CPU}/isa_portable.cpp"]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
 FLAGS_OF = {}  # of one source, beside FLAGS
 

@@ -6,6 +6,7 @@
 #include <string>
 
 #include "cpu/attention.h"
+#include "cpu/backward.h"
 
 namespace py = pybind11;
 using namespace sdattn;
@@ -51,6 +52,27 @@ PictureProgram picture_program(const py::tuple& t) {
   return p;
 }
 
+RowProgram row_program(const py::tuple& rows) {
+  RowProgram p;
+  int i = 0;
+  const auto next = [&] { return rows[i++]; };
+  p.content = pointer<uint8_t>(next().cast<int64_t>());
+  p.gate = pointer<float>(next().cast<int64_t>());
+  p.gate_heads = next().cast<int64_t>();
+  p.phrases = pointer<int32_t>(next().cast<int64_t>());
+  p.drop = pointer<int32_t>(next().cast<int64_t>());
+  p.random_ratio = next().cast<float>();
+  p.seed = static_cast<uint64_t>(next().cast<int64_t>());
+  p.threshold = next().cast<float>();
+  p.renormalize = next().cast<int>();
+  p.head_mode = pointer<uint8_t>(next().cast<int64_t>());
+  p.capture_tokens = pointer<int32_t>(next().cast<int64_t>());
+  p.capture_count = next().cast<int64_t>();
+  p.capture_final = next().cast<bool>();
+  p.capture_mean = next().cast<bool>();
+  return p;
+}
+
 void cpu_attention(const py::tuple& sizes, int dtype, float scale, const py::tuple& query, const py::tuple& key,
                    const py::tuple& value, const py::tuple& out, const py::tuple& bias, int bias_dtype, int64_t maps,
                    int64_t bits, const py::tuple& rows, int64_t packed, int64_t out_bias, const py::tuple& picture,
@@ -69,24 +91,7 @@ void cpu_attention(const py::tuple& sizes, int dtype, float scale, const py::tup
   a.maps = pointer<float>(maps);
   a.bits = pointer<int32_t>(bits);
 
-  RowProgram& p = a.program;
-  int i = 0;
-  const auto next = [&] { return rows[i++]; };
-  p.content = pointer<uint8_t>(next().cast<int64_t>());
-  p.gate = pointer<float>(next().cast<int64_t>());
-  p.gate_heads = next().cast<int64_t>();
-  p.phrases = pointer<int32_t>(next().cast<int64_t>());
-  p.drop = pointer<int32_t>(next().cast<int64_t>());
-  p.random_ratio = next().cast<float>();
-  p.seed = static_cast<uint64_t>(next().cast<int64_t>());
-  p.threshold = next().cast<float>();
-  p.renormalize = next().cast<int>();
-  p.head_mode = pointer<uint8_t>(next().cast<int64_t>());
-  p.capture_tokens = pointer<int32_t>(next().cast<int64_t>());
-  p.capture_count = next().cast<int64_t>();
-  p.capture_final = next().cast<bool>();
-  p.capture_mean = next().cast<bool>();
-
+  a.program = row_program(rows);
   PictureProgram over;
   if (!picture.empty()) {
     over = picture_program(picture);
@@ -96,6 +101,42 @@ void cpu_attention(const py::tuple& sizes, int dtype, float scale, const py::tup
   {
     py::gil_scoped_release release;
     error = cpu::attention(a, threads);
+  }
+  raise_on(error);
+}
+
+// grads: of query, key, value, gate, the bias of tokens, the bias. relevance: to, tokens, how many, heads.
+void cpu_backward(const py::tuple& sizes, int dtype, float scale, const py::tuple& query, const py::tuple& key,
+                  const py::tuple& value, const py::tuple& bias, int bias_dtype, int64_t bits, const py::tuple& rows,
+                  const py::tuple& grad_out, int64_t grad_maps, const py::tuple& grads, const py::tuple& relevance,
+                  int threads) {
+  cpu::Backward w;
+  Attention& a = w.forward;
+  set_sizes(a, sizes, dtype);
+  a.scale = scale;
+  a.query = tensor(query);
+  a.key = tensor(key);
+  a.value = tensor(value);
+  a.bias = tensor(bias);
+  a.bias_dtype = static_cast<DType>(bias_dtype);
+  a.bits = pointer<int32_t>(bits);
+  a.program = row_program(rows);
+  w.grad_out = tensor(grad_out);
+  w.grad_maps = pointer<float>(grad_maps);
+  w.grad_query = tensor(grads[0]);
+  w.grad_key = tensor(grads[1]);
+  w.grad_value = tensor(grads[2]);
+  w.grad_gate = pointer<float>(grads[3].cast<int64_t>());
+  w.grad_bias_of_tokens = pointer<float>(grads[4].cast<int64_t>());
+  w.grad_bias = tensor(grads[5]);
+  w.relevance = pointer<float>(relevance[0].cast<int64_t>());
+  w.relevance_tokens = pointer<int32_t>(relevance[1].cast<int64_t>());
+  w.relevance_count = relevance[2].cast<int64_t>();
+  w.relevance_heads = pointer<uint8_t>(relevance[3].cast<int64_t>());
+  cpu::Error error;
+  {
+    py::gil_scoped_release release;
+    error = cpu::backward(w, threads);
   }
   raise_on(error);
 }
@@ -184,6 +225,7 @@ py::dict cpu_info() {
 PYBIND11_MODULE(_core, m) {
   m.doc() = "The compiled core of sdattn_fast. Addresses and strides in, nothing of torch; see sdattn_fast.backend.";
   m.def("cpu_attention", &cpu_attention);
+  m.def("cpu_backward", &cpu_backward);
   m.def("cpu_packed_bytes", &cpu_packed_bytes);
   m.def("cpu_pack", &cpu_pack);
   m.def("cpu_smooth", &cpu_smooth);

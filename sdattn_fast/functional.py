@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .arguments import check_bias, check_grid, check_products, check_program, check_scale, check_seed, token_side
-from .backend import NAMES, choose, cpu, fused, op, triton, unavailable
+from .backend import NAMES, autograd, choose, cpu, fused, op, triton, unavailable
 from .plan import Plan, TokenSide, fold_into_value, make_plan
 from .program import Capture, Program
 from .reference import reference_attention
@@ -170,17 +170,23 @@ class Prepared:
         grid: tuple[int, int] | None = None,
         seed: int | Tensor | None = None,
         folded_value: Tensor | None = None,
+        relevance: autograd.Relevance | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(out, maps), maps None without capture. seed overrides the prepared one. folded_value: `fold_value(value)` of
-        before, where the caller kept it. Raises as `semantic_attention`."""
+        before, where the caller kept it. relevance: what the backward pass is to add up (fused backends only). Raises as
+        `semantic_attention`."""
         self._check(query, key, value, bias, scale, grid, seed)
-        name = choose(self.backend, query, key, value, bias, self.plan, self._needs_grad(query, key, value, bias))
+        needs_grad = self._needs_grad(query, key, value, bias, None if relevance is None else relevance.sink)
+        name = choose(self.backend, query, key, value, bias, self.plan, needs_grad)
         scale = query.shape[3] ** -0.5 if scale is None and query.shape[3] else (scale or 1.0)
         key_of_random = self._seed(seed, query.device)
         if name == "reference":
+            if relevance is not None:
+                raise ValueError("backend: relevance comes from a fused backward kernel, and the reference serves this call")
             return self._on_reference(query, key, value, bias, scale, grid, key_of_random)
         value = self.fold_value(value) if folded_value is None else folded_value
-        return self._on_fused(name, query, key, value, bias, scale, grid, key_of_random)
+        needs_grad = needs_grad or autograd.transforming()
+        return self._on_fused(name, query, key, value, bias, scale, grid, key_of_random, needs_grad, relevance)
 
     def fold_refusal(self, x: Tensor) -> str | None:
         """Why no kernel serves a folded layer with this program on rows like x, or None."""
@@ -285,23 +291,25 @@ class Prepared:
         seed: Tensor | None,
     ) -> tuple[Tensor, Tensor | None]:
         side = self.side
-        return reference_attention(
-            query,
-            key,
-            value,
-            self.program,
-            bias=bias,
-            scale=scale,
-            gate=side.gate,
-            phrases=side.phrases,
-            protected=side.protected,
-            active=side.active,
-            heads=side.heads,
-            inactive_heads=side.inactive_heads,
-            grid=grid,
-            seed=0 if seed is None else seed,
-            capture=self.capture,
-        )
+        # Autocast would round the logits, on which decisions hang, to half precision.
+        with torch.autocast(query.device.type, enabled=False):
+            return reference_attention(
+                query,
+                key,
+                value,
+                self.program,
+                bias=bias,
+                scale=scale,
+                gate=side.gate,
+                phrases=side.phrases,
+                protected=side.protected,
+                active=side.active,
+                heads=side.heads,
+                inactive_heads=side.inactive_heads,
+                grid=grid,
+                seed=0 if seed is None else seed,
+                capture=self.capture,
+            )
 
     def _on_fused(
         self,
@@ -313,6 +321,8 @@ class Prepared:
         scale: float,
         grid: tuple[int, int] | None,
         seed: Tensor | None,
+        needs_grad: bool,
+        relevance: autograd.Relevance | None,
     ) -> tuple[Tensor, Tensor | None]:
         plan = self.plan
         assert plan is not None
@@ -322,6 +332,8 @@ class Prepared:
             attention = op.picture_attention if compiling else fused(name).picture_attention
             how = {"backend": name} if compiling else {"keep_layout": True}
             out, maps = attention(query, key, value, bias, scale, rows, plan.picture, grid, **how)
+        elif needs_grad:
+            out, maps = autograd.attention(query, key, value, bias, scale, rows, name, relevance)
         elif torch.compiler.is_compiling():
             out, maps, _ = op.attention(query, key, value, bias, scale, rows, name)
         else:
@@ -329,9 +341,9 @@ class Prepared:
             out, maps, _ = fused(name).attention(query, key, value, bias, scale, rows, keep_layout=True)
         if plan.smoothings:
             assert grid is not None
-            out = _smooth(name, out, grid, plan, plan.smoothed)
+            out = _smooth(name, out, grid, plan, plan.smoothed, needs_grad)
             if maps is not None and rows.capture_final:
-                maps = _smooth_maps(name, maps, grid, plan)
+                maps = _smooth_maps(name, maps, grid, plan, needs_grad)
         return out, maps
 
     def _check(
@@ -358,10 +370,10 @@ class Prepared:
         check_grid(grid, query.shape[2], needed=refine is not None and refine.sigma > 0)
         check_seed(seed)
 
-    def _needs_grad(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None) -> bool:
+    def _needs_grad(self, *tensors: Tensor | None) -> bool:
         if not torch.is_grad_enabled():
             return False
-        return any(x is not None and x.requires_grad for x in (query, key, value, bias, self.side.gate))
+        return any(x is not None and x.requires_grad for x in (*tensors, self.side.gate))
 
     def _seed(self, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
         if self.program.dropout is None or self.program.dropout.mode != "random":
@@ -376,13 +388,17 @@ def _equal(x: Tensor | None, y: Tensor | None) -> bool:
     return x is y if x is None or y is None else torch.equal(x, y)
 
 
-def _smooth(name: str, x: Tensor, grid: tuple[int, int], plan: Plan, where: Tensor | None) -> Tensor:
+def _smooth(
+    name: str, x: Tensor, grid: tuple[int, int], plan: Plan, where: Tensor | None, needs_grad: bool = False
+) -> Tensor:
+    if needs_grad:
+        return autograd.smooth(x, grid, plan.sigma, plan.smoothings, where, name)
     if torch.compiler.is_compiling():
         return op.smooth(x, grid, plan.sigma, plan.smoothings, where, name)
     return fused(name).smooth(x, grid, plan.sigma, plan.smoothings, where)
 
 
-def _smooth_maps(name: str, maps: Tensor, grid: tuple[int, int], plan: Plan) -> Tensor:
+def _smooth_maps(name: str, maps: Tensor, grid: tuple[int, int], plan: Plan, needs_grad: bool = False) -> Tensor:
     """(B, T, M) or (B, H, T, M), smoothed like the output: a map is one more channel."""
     where = plan.smoothed
     if maps.dim() == 3:
@@ -390,5 +406,6 @@ def _smooth_maps(name: str, maps: Tensor, grid: tuple[int, int], plan: Plan) -> 
             where = plan.side.active[:, None]
         elif where is not None:
             where = None
-        return _smooth(name, maps[:, None].transpose(-1, -2).contiguous(), grid, plan, where).transpose(-1, -2)[:, 0]
-    return _smooth(name, maps.transpose(-1, -2).contiguous(), grid, plan, where).transpose(-1, -2)
+        maps = maps[:, None].transpose(-1, -2).contiguous()
+        return _smooth(name, maps, grid, plan, where, needs_grad).transpose(-1, -2)[:, 0]
+    return _smooth(name, maps.transpose(-1, -2).contiguous(), grid, plan, where, needs_grad).transpose(-1, -2)

@@ -76,6 +76,11 @@ class RowPlan:
     max_content: int = 0
     max_drop: int = 0
 
+    @property
+    def decides(self) -> bool:
+        """Whether steps 4 and 5 may drop an entry, so that there are bits to save for a backward pass."""
+        return self.threshold >= 0 or self.random_ratio >= 0 or (self.drop is not None and self.max_drop > 0)
+
 
 @dataclass(frozen=True)
 class PicturePlan:

@@ -5,19 +5,15 @@
 #include <atomic>
 #include <cstdlib>
 #include <cstring>
-#include <memory>
 #include <new>
 #include <thread>
 #include <vector>
 
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #if defined(__unix__) || defined(__APPLE__)
 #include <pthread.h>
 #endif
 
-#include "isa.h"
+#include "calls.h"
 
 namespace sdattn::cpu {
 
@@ -52,10 +48,14 @@ const Isas& isas() {
 
 std::atomic<const Isa*> chosen{nullptr};
 
+}  // namespace
+
 const Isa& current() {
   const Isa* isa = chosen.load();
   return isa ? *isa : *isas().all[0];
 }
+
+namespace {
 
 // ---- Threads ------------------------------------------------------------------------------------------------------
 
@@ -66,6 +66,8 @@ std::atomic<bool> forked{false};
 const int watching = pthread_atfork(nullptr, nullptr, [] { forked = true; });
 #endif
 
+}  // namespace
+
 int usable_threads(int asked, int64_t work) {
 #if defined(_OPENMP)
   if (forked || omp_in_parallel()) return 1;
@@ -75,44 +77,6 @@ int usable_threads(int asked, int64_t work) {
   return 1;
 #endif
 }
-
-// body(thread) on every thread. Bodies deal work out among themselves, a little at a time as threads come free: other
-// programs share these cores, and a thread may not run at all for a while.
-template <class Body>
-void on_threads(int threads, const Body& body) {
-#if defined(_OPENMP)
-  if (threads > 1) {
-#pragma omp parallel num_threads(threads)
-    body(omp_get_thread_num());
-    return;
-  }
-#endif
-  (void)threads;
-  body(0);
-}
-
-// Numbers 0, 1, 2 ... below count, `grain` at a time, each to one thread.
-class Deal {
- public:
-  Deal(int64_t count, int64_t grain) : count_(count), grain_(grain) {}
-  template <class Each>
-  void operator()(const Each& each) {
-    for (int64_t i = next_.fetch_add(grain_); i < count_; i = next_.fetch_add(grain_)) {
-      for (int64_t j = i; j < i + grain_ && j < count_; ++j) each(j);
-    }
-  }
-
- private:
-  std::atomic<int64_t> next_{0};
-  const int64_t count_, grain_;
-};
-
-struct Free {
-  void operator()(char* p) const { std::free(p); }
-};
-using Memory = std::unique_ptr<char, Free>;
-
-constexpr size_t page = 4096;
 
 Memory allocate(size_t bytes) {
   void* p = nullptr;
@@ -126,11 +90,7 @@ Memory allocate(size_t bytes) {
 
 // ---- The token side -----------------------------------------------------------------------------------------------
 
-struct TokenSide {
-  std::vector<Entry> entries;
-  std::vector<int32_t> order, position, phrase_start, phrase_member;
-  std::vector<float> gate;
-};
+namespace {
 
 // Members of phrases by column, phrase after phrase. A leader's index names its phrase.
 void gather_phrases(const int32_t* leader, const Entry& entry, int64_t N, std::vector<int32_t>& start,
@@ -143,6 +103,8 @@ void gather_phrases(const int32_t* leader, const Entry& entry, int64_t N, std::v
     }
   }
 }
+
+}  // namespace
 
 TokenSide bring_into_columns(const Attention& a) {
   const RowProgram& p = a.program;
@@ -194,6 +156,8 @@ float weight_of_a_head(const Attention& a) {
   for (int64_t h = 0; h < a.H; ++h) on += !a.program.head_mode || a.program.head_mode[h] == head_program;
   return on ? 1.0f / static_cast<float>(on) : 0.0f;
 }
+
+namespace {
 
 // Every head by one thread. A mean over heads is added up in the order of the heads, whichever thread has them: a head's
 // turn comes once those before it are in, and those were dealt before it.

@@ -4,6 +4,7 @@
 #include <cstddef>
 
 #include "attention.h"
+#include "backward.h"
 
 namespace sdattn::cpu {
 
@@ -29,6 +30,15 @@ struct Job {
   bool heads_first;      // a thread goes on to the next head, else to the next rows
 };
 
+// What all threads of a backward call share.
+struct BackwardJob {
+  const Backward* call;
+  const Entry* entries;  // (B,)
+  const char* packed;    // (B, H, packed_bytes)
+  size_t packed_bytes;
+  float head_weight;     // of one head in a captured mean
+};
+
 struct Isa {
   const char* name;
   bool (*runs_here)();
@@ -47,6 +57,12 @@ struct Isa {
   void (*gaussian_pack)(const GaussianAttention&, char* packed, int64_t block);
   size_t (*gaussian_bytes)(const GaussianAttention&);
   void (*gaussian)(const GaussianAttention&, char* packed, void* workspace, int64_t m);
+  size_t (*backward_packed_bytes)(const Backward&);
+  size_t (*backward_bytes)(const Backward&);
+  size_t (*backward_sums_bytes)(const Backward&);
+  void (*backward_pack)(const BackwardJob&, char* to, int64_t b, int64_t h);
+  void (*backward_rows)(const BackwardJob&, void* workspace, char* sums, int64_t b, int64_t h, int64_t m, int64_t rows);
+  void (*backward_reduce)(const BackwardJob&, char* sums, int64_t chunks, int64_t b, int64_t h);
 };
 
 #if defined(__x86_64__)

@@ -15,6 +15,8 @@
 namespace {
 
 using namespace sdattn;
+using sdattn::cpu::Backward;
+using sdattn::cpu::BackwardJob;
 using sdattn::cpu::Entry;
 using sdattn::cpu::Isa;
 using sdattn::cpu::Job;
@@ -831,6 +833,7 @@ void smooth_block(const Smoothing& s, void* memory, int64_t bh, int64_t block) {
   }
 }
 
+#include "backward.inl"
 #include "gaussian_attention.inl"
 #include "refine.inl"
 
@@ -864,7 +867,8 @@ void smooth(const Smoothing& s, void* workspace, int64_t bh, int64_t block) {
 constexpr Isa table(const char* name, bool (*runs_here)()) {
   return {name,         runs_here,     R,      packed_bytes, workspace_bytes, pack, rows,
           smooth_bytes, smooth_blocks, smooth, picture_bytes, picture,
-          gaussian_packed_bytes, gaussian_blocks, gaussian_pack, gaussian_bytes, gaussian};
+          gaussian_packed_bytes, gaussian_blocks, gaussian_pack, gaussian_bytes, gaussian,
+          backward_packed_bytes, backward_bytes, backward_sums_bytes, backward_pack, backward_rows, backward_reduce};
 }
 
 }  // namespace

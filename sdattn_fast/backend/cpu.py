@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -73,8 +74,6 @@ def not_supported_reasons(
         reasons.append(f"head dimension {max(query.shape[3], value.shape[3])}, more than {_MOST}")
     if needs_grad and plan.picture is not None:
         reasons.append("gradients are asked for of a program that looks over the picture, which has no backward kernel")
-    elif needs_grad:
-        reasons.append("gradients are asked for and the CPU kernel has no backward yet")
     return reasons
 
 
@@ -250,27 +249,119 @@ def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None, 
         0 if bias is None else _DTYPES[bias.dtype],
         _address(maps),
         _address(bits),
-        (
-            _address(rows.content),
-            _address(rows.gate),
-            1 if rows.gate is None else rows.gate.shape[1],
-            _address(rows.phrases),
-            _address(rows.drop),
-            rows.random_ratio,
-            0 if rows.seed is None else int(rows.seed),
-            rows.threshold,
-            rows.renormalize,
-            _address(rows.head_mode),
-            _address(rows.capture_tokens),
-            0 if rows.capture_tokens is None else rows.capture_tokens.shape[0],
-            rows.capture_final,
-            rows.capture_mean,
-        ),
+        _row_program(rows),
         0 if packed is None else packed.data.data_ptr(),
         _address(out_bias),
         picture,
         torch.get_num_threads(),
     )
+
+
+def _row_program(rows: RowPlan) -> tuple[Any, ...]:
+    return (
+        _address(rows.content),
+        _address(rows.gate),
+        1 if rows.gate is None else rows.gate.shape[1],
+        _address(rows.phrases),
+        _address(rows.drop),
+        rows.random_ratio,
+        0 if rows.seed is None else int(rows.seed),
+        rows.threshold,
+        rows.renormalize,
+        _address(rows.head_mode),
+        _address(rows.capture_tokens),
+        0 if rows.capture_tokens is None else rows.capture_tokens.shape[0],
+        rows.capture_final,
+        rows.capture_mean,
+    )
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_maps: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    bits: Tensor | None,
+    wanted: Sequence[bool],
+    relevance_tokens: Tensor | None = None,
+    relevance_heads: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `attention`. The same numbers whatever the threads: sums over rows go chunk by chunk, in order.
+
+    Args:
+        grad_out: (B, H, M, Dv), of the query's dtype; grad_maps: as the maps, float32. None: zeros.
+        query, key, value, bias, scale, rows: what `attention` was called with; bias of four dimensions.
+        bits: what `attention` returned, where the program decides anything.
+        wanted: whether the gradients of query, key, value, bias and gate are wanted, and the relevance.
+        relevance_tokens: (T,) int32; relevance_heads: (H,) uint8, None for all.
+
+    Returns:
+        The gradients of query, key, value, bias and gate, each like what it is of, and the relevance (B, T, M) float32,
+        the sum over heads of A * max(dL/dA, 0); None for what is not wanted.
+    """
+    b, h, m, d = query.shape
+    n, dv = key.shape[2], value.shape[3]
+    grads: list[Tensor | None] = [torch.empty_like(x) if w else None for x, w in zip((query, key, value), wanted)]
+    grad_gate = torch.empty((b, h, n), dtype=torch.float32) if wanted[4] and rows.gate is not None else None
+    relevance = None
+    if wanted[5] and relevance_tokens is not None:
+        relevance = torch.zeros((b, relevance_tokens.shape[0], m), dtype=torch.float32)
+    of_tokens = of_rows = full_bias = None
+    if bias is not None:
+        full_bias = bias if bias.dtype in _DTYPES else bias.to(torch.float32)
+        full_bias = full_bias.expand(b, h, m, n)
+        if wanted[3] and bias.shape[2] == 1:
+            of_tokens = torch.empty((b, h, n), dtype=torch.float32)
+        elif wanted[3]:
+            of_rows = torch.zeros(bias.shape, dtype=torch.float32)
+    sums = [x for x in (*grads, grad_gate, of_tokens) if x is not None]
+    if 0 in (b, h, m, n):
+        for x in sums:
+            x.zero_()
+    else:
+        if grad_out is None:
+            grad_out = query.new_zeros(1).expand(b, h, m, dv)
+        grad_out = grad_out.to(query.dtype)
+        grad_out = grad_out if grad_out.stride(3) == 1 or dv == 1 else grad_out.contiguous()
+        grad_maps = None if grad_maps is None else grad_maps.to(torch.float32).contiguous()
+        _core.cpu_backward(
+            (b, h, m, n, d, dv),
+            _DTYPES[query.dtype],
+            scale,
+            _handle(query),
+            _handle(key),
+            _handle(value),
+            _handle(full_bias),
+            0 if full_bias is None else _DTYPES[full_bias.dtype],
+            _address(bits),
+            _row_program(rows),
+            _handle(grad_out),
+            _address(grad_maps),
+            (
+                *(_handle(x) for x in grads),
+                _address(grad_gate),
+                _address(of_tokens),
+                _handle(None if of_rows is None else of_rows.expand(b, h, m, n)),
+            ),
+            (
+                _address(relevance),
+                _address(relevance_tokens),
+                0 if relevance is None else relevance.shape[1],
+                _address(relevance_heads),
+            ),
+            torch.get_num_threads(),
+        )
+    grad_bias = of_rows
+    if of_tokens is not None and bias is not None:
+        grad_bias = of_tokens[:, :, None].sum_to_size(bias.shape)
+    if grad_gate is not None and rows.gate is not None:
+        grad_gate = grad_gate.sum(1, keepdim=True) if rows.gate.shape[1] == 1 else grad_gate
+    grad_bias = None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
+    return (*grads, grad_bias, grad_gate, relevance)
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None) -> Tensor:

@@ -11,13 +11,19 @@ from torch import Tensor
 from ..plan import PicturePlan, RowPlan
 from . import fused
 
-__all__ = ["attention", "picture_attention", "smooth"]
+__all__ = ["attention", "picture_attention", "smooth", "NO_SECOND"]
+
+NO_SECOND = (
+    "sdattn_fast: the fused backends have no gradient of the gradient; backend='reference' has one (without "
+    "create_graph=True, or with a single torch.func.grad, none is asked for)"
+)
 
 _ROWS_SCHEMA = (
     "(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, Tensor? content, Tensor? gate, "
     "Tensor? phrases, Tensor? drop, float random_ratio, Tensor? seed, float threshold, int renormalize, "
     "Tensor? head_mode, Tensor? capture_tokens, bool capture_final, bool capture_mean, SymInt max_content, "
-    "SymInt max_drop, bool return_bits, str backend) -> (Tensor, Tensor, Tensor)"
+    "SymInt max_drop, bool return_bits, Tensor? sink, Tensor? sink_tokens, Tensor? sink_heads, str backend) "
+    "-> (Tensor, Tensor, Tensor)"
 )
 
 
@@ -30,12 +36,17 @@ def attention(
     rows: RowPlan,
     backend: str,
     return_bits: bool = False,
+    relevance: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """A fused backend's `attention` through the op ``sdattn_fast::rows``."""
+    """A fused backend's `attention` through the op ``sdattn_fast::rows``.
+
+    Differentiable where return_bits is set or the program decides nothing. relevance: sink, tokens and heads as
+    `autograd.Relevance`.
+    """
     out, maps, bits = torch.ops.sdattn_fast.rows(
         query, key, value, bias, scale, rows.content, rows.gate, rows.phrases, rows.drop, rows.random_ratio, rows.seed,
         rows.threshold, rows.renormalize, rows.head_mode, rows.capture_tokens, rows.capture_final, rows.capture_mean,
-        rows.max_content, rows.max_drop, return_bits, backend,
+        rows.max_content, rows.max_drop, return_bits, *relevance, backend,
     )  # fmt: skip
     return out, maps if rows.capture_tokens is not None else None, bits if return_bits else None
 
@@ -70,7 +81,8 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
 @torch.library.custom_op("sdattn_fast::rows", mutates_args=(), schema=_ROWS_SCHEMA)
 def _rows(
     query, key, value, bias, scale, content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode,
-    capture_tokens, capture_final, capture_mean, max_content, max_drop, return_bits, backend,
+    capture_tokens, capture_final, capture_mean, max_content, max_drop, return_bits, sink, sink_tokens, sink_heads,
+    backend,
 ):  # fmt: skip
     rows = RowPlan(
         content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode, capture_tokens,
@@ -84,7 +96,8 @@ def _rows(
 @_rows.register_fake
 def _rows_fake(
     query, key, value, bias, scale, content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode,
-    capture_tokens, capture_final, capture_mean, max_content, max_drop, return_bits, backend,
+    capture_tokens, capture_final, capture_mean, max_content, max_drop, return_bits, sink, sink_tokens, sink_heads,
+    backend,
 ):  # fmt: skip
     b, h, m, _ = query.shape
     out = value.new_empty(b, h, m, value.shape[3])
@@ -97,11 +110,90 @@ def _rows_fake(
     return out, maps, bits
 
 
+# What the gradients read, in the order of rows_backward's arguments.
+_SAVED = (
+    "query key value bias scale content gate phrases renormalize head_mode capture_tokens capture_final capture_mean "
+    "max_content sink_tokens sink_heads backend"
+).split()
+_ROWS_ARGUMENTS = [argument.name for argument in torch.ops.sdattn_fast.rows.default._schema.arguments]
+_DIFFERENTIABLE = ("query", "key", "value", "bias", "gate", "sink")
+
+
+def _save(ctx, inputs, output):
+    given = dict(zip(_ROWS_ARGUMENTS, inputs, strict=True))
+    given = {name: given[name] for name in _SAVED}
+    ctx.tensors = [name for name, x in given.items() if isinstance(x, Tensor)]
+    ctx.others = {name: x for name, x in given.items() if not isinstance(x, Tensor)}
+    ctx.save_for_backward(output[2], *(given[name] for name in ctx.tensors))
+    ctx.set_materialize_grads(False)
+
+
+def _rows_gradients(ctx, grad_out, grad_maps, _):
+    bits, *tensors = ctx.saved_tensors
+    saved = {**ctx.others, **dict(zip(ctx.tensors, tensors, strict=True))}
+    needs = dict(zip(_ROWS_ARGUMENTS, ctx.needs_input_grad, strict=True))
+    wanted = [needs[name] for name in _DIFFERENTIABLE]
+    if (grad_out is None and grad_maps is None) or not any(wanted):
+        return (None,) * len(_ROWS_ARGUMENTS)
+    grads = torch.ops.sdattn_fast.rows_backward(grad_out, grad_maps, bits, wanted, *(saved[name] for name in _SAVED))
+    by_name = {name: grad for name, grad, want in zip(_DIFFERENTIABLE, grads, wanted, strict=True) if want}
+    return tuple(by_name.get(name) for name in _ROWS_ARGUMENTS)
+
+
+_rows.register_autograd(_rows_gradients, setup_context=_save)
+
+
+@torch.library.custom_op(
+    "sdattn_fast::rows_backward",
+    mutates_args=(),
+    schema="(Tensor? grad_out, Tensor? grad_maps, Tensor bits, bool[] wanted, Tensor query, Tensor key, Tensor value, "
+    "Tensor? bias, float scale, Tensor? content, Tensor? gate, Tensor? phrases, int renormalize, Tensor? head_mode, "
+    "Tensor? capture_tokens, bool capture_final, bool capture_mean, SymInt max_content, Tensor? sink_tokens, "
+    "Tensor? sink_heads, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+)
+def _rows_backward(
+    grad_out, grad_maps, bits, wanted, query, key, value, bias, scale, content, gate, phrases, renormalize, head_mode,
+    capture_tokens, capture_final, capture_mean, max_content, sink_tokens, sink_heads, backend,
+):  # fmt: skip
+    rows = RowPlan(
+        content, gate, phrases, renormalize=renormalize, head_mode=head_mode, capture_tokens=capture_tokens,
+        capture_final=capture_final, capture_mean=capture_mean, max_content=max_content,
+    )  # fmt: skip
+    grads = fused(backend).backward(
+        grad_out, grad_maps, query, key, value, bias, scale, rows, bits if bits.numel() else None, wanted, sink_tokens,
+        sink_heads,
+    )  # fmt: skip
+    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@_rows_backward.register_fake
+def _rows_backward_fake(
+    grad_out, grad_maps, bits, wanted, query, key, value, bias, scale, content, gate, phrases, renormalize, head_mode,
+    capture_tokens, capture_final, capture_mean, max_content, sink_tokens, sink_heads, backend,
+):  # fmt: skip
+    none = query.new_empty(0)
+    grads = [torch.empty_like(x) if want else query.new_empty(0) for x, want in zip((query, key, value), wanted[:3])]
+    grads.append(bias.new_empty(bias.shape) if wanted[3] else none)
+    grads.append(gate.new_empty(gate.shape) if wanted[4] else query.new_empty(0))
+    if wanted[5]:
+        grads.append(query.new_empty((query.shape[0], sink_tokens.shape[0], query.shape[2]), dtype=torch.float32))
+    else:
+        grads.append(query.new_empty(0))
+    return tuple(grads)
+
+
+def _refuse_second(ctx, *grads):
+    raise RuntimeError(NO_SECOND)
+
+
+_rows_backward.register_autograd(_refuse_second)
+
+
 @torch.library.custom_op(
     "sdattn_fast::picture",
     mutates_args=(),
     schema=_ROWS_SCHEMA.replace(
-        "bool return_bits, str backend) -> (Tensor, Tensor, Tensor)",
+        "bool return_bits, Tensor? sink, Tensor? sink_tokens, Tensor? sink_heads, str backend) -> (Tensor, Tensor, Tensor)",
         "int steps, float sigma, float drop_ratio, bool nms, Tensor? active, SymInt height, SymInt width, str backend) "
         "-> (Tensor, Tensor)",
     ),
@@ -146,3 +238,18 @@ def _smooth(x, height, width, sigma, times, where, backend):
 @_smooth.register_fake
 def _smooth_fake(x, height, width, sigma, times, where, backend):
     return x.new_empty(x.shape)
+
+
+def _save_smooth(ctx, inputs, output):
+    _, *ctx.grid, ctx.sigma, ctx.times, where, ctx.backend = inputs
+    ctx.save_for_backward(where)
+
+
+def _smooth_gradient(ctx, grad):
+    # A symmetric kernel, edges reflected about the pixels' edge, is a symmetric matrix.
+    (where,) = ctx.saved_tensors
+    grad = torch.ops.sdattn_fast.smooth(grad, *ctx.grid, ctx.sigma, ctx.times, where, ctx.backend)
+    return grad, None, None, None, None, None, None
+
+
+_smooth.register_autograd(_smooth_gradient, setup_context=_save_smooth)

@@ -335,7 +335,6 @@ def test_reasons_name_what_is_off():
     plan = make_plan(Program(), _side(1, 1, 8))
     reasons = cpu.not_supported_reasons(query, key, value, None, plan, needs_grad=True)
     assert any("float16" in r for r in reasons) and any("300" in r for r in reasons)
-    assert any("backward" in r for r in reasons)
     strided = torch.randn(1, 1, 8, 16)[..., ::2]
     assert any("contiguous" in r for r in cpu.not_supported_reasons(strided, strided, strided, None, plan, False))
     good = torch.randn(1, 1, 8, 16)

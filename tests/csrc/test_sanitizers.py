@@ -16,7 +16,7 @@ CXX = os.environ.get("CXX", "g++")
 FLAGS = ["-std=c++17", "-O1", "-g", "-fno-omit-frame-pointer", "-Wno-psabi", "-ffp-contract=fast"]
 SANITIZE = ["-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
-SOURCES = {"tests/test_cpu_core.cpp": [], "cpu/attention.cpp": [], "cpu/isa_portable.cpp": []}
+SOURCES = {"tests/test_cpu_core.cpp": [], "cpu/attention.cpp": [], "cpu/backward.cpp": [], "cpu/isa_portable.cpp": []}
 if platform.machine() in ("x86_64", "AMD64"):
     SOURCES["cpu/isa_avx2.cpp"] = ["-mavx2", "-mfma"]
     SOURCES["cpu/isa_avx512.cpp"] = AVX512

@@ -1,0 +1,212 @@
+"""Gradients of the fused backends: what the forward pass saves, and how autograd, torch.func and torch.compile reach it.
+
+Saved are the inputs and the selection bits (one bit an entry of a row, and none where the program decides nothing). A
+backend's `backward` computes the rows again from the logits, with those decisions: nothing of a map's size is stored,
+in either pass. The softmax's statistics are not saved: a row is whole where it is computed, so they cost a maximum and
+an addition an entry, and saving them would cost memory.
+
+Eager code goes through `torch.autograd.Function`, which torch.func knows (grad, vmap, their compositions); compiled code
+through the ops of `op.py`, with the same formulas. Gradients of gradients are refused.
+
+Source: DESIGN.md section 2, "Gradients".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import RowPlan
+from . import fused, op
+
+__all__ = ["Relevance", "attention", "smooth", "transforming"]
+
+@dataclass(frozen=True)
+class Relevance:
+    """Asks the backward pass for sum over heads of A * relu(dL/dA), A the program's probabilities: GradCAM's relevance.
+
+    sink: (B, T, M) float32 that requires grad; its values are not read, and its gradient is the relevance. tokens: (T,)
+    int32. heads: (H,) uint8, the heads to sum over; None: all.
+    """
+
+    sink: Tensor
+    tokens: Tensor
+    heads: Tensor | None = None
+
+
+def attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    backend: str,
+    relevance: Relevance | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """A fused backend's `attention`, differentiable: out, which lies as the query does, and maps."""
+    sink, tokens, heads = (None, None, None) if relevance is None else (relevance.sink, relevance.tokens, relevance.heads)
+    if bias is not None:
+        bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
+    decides = rows.decides
+    if torch.compiler.is_compiling():
+        out, maps, _ = op.attention(query, key, value, bias, scale, rows, backend, decides, (sink, tokens, heads))
+        return out, maps
+    # Every tensor by itself: inside torch.func's transforms even what the plan made is wrapped.
+    plan = [getattr(rows, name) for name in _PER_ENTRY + _SHARED]
+    rows = replace(rows, **dict.fromkeys(_PER_ENTRY + _SHARED))
+    out, maps, _ = _Rows.apply(query, key, value, bias, sink, *plan, tokens, heads, scale, rows, decides, backend)
+    return out, maps
+
+
+def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None, backend: str) -> Tensor:
+    """A fused backend's `smooth`, differentiable, as often as one likes."""
+    if torch.compiler.is_compiling():
+        return op.smooth(x, grid, sigma, times, where, backend)
+    return _Smooth.apply(x, where, grid, sigma, times, backend)
+
+
+def transforming() -> bool:
+    """Inside torch.func.vmap, grad and the like, whose tensors have no memory that a kernel could read."""
+    return torch._C._are_functorch_transforms_active()
+
+
+# The tensors of a RowPlan: those with an entry dimension, the gate first, and those without.
+_PER_ENTRY = ("gate", "content", "phrases", "drop")
+_SHARED = ("seed", "head_mode", "capture_tokens")
+
+
+def _with_tensors(rows: RowPlan, plan: Sequence[Tensor | None]) -> RowPlan:
+    return replace(rows, **dict(zip(_PER_ENTRY + _SHARED, plan, strict=True)))
+
+
+class _Rows(torch.autograd.Function):
+    """Arguments: query, key, value, bias, sink, then the plan's tensors, then what Relevance has beside the sink."""
+
+    @staticmethod
+    def forward(query, key, value, bias, sink, *rest):
+        *plan, _, _, scale, rows, decides, backend = rest
+        rows = _with_tensors(rows, plan)
+        return fused(backend).attention(query, key, value, bias, scale, rows, return_bits=decides, keep_layout=True)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        query, key, value, bias, _, *plan_and_relevance, ctx.scale, ctx.rows, _, ctx.backend = inputs
+        bits = output[2]
+        if bits is not None:
+            ctx.mark_non_differentiable(bits)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(query, key, value, bias, bits, *plan_and_relevance)
+
+    @staticmethod
+    def backward(ctx, grad_out, grad_maps, _):
+        query, key, value, bias, sink, gate, *none = ctx.needs_input_grad
+        wanted = (query, key, value, bias, gate, sink)
+        if (grad_out is None and grad_maps is None) or not any(wanted):
+            return (None,) * (6 + len(none))
+        grads = _RowsBackward.apply(
+            grad_out, grad_maps, *ctx.saved_tensors, ctx.scale, ctx.rows, wanted, ctx.backend
+        )
+        query, key, value, bias, gate, sink = grads
+        return (query, key, value, bias, sink, gate, *(None for _ in none))
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        batched = 5 + len(_PER_ENTRY)
+        tensors = _folded(info.batch_size, _batch(inputs[0], in_dims[0]), in_dims, inputs[:batched])
+        outputs = _Rows.apply(*tensors, *_checked(inputs[batched:], in_dims[batched:], info))
+        return _unfolded(info.batch_size, outputs)
+
+
+class _RowsBackward(torch.autograd.Function):
+    """A function of its own, so that a second backward pass finds the refusal and torch.func.vmap its rule."""
+
+    @staticmethod
+    def forward(grad_out, grad_maps, query, key, value, bias, bits, *rest):
+        *plan, tokens, heads, scale, rows, wanted, backend = rest
+        rows = _with_tensors(rows, plan)
+        return fused(backend).backward(
+            grad_out, grad_maps, query, key, value, bias, scale, rows, bits, wanted, tokens, heads
+        )
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, *grads):
+        raise RuntimeError(op.NO_SECOND)
+
+    @staticmethod
+    def vmap(info, in_dims, *inputs):
+        batched, bias = 7 + len(_PER_ENTRY), inputs[5]
+        batch = _batch(inputs[2], in_dims[2])
+        tensors = _folded(info.batch_size, batch, in_dims, inputs[:batched])
+        grads = _RowsBackward.apply(*tensors, *_checked(inputs[batched:], in_dims[batched:], info))
+        grads, dims = _unfolded(info.batch_size, grads)
+        if grads[3] is not None and _batch(bias, in_dims[5]) < batch:
+            grads = (*grads[:3], grads[3].sum(1, keepdim=True), *grads[4:])
+        return grads, dims
+
+
+class _Smooth(torch.autograd.Function):
+    @staticmethod
+    def forward(x, where, grid, sigma, times, backend):
+        return fused(backend).smooth(x, grid, sigma, times, where)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, where, *ctx.how = inputs
+        ctx.save_for_backward(where)
+
+    @staticmethod
+    def backward(ctx, grad):
+        # A symmetric kernel with edges reflected about the pixels' edge is a symmetric matrix.
+        return _Smooth.apply(grad, *ctx.saved_tensors, *ctx.how), None, None, None, None, None
+
+    @staticmethod
+    def vmap(info, in_dims, x, where, *how):
+        x = x.movedim(in_dims[0], 0)
+        where = None if where is None else where.expand(x.shape[1:3]).repeat(info.batch_size, 1)
+        return _unfolded(info.batch_size, _Smooth.apply(x.flatten(0, 1), where, *how))
+
+
+# ---- torch.func.vmap: its dimension becomes a part of the batch -------------------------------------------------------
+
+
+def _batch(x: Tensor, dim: int | None) -> int:
+    return x.shape[0] if dim is None or dim > 0 else x.shape[1]
+
+
+def _folded(size: int, batch: int, in_dims: tuple[Any, ...], tensors: tuple[Tensor | None, ...]) -> list[Tensor | None]:
+    """(B, ...) or (1, ...) with or without vmap's dimension to (size * B, ...)."""
+    folded = []
+    for x, dim in zip(tensors, in_dims, strict=False):
+        if x is not None:
+            x = x.expand(size, *x.shape) if dim is None else x.movedim(dim, 0)
+            x = x.expand(size, batch, *x.shape[2:]).flatten(0, 1)
+        folded.append(x)
+    return folded
+
+
+def _unfolded(size: int, outputs: Any) -> tuple[Any, Any]:
+    if isinstance(outputs, Tensor):
+        return outputs.unflatten(0, (size, -1)), 0
+    tensors = tuple(None if x is None else x.unflatten(0, (size, -1)) for x in outputs)
+    return tensors, tuple(None if x is None else 0 for x in outputs)
+
+
+def _checked(shared: tuple[Any, ...], in_dims: tuple[Any, ...], info: Any) -> tuple[Any, ...]:
+    rows = next(x for x in shared if isinstance(x, RowPlan))
+    if rows.random_ratio >= 0 and info.randomness != "different":
+        raise RuntimeError(
+            "torch.func.vmap: a program with mode 'random' draws anew for every sample; expected "
+            f"randomness='different', got {info.randomness!r}"
+        )
+    if any(isinstance(x, Tensor) and dim is not None for x, dim in zip(shared, in_dims, strict=True)):
+        raise RuntimeError("torch.func.vmap: seed, heads and captured tokens are the same for every sample")
+    return shared
