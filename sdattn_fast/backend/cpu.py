@@ -305,7 +305,9 @@ def backward(
     """
     b, h, m, d = query.shape
     n, dv = key.shape[2], value.shape[3]
-    grads: list[Tensor | None] = [torch.empty_like(x) if w else None for x, w in zip((query, key, value), wanted)]
+    grads: list[Tensor | None] = [
+        torch.empty_like(x) if w else None for x, w in zip((query, key, value), wanted[:3], strict=True)
+    ]
     grad_gate = torch.empty((b, h, n), dtype=torch.float32) if wanted[4] and rows.gate is not None else None
     relevance = None
     if wanted[5] and relevance_tokens is not None:
