@@ -54,7 +54,7 @@ def unet() -> UNet2DConditionModel:
     with torch.no_grad():
         for name, p in model.named_parameters():
             if "attn2.to_" in name:
-                p.mul_(6.0)
+                p.mul_(3.0)
     return model.requires_grad_(False).eval()
 
 
