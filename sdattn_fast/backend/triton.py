@@ -11,7 +11,7 @@ import functools
 import importlib.util
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from ..plan import HEAD_ZERO, PicturePlan, Plan, RowPlan
 
 __all__ = [
-    "availability", "not_supported_reasons", "attention", "folded", "pack", "picture_attention", "smooth",
+    "availability", "not_supported_reasons", "attention", "backward", "folded", "pack", "picture_attention", "smooth",
     "gaussian_attention", "content_first", "interprets",
 ]  # fmt: skip
 
@@ -74,8 +74,6 @@ def not_supported_reasons(
         reasons.append(f"head dimension {max(query.shape[3], value.shape[3])}, more than {_MOST}")
     if needs_grad and plan.picture is not None:
         reasons.append("gradients are asked for of a program that looks over the picture, which has no backward kernel")
-    elif needs_grad:
-        reasons.append("gradients are asked for and there is no Triton backward kernel yet")
     return reasons
 
 
@@ -121,6 +119,40 @@ def attention(
         programs, arguments, options = rows_call(query, key, value, bias, scale, rows, out, maps, bits)
         rows_kernel[programs,](*arguments, **options)
     return out, maps, bits
+
+
+def backward(
+    grad_out: Tensor | None,
+    grad_maps: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    bits: Tensor | None,
+    wanted: Sequence[bool],
+    relevance_tokens: Tensor | None = None,
+    relevance_heads: Tensor | None = None,
+) -> tuple[Tensor | None, ...]:
+    """Gradients of `attention`, the same numbers every time on the same device; `triton_backward.gradients` has them.
+
+    Args:
+        grad_out: (B, H, M, Dv); grad_maps: as the maps, float32. None: zeros.
+        query, key, value, bias, scale, rows: what `attention` was called with; bias of four dimensions.
+        bits: what `attention` returned, where the program decides anything.
+        wanted: whether the gradients of query, key, value, bias and gate are wanted, and the relevance.
+        relevance_tokens: (T,) int32; relevance_heads: (H,) uint8, None for all.
+
+    Returns:
+        The gradients of query, key, value, bias and gate, each like what it is of, and the relevance (B, T, M) float32,
+        the sum over heads of A * max(dL/dA, 0); None for what is not wanted.
+    """
+    from .triton_backward import gradients
+
+    return gradients(
+        grad_out, grad_maps, query, key, value, bias, scale, rows, bits, wanted, relevance_tokens, relevance_heads
+    )
 
 
 @dataclass(frozen=True)

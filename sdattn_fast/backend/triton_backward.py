@@ -1,0 +1,307 @@
+"""The Triton backend's backward pass: what is allocated, which tiles, three kernels launched.
+
+`backward_kernel` gives dQ and, per group of tiles, partial sums of dK, dV, the gate's and a token bias's gradient;
+`sum_kernel` adds the groups up in order. `shared_kernel` follows where heads or entries add to the same pixels: the
+relevance, and the gradient of a bias by rows. Memory beside the results: the partial sums, N * (D + Dv) floats for each
+of at most four programs a multiprocessor or one a head, whatever M.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..plan import RowPlan
+from . import triton as forward
+
+__all__ = ["gradients", "backward_call", "shared_call", "sum_call", "choose_tiles"]
+
+
+def gradients(
+    grad_out: Tensor | None,
+    grad_maps: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    scale: float,
+    rows: RowPlan,
+    bits: Tensor | None,
+    wanted: Sequence[bool],
+    relevance_tokens: Tensor | None,
+    relevance_heads: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """`triton.backward`, which says what they are."""
+    b, h, m, d = query.shape
+    n, dv = key.shape[2], value.shape[3]
+    to_query, to_key, to_value, to_bias, to_gate, to_pixels = wanted
+    to_bias, to_gate = to_bias and bias is not None, to_gate and rows.gate is not None
+    on: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
+    like = [torch.empty_like(x) if w else None for x, w in zip((query, key, value), wanted[:3], strict=True)]
+    by_token = to_bias and bias is not None and bias.shape[2] == 1
+    of_rows = torch.zeros(bias.shape, **on) if to_bias and not by_token and bias is not None else None
+    of_gate = torch.empty((b, h, n), **on) if to_gate else None
+    of_tokens = torch.empty((b, h, n), **on) if by_token else None
+    relevance = None
+    if to_pixels and relevance_tokens is not None:
+        relevance = torch.zeros((b, relevance_tokens.shape[0], m), **on)
+    if 0 in (b, h, m, n):
+        for x in (*like, of_gate, of_tokens):
+            if x is not None:
+                x.zero_()
+    else:
+        if grad_out is None:
+            grad_out = query.new_zeros(1).expand(b, h, m, dv)
+        grad_out = grad_out.to(query.dtype)
+        grad_out = grad_out if grad_out.stride(3) == 1 or dv == 1 else grad_out.contiguous()
+        grad_maps = None if grad_maps is None else grad_maps.to(torch.float32).contiguous()
+        call = _Call(query, key, value, bias, scale, rows, bits, grad_out, grad_maps)
+        with forward._on(query.device):
+            if any(x is not None for x in (*like, of_gate, of_tokens)):
+                _sums_over_rows(call, like, of_gate, of_tokens)
+            if of_rows is not None or relevance is not None:
+                from ..kernels import shared_kernel
+
+                programs, arguments, options = shared_call(call, of_rows, relevance, relevance_tokens, relevance_heads)
+                shared_kernel[programs,](*arguments, **options)
+    grad_bias = of_rows
+    if of_tokens is not None and bias is not None:
+        grad_bias = of_tokens[:, :, None].sum_to_size(bias.shape)
+    if grad_bias is not None and bias is not None:
+        grad_bias = grad_bias.to(bias.dtype)
+    if of_gate is not None and rows.gate is not None and rows.gate.shape[1] == 1:
+        of_gate = of_gate.sum(1, keepdim=True)
+    return (*like, grad_bias, of_gate, relevance)
+
+
+@dataclass(frozen=True)
+class _Call:
+    """A call of `attention`, what it decided, and the gradients that come in; nothing is empty."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+    scale: float
+    rows: RowPlan
+    bits: Tensor | None
+    grad_out: Tensor
+    grad_maps: Tensor | None
+
+    @property
+    def sizes(self) -> tuple[int, int, int, int, int, int]:
+        """B, H, M, N, D, Dv."""
+        return (*self.query.shape[:3], self.key.shape[2], self.query.shape[3], self.value.shape[3])
+
+    @property
+    def programmed(self) -> bool:
+        return self.rows.content is not None and self.rows.max_content > 0
+
+    @property
+    def full_bias(self) -> Tensor | None:
+        if self.bias is None:
+            return None
+        bias = self.bias if self.bias.dtype in forward._DTYPES else self.bias.to(torch.float32)
+        return bias.expand(*self.sizes[:4])
+
+    def pointers(self, permuted: bool) -> tuple[Any, ...]:
+        """What both kernels begin with, Query to Slots."""
+        rows = self.rows
+        content = rows.content if self.programmed else None
+        order = slots = None
+        if content is not None and permuted:
+            order = forward._kept(rows, "order", content, forward.content_first)
+        if self.grad_maps is not None and rows.capture_tokens is not None:
+            n = self.sizes[3]
+            slots = forward._kept(rows, "slots", rows.capture_tokens, lambda tokens: forward.map_slots(tokens, n))
+        return (
+            self.query, self.key, self.value, self.full_bias, self.grad_out, self.grad_maps,
+            self.bits if content is not None else None, order, content,
+            rows.gate if content is not None else None, rows.phrases if content is not None else None,
+            rows.head_mode, slots,
+        )  # fmt: skip
+
+    def strides_of_gate(self) -> tuple[int, int]:
+        gate = self.rows.gate if self.programmed else None
+        return (0, 0) if gate is None else (gate.stride(0), 0 if gate.shape[1] == 1 else self.sizes[3])
+
+    def constants(self) -> dict[str, Any]:
+        _, h, _, n, d, dv = self.sizes
+        return dict(
+            H=h, N=n, D=d, DV=dv, RENORM=self.rows.renormalize if self.programmed else 0,
+            FINAL=self.rows.capture_final, MEAN=self.rows.capture_mean,
+            PRECISION=forward._precision(self.query.device),
+        )  # fmt: skip
+
+    def unit(self, *more: Tensor | None) -> tuple[int, tuple[int, ...]]:
+        """The unit of strides, and those of query, key, value, the gradient of out and `more`, in it."""
+        of = (self.query, self.key, self.value, self.grad_out, *more)
+        strides = [s for x in of for s in ((0, 0, 0) if x is None else x.stride()[:3])]
+        unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in strides))
+        return unit, tuple(s // unit for s in strides)
+
+
+def _sums_over_rows(
+    call: _Call, like: Sequence[Tensor | None], of_gate: Tensor | None, of_tokens: Tensor | None
+) -> None:
+    from ..kernels import backward_kernel, sum_kernel
+
+    b, h, _, n, d, dv = call.sizes
+    of_query, of_key, of_value = like
+    channels = (d if of_key is not None else 0) + (dv if of_value is not None else 0)
+    tiles = _tiles(call, channels > 0, of_gate is not None or of_tokens is not None)
+    on: dict[str, Any] = {"dtype": torch.float32, "device": call.query.device}
+    sums = torch.empty((b, h, tiles.groups, n, channels), **on) if channels else None
+    # No content, no gradient: the kernel writes none.
+    gate_sums = torch.zeros((b, h, tiles.groups, n), **on) if of_gate is not None else None
+    bias_sums = torch.empty((b, h, tiles.groups, n), **on) if of_tokens is not None else None
+    programs, arguments, options = backward_call(call, tiles, of_query, of_key, of_value, sums, gate_sums, bias_sums)
+    backward_kernel[programs,](*arguments, **options)
+    for partial, first, second in ((sums, of_key, of_value), (gate_sums, of_gate, None), (bias_sums, of_tokens, None)):
+        if partial is not None:
+            programs, arguments, options = sum_call(partial, first, second)
+            sum_kernel[programs,](*arguments, **options)
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The constants of a launch. NA, NB: columns of the two tiles; DA: channels that a product takes at a time; CA, CB:
+    the channels that a program sums; SLICES: programs that share a head's channels; BM: rows; TILES: tiles of rows that
+    one program walks over; STREAM: keys and values do not stay. groups: programs of a head and slice."""
+
+    NA: int
+    NB: int
+    DA: int
+    CA: int
+    CB: int
+    SLICES: int
+    BM: int
+    TILES: int
+    STREAM: bool
+    groups: int
+    num_warps: int
+    num_stages: int
+
+    def constants(self) -> dict[str, Any]:
+        names = ("NA", "NB", "DA", "CA", "CB", "SLICES", "BM", "TILES", "STREAM", "num_warps", "num_stages")
+        return {name: getattr(self, name) for name in names}
+
+
+@functools.cache
+def choose_tiles(
+    n: int, d: int, dv: int, size: int, most_content: int | None, pixels: int, heads: int, processors: int,
+    sums: bool, walks: bool,
+) -> Tiles:  # fmt: skip
+    """Tiles, as `triton.choose_tiles`. sums: dK or dV is wanted; walks: anything that is summed over rows is."""
+    na, nb = _columns(n, most_content)
+    widest, wide = max(d, dv), na + nb > 160
+    stream = size == 4 or na >= 128 or wide or widest > 80
+    bm, da, slices = 32, min(32, forward._power(widest)), 1
+    ca, cb = forward._split(widest)
+    if stream:
+        # A program sums so many channels as leave room for the rows beside them.
+        bm = 16 if wide and size == 4 else 32
+        da = min(16 if size == 4 else 32, forward._power(widest))
+        ca, cb = (32 if wide or size == 4 else 64, 0) if sums else (forward._power(widest), 0)
+        ca = min(ca, forward._power(widest))
+        slices = -(-widest // ca) if sums else 1
+        da = min(da, ca)
+    tiles = -(-pixels // bm)
+    walk = 1
+    while walk * 2 <= tiles and tiles // (walk * 2) * heads * slices >= 2 * processors and (walks or walk < 8):
+        walk *= 2
+    return Tiles(na, nb, da, ca, cb, slices, bm, walk, stream, -(-tiles // walk), 8 if wide else 4, 2 if stream else 1)
+
+
+def _tiles(call: _Call, sums: bool, walks: bool) -> Tiles:
+    b, h, m, n, d, dv = call.sizes
+    most = call.rows.max_content if call.programmed else None
+    processors = forward._processors(call.query.device)
+    return choose_tiles(n, d, dv, call.query.element_size(), most, m, b * h, processors, sums, sums or walks)
+
+
+def _columns(n: int, most_content: int | None) -> tuple[int, int]:
+    if most_content is None:
+        return forward._split(n)
+    na = min(forward._power(most_content), forward._power(n))
+    return na, forward._power(n - na) if n > na else 0
+
+
+def backward_call(
+    call: _Call,
+    tiles: Tiles,
+    of_query: Tensor | None,
+    of_key: Tensor | None,
+    of_value: Tensor | None,
+    sums: Tensor | None,
+    gate_sums: Tensor | None,
+    bias_sums: Tensor | None,
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """How `backward_kernel` is called, as `triton.rows_call` says it."""
+    b, h, m = call.sizes[:3]
+    bias, grad_maps = call.full_bias, call.grad_maps
+    unit, strides = call.unit(of_query)
+    arguments = (
+        *call.pointers(tiles.NB > 0), of_query, sums, gate_sums, bias_sums,
+        float(call.scale) * forward._LOG2E, float(call.scale), *strides,
+        *((0, 0, 0, 0) if bias is None else bias.stride()), *call.strides_of_gate(),
+        m, 0 if grad_maps is None else grad_maps.shape[-2], tiles.groups,
+    )  # fmt: skip
+    options = {
+        **call.constants(), **tiles.constants(), "UNIT": unit, "KEYS": of_key is not None, "VALUES": of_value is not None,
+    }  # fmt: skip
+    return tiles.groups * tiles.SLICES * b * h, arguments, options
+
+
+def sum_call(sums: Tensor, first: Tensor | None, second: Tensor | None) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """How `sum_kernel` is called: sums (B, H, groups, N, C) to (B, H, N, ...), or (B, H, groups, N) to (B, H, N)."""
+    if sums.dim() == 4:
+        sums, first = sums[..., None, :], None if first is None else first[:, :, None]
+    b, h, groups, n, channels = sums.shape
+    counts = [0 if x is None else x.shape[3] for x in (first, second)]
+    bn, bc = min(8, 1 << (n - 1).bit_length()), min(128, forward._power(channels))
+    blocks = -(-n // bn)
+    strides = [s for x in (first, second) for s in ((0, 0, 0) if x is None else x.stride()[:3])]
+    options = dict(H=h, N=n, CF=counts[0], CS=counts[1], BN=bn, BC=bc, num_warps=4)
+    return blocks * -(-channels // bc) * b * h, (sums, first, second, groups, *strides, blocks), options
+
+
+def shared_call(
+    call: _Call,
+    of_rows: Tensor | None,
+    relevance: Tensor | None,
+    relevance_tokens: Tensor | None,
+    relevance_heads: Tensor | None,
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """How `shared_kernel` is called. of_rows: like the bias, of four dimensions, float32."""
+    b, h, m, n, d, dv = call.sizes
+    na, nb = _columns(n, call.rows.max_content if call.programmed else None)
+    small = call.query.element_size() == 2
+    wide = na + nb > 160
+    bm = 16 if wide and not small else 32
+    tiles = -(-m // bm)
+    entries = b if of_rows is not None and of_rows.shape[0] == 1 else 1
+    heads = h if relevance is not None or (of_rows is not None and of_rows.shape[1] == 1) else 1
+    slots = None
+    if relevance is not None and relevance_tokens is not None:
+        slots = forward.map_slots(relevance_tokens, n)
+    strides_of_rows = (0, 0, 0, 0) if of_rows is None else of_rows.expand(b, h, m, n).stride()
+    bias, grad_maps = call.full_bias, call.grad_maps
+    unit, strides = call.unit()
+    arguments = (
+        *call.pointers(nb > 0), of_rows, relevance, slots, relevance_heads if relevance is not None else None,
+        float(call.scale) * forward._LOG2E, *strides,
+        *((0, 0, 0, 0) if bias is None else bias.stride()), *strides_of_rows, *call.strides_of_gate(),
+        m, 0 if grad_maps is None else grad_maps.shape[-2], 0 if relevance is None else relevance.shape[1],
+        tiles, h // heads,
+    )  # fmt: skip
+    options = dict(
+        **call.constants(), NA=na, NB=nb, DA=min(32 if small else 16, forward._power(max(d, dv))), BM=bm, UNIT=unit,
+        ENTRIES=entries, HEADS=heads, num_warps=8 if wide else 4, num_stages=2,
+    )  # fmt: skip
+    return tiles * (h // heads) * (b // entries), arguments, options
