@@ -35,28 +35,30 @@ class Presence:
     largest, smoothed by a Gaussian of sigma 1/2 so that no single pixel decides.
 
     Args:
-        phrases: token indices of each phrase.
+        phrases: token indices of each phrase; or, where entries have prompts of their own, such a list for each.
         weakest: judge by the weakest phrase, as Attend-and-Excite; False: by the mean over phrases.
 
     Source: Chefer et al. 2023, "Attend-and-Excite", equations 1 and 2; there 1 minus this is the loss.
     """
 
-    def __init__(self, phrases: Sequence[Sequence[int]], *, weakest: bool = True) -> None:
-        self.phrases = [tuple(int(i) for i in phrase) for phrase in phrases]
-        if not self.phrases or any(not phrase for phrase in self.phrases):
+    def __init__(self, phrases: Sequence[Any], *, weakest: bool = True) -> None:
+        nested: list[list[Any]] = [[phrase] if isinstance(phrase, int) else list(phrase) for phrase in phrases]
+        by_entry = bool(nested) and all(some and not isinstance(some[0], int) for some in nested)
+        self.phrases = [[tuple(phrase) for phrase in some] for some in (nested if by_entry else [nested])]
+        if any(not some or any(not phrase for phrase in some) for some in self.phrases):
             raise ValueError(f"phrases: expected token indices of at least one phrase, got {phrases!r}")
         self.weakest = weakest
 
     @property
     def tokens(self) -> tuple[int, ...]:
-        return tuple(i for phrase in self.phrases for i in phrase)
+        return tuple(sorted({i for some in self.phrases for phrase in some for i in phrase}))
 
     def __call__(self, seen: Seen) -> Tensor:
-        strongest = self.strongest(seen)
-        return (strongest.amin(1) if self.weakest else strongest.mean(1)).mean()
+        by_entry = self.strongest(seen)
+        return torch.stack([x.amin() if self.weakest else x.mean() for x in by_entry]).mean()
 
-    def strongest(self, seen: Seen) -> Tensor:
-        """(B, phrases)."""
+    def strongest(self, seen: Seen) -> list[Tensor]:
+        """Of each entry, (its phrases,)."""
         place = {token: i for i, token in enumerate(seen.maps.tokens)}
         missing = [i for i in self.tokens if i not in place]
         if not len(seen.maps) or missing:
@@ -66,8 +68,13 @@ class Presence:
             )
         size = max(((x.shape[-2], x.shape[-1]) for x in seen.maps.values()), key=lambda s: s[0] * s[1])
         maps = seen.maps.upsample(size)
-        of_phrases = torch.stack([maps[:, [place[i] for i in phrase]].mean(1) for phrase in self.phrases], 1)
-        return _smoothed(of_phrases).flatten(2).amax(2)
+        phrases = self.phrases * len(maps) if len(self.phrases) == 1 else self.phrases
+        if len(phrases) != len(maps):
+            raise ValueError(f"phrases: expected a list for each of {len(maps)} entries, got {len(phrases)}")
+        return [
+            _smoothed(torch.stack([x[[place[i] for i in phrase]].mean(0) for phrase in some])).flatten(1).amax(1)
+            for x, some in zip(maps, phrases, strict=True)
+        ]
 
 
 class ClipSimilarity:
@@ -108,7 +115,7 @@ class ClipSimilarity:
 
 
 def _smoothed(maps: Tensor) -> Tensor:
-    """A Gaussian of sigma 1/2 over 3x3 pixels, (B, T, height, width)."""
+    """A Gaussian of sigma 1/2 over 3x3 pixels, (T, height, width)."""
     from kornia.filters import gaussian_blur2d
 
-    return gaussian_blur2d(maps, (3, 3), (0.5, 0.5), border_type="replicate")
+    return gaussian_blur2d(maps[:, None], (3, 3), (0.5, 0.5), border_type="replicate")

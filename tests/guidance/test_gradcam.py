@@ -145,7 +145,8 @@ def test_presence_is_the_weakest_phrase_at_its_strongest_pixel(unet) -> None:
 
     with sdattn_fast.apply(unet, capture=Capture(tokens=(1, 3, 4), layers=layers)) as patch:
         maps = gradcam(patch, x, t, text, score, tokens=(1, 3, 4), layers=layers)
-    strongest, upsampled = values[0]
+    by_entry, upsampled = values[0]
+    strongest = torch.stack(by_entry)
     assert strongest.shape == (2, 2) and bool((strongest > 0).all())
     # Blurring cannot raise a maximum, and takes at most what eight neighbours of zero would.
     assert bool((strongest[:, 0] <= upsampled[:, 0].amax((1, 2))).all())
