@@ -52,8 +52,8 @@ def apply(
     Args:
         pipe_or_unet: a pipeline with a ``unet``, or a UNet2DConditionModel or ControlNetModel; the wrappings of
             torch.compile and PEFT are seen through.
-        program: what happens to the rows; ``Program()`` is plain attention. Also a `ProgramFile` or the path of one (.json), as
-            `sdattn-fast tune` writes: its layers and heads are taken where the keywords do not say others.
+        program: what happens to the rows; ``Program()`` is plain attention. Also a `ProgramFile` or the path of
+            one (.json), as `sdattn-fast tune` writes: its layers and heads hold where the keywords do not say others.
         layers: names or fnmatch patterns, such as ``"up_blocks.*"``; None: all. Names are module paths such as
             ``"down_blocks.0.attentions.0.transformer_blocks.0.attn2"``, with ``"controlnet."`` before a ControlNet's.
         heads: indices of the active heads, valid in every patched layer, or {name or pattern: indices}, where layers
@@ -82,8 +82,8 @@ def apply(
     Source: DESIGN.md, sections 3 and 5.
     """
     from_file = isinstance(heads, (str, Path))
-    program, layers, heads, inactive_heads = _from_files(program, layers, heads, inactive_heads)
-    settings = Settings(program, inactive_heads, seed, capture, fold, text_cache, backend)
+    rows, layers, heads, inactive_heads = _from_files(program, layers, heads, inactive_heads)
+    settings = Settings(rows, inactive_heads, seed, capture, fold, text_cache, backend)
     given = Given()
     for name, x in (("gate", gate), ("phrases", phrases), ("protected", protected), ("active", active)):
         setattr(given, name, checked_token_input(name, x))
