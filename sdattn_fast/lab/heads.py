@@ -137,8 +137,8 @@ def _run(
                 "heads": ranking.best(count), "objects": int(known.sum()), "mean IoU of the chosen": chosen.mean(),
                 "mean IoU of all": whole.mean(), "effective attention": gain,
             }  # fmt: skip
-            said = f"mean IoU {chosen.mean():.3f}, of all heads {whole.mean():.3f}: {_percent(gain)}, {known.sum()} objects"
-            console.print(f"{name}, best {count} of {len(ranking.scores)}: {said}")
+            said = f"mean IoU {chosen.mean():.3f}, of all heads {whole.mean():.3f}: {_percent(gain)}"
+            console.print(f"{name}, best {count} of {len(ranking.scores)}: {said}, {known.sum()} objects")
     report["pictures drawn"] = _effect(pipe, scenes, rankings["mask IoU"].best(), folder, selection, console)
     (folder / "summary.json").write_text(json.dumps(report, indent=1) + "\n")
 
