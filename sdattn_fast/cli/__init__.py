@@ -39,6 +39,7 @@ def _app(typer):
     from .doctor import doctor
     from .generate import generate
     from .heads import heads
+    from .tune import tune
 
     app = typer.Typer(
         name="sdattn-fast",
@@ -47,7 +48,7 @@ def _app(typer):
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (doctor, demo, generate, heads, bench):
+    for command in (doctor, demo, generate, heads, tune, bench):
         app.command()(command)
 
     def show_version(wanted: bool) -> None:

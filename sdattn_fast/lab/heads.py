@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,7 +23,10 @@ from .detector import detect
 from .evaluate import _FIRST_SEED, GUIDANCE, STEPS, judge
 from .world import COLOURS, SHAPES, sample_scene
 
-__all__ = ["objects_of", "phrases_of", "selection_captions", "shapes_truth", "words_of_objects"]
+__all__ = [
+    "bound_objects", "held_out_captions", "objects_of", "phrases_of", "selection_captions", "shapes_truth",
+    "words_of_objects",
+]  # fmt: skip
 
 _SELECTION_SEED = 60_000_000
 _BATCH = 32
@@ -58,9 +62,25 @@ def shapes_truth(captions: Sequence[str]) -> Callable[[Any], list[np.ndarray | N
     return truth
 
 
+def bound_objects(captions: Sequence[str], pictures: Sequence[Any]) -> np.ndarray:
+    """(n,) float64: of each caption, the share of its objects that the detector finds in its picture, colour and shape
+    together, each detection used once. The judge of tuned programs."""
+    shares = []
+    for caption, picture in zip(captions, pictures, strict=True):
+        wanted = Counter(objects_of(caption))
+        found = Counter((d.colour, d.shape) for d in detect(np.asarray(picture)))
+        shares.append((wanted & found).total() / max(1, wanted.total()))
+    return np.array(shares)
+
+
 def selection_captions(count: int) -> list[str]:
     """Captions of pairs seen in training, to choose on; what is reported is measured on held-out ones."""
     return [sample_scene(_SELECTION_SEED + i, objects=1 + i % 3).caption for i in range(count)]
+
+
+def held_out_captions(count: int) -> list[str]:
+    """Captions of pairs that no training scene has, to report on; those of `lab.evaluate`."""
+    return [sample_scene(_FIRST_SEED + i, held_out=True, objects=1 + i % 3).caption for i in range(count)]
 
 
 def _interval(values: Sequence[np.ndarray], statistic: Callable[..., Any]) -> tuple[float, float, float]:
