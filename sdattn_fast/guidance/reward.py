@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -268,7 +269,7 @@ def open_study(
     with _quiet(optuna), warnings.catch_warnings():
         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
         try:
-            database = optuna.storages.RDBStorage(
+            database = _database(
                 url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat,
                 heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
             )  # fmt: skip
@@ -284,8 +285,10 @@ def open_study(
     made: dict[str, Any] = {"model": model, "reward": reward.describe(), "space": asdict(space),
             "heads": None if ranking is None else [list(head) for head in ranking.order]}  # fmt: skip
     made = _as_json(made)
+    # Trials first: another worker that is creating the study writes its attribute before it queues a trial.
+    trials = study.get_trials(deepcopy=False)
     found = study.user_attrs.get(_MADE)
-    if found is None and study.get_trials(deepcopy=False):
+    if found is None and trials:
         raise ValueError(
             f"study: {name!r} in {_without_password(url)} was not made by sdattn-fast; choose another name"
         )
@@ -393,7 +396,7 @@ def compare(reward: Reward, file: ProgramFile, judge: Judge | None = None) -> di
 
 
 def draw_plots(study: Any, folder: str | Path) -> list[Path]:
-    """Optuna's plots of a study as PNG files: history, slices, parallel coordinates, timeline, and, from eight complete
+    """Optuna's plots of a study as PNG files: history, slices, parallel coordinates, timeline, and, from four complete
     trials on, how much each parameter matters (PED-ANOVA). Raises: ValueError: no trial is complete; OSError."""
     optuna = _optuna()
     import matplotlib
@@ -407,7 +410,8 @@ def draw_plots(study: Any, folder: str | Path) -> list[Path]:
     try:
         from matplotlib import pyplot
 
-        with warnings.catch_warnings():
+        # Optuna sets a style for the whole process.
+        with matplotlib.rc_context(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             plots = optuna.visualization.matplotlib
             asked: dict[str, Callable[[], Any]] = {
@@ -416,12 +420,14 @@ def draw_plots(study: Any, folder: str | Path) -> list[Path]:
                 "parallel": lambda: plots.plot_parallel_coordinate(study),
                 "timeline": lambda: plots.plot_timeline(study),
             }
-            if len(complete) >= 8 and len({t.value for t in complete}) > 1:
+            if len(complete) >= 4 and len({t.value for t in complete}) > 1:
                 evaluator = optuna.importance.PedAnovaImportanceEvaluator()
                 asked["importances"] = lambda: plots.plot_param_importances(study, evaluator=evaluator)
             for name, plot in asked.items():
                 axes = plot()
                 figure = (axes.flat[0] if isinstance(axes, np.ndarray) else axes).figure
+                if name == "parallel":
+                    figure.set_size_inches(1.7 * len({p for t in complete for p in t.params}) + 3, 6)
                 figure.savefig(folder / f"{name}.png", dpi=100, bbox_inches="tight")
                 pyplot.close("all")
                 written.append(folder / f"{name}.png")
@@ -473,6 +479,22 @@ def _quiet(optuna: Any) -> Iterator[None]:
         yield
     finally:
         optuna.logging.set_verbosity(before)
+
+
+def _database(url: str, **options: Any) -> Any:
+    """Optuna's storage. Of workers that start at once on an empty database all want to create its tables, and all but
+    one fail; the tables are there when they look again."""
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    storage = _optuna().storages.RDBStorage
+    for wait in (0.5, 1.0, 2.0):
+        try:
+            return storage(url, **options)
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
+            if "exists" not in str(error):
+                raise
+            time.sleep(wait)
+    return storage(url, **options)
 
 
 def _url(storage: str | Path) -> str:
