@@ -39,7 +39,7 @@ LAYERS = ["down_blocks.0.attn2", "mid_block.attn2", "up_blocks.0.attn2"]
 
 
 class Pretended(Reward):
-    """A reward on pictures that cost nothing: the prompt's index and the guidance; prompts differ, guidance 6 is best."""
+    """A reward on pictures that cost nothing: (index of the prompt, guidance); prompts differ, guidance 6 is best."""
 
     def __init__(self, prompts: int = 12, seconds: float = 0.0) -> None:
         super().__init__(None, None, [f"prompt {i}" for i in range(prompts)], batch=4, guidance_scale=4.0)
