@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-__all__ = ["heads", "clip_of"]
+__all__ = ["heads", "clip_of", "clip_source"]
 
 # One prompt in so many is kept from the choice, and effective attention is measured there.
 _HELD_BACK = 4
@@ -115,16 +115,23 @@ def clip_of(model: str, clip: str | None, device: Any) -> Any:
     Raises: ValueError where there is none; OSError, from transformers, where it cannot be loaded.
     """
     from ..guidance.clip_score import ClipScorer
+
+    return ClipScorer.load(clip_source(model, clip), device)
+
+
+def clip_source(model: str, clip: str | None) -> str:
+    """The folder or hub id that `clip_of` loads. Raises: ValueError where there is none."""
     from ..lab import shapes_path
 
+    name = model if clip is None else clip
+    folder = shapes_path() if name == "shapes" else Path(name)
+    if (folder / "clip").is_dir():
+        return str((folder / "clip").resolve())
     if clip is None:
-        folder = shapes_path() if model == "shapes" else Path(model)
-        if not (folder / "clip").is_dir():
-            raise ValueError(f"clip: {model!r} has no subfolder 'clip'; say one, such as openai/clip-vit-base-patch32")
-        return ClipScorer.load(folder, device)
-    if Path(clip).is_absolute() and not Path(clip).is_dir():
+        raise ValueError(f"clip: {model!r} has no subfolder 'clip'; say one, such as openai/clip-vit-base-patch32")
+    if folder.is_absolute() and not folder.is_dir():
         raise ValueError(f"clip: expected a folder or hub id, and there is no folder {clip}")
-    return ClipScorer.load(shapes_path() if clip == "shapes" else clip, device)
+    return str(folder.resolve()) if folder.is_dir() else clip
 
 
 def _effective(held_back: Sequence[Any], best: Any, judge: Any, measure: str) -> dict[str, Any]:

@@ -55,7 +55,7 @@ def tune(
     from ..guidance import reward as tuning
     from ..guidance.heads import HeadRanking
     from .generate import load_pipeline
-    from .heads import clip_of
+    from .heads import clip_of, clip_source
     from .prompts import read_prompts
 
     counts = {"--trials": trials, "--pictures": pictures, "--report-pictures": report_pictures, "--seeds": seeds,
@@ -100,6 +100,8 @@ def tune(
     judging: Any = None
     judged_by = "none"
     if judge is not None:
+        if clip_source(model, judge) == clip_source(model, clip):
+            raise typer.BadParameter("expected another CLIP than the one tuned for", param_hint="--judge")
         second = clip_of(model, judge, pipe.device)
         judged_by, judging = f"CLIP {judge}", lambda texts, drawn: second.similarity(drawn, texts).double().numpy()
     elif shapes and all(map(objects_of, [*chosen_on, *reported])):
@@ -120,6 +122,8 @@ def tune(
     # The noise of the report is not the noise of the choice either.
     other = tuning.Reward(pipe, scorer, reported, seed=seed + len(reward.texts), **keywords)
     figures = tuning.compare(other, file, judging)
+    # What was not searched was fixed, and belongs to what was found.
+    file = replace(file, **{key: x for key, x in options.items() if getattr(file, key) is None})
     notes = {**file.notes, "model": model, "judged by": judged_by, "report": figures, "reported on": len(reported)}
     replace(file, notes=notes).save(out / "program.json")
     shortlisted = [{key: x for key, x in row.items() if key != "file"} for row in rows]

@@ -28,7 +28,7 @@ class ClipScorer:
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device = "cpu") -> ClipScorer:
-        """From the folder or hub id of a CLIP; a pipeline's folder with a subfolder `clip` serves too."""
+        """From the folder or hub id of a CLIP."""
         from ..lab import quiet_loading
 
         with quiet_loading():
@@ -36,7 +36,7 @@ class ClipScorer:
                 from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
             except ImportError as error:
                 raise ImportError("CLIP scores need transformers: pip install 'sdattn-fast[diffusers]'") from error
-            source = str(Path(name) / "clip") if (Path(name) / "clip").is_dir() else str(name)
+            source = str(name)
             model: Any = CLIPModel.from_pretrained(source, use_safetensors=True)
             tokenizer, processor = CLIPTokenizer.from_pretrained(source), CLIPImageProcessor.from_pretrained(source)
         return cls(model.float().to(device), tokenizer, processor)

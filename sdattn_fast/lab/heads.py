@@ -119,7 +119,7 @@ def _run(
             raise typer.BadParameter(f"expected at least 2, got {value}", param_hint=name)
     console = Console()
     folder.mkdir(parents=True, exist_ok=True)
-    pipe, clip = load_pipeline(), ClipScorer.load(shapes_path())
+    pipe, clip = load_pipeline(), ClipScorer.load(shapes_path() / "clip")
     pipe.set_progress_bar_config(disable=True)
     asked: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 

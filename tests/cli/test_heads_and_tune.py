@@ -78,6 +78,7 @@ def test_tune_writes_a_program_that_generate_takes(run, folder):
     assert "3 of 3: trial 2" in out and "detector: objects bound" in out
     file = ProgramFile.load(folder / "program.json")
     report = json.loads((folder / "report.json").read_text())
+    assert file.num_inference_steps == 2 and file.guidance_scale is not None
     assert file.notes["judged by"] == report["judged by"] == "detector: objects bound"
     assert set(report["report"]) == {"reward", "judge"} and report["report"]["judge"]["pictures"] == 4
     assert 1 <= len(report["shortlist"]) <= 2
@@ -113,6 +114,7 @@ def test_tune_writes_a_program_that_generate_takes(run, folder):
         (["tune", "--out", "{captions}"], "--out: expected a folder"),
         (["tune", "--temperature", "-1", "--out", "{out}"], "temperature: expected a finite number > 0"),
         (["tune", "--judge", "/nowhere", "--out", "{out}"], "clip: expected a folder"),
+        (["tune", "--judge", "shapes", "--out", "{out}"], "--judge: expected another CLIP"),
         (["tune", "--storage", "postgresql+psycopg://127.0.0.1:1/x", "--out", "{out}"], "storage: cannot open"),
     ],
 )  # fmt: skip

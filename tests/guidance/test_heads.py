@@ -118,7 +118,7 @@ def clip():
     from sdattn_fast.lab import shapes_path
 
     pytest.importorskip("transformers")
-    return ClipScorer.load(shapes_path())
+    return ClipScorer.load(shapes_path() / "clip")
 
 
 def test_clip_knows_a_true_mask_from_a_false_one(clip):
