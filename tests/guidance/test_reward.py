@@ -41,9 +41,11 @@ LAYERS = ["down_blocks.0.attn2", "mid_block.attn2", "up_blocks.0.attn2"]
 class Pretended(Reward):
     """A reward on pictures that cost nothing: (index of the prompt, guidance); prompts differ, guidance 6 is best."""
 
-    def __init__(self, prompts: int = 12, seconds: float = 0.0) -> None:
+    def __init__(self, prompts: int = 12, seconds: float = 0.0, hangs: bool = False) -> None:
         super().__init__(None, None, [f"prompt {i}" for i in range(prompts)], batch=4, guidance_scale=4.0)
         self.seconds = seconds
+        self.hangs = hangs  # in the second trial, after its first batch
+        self.runs = 0
 
     @property
     def model_layers(self):
@@ -51,9 +53,10 @@ class Pretended(Reward):
 
     def pictures(self, file: ProgramFile, which=None):
         which = range(len(self.texts)) if which is None else which
+        self.runs += 1
         scale = self.asked["guidance_scale"] if file.guidance_scale is None else file.guidance_scale
         for start in range(0, len(which), self.batch):
-            time.sleep(self.seconds)
+            time.sleep(600 if self.hangs and self.runs == 2 and start else self.seconds)
             yield list(which[start : start + self.batch]), [(i, scale) for i in which[start : start + self.batch]]
 
     def score(self, which, pictures):
@@ -71,12 +74,12 @@ def study(tmp_path):
 
 
 @contextlib.contextmanager
-def worker(storage, trials, heartbeat, seconds, log=os.devnull):
+def worker(storage, trials, heartbeat, seconds, log=os.devnull, hangs=False):
     """Another process at work on the study; it writes the numbers of the trials it ran to `log`. Forked, since to
     import torch anew takes longer than all it does, and it runs none of torch's operations."""
 
     def work() -> None:
-        reward = Pretended(seconds=seconds)
+        reward = Pretended(seconds=seconds, hangs=hangs)
         study = open_study(storage, reward, SPACE, heartbeat=heartbeat)
         with open(log, "w") as file:
             tune(study, reward, SPACE, trials, callbacks=(lambda study, trial: print(trial.number, file=file),))
@@ -215,18 +218,16 @@ def test_bad_rewards(keywords, says):
 def test_a_study_survives_kill_9(tmp_path):
     path = tmp_path / "study.db"
     study = open_study(path, Pretended(), SPACE, heartbeat=1)
-    with worker(path, 9, 1, 0.2) as killed:
-        while True:
-            under_way = [t for t in study.trials if t.state.name == "RUNNING" and t.intermediate_values]
-            if under_way and "COMPLETE" in states(study):
-                break
+    with worker(path, 9, 1, 0.0, hangs=True) as killed:
+        # All four values of the first batch: it is then between the storage's transactions.
+        while len(study.trials) < 2 or len(study.trials[1].intermediate_values) < 4:
             assert killed.is_alive()
             time.sleep(0.02)
         os.kill(killed.pid, signal.SIGKILL)
         killed.join()
     before = [(t.number, t.value) for t in study.trials if t.state.name == "COMPLETE"]
     (number,) = [t.number for t in study.trials if t.state.name == "RUNNING"]
-    assert before and len(study.trials) < 9
+    assert [n for n, _ in before] == [0] and number == 1
     # Another takes over; the trial that was lost is noticed when its heart has not beaten for three seconds.
     with worker(path, 9, 1, 0.3) as again:
         again.join(60)
