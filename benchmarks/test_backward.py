@@ -29,9 +29,7 @@ FULL = Program(SalienceDropout(0.2), Refinement(threshold=0.7, sigma=0), "conten
 def _inputs(shape: str, dtype: torch.dtype) -> tuple[list[Tensor], Tensor]:
     """Query, key, value and the output's gradient, a pixel's heads side by side, as in a UNet."""
     h, m, d = SHAPES[shape]
-    query, key, value, grad = (
-        torch.randn(BATCH, n, h, d).to(dtype).transpose(1, 2) for n in (m, TOKENS, TOKENS, m)
-    )
+    query, key, value, grad = (torch.randn(BATCH, n, h, d).to(dtype).transpose(1, 2) for n in (m, TOKENS, TOKENS, m))
     return [x.detach().requires_grad_() for x in (query, key, value)], grad
 
 

@@ -1,10 +1,10 @@
 """What captured maps cost: memory and time of a whole UNet step of SD 1.5, true geometry, random weights, two entries.
 
 Memory: the most that tensors of a step take together over what was there before it (weights, inputs, text caches), by
-torch's profiler; what is kept from the step is part of it. Ways: stock processors, no maps; a processor that keeps every
-map, as Prompt-to-Prompt's store and DAAM's hooks do; one that keeps the 16x16 level's alone; ours without maps; and ours
-with maps, the mean over heads of the prompts' entries at the 16x16 level. Time: ours with maps and without, in turn. No
-test asserts a figure.
+torch's profiler; what is kept from the step is part of it. Ways: stock processors, no maps; a processor that keeps
+every map, as Prompt-to-Prompt's store and DAAM's hooks do; one that keeps the 16x16 level's alone; ours without maps;
+and ours with maps, the mean over heads of the prompts' entries at the 16x16 level. Time: ours with maps and without,
+in turn. No test asserts a figure.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def test_memory_of_a_step(benchmark, gradients):
             patch = sdattn_fast.apply(unet, active=active, capture=capture)
         for name, attn in unet.named_modules():
             at_16 = name.endswith("attn2") and attn.inner_dim == 1280 and "mid" not in name
-            if at_16 and way == "16x16 kept" or name.endswith("attn2") and way == "every map kept":
+            if (at_16 and way == "16x16 kept") or (name.endswith("attn2") and way == "every map kept"):
                 attn.set_processor(Keep(kept))
 
         def maps(patch: Any = patch, kept: list[torch.Tensor] = kept, way: str = way) -> list[torch.Tensor]:

@@ -173,8 +173,8 @@ class Prepared:
         relevance: autograd.Relevance | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """(out, maps), maps None without capture. seed overrides the prepared one. folded_value: `fold_value(value)` of
-        before, where the caller kept it. relevance: what the backward pass is to add up (fused backends only). Raises as
-        `semantic_attention`."""
+        before, where the caller kept it. relevance: what the backward pass is to add up (fused backends only). Raises
+        as `semantic_attention`."""
         self._check(query, key, value, bias, scale, grid, seed)
         needs_grad = self._needs_grad(query, key, value, bias, None if relevance is None else relevance.sink)
         name = choose(self.backend, query, key, value, bias, self.plan, needs_grad)
@@ -182,7 +182,9 @@ class Prepared:
         key_of_random = self._seed(seed, query.device)
         if name == "reference":
             if relevance is not None:
-                raise ValueError("backend: relevance comes from a fused backward kernel, and the reference serves this call")
+                raise ValueError(
+                    "backend: relevance comes from a fused backward kernel, and the reference serves this call"
+                )
             return self._on_reference(query, key, value, bias, scale, grid, key_of_random)
         value = self.fold_value(value) if folded_value is None else folded_value
         needs_grad = needs_grad or autograd.transforming()

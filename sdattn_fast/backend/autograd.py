@@ -1,12 +1,12 @@
-"""Gradients of the fused backends: what the forward pass saves, and how autograd, torch.func and torch.compile reach it.
+"""Gradients of the fused backends: what the forward pass saves; how autograd, torch.func and torch.compile reach it.
 
 Saved are the inputs and the selection bits (one bit an entry of a row, and none where the program decides nothing). A
 backend's `backward` computes the rows again from the logits, with those decisions: nothing of a map's size is stored,
 in either pass. The softmax's statistics are not saved: a row is whole where it is computed, so they cost a maximum and
 an addition an entry, and saving them would cost memory.
 
-Eager code goes through `torch.autograd.Function`, which torch.func knows (grad, vmap, their compositions); compiled code
-through the ops of `op.py`, with the same formulas. Gradients of gradients are refused.
+Eager code goes through `torch.autograd.Function`, which torch.func knows (grad, vmap, their compositions); compiled
+code through the ops of `op.py`, with the same formulas. Gradients of gradients are refused.
 
 Source: DESIGN.md section 2, "Gradients".
 """
@@ -24,6 +24,7 @@ from ..plan import RowPlan
 from . import fused, op
 
 __all__ = ["Relevance", "attention", "smooth", "transforming"]
+
 
 @dataclass(frozen=True)
 class Relevance:
@@ -49,7 +50,9 @@ def attention(
     relevance: Relevance | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """A fused backend's `attention`, differentiable: out, which lies as the query does, and maps."""
-    sink, tokens, heads = (None, None, None) if relevance is None else (relevance.sink, relevance.tokens, relevance.heads)
+    sink, tokens, heads = (
+        (None, None, None) if relevance is None else (relevance.sink, relevance.tokens, relevance.heads)
+    )
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
     decides = rows.decides
@@ -58,7 +61,7 @@ def attention(
         return out, maps
     # Every tensor by itself: inside torch.func's transforms even what the plan made is wrapped.
     plan = [getattr(rows, name) for name in _PER_ENTRY + _SHARED]
-    rows = replace(rows, **dict.fromkeys(_PER_ENTRY + _SHARED))
+    rows = _with_tensors(rows, [None] * len(plan))
     out, maps, _ = _Rows.apply(query, key, value, bias, sink, *plan, tokens, heads, scale, rows, decides, backend)
     return out, maps
 
@@ -81,7 +84,8 @@ _SHARED = ("seed", "head_mode", "capture_tokens")
 
 
 def _with_tensors(rows: RowPlan, plan: Sequence[Tensor | None]) -> RowPlan:
-    return replace(rows, **dict(zip(_PER_ENTRY + _SHARED, plan, strict=True)))
+    changes: dict[str, Any] = dict(zip(_PER_ENTRY + _SHARED, plan, strict=True))
+    return replace(rows, **changes)
 
 
 class _Rows(torch.autograd.Function):
@@ -108,9 +112,7 @@ class _Rows(torch.autograd.Function):
         wanted = (query, key, value, bias, gate, sink)
         if (grad_out is None and grad_maps is None) or not any(wanted):
             return (None,) * (6 + len(none))
-        grads = _RowsBackward.apply(
-            grad_out, grad_maps, *ctx.saved_tensors, ctx.scale, ctx.rows, wanted, ctx.backend
-        )
+        grads = _RowsBackward.apply(grad_out, grad_maps, *ctx.saved_tensors, ctx.scale, ctx.rows, wanted, ctx.backend)
         query, key, value, bias, gate, sink = grads
         return (query, key, value, bias, sink, gate, *(None for _ in none))
 
@@ -175,7 +177,7 @@ class _Smooth(torch.autograd.Function):
         return _unfolded(info.batch_size, _Smooth.apply(x.flatten(0, 1), where, *how))
 
 
-# ---- torch.func.vmap: its dimension becomes a part of the batch -------------------------------------------------------
+# ---- torch.func.vmap: its dimension becomes a part of the batch ------------------------------------------------------
 
 
 def _batch(x: Tensor, dim: int | None) -> int:

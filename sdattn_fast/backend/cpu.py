@@ -7,6 +7,7 @@ environment variable SDATTN_FAST_ISA.
 
 from __future__ import annotations
 
+import functools
 import math
 import os
 from collections.abc import Sequence
@@ -125,7 +126,7 @@ def picture_attention(
     """
     out, maps = _results(query, value, rows, keep_layout)
     m = query.shape[2]
-    weights = gaussian_kernel(picture.sigma, dtype=torch.float32) if picture.sigma > 0 else None
+    weights = _gaussian(picture.sigma) if picture.sigma > 0 else None
     height, width = (0, 0) if grid is None else grid
     over = (
         picture.steps,
@@ -305,7 +306,9 @@ def backward(
     """
     b, h, m, d = query.shape
     n, dv = key.shape[2], value.shape[3]
-    grads: list[Tensor | None] = [torch.empty_like(x) if w else None for x, w in zip((query, key, value), wanted)]
+    grads: list[Tensor | None] = [
+        torch.empty_like(x) if w else None for x, w in zip((query, key, value), wanted[:3], strict=True)
+    ]
     grad_gate = torch.empty((b, h, n), dtype=torch.float32) if wanted[4] and rows.gate is not None else None
     relevance = None
     if wanted[5] and relevance_tokens is not None:
@@ -371,7 +374,7 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
     kept, x = x.dtype, x if x.dtype in _DTYPES else x.to(torch.float32)
     x = x.contiguous()
     out = torch.empty(x.shape, dtype=x.dtype)
-    weights = gaussian_kernel(sigma, dtype=torch.float32)
+    weights = _gaussian(sigma)
     if where is not None:
         where = where.to(torch.uint8).expand(b, h).contiguous()
     _core.cpu_smooth(
@@ -386,6 +389,11 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
         torch.get_num_threads(),
     )
     return out.to(kept)
+
+
+@functools.lru_cache(maxsize=64)
+def _gaussian(sigma: float) -> Tensor:
+    return gaussian_kernel(sigma, dtype=torch.float32)
 
 
 def gaussian_attention(features: Tensor, values: Tensor, cutoff: float) -> Tensor:

@@ -172,7 +172,10 @@ def _rows_backward_fake(
     capture_tokens, capture_final, capture_mean, max_content, sink_tokens, sink_heads, backend,
 ):  # fmt: skip
     none = query.new_empty(0)
-    grads = [torch.empty_like(x) if want else query.new_empty(0) for x, want in zip((query, key, value), wanted[:3])]
+    grads = [
+        torch.empty_like(x) if want else query.new_empty(0)
+        for x, want in zip((query, key, value), wanted[:3], strict=True)
+    ]
     grads.append(bias.new_empty(bias.shape) if wanted[3] else none)
     grads.append(gate.new_empty(gate.shape) if wanted[4] else query.new_empty(0))
     if wanted[5]:
@@ -193,7 +196,8 @@ _rows_backward.register_autograd(_refuse_second)
     "sdattn_fast::picture",
     mutates_args=(),
     schema=_ROWS_SCHEMA.replace(
-        "bool return_bits, Tensor? sink, Tensor? sink_tokens, Tensor? sink_heads, str backend) -> (Tensor, Tensor, Tensor)",
+        "bool return_bits, Tensor? sink, Tensor? sink_tokens, Tensor? sink_heads, str backend) "
+        "-> (Tensor, Tensor, Tensor)",
         "int steps, float sigma, float drop_ratio, bool nms, Tensor? active, SymInt height, SymInt width, str backend) "
         "-> (Tensor, Tensor)",
     ),

@@ -118,7 +118,7 @@ def canny_edges(picture: Tensor, low: float = 0.2, high: float = 0.5, sigma: flo
     try:
         from kornia.filters import canny
     except ImportError as error:
-        raise ImportError("Canny edges need kornia: pip install kornia") from error
+        raise ImportError("Canny edges need kornia: pip install 'sdattn-fast[guidance]'") from error
     x = picture.detach().to(torch.promote_types(picture.dtype, torch.float32))
     lowest, highest = x.amin((2, 3), keepdim=True), x.amax((2, 3), keepdim=True)
     x = ((x - lowest) / (highest - lowest).clamp(min=1e-12)).flatten(0, 1)[:, None]

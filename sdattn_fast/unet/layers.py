@@ -16,8 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from ..backend.autograd import Relevance
 from .settings import checked_heads
 from .text_state import TextState
 
@@ -36,7 +38,8 @@ class Layer:
 
     heads: the active ones, None for all. grid: (height, width) of the forward in progress. seed: (1,) int64, layer and
     timestep mixed in. captures: whether it keeps maps in this step. captured: maps (B, T, M) or (B, H, T, M), which
-    entries are active, the grid.
+    entries are active, the grid. bias: (B or 1, 1, M, N), added to the logits. asks: tokens (T,) int32 and heads (H,)
+    uint8 or None, whose relevance the backward pass is to add up; sink: (B, T, M), whose gradient it will be.
     """
 
     name: str
@@ -47,8 +50,19 @@ class Layer:
     seed: Tensor | None = None
     captures: bool = False
     captured: tuple[Tensor, Tensor | None, tuple[int, int] | None] | None = None
+    bias: Tensor | None = None
+    asks: tuple[Tensor, Tensor | None] | None = None
+    sink: Tensor | None = None
     original: Any = None
     placed: Any = None
+
+    def relevance(self, batch: int, pixels: int, device: torch.device) -> Relevance | None:
+        """What a forward is to hand on to the backward pass; its sink takes no memory before that."""
+        if self.asks is None:
+            return None
+        tokens, heads = self.asks
+        self.sink = torch.zeros((), device=device, requires_grad=True).expand(batch, tokens.shape[0], pixels)
+        return Relevance(self.sink, tokens.to(device), None if heads is None else heads.to(device))
 
 
 def is_served(attn: Any) -> bool:

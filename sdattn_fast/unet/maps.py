@@ -8,8 +8,10 @@ layer's own resolution. DAAM's code also clamps each head's upsampled map at 0, 
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -220,6 +222,20 @@ class MapKeeper:
                 count = max(count, latest.shape[-3])
         tokens = tuple(range(count)) if self.capture.tokens is None else self.capture.tokens
         return Maps(found, tokens, self.size, tokens_of)
+
+    @contextlib.contextmanager
+    def aside(self, layers: Sequence[Layer]) -> Iterator[None]:
+        """Inside, a forward that is not the run's: its maps are kept whatever the step, and leave with it."""
+        self._absorb(layers)
+        sums, runs, capture = dict(self._sums), dict(self._runs), self.capture
+        self.capture = replace(capture, steps="latest")
+        self._sums = {}
+        try:
+            yield
+        finally:
+            for layer in layers:
+                layer.captured = None
+            self._sums, self._runs, self.capture = sums, runs, capture
 
     def forget(self) -> None:
         self._sums.clear()

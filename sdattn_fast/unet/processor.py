@@ -212,6 +212,12 @@ def _cross_attention(
         # Blocks without a grid of their own say nothing, and a grid left from elsewhere must not be taken for it.
         if grid is None and layer.grid is not None and layer.grid[0] * layer.grid[1] == pixels:
             grid = layer.grid
+    relevance = None
+    if layer is not None:
+        relevance = layer.relevance(batch, pixels, x.device)
+        if layer.bias is not None:
+            of_layer = layer.bias.to(x.device, x.dtype)
+            mask = of_layer if mask is None else mask + of_layer
     refine = settings.program.refine
     if grid is None and refine is not None and refine.sigma > 0:
         where = "a processor set by hand" if layer is None else f"layer {layer.name!r}"
@@ -230,7 +236,7 @@ def _cross_attention(
     else:
         served = entry.serve(prepared)
         key, value, folded_value = entry.key, entry.value, served.value_folded
-        folded = _folded(settings, attn, entry, served, x, add_image)
+        folded = None if relevance is not None else _folded(settings, attn, entry, served, x, add_image)
     query = None if folded is not None and folded.shared_query else _query(attn, x)
     if folded is not None:
         out, maps = prepared.call_folded(x if query is None else query, folded, bias=mask, grid=grid, seed=seed)
@@ -238,7 +244,10 @@ def _cross_attention(
         assert query is not None
         # Not attn.scale: a block compiled for layers of several widths would make a symbol of it.
         scale = None if attn.scale_qk else 1.0
-        out, maps = prepared(query, key, value, bias=mask, scale=scale, grid=grid, seed=seed, folded_value=folded_value)
+        out, maps = prepared(
+            query, key, value, bias=mask, scale=scale, grid=grid, seed=seed, folded_value=folded_value,
+            relevance=relevance,
+        )  # fmt: skip
     if maps is not None and layer is not None:
         layer.captured = (maps, prepared.side.active, grid)
     if folded is not None and folded.summed:

@@ -195,6 +195,12 @@ class Weights:
         for module in modules:
             if module is None:
                 continue
+            if type(module) is nn.Linear:  # nearly all are, and this is asked by every layer at every step
+                if _hooked(module) or "weight" not in module._parameters:
+                    return None
+                parameters += [p for p in module._parameters.values() if p is not None]
+                state.append(nn.Linear)
+                continue
             for inner in module.modules():
                 if not _is_plain(inner):
                     return None
@@ -264,10 +270,13 @@ def _is_plain(module: nn.Module) -> bool:
     """Whether a module's forward is its class's, of a library whose modules keep their state in parameters."""
     known = type(module).__module__.split(".")[0] in ("torch", "diffusers", "peft")
     parametrized = hasattr(module, "parametrizations")
-    hooked = module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__
     # DataParallel's replicas have tensors where parameters were.
     others = module._buffers or any(isinstance(x, Tensor) for x in module.__dict__.values())
-    return known and not parametrized and not hooked and not others
+    return known and not parametrized and not _hooked(module) and not others
+
+
+def _hooked(module: nn.Module) -> bool:
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _adapter_state(module: Any) -> tuple[Any, ...]:

@@ -143,7 +143,11 @@ def _ours(case, inputs, rows, grad_out):
     if maps is not None:
         outputs, grads = [got, got_maps], [grad_out, grad_maps]
     of = {name: y for name, y in x.items() if name != "gate" or rows.gate is not None}
-    return dict(zip(of, torch.autograd.grad(outputs, list(of.values()), grads), strict=True)), _unpacked(bits, n), grad_maps
+    return (
+        dict(zip(of, torch.autograd.grad(outputs, list(of.values()), grads), strict=True)),
+        _unpacked(bits, n),
+        grad_maps,
+    )
 
 
 def inputs_of(x):
@@ -217,7 +221,9 @@ def _inputs(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], TokenSid
 # The definition itself.
 
 
-@pytest.mark.parametrize("program", [FULL, _program(0.3, 0.2, "row"), _program(0.3, None, "content", "random")], ids=str)
+@pytest.mark.parametrize(
+    "program", [FULL, _program(0.3, 0.2, "row"), _program(0.3, None, "content", "random")], ids=str
+)
 def test_gradcheck_of_the_definition(program):
     query, key, value = (torch.randn(2, 2, s, 3, dtype=torch.float64, requires_grad=True) for s in (4, 6, 6))
     gate = torch.rand(2, 6, dtype=torch.float64, requires_grad=True)
@@ -368,7 +374,9 @@ def test_random_mode_under_vmap_says_that_it_draws_anew():
 def test_a_second_backward_is_refused(smooth):
     query, key, value, gate = _small()
     program = SMOOTHED if smooth else FULL
-    (first,) = torch.autograd.grad(_call(query, key, value, gate, program=program).square().sum(), query, create_graph=True)
+    (first,) = torch.autograd.grad(
+        _call(query, key, value, gate, program=program).square().sum(), query, create_graph=True
+    )
     with pytest.raises(RuntimeError, match="no gradient of the gradient; backend='reference' has one"):
         first.square().sum().backward()
     op = torch.ops.sdattn_fast.rows_backward
@@ -396,7 +404,9 @@ def test_smoothing_has_all_its_derivatives():
     _same([grad], torch.autograd.grad((definition_smooth(x) * weight).sum(), x))
     (first,) = torch.autograd.grad(smooth(x).pow(3).sum(), x, create_graph=True)
     (other,) = torch.autograd.grad(definition_smooth(x).pow(3).sum(), x, create_graph=True)
-    _same(torch.autograd.grad(first.square().sum(), x), torch.autograd.grad(other.square().sum(), x), rtol=1e-4, atol=1e-4)
+    _same(
+        torch.autograd.grad(first.square().sum(), x), torch.autograd.grad(other.square().sum(), x), rtol=1e-4, atol=1e-4
+    )
 
 
 def definition_smooth(x):
@@ -479,6 +489,7 @@ def test_strides(dtype, each_isa):
     grad_out = torch.randn(2, 3, 70, 24).to(dtype)
     _, _, bits = cpu.attention(*inputs_of(inputs), 0.2, rows, return_bits=True)
     for _ in each_isa():
+
         def run(query, key, value, grad):
             return cpu.backward(grad, None, query, key, value, None, 0.2, rows, bits, [True] * 5 + [False])[:5]
 
@@ -532,14 +543,21 @@ def test_relevance_is_that_of_the_stored_map(maps, chosen, each_isa):
     b, h, m, n = 2, 3, 300, 20
     query, key, value = (torch.randn(b, h, s, 16) for s in (m, n, n))
     tokens, grad_out, grad_maps = [4, 0, 19], torch.randn(b, h, m, 16), torch.randn(b, 2, m) * maps
-    side = {"protected": torch.rand(b, n) > 0.6, "gate": torch.rand(b, n), "heads": [0, 1], "active": torch.tensor([True, False])}
+    side = {
+        "protected": torch.rand(b, n) > 0.6,
+        "gate": torch.rand(b, n),
+        "heads": [0, 1],
+        "active": torch.tensor([True, False]),
+    }
     want = _stored(query, key, value, side, grad_out, grad_maps)
     want = want[:, :, :, tokens] if chosen is None else want[:, chosen][:, :, :, tokens]
     for isa in each_isa():
         sink = torch.zeros(b, len(tokens), m, requires_grad=True)
         asked = autograd.Relevance(sink, torch.tensor(tokens, dtype=torch.int32))
         if chosen is not None:
-            asked = autograd.Relevance(sink, asked.tokens, torch.tensor([i in chosen for i in range(h)]).to(torch.uint8))
+            asked = autograd.Relevance(
+                sink, asked.tokens, torch.tensor([i in chosen for i in range(h)]).to(torch.uint8)
+            )
         call = prepare(
             FULL, batch=b, heads_count=h, tokens=n, device=query.device, **side, capture=Capture((1, 2)), backend="cpu"
         )
@@ -560,7 +578,7 @@ def _stored(query, key, value, side, grad_out, grad_maps) -> Tensor:
     captured, definition._captured = definition._captured, keep
     try:
         _, maps = reference_attention(
-            query.double(), key.double(), value.double().requires_grad_(), FULL, **{**side, "heads": heads, "gate": side["gate"]},
+            query.double(), key.double(), value.double().requires_grad_(), FULL, **{**side, "heads": heads},
             capture=Capture((1, 2)),
         )  # fmt: skip
     finally:

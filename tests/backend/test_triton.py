@@ -22,7 +22,7 @@ def test_the_kernels_under_the_interpreter():
     """Everything in tests/kernels/interpreted_*.py, whose failures show here."""
     pytest.importorskip("triton")
     files = [str(f) for f in sorted(KERNELS.glob("interpreted_*.py"))]
-    assert len(files) == 3
+    assert len(files) == 4
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, cwd=KERNELS, capture_output=True, text=True)

@@ -11,8 +11,6 @@ import torch
 
 from sdattn_fast.guidance.structure import Structure, canny_edges, object_marginals, predicted_clean, refine_latents
 
-pytest.importorskip("kornia")
-
 SIZE = 24
 
 

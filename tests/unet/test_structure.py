@@ -12,8 +12,6 @@ import sdattn_fast
 from sdattn_fast import Capture
 from sdattn_fast.guidance.structure import Structure
 
-pytest.importorskip("kornia")
-
 
 @pytest.mark.parametrize("architecture", ["sd15", "sdxl", "inpaint"])
 @pytest.mark.parametrize("preview", ["latent", "decoded"])

@@ -1,0 +1,245 @@
+"""GradCAM on cross-attention, without a map: where in the picture a token bears on a score.
+
+The relevance of token n at pixel m is the sum over heads of A * relu(dL/dA), and the mean of that over layers. The
+backward kernel has both factors of a row at hand (dL/dA = dO V^T) and adds the products up as it goes, so neither A nor
+dL/dA is stored: what a layer keeps is the result, (B, T, M).
+
+PnP-OVSS's salience dropout goes further: an object's most telling part outshines the rest, so its pixels are taken from
+the tokens, the model is asked again, and what it then looks at is added.
+
+Source: Selvaraju et al. 2017, "Grad-CAM"; Luo et al. 2024, "Emergent Open-Vocabulary Semantic Segmentation from
+Off-the-shelf Vision-Language Models" (PnP-OVSS), sections 3.2 and 3.3.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..program import Capture, Program
+from ..unet.apply import Patch, apply
+from ..unet.layers import Layer, heads_of_layers, select_layers
+from ..unet.maps import Maps, key_layers
+
+__all__ = ["Seen", "gradcam", "asked", "run"]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a score may look at, all of it part of the graph.
+
+    prediction: (B, C, height, width), the UNet's output. latents: its input. t: the timestep. maps: of the key layers,
+    mean over heads; empty where the patch has no capture.
+    """
+
+    prediction: Tensor
+    latents: Tensor
+    t: Any
+    maps: Maps
+
+
+Loss = Callable[[Seen], Tensor]
+
+
+def gradcam(
+    unet: nn.Module | Patch,
+    latents: Tensor,
+    t: Any,
+    text: Tensor,
+    loss: Loss,
+    *,
+    tokens: Sequence[int] | None = None,
+    layers: str | Sequence[str] | None = None,
+    heads: Any = None,
+    rounds: int = 1,
+    drop: float = 0.02,
+    program: Program = Program(),
+    **inputs: Any,
+) -> Maps:
+    """The relevance of tokens to what `loss` gives, by layer.
+
+    Args:
+        unet: a UNet, which runs `program` for this call, every token content; or the `Patch` that is in place on one.
+        latents: (B, C, height, width); t: the timestep; text: (B, N, E); inputs: what else the UNet takes, such as
+            added_cond_kwargs. B prompts; an unconditional half would be asked too.
+        loss: `Seen` -> a scalar. Relevant is where more attention would raise it, so it is a score, as image-text
+            matching is in PnP-OVSS; `objectives` has some. For what raises an error, give the error.
+        tokens: indices; None: all N. layers: names or fnmatch patterns; None: the key layers. heads: as in `apply`, the
+            heads that are summed over; None: all.
+        rounds: of salience dropout. After each, the share `drop` of pixels that is most salient for these tokens, in
+            their mean over tokens and layers, is taken from them in the layers asked; the maps of all rounds are added.
+
+    Returns:
+        `Maps`: layer name -> (B, T, height, width) float32, >= 0, without a graph. A is what the program leaves before
+        its last smoothing. `upsample` gives the mean over layers.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it was and what was expected; ValueError also where the fused
+        backward kernels do not serve the call (float64, rounds of refinement, axis "space").
+
+    Memory: (B, T, M) floats a layer asked, and the UNet's own activations; with rounds > 1 a bias (B, 1, M, N) a layer.
+    """
+    _check(latents, text, loss, rounds, drop)
+    with _patched(unet, program, loss) as patch:
+        chosen = _chosen(patch, layers, latents)
+        total: dict[str, Tensor] = {}
+        wanted = tuple(range(text.shape[1])) if tokens is None else _indices(tokens, text.shape[1])
+        dropped: Tensor | None = None
+        for turn in range(rounds):
+            with asked(patch, chosen, wanted, heads), _without(chosen, dropped, wanted, text.shape[1]):
+                seen = run(patch, latents, t, text, **inputs)
+                with torch.enable_grad():  # pipelines call from inside no_grad
+                    value = _scalar(loss(seen))
+                found = _relevance(chosen, value)
+            total = {name: total[name] + x if turn else x for name, x in found.items()}
+            if turn + 1 < rounds:
+                salient = _most_salient(found, drop)
+                dropped = salient if dropped is None else dropped | salient
+        size = (int(latents.shape[2]), int(latents.shape[3]))
+        return Maps(total, wanted, size, _tokenizer(patch))
+
+
+def run(patch: Patch, latents: Tensor, t: Any, text: Tensor, **inputs: Any) -> Seen:
+    """One forward with gradients on, beside those of a pipeline: its maps do not enter the run's mean."""
+    model = patch._models[0]
+    keeper = patch._keeper
+    with torch.enable_grad(), contextlib.nullcontext() if keeper is None else keeper.aside(patch._layers):
+        out = model.outer(latents, t, encoder_hidden_states=text, return_dict=False, **inputs)[0]
+        maps = Maps({}, (), None) if keeper is None else patch.maps
+    return Seen(out, latents, t, maps)
+
+
+@contextlib.contextmanager
+def asked(patch: Patch, layers: Sequence[Layer], tokens: Sequence[int], heads: Any = None) -> Iterator[None]:
+    """Inside, forwards of these layers ask their backward pass for the relevance of tokens, summed over heads."""
+    by_layer = heads_of_layers(heads, [(layer.name, layer.attn) for layer in patch._layers])
+    of_tokens = torch.tensor(tuple(tokens), dtype=torch.int32)
+    for layer in layers:
+        chosen = by_layer[layer.name]
+        summed = None
+        if chosen is not None:
+            summed = torch.zeros(int(layer.attn.heads), dtype=torch.uint8)
+            summed[list(chosen)] = 1
+        layer.asks = (of_tokens, summed)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.asks = layer.sink = None
+
+
+def _relevance(layers: Sequence[Layer], value: Tensor) -> dict[str, Tensor]:
+    sinks = [layer.sink for layer in layers]
+    ran = [layer for layer in layers if layer.sink is not None]
+    grads = torch.autograd.grad(value, [s for s in sinks if s is not None], allow_unused=True)
+    found = {}
+    for layer, grad in zip(ran, grads, strict=True):
+        assert layer.sink is not None
+        relevance = torch.zeros_like(layer.sink) if grad is None else grad
+        if layer.grid is None:
+            raise ValueError(f"unet: layer {layer.name!r} ran outside a block that knows its height and width")
+        found[layer.name] = relevance.detach().unflatten(-1, layer.grid)
+    return found
+
+
+def _most_salient(relevance: dict[str, Tensor], drop: float) -> Tensor:
+    """(B, height, width) bool, as the largest layer: the share `drop` of pixels where these tokens matter most."""
+    size = max(((x.shape[2], x.shape[3]) for x in relevance.values()), key=math.prod)
+    mean = sum(F.interpolate(x.mean(1, keepdim=True), size, mode="bilinear")[:, 0] for x in relevance.values())
+    assert isinstance(mean, Tensor)
+    flat = mean.flatten(1)
+    k = max(1, round(drop * flat.shape[1]))
+    salient = torch.zeros_like(flat, dtype=torch.bool).scatter(1, flat.topk(k, dim=1).indices, True)
+    return salient.view(mean.shape)
+
+
+@contextlib.contextmanager
+def _without(layers: Sequence[Layer], dropped: Tensor | None, tokens: Sequence[int], count: int) -> Iterator[None]:
+    """Inside, the dropped pixels (B, height, width) pay these tokens no attention."""
+    if dropped is None:
+        yield
+        return
+    before = [layer.bias for layer in layers]
+    try:
+        for layer in layers:
+            assert layer.grid is not None
+            there = F.adaptive_max_pool2d(dropped[:, None].float(), layer.grid).flatten(1) > 0
+            bias = torch.zeros(len(dropped), 1, there.shape[1], count, device=dropped.device)
+            bias[..., list(tokens)] = torch.where(there, -math.inf, 0.0)[:, None, :, None]
+            layer.bias = bias if layer.bias is None else layer.bias + bias
+        yield
+    finally:
+        for layer, biased in zip(layers, before, strict=True):
+            layer.bias = biased
+
+
+@contextlib.contextmanager
+def _patched(unet: Any, program: Program, loss: Loss) -> Iterator[Patch]:
+    if isinstance(unet, Patch):
+        if not unet._installed or not unet._models:
+            raise ValueError(f"unet: expected a patch in place, got {unet!r}")
+        yield unet
+        return
+    if not isinstance(unet, nn.Module):
+        raise TypeError(f"unet: expected a UNet or a Patch, got {type(unet).__name__}")
+    needed = getattr(loss, "tokens", None)
+    capture = None if needed is None else Capture(tuple(sorted(set(needed))))
+    with apply(unet, program, capture=capture) as patch:
+        if not patch._models:
+            raise ValueError("unet: it has no cross-attention layer to serve")
+        yield patch
+
+
+def _chosen(patch: Patch, wanted: str | Sequence[str] | None, latents: Tensor) -> list[Layer]:
+    # A ControlNet's layers do not run in the UNet's forward.
+    mine = patch._models[0].layers
+    if wanted is None:
+        names = key_layers(patch._models[0].module, mine, (int(latents.shape[2]), int(latents.shape[3])))
+    else:
+        names = set(select_layers(wanted, [layer.name for layer in mine]))
+    return [layer for layer in mine if layer.name in names]
+
+
+def _tokenizer(patch: Patch) -> Any:
+    return None if patch._memory is None else getattr(patch._memory.pipe, "tokenizer", None)
+
+
+def _scalar(value: Any) -> Tensor:
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        shape = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"loss: expected a scalar tensor from it, got {shape}")
+    if not value.requires_grad:
+        raise ValueError("loss: what it gave does not depend on the attention (no graph)")
+    return value.reshape(())
+
+
+def _indices(tokens: Any, count: int) -> tuple[int, ...]:
+    found = Capture(tuple(tokens)).tokens  # checks that they are ints >= 0
+    assert found is not None
+    if not found or max(found) >= count:
+        raise ValueError(f"tokens: expected indices < {count}, at least one, got {found}")
+    return found
+
+
+def _check(latents: Any, text: Any, loss: Any, rounds: Any, drop: Any) -> None:
+    for name, x, dims in (("latents", latents, 4), ("text", text, 3)):
+        if not isinstance(x, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        if x.dim() != dims:
+            shape = "(B, C, height, width)" if dims == 4 else "(B, N, E)"
+            raise ValueError(f"{name}: expected {shape}, got shape {tuple(x.shape)}")
+    if latents.shape[0] != text.shape[0]:
+        raise ValueError(f"text: expected {latents.shape[0]} entries, as the latents, got {text.shape[0]}")
+    if not callable(loss):
+        raise TypeError(f"loss: expected a callable, got {type(loss).__name__}")
+    if isinstance(rounds, bool) or not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"rounds: expected an int >= 1, got {rounds!r}")
+    if isinstance(drop, bool) or not isinstance(drop, (int, float)) or not 0.0 < drop < 1.0:
+        raise ValueError(f"drop: expected a share in (0, 1), got {drop!r}")

@@ -1,0 +1,121 @@
+"""Scores that `gradcam` and corrections differentiate: each grows as the picture follows its prompt better."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .gradcam import Seen
+from .structure import predicted_clean
+
+__all__ = ["NoisePrediction", "Presence", "ClipSimilarity"]
+
+
+class NoisePrediction:
+    """Minus the mean squared error of the UNet's prediction: what a denoiser is trained for.
+
+    Args: target: (B, C, height, width), the noise, velocity or clean latent that the scheduler's prediction type means.
+    """
+
+    def __init__(self, target: Tensor) -> None:
+        self.target = target
+
+    def __call__(self, seen: Seen) -> Tensor:
+        return -F.mse_loss(seen.prediction.float(), self.target.to(seen.prediction.device).float())
+
+
+class Presence:
+    """How much attention each phrase has at its strongest pixel; the mean of the B entries' weakest phrases.
+
+    The map of a phrase is the mean over its tokens, the key layers and the heads, each layer's upsampled to the
+    largest, smoothed by a Gaussian of sigma 1/2 so that no single pixel decides.
+
+    Args:
+        phrases: token indices of each phrase; or, where entries have prompts of their own, such a list for each.
+        weakest: judge by the weakest phrase, as Attend-and-Excite; False: by the mean over phrases.
+
+    Source: Chefer et al. 2023, "Attend-and-Excite", equations 1 and 2; there 1 minus this is the loss.
+    """
+
+    def __init__(self, phrases: Sequence[Any], *, weakest: bool = True) -> None:
+        nested: list[list[Any]] = [[phrase] if isinstance(phrase, int) else list(phrase) for phrase in phrases]
+        by_entry = bool(nested) and all(some and not isinstance(some[0], int) for some in nested)
+        self.phrases = [[tuple(phrase) for phrase in some] for some in (nested if by_entry else [nested])]
+        if any(not some or any(not phrase for phrase in some) for some in self.phrases):
+            raise ValueError(f"phrases: expected token indices of at least one phrase, got {phrases!r}")
+        self.weakest = weakest
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        return tuple(sorted({i for some in self.phrases for phrase in some for i in phrase}))
+
+    def __call__(self, seen: Seen) -> Tensor:
+        by_entry = self.strongest(seen)
+        return torch.stack([x.amin() if self.weakest else x.mean() for x in by_entry]).mean()
+
+    def strongest(self, seen: Seen) -> list[Tensor]:
+        """Of each entry, (its phrases,)."""
+        place = {token: i for i, token in enumerate(seen.maps.tokens)}
+        missing = [i for i in self.tokens if i not in place]
+        if not len(seen.maps) or missing:
+            raise ValueError(
+                f"phrases: expected maps of tokens {self.tokens}, got those of {seen.maps.tokens}; "
+                "apply(..., capture=Capture(tokens=...)) keeps them"
+            )
+        size = max(((x.shape[-2], x.shape[-1]) for x in seen.maps.values()), key=lambda s: s[0] * s[1])
+        maps = seen.maps.upsample(size)
+        phrases = self.phrases * len(maps) if len(self.phrases) == 1 else self.phrases
+        if len(phrases) != len(maps):
+            raise ValueError(f"phrases: expected a list for each of {len(maps)} entries, got {len(phrases)}")
+        return [
+            _smoothed(torch.stack([x[[place[i] for i in phrase]].mean(0) for phrase in some])).flatten(1).amax(1)
+            for x, some in zip(maps, phrases, strict=True)
+        ]
+
+
+class ClipSimilarity:
+    """The cosine of CLIP's embeddings of the text and of the picture that the UNet's prediction means; mean over B.
+
+    Args:
+        pipe: whose scheduler and VAE make the picture. The decoder is differentiated, which takes memory.
+        clip: a transformers CLIPModel; tokenizer, processor: its own.
+        texts: B captions or phrases, or one for all.
+    """
+
+    def __init__(self, pipe: Any, clip: Any, tokenizer: Any, processor: Any, texts: str | Sequence[str]) -> None:
+        self.pipe, self.clip, self.processor = pipe, clip, processor
+        texts = [texts] if isinstance(texts, str) else list(texts)
+        ids = tokenizer(
+            texts, padding="max_length", truncation=True, max_length=tokenizer.model_max_length, return_tensors="pt"
+        ).input_ids.to(clip.device)
+        with torch.no_grad():
+            self.texts = F.normalize(clip.text_projection(clip.text_model(ids).pooler_output), dim=-1)
+
+    def __call__(self, seen: Seen) -> Tensor:
+        vae = self.pipe.vae
+        clean = predicted_clean(self.pipe.scheduler, seen.latents, seen.t, seen.prediction).to(vae.dtype)
+        clean = clean / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+        picture = (vae.decode(clean, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        picture = F.interpolate(picture, size=self._size(), mode="bicubic", antialias=True)
+        mean, deviation = (
+            torch.tensor(x, device=picture.device)[:, None, None]
+            for x in (self.processor.image_mean, self.processor.image_std)
+        )
+        pixels = ((picture - mean) / deviation).to(self.clip.dtype)
+        embedding = self.clip.visual_projection(self.clip.vision_model(pixels).pooler_output)
+        return (F.normalize(embedding, dim=-1) * self.texts).sum(-1).mean().float()
+
+    def _size(self) -> tuple[int, int]:
+        side = int(self.clip.config.vision_config.image_size)
+        return side, side
+
+
+def _smoothed(maps: Tensor) -> Tensor:
+    """A Gaussian of sigma 1/2 over 3x3 pixels, (T, height, width)."""
+    from kornia.filters import gaussian_blur2d
+
+    return gaussian_blur2d(maps[:, None], (3, 3), (0.5, 0.5), border_type="replicate")

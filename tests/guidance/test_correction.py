@@ -1,0 +1,168 @@
+"""Corrections during sampling: the score grows, attention goes where it is relevant, and nothing stays behind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+import sdattn_fast
+from sdattn_fast import Capture, Program, Refinement, SalienceDropout
+from sdattn_fast.guidance.correction import Correction
+from sdattn_fast.guidance.gradcam import run
+from sdattn_fast.guidance.objectives import Presence
+
+CAPTION = "a large red circle and a small blue square on a gray background"
+PHRASES = [(3, 4), (8, 9)]
+FULL = Program(SalienceDropout(0.1), Refinement(threshold=0.1), "content")
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    from sdattn_fast.lab import load_pipeline
+
+    found = load_pipeline()
+    found.set_progress_bar_config(disable=True)
+    return found
+
+
+def draw(pipe: Any, callback: Any, captions: Any = CAPTION, **given: Any) -> torch.Tensor:
+    return pipe(
+        captions, num_inference_steps=4, output_type="latent", generator=torch.Generator().manual_seed(0),
+        callback_on_step_end=callback, **given,
+    ).images  # fmt: skip
+
+
+@pytest.mark.parametrize("guidance_scale", [4.0, 1.0], ids=["guided", "unguided"])
+def test_a_gradient_step_has_the_size_asked_and_raises_the_score(pipe, guidance_scale) -> None:
+    seen = []
+    with sdattn_fast.apply(pipe, FULL, capture=Capture()) as patch:
+        presence = Presence(PHRASES)
+        with Correction(patch, presence, steps=(1, 2), strength=0.02) as correct:
+
+            def watched(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+                after = correct(pipe, step, t, dict(kept))
+                if step == 1:
+                    inputs, _ = correct._next_inputs(pipe, kept["latents"], pipe.scheduler.timesteps[2])
+                    t, text = inputs["timestep"], inputs["encoder_hidden_states"]
+                    with correct._aside():
+                        seen.extend(
+                            presence(run(patch, x, t, text)).item() for x in (kept["latents"], after["latents"])
+                        )
+                    seen.append((after["latents"] - kept["latents"]).square().mean().sqrt().item())
+                else:
+                    assert after["latents"] is kept["latents"]
+                return after
+
+            draw(pipe, watched, guidance_scale=guidance_scale)
+    before, after, size = seen
+    assert after > before
+    assert size == pytest.approx(0.02, rel=1e-3)
+
+
+def test_reweighting_moves_attention_to_where_it_is_relevant(pipe) -> None:
+    """And does so for the prompts alone, only at the next step, to the tokens named."""
+    biases = []
+
+    def maps(strength: float) -> list[torch.Tensor]:
+        found = []
+        with sdattn_fast.apply(pipe, capture=Capture(steps="latest")) as patch:
+            with Correction(
+                patch, Presence(PHRASES), how="reweight", steps=(1, 2), strength=strength, tokens=(4, 9)
+            ) as c:
+
+                def watched(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+                    found.append(patch.maps.upsample().clone())
+                    after = c(pipe, step, t, kept)
+                    biases.append([layer.bias for layer in patch._layers if layer.bias is not None])
+                    return after
+
+                draw(pipe, watched)
+            assert all(layer.bias is None for layer in patch._layers)
+        return found
+
+    plain, moved = maps(0.0), maps(0.8)
+    *_, (zeros, at_1, at_2, at_3) = biases[:4], biases[4:]
+    assert not at_2 and not at_3 and len(at_1) == 3 and not zeros
+    for bias in at_1:
+        assert bias.shape[:2] == (2, 1) and bool((bias[0] == 0).all())
+        named = [4, 9]
+        others = [i for i in range(77) if i not in named]
+        assert bool((bias[1][..., others] == 0).all()) and bool((bias[1][..., named] != 0).any())
+    for step in (0, 1):
+        torch.testing.assert_close(moved[step], plain[step])
+    weight = torch.nn.functional.interpolate(at_1[0][1, 0][:, 4].view(1, 1, 16, 16), plain[2].shape[-2:])[0, 0]
+    change = (moved[2] - plain[2])[0, 4]
+    assert torch.corrcoef(torch.stack([weight.flatten(), change.flatten()]))[0, 1] > 0.3
+
+
+def test_the_original_formula_scales_all_latents_by_about_one_and_a_half(pipe) -> None:
+    factors = []
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        with Correction(patch, Presence(PHRASES), how="scale", steps=(0, 3)) as correct:
+
+            def watched(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+                after = correct(pipe, step, t, dict(kept))
+                factors.append((after["latents"] / kept["latents"]).mean().item())
+                return after
+
+            draw(pipe, watched)
+    assert factors[:3] == pytest.approx([1.5] * 3, abs=0.02) and factors[3] == 1.0
+
+
+def test_strength_zero_leaves_the_picture(pipe) -> None:
+    with sdattn_fast.apply(pipe, FULL, capture=Capture()) as patch:
+        plain = draw(pipe, None)
+        for how in ("gradient", "reweight"):
+            with Correction(patch, Presence(PHRASES), how=how, strength=0.0, tokens=(4,)) as correct:
+                torch.testing.assert_close(draw(pipe, correct), plain, rtol=1e-4, atol=1e-4)
+
+
+def test_entries_have_phrases_and_tokens_of_their_own(pipe) -> None:
+    """A batch of prompts is corrected as each prompt by itself."""
+    captions = [CAPTION, "a small pink star on a black background"]
+    phrases = [PHRASES, [(3, 4)]]
+    tokens = [(4, 9), (4,)]
+
+    def noise() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(i) for i in range(2)]
+
+    def drawn(which: slice, how: str) -> torch.Tensor:
+        with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+            with Correction(patch, Presence(phrases[which]), how=how, strength=0.3, tokens=tokens[which]) as correct:
+                return pipe(
+                    captions[which], num_inference_steps=3, output_type="latent", generator=noise()[which],
+                    callback_on_step_end=correct,
+                ).images  # fmt: skip
+
+    for how in ("gradient", "reweight"):
+        together = drawn(slice(0, 2), how)
+        for i in range(2):
+            torch.testing.assert_close(together[i : i + 1], drawn(slice(i, i + 1), how), rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"how": "push"}, "how: expected one of"),
+        ({"steps": (3, 3)}, "steps: expected 0 <= first < end"),
+        ({"steps": 3}, "steps: expected"),
+        ({"strength": -1.0}, "strength: expected a number in"),
+        ({"how": "reweight", "strength": 2.0}, r"strength: expected a number in \[0, 1\]"),
+        ({"score": "presence"}, "score: expected a callable"),
+        ({"patch": None}, "patch: expected"),
+    ],
+    ids=str,
+)
+def test_bad_input(pipe, changes, said) -> None:
+    with sdattn_fast.apply(pipe) as patch, pytest.raises((TypeError, ValueError), match=said):
+        Correction(**({"patch": patch, "score": Presence(PHRASES)} | changes))
+
+
+def test_presence_says_which_maps_it_misses(pipe) -> None:
+    with sdattn_fast.apply(pipe) as patch, Correction(patch, Presence(PHRASES)) as correct:
+        with pytest.raises(ValueError, match="phrases: expected maps of tokens"):
+            draw(pipe, correct)
+    with pytest.raises(ValueError, match="phrases: expected token indices"):
+        Presence([()])
