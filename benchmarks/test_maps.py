@@ -18,8 +18,8 @@ import torch
 
 pytest.importorskip("diffusers")
 
-WAYS = ("stock, none", "every map kept", "16x16 kept", "ours, none", "ours, 16x16")
 MIB = 2**20
+WAYS = ("stock, none", "every map kept", "16x16 kept", "ours, none", "ours, 16x16")
 
 
 class Keep:
@@ -37,20 +37,8 @@ class Keep:
         return attn.to_out[0](attn.batch_to_head_dim(p @ value))
 
 
-def _peak(step: Any) -> float:
-    """MiB, the highest sum of what torch allocated during the step."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        step()
-    events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-    now = most = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        now += event.nbytes()
-        most = max(most, now)
-    return most / MIB
-
-
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "with_gradients"])
-def test_memory_of_a_step(benchmark, gradients):
+def test_memory_of_a_step(benchmark, peak_mib, gradients):
     import sdattn_fast
     from sdattn_fast.cli.registry import build_unet, random_inputs
 
@@ -82,7 +70,7 @@ def test_memory_of_a_step(benchmark, gradients):
 
         step()  # makes the text's caches
         kept.clear()
-        rows[way] = (_peak(step), sum(m.numel() * m.element_size() for m in maps()) / MIB)
+        rows[way] = (peak_mib(step), sum(m.numel() * m.element_size() for m in maps()) / MIB)
         if patch is not None:
             patch.remove()
         unet.set_attn_processor(dict(stock))

@@ -10,6 +10,9 @@ import triton.language as tl
 
 from .select import kth_largest
 
+# Step 6 takes a smaller sum for an empty one: its inverse may not be a float.
+LEAST_SUM = tl.constexpr(1e-30)
+
 
 @triton.jit
 def softmax_parts(sa, sb, NB: tl.constexpr):
@@ -66,13 +69,13 @@ def row_program(
     # 6.
     if RENORM == 1:
         left = tl.sum(tl.where(c, p, 0.0), 1)
-        p = tl.where(c, p * (mass / tl.where(left == 0, 1.0, left))[:, None], p)
+        p = tl.where(c, p * (mass / tl.where(left < LEAST_SUM, 1.0, left))[:, None], p)
     if RENORM == 2:
         left = tl.sum(p, 1)
         if NB > 0:
             left += tl.sum(pb, 1)
         # Here, and not after the second product: what is left of a row may be too small for half precision.
-        factor = tl.where(left == 0, 0.0, 1.0 / left)[:, None]
+        factor = tl.where(left < LEAST_SUM, 0.0, 1.0 / left)[:, None]
         p = p * factor
         if NB > 0:
             pb = pb * factor

@@ -9,7 +9,7 @@ is found exactly by histograms of the numbers' bits, which order as the numbers 
 import triton
 import triton.language as tl
 
-from .program import philox_uniform, phrase_means, softmax_parts
+from .program import LEAST_SUM, philox_uniform, phrase_means, softmax_parts
 from .rows import _logits, _slice, _store_out
 from .select import kth_largest
 
@@ -111,10 +111,10 @@ def picture_kernel(
             p = tl.where(c & (p <= (threshold * highest)[None, :]), 0.0, p)
         if RENORM == 1:
             left = tl.sum(tl.where(c, p, 0.0), 1)
-            p = tl.where(c, p * (mass / tl.where(left == 0, 1.0, left))[:, None], p)
+            p = tl.where(c, p * (mass / tl.where(left < LEAST_SUM, 1.0, left))[:, None], p)
         if RENORM == 2:
             left = tl.sum(p, 1)
-            p = tl.where(mode == 0, p * (1.0 / tl.where(left == 0, 1.0, left))[:, None], p)
+            p = tl.where(mode == 0, p * (1.0 / tl.where(left < LEAST_SUM, 1.0, left))[:, None], p)
     if STAGE == "round":
         tl.store(here, p, mask=inside)
     if STAGE == "last":

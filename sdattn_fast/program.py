@@ -48,7 +48,8 @@ class Refinement:
     """Non-maximum suppression, renormalisation and Gaussian smoothing, repeated.
 
     Args:
-        steps: rounds R >= 1; rounds 2..R work on the map that the round before smoothed.
+        steps: rounds R >= 1; rounds 2..R work on the map that the round before smoothed. More than 1 lost objects on
+            the shapes pipeline (docs/structure.md).
         threshold: content entries survive where ``p > threshold * max``, in [0, 1); None: no suppression.
         sigma: standard deviation of the Gaussian, in pixels of the layer's grid, >= 0; 0: no smoothing.
         axis: the maximum is taken over the row's content ("token") or over the token's map ("space").

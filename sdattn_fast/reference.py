@@ -201,7 +201,9 @@ def _suppressed(p: Tensor, c: Tensor, threshold: float, axis: str) -> Tensor:
     return c & (q <= threshold * highest)
 
 
-# Step 6.
+# Step 6. A smaller sum counts as an empty one: in float32 its inverse may be infinite.
+
+LEAST_SUM = 1e-30
 
 
 def _renormalise(p: Tensor, c: Tensor, mass: Tensor, how: str) -> Tensor:
@@ -209,9 +211,9 @@ def _renormalise(p: Tensor, c: Tensor, mass: Tensor, how: str) -> Tensor:
         return p
     if how == "row":
         total = p.sum(-1, keepdim=True)
-        return p / torch.where(total == 0, 1.0, total)
+        return p / torch.where(total < LEAST_SUM, 1.0, total)
     left = _content_mass(p, c)
-    return torch.where(c, p * (mass / torch.where(left == 0, 1.0, left)), p)
+    return torch.where(c, p * (mass / torch.where(left < LEAST_SUM, 1.0, left)), p)
 
 
 # Step 7.

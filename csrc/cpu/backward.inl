@@ -222,7 +222,7 @@ inline Regain renormalised(const Attention& f, int64_t content, F mass, const fl
     left = left + y;
     dot = V::fma(V::load(g + c * R), y, dot);
   }
-  const auto nothing = V::eq(left, zero);
+  const auto nothing = V::lt(left, V::set(least_sum));
   const F by = V::select(nothing, one, one / left);
   const F factor = how == renormalize_row ? by : mass * by;
   for (int64_t c = 0; c < columns; ++c) V::store(a + c * R, V::load(a + c * R) * factor);

@@ -555,11 +555,11 @@ inline F program(const Attention& a, const Entry& entry, int64_t b, int64_t h, i
   if (p.renormalize == renormalize_row) {
     const F total = left + sum_of(x + columns * R, a.N - columns);
     // sum - sum: NaN for a row that had one, also where it was dropped.
-    return V::select(V::eq(total, zero), zero, one / total) + (sum - sum);
+    return V::select(V::lt(total, V::set(least_sum)), zero, one / total) + (sum - sum);
   }
   const F factor = V::select(V::eq(sum, zero), zero, one / sum);
   if (p.renormalize != renormalize_content) return factor;
-  const F regain = V::select(V::eq(left, zero), zero, mass / left);
+  const F regain = V::select(V::lt(left, V::set(least_sum)), zero, mass / left);
   if (columns == a.N) return factor * regain + (sum - sum);
   for (int64_t c = 0; c < columns; ++c) V::store(x + c * R, V::load(x + c * R) * regain);
   return factor;

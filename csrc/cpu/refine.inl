@@ -195,7 +195,7 @@ struct Picture {
       if (p.renormalize == renormalize_none) continue;
       const bool row = p.renormalize == renormalize_row;
       const F total = row ? left + sum_of(x + content * R, a.N - content) : left;
-      const F factor = V::select(V::eq(total, zero), row ? one : zero, (row ? one : mass) / total);
+      const F factor = V::select(V::lt(total, V::set(least_sum)), row ? one : zero, (row ? one : mass) / total);
       for (int64_t c = 0; c < (row ? a.N : content); ++c) V::store(x + c * R, V::load(x + c * R) * factor);
     }
   }

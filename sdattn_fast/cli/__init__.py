@@ -38,6 +38,8 @@ def _app(typer):
     from .demo import demo
     from .doctor import doctor
     from .generate import generate
+    from .heads import heads
+    from .tune import tune
 
     app = typer.Typer(
         name="sdattn-fast",
@@ -46,7 +48,7 @@ def _app(typer):
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (doctor, demo, generate, bench):
+    for command in (doctor, demo, generate, heads, tune, bench):
         app.command()(command)
 
     def show_version(wanted: bool) -> None:

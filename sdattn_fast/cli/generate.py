@@ -46,15 +46,25 @@ def generate(
     sigma: Sigma = None,
     refine_axis: RefineAxis = "token",
     renormalize: Renormalize = "none",
+    program_file: Annotated[
+        Path | None,
+        typer.Option("--program", help="A file of `sdattn-fast tune`, in place of the options that say a program."),
+    ] = None,
 ) -> None:
     """Make a picture with a diffusers pipeline whose cross-attention runs the program."""
     import torch
 
-    from .. import apply
+    from .. import Program, apply
+    from ..files import ProgramFile
 
     program = program_of(
         dropout_ratio, dropout_axis, dropout_mode, refine_steps, threshold, sigma, refine_axis, renormalize
     )
+    file = ProgramFile(program)
+    if program_file is not None:
+        if program != Program():
+            raise typer.BadParameter("expected a file or options that say a program, got both", param_hint="--program")
+        file = ProgramFile.load(program_file)
     if not prompt.strip():
         raise typer.BadParameter("expected some words, got an empty prompt", param_hint="--prompt")
     if not 0 <= seed < 2**63:
@@ -73,13 +83,20 @@ def generate(
     }
     asked = {key: x for key, x in asked.items() if x is not None}
 
-    def draw() -> Any:
+    # The stock picture is what the pipeline gives without the file; an option on the command line holds for both.
+    tuned = dict(asked)
+    if num_inference_steps is None and file.num_inference_steps is not None:
+        tuned["num_inference_steps"] = file.num_inference_steps
+    if guidance_scale is None and file.guidance_scale is not None:
+        tuned["guidance_scale"] = file.guidance_scale
+
+    def draw(asked: dict[str, Any]) -> Any:
         return pipe(**asked, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
 
     if compare:
-        _save(draw(), out.with_name(f"{out.stem}.stock{out.suffix or '.png'}"))
-    with apply(pipe, program, seed=seed, backend=backend):
-        _save(draw(), out if out.suffix else out.with_suffix(".png"))
+        _save(draw(asked), out.with_name(f"{out.stem}.stock{out.suffix or '.png'}"))
+    with apply(pipe, file, seed=seed, backend=backend):
+        _save(draw(tuned), out if out.suffix else out.with_suffix(".png"))
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> Any:

@@ -46,7 +46,8 @@ class Correction:
         how: "gradient", "reweight" or "scale".
         steps: the first step after which latents are corrected, and the one before which that ends. After the last
             step there is no timestep left, and nothing happens.
-        strength: of "gradient", the root mean square of the change; of "reweight", in [0, 1].
+        strength: of "gradient", the root mean square of the change; of "reweight", in [0, 1]. The default is what helped
+            most in docs/gradcam.md.
         tokens: of "reweight", indices for all entries or a list of them for each. layers, heads: as in `gradcam`.
 
     Raises: TypeError, ValueError, naming the argument, what it was and what was expected.
@@ -59,7 +60,7 @@ class Correction:
         *,
         how: str = "gradient",
         steps: tuple[int, int] = (0, 25),
-        strength: float = 0.1,
+        strength: float = 0.05,
         tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
         layers: str | Sequence[str] | None = None,
         heads: Any = None,

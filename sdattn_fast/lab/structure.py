@@ -19,9 +19,10 @@ import typer
 from . import load_pipeline, quiet_loading
 from .detector import Detection, detect
 from .evaluate import _FIRST_SEED, GUIDANCE, STEPS, judge
+from .heads import words_of_objects
 from .world import SIDE, Scene, sample_scene
 
-__all__ = ["conditions", "measure", "summary"]
+__all__ = ["conditions", "measure", "said", "summary"]
 
 MEASURES = ("sharpness", "map IoU", "map boundary F", "bound", "present", "all right")
 _BATCH = 32
@@ -59,20 +60,25 @@ def measure(scene: Scene, image: np.ndarray, maps: Sequence[np.ndarray]) -> dict
     return {name: float(value) for name, value in zip(MEASURES, values, strict=True)}
 
 
-def summary(results: dict[str, list[dict[str, float]]]) -> dict[str, dict[str, dict[str, float]]]:
-    """Condition -> measure -> its mean, and the mean difference to "none" over the captions that both have, with the
-    bounds of its 95 % percentile bootstrap interval and the number of captions."""
+def summary(
+    results: dict[str, list[dict[str, float]]], measures: Sequence[str] = MEASURES, base: str = "none"
+) -> dict[str, dict[str, dict[str, float]]]:
+    """Condition -> measure -> its mean, and the mean difference to the base condition over the captions that both have,
+    with the bounds of its 95 % percentile bootstrap interval and the number of captions. The base comes first."""
     from scipy.stats import bootstrap
 
     table: dict[str, dict[str, dict[str, float]]] = {}
-    for condition, rows in results.items():
+    for condition, rows in sorted(results.items(), key=lambda item: item[0] != base):
         table[condition] = {}
-        for name in MEASURES:
-            mine, none = (np.array([row[name] for row in r]) for r in (rows, results["none"]))
+        for name in measures:
+            mine, none = (np.array([row[name] for row in r]) for r in (rows, results[base]))
             both = np.isfinite(mine) & np.isfinite(none)
             difference = (mine - none)[both]
-            cell = {"mean": float(np.nanmean(mine)), "captions": int(both.sum()), "none": float(none[both].mean())}
-            if condition != "none" and len(difference) > 1 and np.ptp(difference) > 0:
+            known = mine[np.isfinite(mine)]
+            cell: dict[str, Any] = {"captions": int(both.sum())}
+            cell["mean"] = float(known.mean()) if len(known) else None
+            cell["none"] = float(none[both].mean()) if both.any() else None
+            if condition != base and len(difference) > 1 and np.ptp(difference) > 0:
                 interval = bootstrap(
                     (difference,), np.mean, n_resamples=5000, method="percentile", rng=np.random.default_rng(0)
                 ).confidence_interval
@@ -97,7 +103,7 @@ def _draw(
         patch = stack.enter_context(apply(pipe, program, capture=Capture()))
         callback = None
         if structured:
-            words = [[_noun(s, i) for i in range(len(s.objects))] for s in scenes]
+            words = [words_of_objects(caption) for caption in captions]
             callback = stack.enter_context(Structure(patch, captions, words=words, steps=_REFINED_STEPS))
         images = pipe(
             captions, guidance_scale=GUIDANCE, num_inference_steps=STEPS, output_type="np",
@@ -106,13 +112,6 @@ def _draw(
         ).images  # fmt: skip
         maps = patch.maps.upsample((SIDE, SIDE)).numpy()
     return np.rint(images * 255).astype(np.uint8), maps
-
-
-def _noun(scene: Scene, index: int) -> str:
-    """What `words_of` calls the object's shape: the second circle is "circle (2)"."""
-    shape = scene.objects[index].shape
-    before = sum(o.shape == shape for o in scene.objects[:index])
-    return shape if before == 0 else f"{shape} ({before + 1})"
 
 
 def _sharpness(image: np.ndarray, thing: Detection) -> float:
@@ -191,7 +190,7 @@ def _run(
             rows = []
             for i, scene in enumerate(part):
                 words = words_of(pipe.tokenizer, scene.caption)
-                of_objects = [maps[i, words[_noun(scene, o)]].mean(0) for o in range(len(scene.objects))]
+                of_objects = [maps[i, words[word]].mean(0) for word in words_of_objects(scene.caption)]
                 rows.append(measure(scene, images[i], of_objects))
             if start == 0:
                 np.save(folder / f"{name}.npy", images)
@@ -210,14 +209,15 @@ def _run(
     for measure_name in MEASURES:
         shown.add_column(measure_name, justify="right")
     for name, cells in found.items():
-        shown.add_row(name, *(_said(cell) for cell in cells.values()))
+        shown.add_row(name, *(said(cell) for cell in cells.values()))
     console.print(shown)
     _write_pictures(folder, list(conditions()))
 
 
-def _said(cell: dict[str, float]) -> str:
+def said(cell: dict[str, Any]) -> str:
+    """A cell of `summary`: the difference with its interval, or the mean where there is none."""
     if "difference" not in cell:
-        return f"{cell['mean']:.3f}"
+        return "" if cell["mean"] is None else f"{cell['mean']:.3f}"
     return f"{cell['difference']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
 
 

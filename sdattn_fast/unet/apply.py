@@ -7,11 +7,13 @@ import weakref
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..files import ProgramFile, load_heads
 from ..program import Capture, Program
 from .ip_adapter import ip_adapter_processor, is_ip_adapter
 from .layers import LAYER, Layer, cross_attention_layers, heads_of_layers, select_layers, watch_grids
@@ -26,10 +28,10 @@ __all__ = ["Patch", "apply"]
 
 def apply(
     pipe_or_unet: Any,
-    program: Program = Program(),
+    program: Program | ProgramFile | str | Path = Program(),
     *,
     layers: str | Sequence[str] | None = None,
-    heads: Heads = None,
+    heads: Heads | str | Path = None,
     inactive_heads: str = "plain",
     gate: Tensor | None = None,
     phrases: Tensor | None = None,
@@ -50,11 +52,13 @@ def apply(
     Args:
         pipe_or_unet: a pipeline with a ``unet``, or a UNet2DConditionModel or ControlNetModel; the wrappings of
             torch.compile and PEFT are seen through.
-        program: what happens to the rows; ``Program()`` is plain attention.
+        program: what happens to the rows; ``Program()`` is plain attention. Also a `ProgramFile` or the path of
+            one (.json), as `sdattn-fast tune` writes: its layers and heads hold where the keywords do not say others.
         layers: names or fnmatch patterns, such as ``"up_blocks.*"``; None: all. Names are module paths such as
             ``"down_blocks.0.attentions.0.transformer_blocks.0.attn2"``, with ``"controlnet."`` before a ControlNet's.
         heads: indices of the active heads, valid in every patched layer, or {name or pattern: indices}, where layers
-            left out keep all of theirs. inactive_heads: "plain", or "zero": they give zeros.
+            left out keep all of theirs, or the path of a file that `sdattn-fast heads` wrote. inactive_heads: "plain",
+            or "zero": they give zeros.
         gate: bool, or finite and >= 0; phrases: integer ids >= 0, -1 for none; protected: bool. Each (N,) for all
             prompts, (P, N) for P prompts, (A, N) for the A active entries (prompts times images), or (B, N) for the
             UNet's whole batch; gate also (P or A or B, H, N). Unconditional entries have no use for them.
@@ -73,11 +77,13 @@ def apply(
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected; ValueError also where the model is
-            patched already.
+            patched already; OSError: a file that cannot be read.
 
     Source: DESIGN.md, sections 3 and 5.
     """
-    settings = Settings(program, inactive_heads, seed, capture, fold, text_cache, backend)
+    from_file = isinstance(heads, (str, Path))
+    rows, layers, heads, inactive_heads = _from_files(program, layers, heads, inactive_heads)
+    settings = Settings(rows, inactive_heads, seed, capture, fold, text_cache, backend)
     given = Given()
     for name, x in (("gate", gate), ("phrases", phrases), ("protected", protected), ("active", active)):
         setattr(given, name, checked_token_input(name, x))
@@ -98,6 +104,10 @@ def apply(
 
     wanted = set(select_layers(layers, [name for name, _ in found])) - _with_weights_of_their_own(found)
     chosen = [(name, attn) for name, attn in found if name in wanted]
+    if from_file and isinstance(heads, dict):
+        # The file names all layers of its model; those that `layers` leaves out have no use for it.
+        left_out = {name for name, _ in found} - wanted
+        heads = {name: indices for name, indices in heads.items() if name not in left_out}
     heads_of = heads_of_layers(heads, chosen)
     patched = []
     for prefix, model, outer in models:
@@ -258,6 +268,22 @@ class Patch:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+def _from_files(
+    program: Any, layers: str | Sequence[str] | None, heads: Heads | str | Path, inactive_heads: str
+) -> tuple[Any, str | Sequence[str] | None, Heads, str]:
+    """Paths read, and what a program's file says filled in where the keywords are silent."""
+    # A string that does not look like a file is a slip, which the check of programs names.
+    if isinstance(program, Path) or (isinstance(program, str) and program.endswith(".json")):
+        program = ProgramFile.load(program)
+    if isinstance(program, ProgramFile):
+        layers = program.layers if layers is None else layers
+        if heads is None:
+            heads = program.heads
+            inactive_heads = program.inactive_heads if inactive_heads == "plain" else inactive_heads
+        program = program.program
+    return program, layers, load_heads(heads)[0] if isinstance(heads, (str, Path)) else heads, inactive_heads
 
 
 class _Model:

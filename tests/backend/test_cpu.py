@@ -17,7 +17,7 @@ import scipy.ndimage
 import torch
 from torch import Tensor
 
-from sdattn_fast import Capture, Program, Refinement, SalienceDropout
+from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
 from sdattn_fast.backend import cpu
 from sdattn_fast.plan import TokenSide, make_plan
 from sdattn_fast.reference import philox_uniform, reference_attention
@@ -219,6 +219,28 @@ def test_nan_and_infinity_stay_in_their_row(program, dtype, isa):
     assert out[spoilt].isnan().all()
     assert not out[~spoilt].isnan().any()
     assert (out[0, :, 9] == 0).all()
+
+
+@pytest.mark.parametrize("spread", [60.0, 69.0, 80.0, 88.0, 95.0, 104.0])
+@pytest.mark.parametrize("renormalize", ["content", "row"])
+def test_what_is_left_may_be_next_to_nothing(renormalize, spread, isa):
+    # The first token has all but exp(-spread), and step 4 takes it.
+    query, value = torch.randn(1, 1, 20, 8), torch.randn(1, 1, 6, 8)
+    bias = torch.tensor([0.0, *(-spread - 0.5 * i for i in range(5))]).expand(1, 1, 20, 6)
+    program, key = _program(0.2, None, renormalize), torch.zeros(1, 1, 6, 8)
+    want, _ = reference_attention(query.double(), key.double(), value.double(), program, bias=bias.double())
+    out, _, _ = cpu.attention(query, key, value, bias, 1.0, make_plan(program, _side(1, 1, 6)).rows)
+    same, _ = reference_attention(query, key, value, program, bias=bias)
+    torch.testing.assert_close(out.double(), want, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(same.double(), want, rtol=1e-5, atol=1e-6)
+    rounds = Program(SalienceDropout(0.2), Refinement(2, 0.0, 0.5), renormalize)
+    inputs = [x.clone().requires_grad_() for x in (query, key, value)]
+    for now, backend in ((program, "auto"), (rounds, "cpu"), (rounds, "reference")):
+        with torch.set_grad_enabled(backend == "auto"):
+            out = semantic_attention(*inputs, now, bias=bias, scale=1.0, grid=(4, 5), backend=backend)
+        assert out.isfinite().all()
+        if backend == "auto":
+            assert all(g.isfinite().all() for g in torch.autograd.grad(out.sum(), inputs))
 
 
 def test_nan_in_value_spreads_along_its_channel_only(isa):

@@ -22,7 +22,7 @@ def run(capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["doctor", "demo", "generate", "bench"])
+@pytest.mark.parametrize("command", ["doctor", "demo", "generate", "heads", "tune", "bench"])
 def test_help_of_each_command(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -73,6 +73,22 @@ def test_generate_writes_the_picture_and_the_stock_one_beside_it(run, tmp_path):
     assert ours.size == stock.size == (64, 64)
     assert ours.tobytes() != stock.tobytes()
     assert str(tmp_path / "a.png") in out
+
+
+def test_generate_takes_a_program_file(run, tmp_path):
+    from sdattn_fast import Program, SalienceDropout
+    from sdattn_fast.files import ProgramFile
+
+    file, asked = tmp_path / "program.json", ["generate", "--prompt", "a large red circle", "--out"]
+    ProgramFile(Program(SalienceDropout(0.4)), guidance_scale=2.0, num_inference_steps=2).save(file)
+    one, two = tmp_path / "one.png", tmp_path / "two.png"
+    assert run(*asked, str(one), "--program", str(file))[0] == 0
+    assert run(*asked, str(two), "--dropout-ratio", "0.4", "--guidance-scale", "2", "--steps", "2")[0] == 0
+    assert Image.open(one).tobytes() == Image.open(two).tobytes()
+    code, _, err = run(*asked, str(one), "--program", str(file), "--sigma", "1")
+    assert code == 2 and "--program: expected a file or options" in err
+    code, _, err = run(*asked, str(one), "--program", str(tmp_path / "none.json"))
+    assert code == 2 and "none.json" in err
 
 
 def test_generate_loads_a_pipeline_from_a_folder(run, tmp_path):

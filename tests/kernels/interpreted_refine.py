@@ -88,6 +88,23 @@ def test_ties_go_together():
     assert (semantic_attention(0 * query, key, value, program, backend="triton") == 0).all()
 
 
+@pytest.mark.parametrize("rounds", [1, 2])
+@pytest.mark.parametrize("renormalize", ["content", "row"])
+def test_what_is_left_may_be_next_to_nothing(renormalize, rounds):
+    """The first token has all but exp(-spread), and step 4 takes it."""
+    refine = Refinement(2, 0.0, 0.5) if rounds == 2 else None
+    program = Program(SalienceDropout(0.2), refine, renormalize)
+    query, key, value = torch.randn(1, 1, 20, 16), torch.zeros(1, 1, 6, 16), torch.randn(1, 1, 6, 16)
+    for spread in (60.0, 80.0, 95.0):
+        bias = torch.tensor([0.0, *(-spread - 0.5 * i for i in range(5))]).expand(1, 1, 20, 6)
+        want, _ = reference_attention(
+            query.double(), key.double(), value.double(), program, bias=bias.double(), grid=(4, 5)
+        )
+        on_device = [x.to(DEVICE) for x in (query, key, value)]
+        out = semantic_attention(*on_device, program, bias=bias.to(DEVICE), grid=(4, 5), backend="triton")
+        torch.testing.assert_close(out.double().cpu(), want, rtol=1e-4, atol=1e-5)
+
+
 def test_empty():
     for shape in ((0, 2, 4, 3), (2, 0, 4, 3), (2, 2, 0, 3), (2, 2, 4, 0)):
         b, h, m, n = shape

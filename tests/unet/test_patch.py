@@ -13,6 +13,7 @@ import torch
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, SemanticAttnProcessor
+from sdattn_fast.files import ProgramFile, save_heads
 
 DROPOUT = Program(dropout=SalienceDropout(0.3))
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -88,6 +89,33 @@ def test_layers_by_name_and_pattern(parts: dict[str, Any]) -> None:
         sdattn_fast.apply(unet, layers="down_blocks.0.attn2")
     with pytest.raises(TypeError, match="layers: expected names"):
         sdattn_fast.apply(unet, layers=[3])
+
+
+def test_programs_and_heads_come_from_files(parts: dict[str, Any], tmp_path: Any) -> None:
+    unet = parts["sd2"]
+    save_heads(tmp_path / "heads.json", {DOWN: [1], MID: [0, 3]}, {})
+    file = ProgramFile(DROPOUT, layers=(DOWN,), heads={DOWN: (0,)}, inactive_heads="zero")
+    file.save(tmp_path / "program.json")
+    for program in (file, tmp_path / "program.json", str(tmp_path / "program.json")):
+        with sdattn_fast.apply(unet, program) as patch:
+            assert [(one.name, one.heads) for one in patch._layers] == [(DOWN, (0,))]
+            assert patch._settings.program == DROPOUT and patch._settings.inactive_heads == "zero"
+    # Keywords that say something win; heads that are given go with the inactive_heads that are given.
+    with sdattn_fast.apply(unet, file, layers="*", heads=tmp_path / "heads.json") as patch:
+        heads = {one.name: one.heads for one in patch._layers}
+        assert (
+            len(heads) > 3
+            and heads[DOWN] == (1,)
+            and heads[MID] == (0, 3)
+            and patch._settings.inactive_heads == "plain"
+        )
+    with sdattn_fast.apply(unet, layers=MID, heads=str(tmp_path / "heads.json")) as patch:
+        assert [(one.name, one.heads) for one in patch._layers] == [(MID, (0, 3))]
+    save_heads(tmp_path / "others.json", {"elsewhere": [0]}, {})
+    with pytest.raises(ValueError, match="heads: 'elsewhere' matches none"):
+        sdattn_fast.apply(unet, heads=tmp_path / "others.json")
+    with pytest.raises(FileNotFoundError):
+        sdattn_fast.apply(unet, str(tmp_path / "none.json"))
 
 
 def test_heads_for_all_layers_or_by_layer(parts: dict[str, Any], build: Callable[[str], Any], draw: Any) -> None:

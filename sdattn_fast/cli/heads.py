@@ -1,0 +1,171 @@
+"""`sdattn-fast heads`: which heads of a model find the objects, as a file for `apply(heads=...)` and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["heads", "clip_of", "clip_source"]
+
+# One prompt in so many is kept from the choice, and effective attention is measured there.
+_HELD_BACK = 4
+
+
+def heads(
+    model: Annotated[
+        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")
+    ] = "shapes",
+    prompts: Annotated[
+        Path | None,
+        typer.Option(
+            help='A prompt a line, or {"prompt": ..., "words": [...]}; default: captions of the shapes world.'
+        ),
+    ] = None,
+    score: Annotated[
+        str, typer.Option(help="masks: of the shapes world's detector; clip: CLIP on masked pictures; auto.")
+    ] = "auto",
+    clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP; default: the pipeline's own.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="How many heads to choose; default: where their map is best.")
+    ] = None,
+    layers: Annotated[str, typer.Option(help="Names or a pattern of layers.")] = "*",
+    num_inference_steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
+    seed: Annotated[int, typer.Option(help="Prompt i is drawn from seed + i.")] = 0,
+    batch: Annotated[int, typer.Option(help="Prompts drawn at once.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
+    out: Annotated[Path, typer.Option(help="File to write; the picture goes beside it, as PNG.")] = Path("heads.json"),
+) -> None:
+    """Rank every head by how well its word maps find the objects of what is drawn."""
+    from rich.console import Console
+    from rich.progress import Progress
+
+    from ..guidance.heads import clip_score, iou_score, observe, rank_heads
+    from ..lab.heads import objects_of, phrases_of, selection_captions, shapes_truth, words_of_objects
+    from ..unet.maps import words_of
+    from .generate import load_pipeline
+    from .prompts import Prompt, read_prompts, words_to_find
+
+    if score not in ("auto", "masks", "clip"):
+        raise typer.BadParameter(f"expected auto, masks or clip, got {score!r}", param_hint="--score")
+    if batch < 1:
+        raise typer.BadParameter(f"expected at least 1, got {batch}", param_hint="--batch")
+    if not 0 <= seed < 2**62:
+        raise typer.BadParameter(f"expected 0 <= seed < 2**62, got {seed}", param_hint="--seed")
+    if out.is_dir():
+        raise typer.BadParameter(f"expected a file to write, got the folder {out}", param_hint="--out")
+    shapes = model == "shapes"
+    if prompts is None and not shapes:
+        raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint="--prompts")
+    asked = read_prompts(prompts) if prompts else [Prompt(caption) for caption in selection_captions(32)]
+    by_masks = score == "masks" or (score == "auto" and shapes)
+    if by_masks and not any(objects_of(p.text) for p in asked):
+        raise typer.BadParameter("expected captions of the shapes world, such as 'a red circle', for masks",
+                                 param_hint="--prompts")  # fmt: skip
+    console = Console()
+    pipe = load_pipeline(model, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    texts = [p.text for p in asked]
+    words = [
+        words_of_objects(p.text)
+        if by_masks or (shapes and p.words is None and objects_of(p.text))
+        else words_to_find(p, list(words_of(pipe.tokenizer, p.text)))
+        for p in asked
+    ]  # fmt: skip
+    if not any(words):
+        raise typer.BadParameter("expected words that name something in at least one prompt", param_hint="--prompts")
+    options: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps or (20 if shapes else None),
+        "guidance_scale": guidance_scale if guidance_scale is not None else (4.0 if shapes else None),
+    }
+    options = {key: x for key, x in options.items() if x is not None}
+    if by_masks:
+        judge, measure = iou_score(shapes_truth(texts)), "mask IoU"
+    else:
+        named = (lambda one: phrases_of(texts[one.prompt])[: len(one.words)]) if shapes else None
+        judge, measure = clip_score(clip_of(model, clip, pipe.device), named), "CLIP of masked pictures"
+
+    seen = []
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Drawing", total=len(texts))
+        for one in observe(pipe, texts, words, seed=seed, batch=batch, layers=layers, **options):
+            seen.append(one)
+            progress.update(task, completed=one.prompt + 1)
+    held_back = [one for one in seen if len(texts) >= 2 * _HELD_BACK and one.prompt % _HELD_BACK == _HELD_BACK - 1]
+    chosen_on = [one for one in seen if one not in held_back]  # by identity
+    ranking = rank_heads(chosen_on, judge, measure)
+    best = ranking.best(count)
+    notes = {"model": model, "prompts": len(chosen_on), "seed": seed, **options}
+    ranking = replace(ranking, notes=notes | _effective(held_back, best, judge, measure))
+    ranking.save(out, count)
+    picture = out.with_suffix(".png")
+    ranking.draw(picture, count)
+    _show(console, ranking, best, measure, len(held_back))
+    print(f"wrote {out} and {picture}")
+
+
+def clip_of(model: str, clip: str | None, device: Any) -> Any:
+    """The CLIP that is asked for, or the one in the pipeline's folder.
+
+    Raises: ValueError where there is none; OSError, from transformers, where it cannot be loaded.
+    """
+    from ..guidance.clip_score import ClipScorer
+
+    return ClipScorer.load(clip_source(model, clip), device)
+
+
+def clip_source(model: str, clip: str | None) -> str:
+    """The folder or hub id that `clip_of` loads. Raises: ValueError where there is none."""
+    from ..lab import shapes_path
+
+    name = model if clip is None else clip
+    folder = shapes_path() if name == "shapes" else Path(name)
+    if (folder / "clip").is_dir():
+        return str((folder / "clip").resolve())
+    if clip is None:
+        raise ValueError(f"clip: {model!r} has no subfolder 'clip'; say one, such as openai/clip-vit-base-patch32")
+    if folder.is_absolute() and not folder.is_dir():
+        raise ValueError(f"clip: expected a folder or hub id, and there is no folder {clip}")
+    return str(folder.resolve()) if folder.is_dir() else clip
+
+
+def _effective(held_back: Sequence[Any], best: Any, judge: Any, measure: str) -> dict[str, Any]:
+    """Mean scores of the chosen heads' map and of all heads', on prompts kept from the choice."""
+    from ..guidance.heads import effective_attention
+
+    if not held_back:
+        return {}
+    rows = effective_attention(held_back, best, judge)
+    chosen, whole = (float(rows[name].nanmean()) for name in ("chosen", "all"))
+    if chosen != chosen or whole != whole:
+        return {}
+    found = {"held back": {"prompts": len(held_back), "chosen": chosen, "all": whole}}
+    return {**found, "effective attention": chosen / whole - 1} if measure == "mask IoU" and whole > 0 else found
+
+
+def _show(console: Any, ranking: Any, best: dict[str, list[int]], measure: str, held_back: int) -> None:
+    from rich.table import Table
+
+    table = Table("layer", "heads chosen", "mean", "best", title=f"{measure}, {ranking.objects} objects")
+    for layer, heads in best.items():
+        scores = [x for (name, _), x in ranking.scores.items() if name == layer and x == x]
+        if scores:
+            mean, most = f"{sum(scores) / len(scores):.3f}", f"{max(scores):.3f}"
+            table.add_row(layer, ", ".join(map(str, heads)) or "none", mean, most)
+    console.print(table)
+    notes = ranking.notes
+    if "held back" in notes:
+        found = notes["held back"]
+        console.print(
+            f"On {held_back} prompts kept from the choice: {measure} {found['chosen']:.3f} of the chosen heads' map, "
+            f"{found['all']:.3f} of all heads'"
+        )
+    if "effective attention" in notes:
+        console.print(f"Effective attention: {100 * notes['effective attention']:+.1f} %")
+    elif measure != "mask IoU":
+        console.print("Effective attention is defined by true masks, which CLIP does not give.")

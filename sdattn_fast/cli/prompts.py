@@ -1,0 +1,68 @@
+"""Files of prompts: a line a prompt, as plain text or as JSON with the words that name its objects."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+__all__ = ["Prompt", "read_prompts", "words_to_find"]
+
+# Closed classes of words, which name nothing that could be seen.
+_NAMELESS = frozenset(
+    "a an the this that these those some any each every no and or but nor of in on at to from by with without into "
+    "onto over under above below behind beside between near next left right front back top bottom is are was were be "
+    "being it its his her their my your our he she they we you i as than very while who which what where there".split()
+)
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """A prompt, and the words that name its objects where the file says them."""
+
+    text: str
+    words: tuple[str, ...] | None = None
+
+
+def read_prompts(path: Path, name: str = "prompts") -> list[Prompt]:
+    """The prompts of a file; empty lines are passed over.
+
+    A line is a prompt, or ``{"prompt": "a red car", "words": ["car"]}``.
+
+    Raises: OSError; ValueError, naming the line, where one is not such; also for a file without prompts.
+    """
+    found = []
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{name}: expected text in UTF-8 in {path}: {error}") from None
+    for number, line in enumerate(lines, 1):
+        line = line.strip()
+        if line.startswith("{"):
+            found.append(_from_json(line, f"{name}: {path}, line {number}"))
+        elif line:
+            found.append(Prompt(line))
+    if not found:
+        raise ValueError(f"{name}: expected at least one prompt in {path}, got none")
+    return found
+
+
+def words_to_find(prompt: Prompt, words: list[str]) -> list[str]:
+    """Of all words of a prompt, those its file asks for, or else those that may name something."""
+    if prompt.words is not None:
+        return list(prompt.words)
+    plain = [word for word in words if word.partition(" (")[0].isalpha()]
+    return [word for word in plain if word.partition(" (")[0].lower() not in _NAMELESS]
+
+
+def _from_json(line: str, where: str) -> Prompt:
+    try:
+        content = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f'{where}: expected a prompt, or {{"prompt": ..., "words": [...]}}: {error}') from None
+    text, words = content.get("prompt"), content.get("words")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError(f'{where}: expected "prompt" to be some words, got {text!r}')
+    if words is not None and (not isinstance(words, list) or any(not isinstance(word, str) for word in words)):
+        raise ValueError(f'{where}: expected "words" to be a list of words, got {words!r}')
+    return Prompt(text.strip(), None if words is None else tuple(words))

@@ -1,0 +1,174 @@
+"""`sdattn-fast tune`: search the program that CLIP likes best, and say whether another judge likes it too."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["tune"]
+
+
+def tune(
+    model: Annotated[
+        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")
+    ] = "shapes",
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt a line, to choose on; default: captions of the shapes world.")
+    ] = None,
+    report_prompts: Annotated[
+        Path | None, typer.Option(help="Other prompts, to report on; default: held-out captions of the shapes world.")
+    ] = None,
+    trials: Annotated[int, typer.Option(help="How many the study is to have, over all its workers.")] = 60,
+    storage: Annotated[
+        str | None, typer.Option(help="An SQLite file or a database's URL; default: study.db in --out.")
+    ] = None,
+    study: Annotated[str, typer.Option(help="The study's name in the storage.")] = "tune",
+    space: Annotated[Path | None, typer.Option(help="A JSON file that says what is searched.")] = None,
+    heads: Annotated[
+        Path | None, typer.Option(help="A ranking by `sdattn-fast heads`; without, all heads stay active.")
+    ] = None,
+    clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP; default: the pipeline's own.")] = None,
+    judge: Annotated[
+        str | None, typer.Option(help="Another CLIP, which judges what this one liked; shapes: the detector does.")
+    ] = None,
+    temperature: Annotated[float, typer.Option(help="Of the reward, sigmoid(cosine / temperature).")] = 0.25,
+    pictures: Annotated[int, typer.Option(help="Captions of the shapes world to choose on.")] = 24,
+    report_pictures: Annotated[int, typer.Option(help="Captions of the shapes world to report on.")] = 64,
+    seeds: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Of the noise; the same in every trial.")] = 0,
+    shortlist: Annotated[int, typer.Option(help="Best trials by reward that the judge chooses among.")] = 5,
+    num_inference_steps: Annotated[int | None, typer.Option("--steps", help="Steps, where not searched.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance of stock attention.")] = None,
+    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 8,
+    heartbeat: Annotated[int, typer.Option(help="Seconds between a worker's signs of life.")] = 30,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for program.json, report.json and the plots.")] = Path("tuned"),
+) -> None:
+    """Tune the program for CLIP's reward; start it again to go on, on more machines to go faster."""
+    from rich.console import Console
+
+    from ..files import write_json
+    from ..guidance import reward as tuning
+    from ..guidance.heads import HeadRanking
+    from .generate import load_pipeline
+    from .heads import clip_of, clip_source
+    from .prompts import read_prompts
+
+    counts = {"--trials": trials, "--pictures": pictures, "--report-pictures": report_pictures, "--seeds": seeds,
+              "--shortlist": shortlist, "--batch": batch, "--heartbeat": heartbeat}  # fmt: skip
+    for name, value in counts.items():
+        if value < 1:
+            raise typer.BadParameter(f"expected at least 1, got {value}", param_hint=name)
+    if not 0 <= seed < 2**62:
+        raise typer.BadParameter(f"expected 0 <= seed < 2**62, got {seed}", param_hint="--seed")
+    if out.exists() and not out.is_dir():
+        raise typer.BadParameter(f"expected a folder, got the file {out}", param_hint="--out")
+    shapes = model == "shapes"
+    for name, given in (("--prompts", prompts), ("--report-prompts", report_prompts)):
+        if given is None and not shapes:
+            raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint=name)
+    from ..lab.heads import bound_objects, held_out_captions, objects_of, selection_captions
+
+    chosen_on = [p.text for p in read_prompts(prompts)] if prompts else selection_captions(pictures)
+    reported = (
+        [p.text for p in read_prompts(report_prompts, "report-prompts")]
+        if report_prompts
+        else held_out_captions(report_pictures)
+    )
+    both = set(chosen_on) & set(reported)
+    if both:
+        raise typer.BadParameter(
+            f"expected prompts that are not among those chosen on, got {min(both)!r}", param_hint="--report-prompts"
+        )
+    searched = tuning.SearchSpace() if space is None else tuning.SearchSpace.load(space)
+    ranking = None if heads is None else HeadRanking.load(heads)
+    console = Console()
+    pipe = load_pipeline(model, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    scorer = clip_of(model, clip, pipe.device)
+    options: dict[str, Any] = {
+        "num_inference_steps": num_inference_steps or (20 if shapes else None),
+        "guidance_scale": guidance_scale if guidance_scale is not None else (4.0 if shapes else None),
+    }
+    options = {key: x for key, x in options.items() if x is not None}
+    keywords = {"seeds": seeds, "temperature": temperature, "batch": batch, **options}
+    reward = tuning.Reward(pipe, scorer, chosen_on, seed=seed, **keywords)
+    judging: Any = None
+    judged_by = "none"
+    if judge is not None:
+        if clip_source(model, judge) == clip_source(model, clip):
+            raise typer.BadParameter("expected another CLIP than the one tuned for", param_hint="--judge")
+        second = clip_of(model, judge, pipe.device)
+        judged_by, judging = f"CLIP {judge}", lambda texts, drawn: second.similarity(drawn, texts).double().numpy()
+    elif shapes and all(map(objects_of, [*chosen_on, *reported])):
+        judged_by, judging = "detector: objects bound", bound_objects
+
+    found = tuning.open_study(
+        storage or out / "study.db", reward, searched, name=study, model=model, ranking=ranking, heartbeat=heartbeat
+    )
+    _run(console, tuning, found, reward, searched, trials, ranking)
+    if judging is None:
+        file = tuning.best_program(found, searched, reward, ranking)
+        rows: list[dict[str, Any]] = []
+    else:
+        rows = tuning.shortlisted(found, searched, reward, judging, ranking, length=shortlist)
+        file = rows[0]["file"]
+        for row in rows:
+            console.print(f"trial {row['trial']}: reward {row['reward']:.4f}, {judged_by} {row['judge']:.4f}")
+    # The noise of the report is not the noise of the choice either.
+    other = tuning.Reward(pipe, scorer, reported, seed=seed + len(reward.texts), **keywords)
+    figures = tuning.compare(other, file, judging)
+    # What was not searched was fixed, and belongs to what was found.
+    file = replace(file, **{key: x for key, x in options.items() if getattr(file, key) is None})
+    notes = {**file.notes, "model": model, "judged by": judged_by, "report": figures, "reported on": len(reported)}
+    replace(file, notes=notes).save(out / "program.json")
+    shortlisted = [{key: x for key, x in row.items() if key != "file"} for row in rows]
+    write_json(out / "report.json", "sdattn-fast report", {**notes, "shortlist": shortlisted})
+    plots = tuning.draw_plots(found, out)
+    _show(console, file, figures, judged_by)
+    print(f"wrote {out / 'program.json'}, {out / 'report.json'} and {len(plots)} plots")
+
+
+def _run(console: Any, tuning: Any, study: Any, reward: Any, space: Any, trials: int, ranking: Any) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    ended = ("COMPLETE", "PRUNED")
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Trials", total=trials)
+
+        def said(study: Any, trial: Any) -> None:
+            states = [t.state.name for t in study.get_trials(deepcopy=False)]
+            done = sum(state in ended for state in states)
+            value = f"{trial.value:.4f}" if trial.state.name == "COMPLETE" else trial.state.name.lower()
+            best = f"{study.best_value:.4f}" if "COMPLETE" in states else "none"
+            progress.update(task, completed=done, description=f"Trials, best {best}")
+            if not console.is_terminal:
+                print(f"{done} of {trials}: trial {trial.number} {value}, best {best}", flush=True)
+
+        tuning.tune(study, reward, space, trials, ranking=ranking, callbacks=(said,))
+
+
+def _show(console: Any, file: Any, figures: dict[str, dict[str, Any]], judged_by: str) -> None:
+    from rich.table import Table
+
+    table = Table("measured on other prompts", "stock", "tuned", "difference, 95 %", "supports")
+    for name, row in figures.items():
+        interval = f"{row['difference']:+.4f} [{row['low']:+.4f}, {row['high']:+.4f}]"
+        label = "reward" if name == "reward" else judged_by
+        table.add_row(label, f"{row['stock']:.4f}", f"{row['tuned']:.4f}", interval, row["supports"])
+    console.print(table)
+    console.print(
+        f"{file.program!r}, layers {', '.join(file.layers) if file.layers else 'all'}, "
+        f"heads {'all' if file.heads is None else f'chosen, others {file.inactive_heads}'}, "
+        f"guidance {file.guidance_scale}, steps {file.num_inference_steps}"
+    )
+    if "judge" not in figures:
+        console.print("No judge but the tuned reward itself: give --judge another CLIP before you believe it.")
+    elif figures["judge"]["supports"] != "better":
+        outcome = "hurts" if figures["judge"]["supports"] == "worse" else "does not show that it helps"
+        console.print(f"By the judge, {judged_by}, the tuned program {outcome}.")

@@ -1,0 +1,190 @@
+"""What a person keeps on disk: a program with what belongs to it, and a choice of heads. JSON, versioned, validated.
+
+`apply` takes either by its path. Files are written aside and renamed, so a full disk or a kill leaves the old one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from .program import Program, Refinement, SalienceDropout
+
+__all__ = ["ProgramFile", "load_heads", "save_heads", "read_json", "write_json"]
+
+_PROGRAM, _HEADS = "sdattn-fast program", "sdattn-fast heads"
+_VERSION = 1
+
+
+@dataclass(frozen=True)
+class ProgramFile:
+    """A program, the layers and heads it runs in, and how the pipeline is called with it.
+
+    Args:
+        program: the `Program`.
+        layers: names or fnmatch patterns, as `apply` takes them; None: all.
+        heads: {layer name or pattern: indices}, None for all. inactive_heads: "plain" or "zero".
+        guidance_scale: classifier-free guidance, >= 0; num_inference_steps: denoising steps, >= 1; None: the pipeline's
+            own. `sdattn-fast generate --program` calls the pipeline with them; `apply` has no use for them.
+        notes: anything that JSON holds: where the file comes from, what was measured.
+
+    Raises:
+        TypeError, ValueError: a field is of the wrong type or out of range.
+    """
+
+    program: Program = field(default_factory=Program)
+    layers: tuple[str, ...] | None = None
+    heads: Mapping[str, Sequence[int]] | None = None
+    inactive_heads: str = "plain"
+    guidance_scale: float | None = None
+    num_inference_steps: int | None = None
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.program, Program):
+            raise TypeError(f"program: expected a Program, got {type(self.program).__name__}")
+        if self.layers is not None:
+            patterns = (self.layers,) if isinstance(self.layers, str) else self.layers
+            if not isinstance(patterns, Sequence) or any(not isinstance(name, str) for name in patterns):
+                raise TypeError(f"layers: expected names or fnmatch patterns, got {self.layers!r}")
+            object.__setattr__(self, "layers", tuple(patterns))
+        if self.heads is not None:
+            object.__setattr__(self, "heads", _checked_heads("heads", self.heads))
+        if self.inactive_heads not in ("plain", "zero"):
+            raise ValueError(f"inactive_heads: expected 'plain' or 'zero', got {self.inactive_heads!r}")
+        scale, steps = self.guidance_scale, self.num_inference_steps
+        if scale is not None:
+            if isinstance(scale, bool) or not isinstance(scale, (int, float)):
+                raise TypeError(f"guidance_scale: expected a number, got {scale!r}")
+            if not (math.isfinite(scale) and scale >= 0):
+                raise ValueError(f"guidance_scale: expected a finite number >= 0, got {scale!r}")
+        if steps is not None:
+            if isinstance(steps, bool) or not isinstance(steps, int):
+                raise TypeError(f"num_inference_steps: expected an int, got {steps!r}")
+            if steps < 1:
+                raise ValueError(f"num_inference_steps: expected at least 1, got {steps}")
+        if not isinstance(self.notes, Mapping):
+            raise TypeError(f"notes: expected a mapping, got {type(self.notes).__name__}")
+
+    def save(self, path: str | Path) -> None:
+        """Write the file. Raises: OSError; TypeError where the notes hold what JSON cannot."""
+        content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "program"}
+        write_json(path, _PROGRAM, {"program": asdict(self.program), **content})
+
+    @classmethod
+    def load(cls, path: str | Path) -> ProgramFile:
+        """Read and check a file. Raises: ValueError, TypeError, naming the file and the field; OSError."""
+        content = read_json(path, _PROGRAM)
+        try:
+            _only_known(content, [f.name for f in fields(cls)])
+            program = content.pop("program", None)
+            return cls(program=_program(program), **content)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+
+def save_heads(path: str | Path, heads: Mapping[str, Sequence[int]], notes: Mapping[str, Any]) -> None:
+    """Write {layer: indices of the active heads}, with what is known about the choice. Raises: OSError, TypeError."""
+    write_json(path, _HEADS, {"heads": _checked_heads("heads", heads), "notes": dict(notes)})
+
+
+def load_heads(path: str | Path) -> tuple[dict[str, tuple[int, ...]], dict[str, Any]]:
+    """({layer: indices}, notes) of such a file. Raises: ValueError, TypeError, naming the file; OSError."""
+    content = read_json(path, _HEADS)
+    try:
+        _only_known(content, ["heads", "notes"])
+        notes = content.get("notes", {})
+        if not isinstance(notes, dict):
+            raise TypeError(f"notes: expected a mapping, got {notes!r}")
+        return _checked_heads("heads", content.get("heads")), notes
+    except (ValueError, TypeError) as error:
+        raise type(error)(f"{path}: {error}") from None
+
+
+def read_json(path: str | Path, kind: str) -> dict[str, Any]:
+    """The content of a file of that kind, "format" and "version" checked and taken off.
+
+    Raises: FileNotFoundError, OSError; ValueError where it is not JSON, of another kind or of a later version.
+    """
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: expected a JSON file of the format {kind!r}: {error}") from None
+    found = content.get("format") if isinstance(content, dict) else None
+    if found != kind:
+        raise ValueError(f"{path}: expected the format {kind!r}, got {found!r}")
+    version = content.get("version")
+    if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= _VERSION:
+        raise ValueError(f"{path}: expected version {_VERSION} of the format {kind!r}, got {version!r}")
+    return {key: x for key, x in content.items() if key not in ("format", "version")}
+
+
+def write_json(path: str | Path, kind: str, content: Mapping[str, Any]) -> None:
+    """Write a file of that kind: aside first, then renamed. Raises: OSError; TypeError, ValueError (not JSON)."""
+    path = Path(path)
+    text = json.dumps({"format": kind, "version": _VERSION, **content}, indent=1, default=_plain, allow_nan=False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(aside)
+        raise
+
+
+def _program(content: Any) -> Program:
+    """The program that `dataclasses.asdict` took apart."""
+    if not isinstance(content, dict):
+        raise TypeError(f"program: expected a mapping, got {content!r}")
+    parts: dict[str, Any] = dict(content)
+    _only_known(parts, [f.name for f in fields(Program)], "program: ")
+    for name, kind in (("dropout", SalienceDropout), ("refine", Refinement)):
+        given = parts.get(name)
+        if given is None:
+            continue
+        if not isinstance(given, dict):
+            raise TypeError(f"program.{name}: expected a mapping or null, got {given!r}")
+        _only_known(given, [f.name for f in fields(kind)], f"program.{name}: ")
+        parts[name] = kind(**given)
+    return Program(**parts)
+
+
+def _only_known(content: Mapping[str, Any], known: Sequence[str], where: str = "") -> None:
+    unknown = [name for name in content if name not in known]
+    if unknown:
+        raise ValueError(f"{where}expected the fields {', '.join(known)}, got also {unknown[0]!r}")
+
+
+def _checked_heads(name: str, heads: Any) -> dict[str, tuple[int, ...]]:
+    if not isinstance(heads, Mapping):
+        raise TypeError(f"{name}: expected a mapping of layers to indices, got {heads!r}")
+    for layer, indices in heads.items():
+        if not isinstance(layer, str) or isinstance(indices, str) or not isinstance(indices, Sequence):
+            raise TypeError(f"{name}: expected a mapping of layers to indices, got {layer!r}: {indices!r}")
+        if any(isinstance(i, bool) or not isinstance(i, int) for i in indices):
+            raise TypeError(f"{name}: expected ints in layer {layer!r}, got {indices!r}")
+        if min(indices, default=0) < 0 or len(set(indices)) != len(indices):
+            raise ValueError(f"{name}: expected each index >= 0 once in layer {layer!r}, got {list(indices)!r}")
+    return {layer: tuple(indices) for layer, indices in heads.items()}
+
+
+def _plain(value: Any) -> Any:
+    """Mappings and numbers of numpy, as JSON writes them."""
+    if isinstance(value, Mapping):
+        return dict(value)
+    if hasattr(value, "item"):
+        return value.item()
+    raise TypeError(f"expected what JSON holds, got {type(value).__name__}")
