@@ -10,7 +10,7 @@ bias by rows) is `shared_kernel`'s: one program takes what adds to the same rows
 import triton
 import triton.language as tl
 
-from .program import phrase_means, softmax_parts
+from .program import LEAST_SUM, phrase_means, softmax_parts
 from .rows import _columns, _logits, _slice, _store_out, _token_side
 
 
@@ -341,8 +341,8 @@ def _reverse(
     if RENORM == 1:
         mass = tl.sum(tl.where(c, p, 0.0), 1)
         left = tl.sum(tl.where(c, a, 0.0), 1)
-        by = 1.0 / tl.where(left == 0, 1.0, left)
-        mean = tl.where(left == 0, 0.0, tl.sum(tl.where(c, ga * a, 0.0), 1) * by)[:, None]
+        by = 1.0 / tl.where(left < LEAST_SUM, 1.0, left)
+        mean = tl.where(left < LEAST_SUM, 0.0, tl.sum(tl.where(c, ga * a, 0.0), 1) * by)[:, None]
         factor = (mass * by)[:, None]
         a = tl.where(c, a * factor, a)
     if RENORM == 2:
@@ -351,8 +351,8 @@ def _reverse(
         if NB > 0:
             left += tl.sum(b, 1)
             dot += tl.sum(gb * b, 1)
-        by = 1.0 / tl.where(left == 0, 1.0, left)
-        mean = tl.where(left == 0, 0.0, dot * by)[:, None]
+        by = 1.0 / tl.where(left < LEAST_SUM, 1.0, left)
+        mean = tl.where(left < LEAST_SUM, 0.0, dot * by)[:, None]
         factor = by[:, None]
         a = a * factor
         b = b * factor

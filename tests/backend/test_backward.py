@@ -3,84 +3,33 @@ and the ways in which autograd, torch.func, torch.compile and checkpointing get 
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-
 import pytest
 import torch
+from given_decisions import (
+    CASES,
+    EVERYTHING,
+    FULL,
+    Case,
+    assert_close,
+    given,
+    inputs_for,
+    inputs_of,
+    make_program,
+    stored_relevance,
+    through_autograd,
+)  # fmt: skip
 from torch import Tensor
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
 from sdattn_fast import reference as definition
 from sdattn_fast.backend import autograd, cpu
 from sdattn_fast.functional import prepare
-from sdattn_fast.plan import TokenSide, make_plan
+from sdattn_fast.plan import make_plan
 from sdattn_fast.reference import reference_attention
 
 pytestmark = pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
 
 ISAS = cpu.info().get("isas", [])
-FULL = Program(SalienceDropout(0.2), Refinement(threshold=0.3, sigma=0), "content")
-EVERYTHING = ("gate", "phrases", "protected", "active", "heads")
-
-
-def _program(ratio=None, threshold=None, renormalize="none", mode="topk"):
-    dropout = None if ratio is None else SalienceDropout(ratio, mode=mode)
-    refine = None if threshold is None else Refinement(threshold=threshold, sigma=0)
-    return Program(dropout, refine, renormalize)
-
-
-@dataclass
-class Case:
-    """B, H, M, N, D, Dv; the program; which parts of the token side and which shape of bias to make up."""
-
-    shape: tuple[int, int, int, int, int, int]
-    program: Program = FULL
-    has: tuple[str, ...] = ()
-    bias: str | None = None
-    capture: Capture | None = None
-    side: dict = field(default_factory=dict)
-
-    def __str__(self) -> str:
-        p, c = self.program, self.capture
-        words = ["x".join(map(str, self.shape)), "" if p.dropout is None else f"{p.dropout.mode}{p.dropout.ratio}"]
-        words += ["" if p.refine is None else f"nms{p.refine.threshold}", p.renormalize, *self.has, self.bias]
-        words += [None if c is None else f"{c.stage}-{c.reduce}", *self.side.values()]
-        return "-".join(str(w) for w in words if w)
-
-
-CASES = [
-    # Sizes: every tile of lanes and columns, chunks of rows, D != Dv.
-    Case((1, 1, 1, 1, 1, 1)),
-    Case((1, 2, 33, 7, 8, 8), has=EVERYTHING),
-    Case((2, 3, 100, 77, 40, 40), has=EVERYTHING),
-    Case((2, 2, 1100, 77, 64, 64), has=("gate", "protected")),
-    Case((1, 2, 33, 154, 80, 80), has=EVERYTHING),
-    Case((1, 1, 100, 77, 160, 160), has=EVERYTHING),
-    Case((1, 1, 33, 256, 256, 256), has=("gate", "protected")),
-    Case((1, 2, 17, 31, 13, 29), has=EVERYTHING),
-    Case((1, 1, 50, 33, 97, 3), has=("gate",)),
-    # Programs.
-    Case((2, 2, 100, 77, 40, 40), Program()),
-    *(Case((1, 2, 65, 77, 40, 40), _program(0.2, 0.5, r), ("gate", "protected")) for r in ("none", "content", "row")),
-    *(Case((1, 2, 65, 40, 40, 40), _program(None, None, r), ("gate",)) for r in ("content", "row")),
-    Case((1, 2, 65, 40, 40, 40), _program(0.3), ("phrases",)),
-    *(Case((1, 2, 65, 40, 40, 40), _program(1.0, None, r), ("protected",)) for r in ("none", "content", "row")),
-    Case((1, 2, 65, 40, 40, 40), _program(1.0, None, "content")),
-    *(Case((2, 2, 65, 77, 40, 40), _program(0.3, 0.1, r, "random"), ("protected",)) for r in ("content", "row")),
-    # Gates.
-    Case((2, 3, 64, 77, 40, 40), has=("gate_by_head", "protected")),
-    *(Case((2, 3, 64, 20, 40, 40), _program(0.2, 0.0, r), has=("hard_gate",)) for r in ("content", "row")),
-    # Heads, bias, maps.
-    *(Case((2, 3, 65, 77, 40, 40), has=EVERYTHING, side={"inactive_heads": i}) for i in ("plain", "zero")),
-    *(
-        Case((2, 3, 300, 30, 16, 16), has=("protected",), bias=b)
-        for b in ("column", "batch", "full", "pixel", "heads", "turned", "-inf")
-    ),
-    *(
-        Case((2, 3, 65, 30, 16, 16), FULL, EVERYTHING, None, Capture((5, 0), stage, reduce), {"inactive_heads": i})
-        for stage in ("softmax", "final") for reduce in ("mean", "none") for i in ("plain", "zero")
-    ),
-]  # fmt: skip
 
 
 @pytest.fixture
@@ -116,113 +65,25 @@ def poisoned(monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_gradients_given_the_decisions(case, dtype, each_isa, monkeypatch):
-    inputs, side = _inputs(case, dtype)
+    inputs, side = inputs_for(case, dtype)
     rows = make_plan(case.program, side, case.capture).rows
     grad_out = torch.randn(*case.shape[:3], case.shape[5]).to(dtype)
     judged = None
     for isa in each_isa():
-        ours, kept, grad_maps = _ours(case, inputs, rows, grad_out)
+        ours, kept, grad_maps = through_autograd("cpu", case, inputs, rows, grad_out)
         if judged is None or not torch.equal(judged, kept):
             judged = kept
-            exact = _given(kept, case, inputs, side, grad_out, grad_maps, torch.float64, monkeypatch)
-            plain = _given(kept, case, inputs, side, grad_out, grad_maps, dtype, monkeypatch)
+            exact = given(kept, case, inputs, side, grad_out, grad_maps, torch.float64, monkeypatch)
+            plain = given(kept, case, inputs, side, grad_out, grad_maps, dtype, monkeypatch)
         for name in ours:
-            _assert_close(f"{isa}: {name}", ours[name], exact[name], plain[name], inputs[name].dtype)
-
-
-def _ours(case, inputs, rows, grad_out):
-    """Through autograd's function, as the package runs it; and what the forward pass decided."""
-    x = {name: y.clone().requires_grad_() for name, y in inputs.items()}
-    rows = rows if "gate" not in x or rows.gate is None else type(rows)(**{**vars(rows), "gate": x["gate"]})
-    scale, n = case.shape[4] ** -0.5, case.shape[3]
-    out, maps, bits = cpu.attention(*inputs_of(inputs), scale, rows, return_bits=True)
-    got, got_maps = autograd.attention(*inputs_of(x), scale, rows, "cpu")
-    assert torch.equal(got, out) and (maps is None or torch.equal(got_maps, maps))
-    grad_maps = None if maps is None else torch.cos(torch.arange(maps.numel())).reshape(maps.shape)
-    outputs, grads = [got], [grad_out]
-    if maps is not None:
-        outputs, grads = [got, got_maps], [grad_out, grad_maps]
-    of = {name: y for name, y in x.items() if name != "gate" or rows.gate is not None}
-    return (
-        dict(zip(of, torch.autograd.grad(outputs, list(of.values()), grads), strict=True)),
-        _unpacked(bits, n),
-        grad_maps,
-    )
-
-
-def inputs_of(x):
-    return x["query"], x["key"], x["value"], x.get("bias")
-
-
-def _given(kept, case, inputs, side, grad_out, grad_maps, dtype, monkeypatch) -> dict[str, Tensor]:
-    """Autograd through the definition, its decisions replaced; what is no input of the query's dtype stays float64."""
-    with monkeypatch.context() as patch:
-        patch.setattr(definition, "_salient", lambda p, c, *_: c & ~kept)
-        patch.setattr(definition, "_suppressed", lambda p, c, *_: c & ~kept)
-        x = {name: y.to(dtype).requires_grad_() for name, y in inputs.items()}
-        query, key, value, bias = inputs_of(x)
-        out, maps = reference_attention(
-            query, key, value, case.program, bias=bias, gate=x.get("gate"), phrases=side.phrases,
-            protected=side.protected, active=side.active, heads=side.heads, inactive_heads=side.inactive_heads,
-            capture=case.capture,
-        )  # fmt: skip
-        outputs, grads = ([out], [grad_out.to(dtype)])
-        if maps is not None:
-            outputs, grads = [out, maps], [grad_out.to(dtype), grad_maps]
-        found = torch.autograd.grad(outputs, list(x.values()), grads, allow_unused=True)
-    zero = {name: torch.zeros_like(y) for name, y in x.items()}
-    return {name: zero[name] if g is None else g for name, g in zip(x, found, strict=True)}
-
-
-def _assert_close(what: str, got: Tensor, exact: Tensor, plain: Tensor, dtype: torch.dtype) -> None:
-    """Twice plain torch's error in the mean square; the largest single one scatters, so four times."""
-    assert got.dtype == dtype and got.shape == exact.shape and not got.isnan().any(), what
-    ours, torchs = (got.double() - exact).abs(), (plain.double() - exact).abs()
-    floor = 2 * torch.finfo(dtype).eps * max(float(exact.abs().max()), 0.1)  # some are zero but for rounding
-    mean, mean_of_torch = (float(e.square().mean().sqrt()) for e in (ours, torchs))
-    assert mean <= max(2 * mean_of_torch, floor), f"{what}: error {mean:.3g}, plain torch {mean_of_torch:.3g}"
-    assert ours.max() <= max(4 * float(torchs.max()), 4 * floor), f"{what}: {ours.max():.3g}, torch {torchs.max():.3g}"
-
-
-def _unpacked(bits: Tensor, n: int) -> Tensor:
-    place = torch.arange(n)
-    return ((bits[..., place // 32] >> (place % 32)) & 1).bool()
-
-
-def _inputs(case: Case, dtype: torch.dtype) -> tuple[dict[str, Tensor], TokenSide]:
-    b, h, m, n, d, dv = case.shape
-    rand, randn = torch.rand, torch.randn
-    inputs = {"query": randn(b, h, m, d).mul(2), "key": randn(b, h, n, d), "value": randn(b, h, n, dv)}
-    inputs = {name: x.to(dtype) for name, x in inputs.items()}
-    given = dict(case.side)
-    gates = {"gate": rand(b, 1, n) * 2, "gate_by_head": rand(b, h, n) * 3, "hard_gate": (rand(b, 1, n) > 0.5).float()}
-    for name in set(gates) & set(case.has):
-        inputs["gate"] = given["gate"] = gates[name]
-    if "phrases" in case.has:
-        given["phrases"] = ((rand(b, n) * 9).long() - 4).clamp(min=-1)
-    if "protected" in case.has:
-        given["protected"] = rand(b, n) > 0.4
-    if "active" in case.has:
-        given["active"] = torch.arange(b) % 2 == b - 1
-    if "heads" in case.has:
-        given["heads"] = torch.arange(h) % 2 == 0
-    given["seed"] = torch.tensor([77])
-    shapes = {"column": (1, 1, 1, n), "batch": (b, 1, 1, n), "full": (b, h, m, n), "pixel": (1, 1, m, n)}
-    shapes |= {"heads": (1, h, m, n), "turned": (b, 1, n, m)}
-    if case.bias == "-inf":
-        inputs["bias"] = torch.where(rand(b, 1, m, n) < 0.3, -float("inf"), 0.0)
-        inputs["bias"][0, 0, 5] = -float("inf")
-    elif case.bias is not None:
-        bias = randn(*shapes[case.bias])
-        inputs["bias"] = bias.transpose(2, 3) if case.bias == "turned" else bias
-    return inputs, TokenSide(batch=b, heads_count=h, tokens=n, device=torch.device("cpu"), **given)
+            assert_close(f"{isa}: {name}", ours[name], exact[name], plain[name], inputs[name].dtype)
 
 
 # The definition itself.
 
 
 @pytest.mark.parametrize(
-    "program", [FULL, _program(0.3, 0.2, "row"), _program(0.3, None, "content", "random")], ids=str
+    "program", [FULL, make_program(0.3, 0.2, "row"), make_program(0.3, None, "content", "random")], ids=str
 )
 def test_gradcheck_of_the_definition(program):
     query, key, value = (torch.randn(2, 2, s, 3, dtype=torch.float64, requires_grad=True) for s in (4, 6, 6))
@@ -268,7 +129,7 @@ def _same(got, want, **tolerance):
 def test_auto_takes_the_kernel_under_autograd():
     inputs = _small()
     _same(_grads(lambda *x: _call(*x, "auto"), inputs), _grads(lambda *x: _call(*x, "reference"), inputs))
-    assert type(_call(*inputs, "auto", _program(0.3)).grad_fn).__name__ == "_RowsBackward"
+    assert type(_call(*inputs, "auto", make_program(0.3)).grad_fn).__name__ == "_RowsBackward"
 
 
 @pytest.mark.parametrize("wanted", range(4))
@@ -305,7 +166,7 @@ def test_compiled_whole(backend):
 def test_checkpointing(mode, reentrant):
     from torch.utils.checkpoint import checkpoint
 
-    inputs, program = _small(), _program(0.4, None, "content", mode)
+    inputs, program = _small(), make_program(0.4, None, "content", mode)
     torch.manual_seed(1)
     want = _grads(lambda *x: _call(*x, program=program), inputs)
     torch.manual_seed(1)
@@ -362,7 +223,7 @@ def test_torch_func_with_a_bias_that_is_shared():
 
 def test_random_mode_under_vmap_says_that_it_draws_anew():
     query, key, value, _ = (x.detach() for x in _small())
-    call = lambda q: semantic_attention(q, key, value, _program(0.4, mode="random"), seed=3)  # noqa: E731
+    call = lambda q: semantic_attention(q, key, value, make_program(0.4, mode="random"), seed=3)  # noqa: E731
     queries = torch.stack([query, query])
     with pytest.raises(RuntimeError, match="randomness='different'"):
         torch.func.vmap(call)(queries)
@@ -464,7 +325,7 @@ def test_nothing_of_a_maps_size_is_saved():
 
 def test_the_same_numbers_whatever_the_threads():
     case = Case((2, 3, 1100, 77, 40, 40), has=EVERYTHING, bias="pixel")
-    inputs, side = _inputs(case, torch.float32)
+    inputs, side = inputs_for(case, torch.float32)
     rows = make_plan(FULL, side).rows
     _, _, bits = cpu.attention(*inputs_of(inputs), 0.2, rows, return_bits=True)
     grad_out, before = torch.randn(2, 3, 1100, 40), torch.get_num_threads()
@@ -484,7 +345,7 @@ def test_the_same_numbers_whatever_the_threads():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_strides(dtype, each_isa):
     case = Case((2, 3, 70, 30, 40, 24), has=EVERYTHING)
-    inputs, side = _inputs(case, dtype)
+    inputs, side = inputs_for(case, dtype)
     rows = make_plan(FULL, side).rows
     grad_out = torch.randn(2, 3, 70, 24).to(dtype)
     _, _, bits = cpu.attention(*inputs_of(inputs), 0.2, rows, return_bits=True)
@@ -549,7 +410,7 @@ def test_relevance_is_that_of_the_stored_map(maps, chosen, each_isa):
         "heads": [0, 1],
         "active": torch.tensor([True, False]),
     }
-    want = _stored(query, key, value, side, grad_out, grad_maps)
+    want = stored_relevance(query, key, value, side, grad_out, grad_maps)
     want = want[:, :, :, tokens] if chosen is None else want[:, chosen][:, :, :, tokens]
     for isa in each_isa():
         sink = torch.zeros(b, len(tokens), m, requires_grad=True)
@@ -564,29 +425,6 @@ def test_relevance_is_that_of_the_stored_map(maps, chosen, each_isa):
         out, captured = call(query, key, value, relevance=asked)
         (got,) = torch.autograd.grad((out * grad_out).sum() + (captured * grad_maps).sum(), sink)
         torch.testing.assert_close(got, want.sum(1).transpose(1, 2).float(), rtol=1e-4, atol=1e-6, msg=isa)
-
-
-def _stored(query, key, value, side, grad_out, grad_maps) -> Tensor:
-    """A * relu(dL/dA), (B, H, M, N), from a map that is stored."""
-    kept = {}
-    heads = torch.tensor([i in side["heads"] for i in range(3)])
-
-    def keep(p, capture, is_head):
-        kept["a"] = p
-        return captured(p, capture, is_head)
-
-    captured, definition._captured = definition._captured, keep
-    try:
-        _, maps = reference_attention(
-            query.double(), key.double(), value.double().requires_grad_(), FULL, **{**side, "heads": heads},
-            capture=Capture((1, 2)),
-        )  # fmt: skip
-    finally:
-        definition._captured = captured
-    a = kept["a"].detach().requires_grad_()
-    maps = captured(a, Capture((1, 2)), heads)
-    loss = ((a @ value.double()) * grad_out).sum() + (maps * grad_maps).sum()
-    return a.detach() * torch.autograd.grad(loss, a)[0].relu()
 
 
 def test_the_reference_refuses_relevance():
