@@ -188,12 +188,13 @@ def backward_kernel(
             _store_sums(to, va1_sum, col_a, in_a, first + CA, CB, DV, C)
             if NB > 0:
                 _store_sums(to, vb1_sum, col_b, in_b, first + CA, CB, DV, C)
-    if GateSums is not None:
-        tl.store(GateSums + tokens + col_a, gate_sum, mask=content & (part == 0))
-    if BiasSums is not None:
-        tl.store(BiasSums + tokens + col_a, bias_a, mask=in_a & (part == 0))
-        if NB > 0:
-            tl.store(BiasSums + tokens + col_b, bias_b_sum, mask=in_b & (part == 0))
+    if part == 0:
+        if GateSums is not None:
+            tl.store(GateSums + tokens + col_a, gate_sum, mask=content)
+        if BiasSums is not None:
+            tl.store(BiasSums + tokens + col_a, bias_a, mask=in_a)
+            if NB > 0:
+                tl.store(BiasSums + tokens + col_b, bias_b_sum, mask=in_b)
 
 
 @triton.jit
@@ -254,13 +255,14 @@ def shared_kernel(
             mode, M, N, NB, Gate is not None, Phrases is not None, HeadMode is not None, RENORM, FINAL,
         )  # fmt: skip
         if Relevance is not None:
-            counts = True
+            counts = 1
             if RelevanceHeads is not None:
-                counts = tl.load(RelevanceHeads + h) != 0
+                counts = tl.load(RelevanceHeads + h).to(tl.int32)
             to = Relevance + b * TOKENS * M
-            _add_map(to, RelevanceSlots, ra, counts, rows, in_m, col_a, in_a, M)
-            if NB > 0:
-                _add_map(to, RelevanceSlots, rb, counts, rows, in_m, col_b, in_b, M)
+            if counts != 0:
+                _add_map(to, RelevanceSlots, ra, rows, in_m, col_a, in_a, M)
+                if NB > 0:
+                    _add_map(to, RelevanceSlots, rb, rows, in_m, col_b, in_b, M)
         if GradBias is not None:
             to = GradBias + b * db_b + h * db_h + rows * db_m
             if db_n == 0:
@@ -442,9 +444,9 @@ def _add_grad_of_maps(g, Maps, Slots, weight, rows, in_m, cols, inside, M):
 
 
 @triton.jit
-def _add_map(Maps, Slots, x, counts, rows, in_m, cols, inside, M):
+def _add_map(Maps, Slots, x, rows, in_m, cols, inside, M):
     slot = tl.load(Slots + cols, mask=inside, other=-1).to(tl.int64)
-    mask = in_m[:, None] & (slot >= 0)[None, :] & counts
+    mask = in_m[:, None] & (slot >= 0)[None, :]
     at = Maps + slot[None, :] * M + rows[:, None]
     tl.store(at, tl.load(at, mask=mask, other=0.0) + x, mask=mask)
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import math
 import os
+from dataclasses import replace
 
 import pytest
 import torch
@@ -23,8 +24,6 @@ from sdattn_fast.plan import make_plan
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = "cpu" if INTERPRETED else "cuda"
 DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torch.float16, torch.bfloat16]
-# A launch program walks over several tiles where there are more than processors: make it so.
-CASES = [*CASES, Case((1, 2, 300, 20, 16, 16), has=("gate", "protected"), bias="column")]
 
 
 @pytest.fixture(autouse=True)
@@ -44,15 +43,24 @@ def _poisoned(monkeypatch):
 
 @pytest.fixture(autouse=True)
 def _few_processors(monkeypatch):
+    """So that a launch program walks over several tiles, and there is more than one."""
     monkeypatch.setattr(backend, "_processors", lambda device: 2)
 
 
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("case", CASES, ids=str)
+def _cases():
+    """The interpreter is slow: there, smaller ones, and a third of them in half precision."""
+    for i, case in enumerate(CASES):
+        b, h, m, *more = case.shape
+        if INTERPRETED:
+            case = replace(case, shape=(b, min(h, 2), min(m, 70), *more))
+        for dtype in DTYPES:
+            if not INTERPRETED or dtype == torch.float32 or i % 3 == 2:
+                yield pytest.param(case, dtype, id=f"{case}-{dtype}")
+
+
+@pytest.mark.parametrize("case, dtype", _cases())
 def test_gradients_given_the_decisions(case, dtype, monkeypatch):
     torch.manual_seed(0)
-    if max(case.shape[:3]) > 1000 and INTERPRETED:
-        case = Case((2, 2, 200, 77, 64, 64), case.program, case.has)
     inputs, side = inputs_for(case, dtype, DEVICE)
     rows = make_plan(case.program, side, case.capture).rows
     grad_out = torch.randn(*case.shape[:3], case.shape[5]).to(DEVICE, dtype)
@@ -106,18 +114,18 @@ def test_relevance_is_that_of_the_stored_map(maps, chosen):
 
 
 def test_the_same_numbers_every_time():
-    case = Case((2, 2, 300, 30, 40, 24), has=EVERYTHING, bias="pixel")
+    case = Case((2, 2, 100, 30, 40, 24), has=EVERYTHING, bias="pixel")
     inputs, side = inputs_for(case, torch.float16, DEVICE)
     rows = make_plan(FULL, side).rows
-    grad_out = torch.randn(2, 2, 300, 24).to(DEVICE, torch.float16)
+    grad_out = torch.randn(2, 2, 100, 24).to(DEVICE, torch.float16)
     once, again = (through_autograd("triton", case, inputs, rows, grad_out)[0] for _ in range(2))
     assert all(torch.equal(once[name], again[name]) for name in once)
 
 
 def test_strides():
     torch.manual_seed(0)
-    plain = [torch.randn(2, s, 3, 40, device=DEVICE) for s in (50, 20, 20)]
-    grad = torch.randn(2, 3, 50, 40, device=DEVICE)
+    plain = [torch.randn(1, s, 3, 24, device=DEVICE) for s in (40, 20, 20)]
+    grad = torch.randn(1, 3, 40, 24, device=DEVICE)
 
     def grads(inputs, grad):
         inputs = [x.detach().requires_grad_() for x in inputs]
@@ -129,7 +137,7 @@ def test_strides():
     for some in (grad, turned, grad.transpose(1, 2).contiguous().transpose(1, 2)):
         for mine, theirs in zip(grads([x.transpose(1, 2) for x in plain], some), want, strict=True):
             torch.testing.assert_close(mine, theirs)
-    one = torch.ones(1, device=DEVICE).expand(2, 3, 50, 40)
+    one = torch.ones(1, device=DEVICE).expand(1, 3, 40, 24)
     for mine, theirs in zip(grads(plain_heads(plain), one), grads(plain_heads(plain), one.clone()), strict=True):
         torch.testing.assert_close(mine, theirs)
 
