@@ -23,24 +23,23 @@ def backward_kernel(
     bias_b, bias_h, bias_m, bias_n, gate_b, gate_h,
     M, T, groups,
     H: tl.constexpr, N: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    NA: tl.constexpr, NB: tl.constexpr, DA: tl.constexpr, CA: tl.constexpr, CB: tl.constexpr,
-    BM: tl.constexpr, TILES: tl.constexpr, UNIT: tl.constexpr, STREAM: tl.constexpr, SLICES: tl.constexpr,
+    NA: tl.constexpr, NB: tl.constexpr, DA: tl.constexpr, C: tl.constexpr, BM: tl.constexpr, TILES: tl.constexpr,
+    UNIT: tl.constexpr, STREAM: tl.constexpr, SLICES: tl.constexpr,
     KEYS: tl.constexpr, VALUES: tl.constexpr, RENORM: tl.constexpr, FINAL: tl.constexpr, MEAN: tl.constexpr,
     PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ of TILES tiles of rows of one head, and their sums over rows. Arguments as `rows_kernel`'s; GradOut (B, H, M,
     DV) and GradMaps, as the maps, are what comes in.
 
-    Sums: (B, H, groups, N, C) float32, C the D channels of dK if KEYS, then the DV of dV if VALUES; GateSums, BiasSums:
-    (B, H, groups, N) float32, the first zero where no content is. A pointer that is None is not wanted. scale_of_grad:
-    of the logits. SLICES: one program has CA + CB of the channels of dQ, dK and dV, and computes the row again. STREAM:
-    keys and values do not stay; products pass over them DA channels at a time.
+    Sums: (B, H, groups, N, D + DV) float32, the channels of dK, if KEYS, then those of dV, if VALUES; GateSums and
+    BiasSums: (B, H, groups, N) float32, the first zero where no content is. A pointer that is None is not wanted.
+    scale_of_grad: of the logits. SLICES: one program has C of the channels of dQ, dK and dV, and computes the row
+    again. STREAM: keys and values do not stay; products pass over them DA channels at a time.
     """
-    WIDTH: tl.constexpr = CA + CB
     place = tl.program_id(0)
     group = place % groups
     part = place // groups % SLICES
-    first = part * WIDTH
+    first = part * C
     bh = (place // groups // SLICES).to(tl.int64)
     b, h = bh // H, bh % H
     Query += b * (q_b * UNIT) + h * (q_h * UNIT)
@@ -54,7 +53,6 @@ def backward_kernel(
         mode = tl.load(HeadMode + h).to(tl.int32)
 
     NB1: tl.constexpr = NB if NB > 0 else 16
-    CB1: tl.constexpr = CB if CB > 0 else 16
     in_a = tl.arange(0, NA) < N
     in_b = NA + tl.arange(0, NB1) < N
     col_a = _columns(Order, b, N, 0, NA)
@@ -65,23 +63,15 @@ def backward_kernel(
     here, weight = _maps_of_head(GradMaps, HeadMode, b, h, mode, M, T, H, MEAN)
 
     if not STREAM:
-        ka0 = _slice(Key, col_a, in_a, k_n * UNIT, 0, CA, D)
-        kb0 = _slice(Key, col_b, in_b, k_n * UNIT, 0, CA, D)
-        va0 = _slice(Value, col_a, in_a, v_n * UNIT, 0, CA, DV)
-        vb0 = _slice(Value, col_b, in_b, v_n * UNIT, 0, CA, DV)
-        ka1, kb1, va1, vb1 = ka0, kb0, va0, vb0
-        if CB > 0:
-            ka1 = _slice(Key, col_a, in_a, k_n * UNIT, CA, CB, D)
-            kb1 = _slice(Key, col_b, in_b, k_n * UNIT, CA, CB, D)
-            va1 = _slice(Value, col_a, in_a, v_n * UNIT, CA, CB, DV)
-            vb1 = _slice(Value, col_b, in_b, v_n * UNIT, CA, CB, DV)
+        ka = _slice(Key, col_a, in_a, k_n * UNIT, 0, C, D)
+        kb = _slice(Key, col_b, in_b, k_n * UNIT, 0, C, D)
+        va = _slice(Value, col_a, in_a, v_n * UNIT, 0, C, DV)
+        vb = _slice(Value, col_b, in_b, v_n * UNIT, 0, C, DV)
 
-    # The sums: of dK and dV by tile of columns and half of the slice. What nobody reads is never computed.
-    ka0_sum = tl.zeros((NA, CA), tl.float32)
-    ka1_sum = tl.zeros((NA, CB1), tl.float32)
-    kb0_sum = tl.zeros((NB1, CA), tl.float32)
-    kb1_sum = tl.zeros((NB1, CB1), tl.float32)
-    va0_sum, va1_sum, vb0_sum, vb1_sum = ka0_sum, ka1_sum, kb0_sum, kb1_sum
+    # What nobody reads is never computed.
+    ka_sum = tl.zeros((NA, C), tl.float32)
+    kb_sum = tl.zeros((NB1, C), tl.float32)
+    va_sum, vb_sum = ka_sum, kb_sum
     gate_sum = tl.zeros((NA,), tl.float32)
     bias_a = tl.zeros((NA,), tl.float32)
     bias_b_sum = tl.zeros((NB1,), tl.float32)
@@ -96,30 +86,20 @@ def backward_kernel(
             ga, gb = _products(
                 GradOut, rows, in_m, g_m * UNIT, Value, col_a, in_a, col_b, in_b, v_n * UNIT, DV, DA, NB, PRECISION
             )
-        q0 = _slice(Query, rows, in_m, q_m * UNIT, first, CA, D)
-        g0 = _slice(GradOut, rows, in_m, g_m * UNIT, first, CA, DV)
-        q1, g1 = q0, g0
-        if CB > 0:
-            q1 = _slice(Query, rows, in_m, q_m * UNIT, first + CA, CB, D)
-            g1 = _slice(GradOut, rows, in_m, g_m * UNIT, first + CA, CB, DV)
+        q = _slice(Query, rows, in_m, q_m * UNIT, first, C, D)
+        g = _slice(GradOut, rows, in_m, g_m * UNIT, first, C, DV)
         if not STREAM:
-            sa = tl.dot(q0, tl.trans(ka0), input_precision=PRECISION)
+            sa = tl.dot(q, tl.trans(ka), input_precision=PRECISION)
             sb = tl.zeros((BM, NB1), tl.float32)
-            ga = tl.dot(g0, tl.trans(va0), input_precision=PRECISION)
+            ga = tl.dot(g, tl.trans(va), input_precision=PRECISION)
             gb = sb
             if NB > 0:
-                sb = tl.dot(q0, tl.trans(kb0), input_precision=PRECISION)
-                gb = tl.dot(g0, tl.trans(vb0), input_precision=PRECISION)
-            if CB > 0:
-                sa = tl.dot(q1, tl.trans(ka1), sa, input_precision=PRECISION)
-                ga = tl.dot(g1, tl.trans(va1), ga, input_precision=PRECISION)
-                if NB > 0:
-                    sb = tl.dot(q1, tl.trans(kb1), sb, input_precision=PRECISION)
-                    gb = tl.dot(g1, tl.trans(vb1), gb, input_precision=PRECISION)
+                sb = tl.dot(q, tl.trans(kb), input_precision=PRECISION)
+                gb = tl.dot(g, tl.trans(vb), input_precision=PRECISION)
         sa = _logits(sa, scale, Bias, bias_b, bias_h, bias_m, bias_n, b, h, rows, in_m, col_a, in_a)
         if NB > 0:
             sb = _logits(sb, scale, Bias, bias_b, bias_h, bias_m, bias_n, b, h, rows, in_m, col_b, in_b)
-        aa, ab, sa, sb, _, _, of_gate = _reverse(
+        aa, ab, sa, sb, _relevance_a, _relevance_b, of_gate = _reverse(
             sa, sb, ga, gb, content, gate, leader, Bits, here, Slots, weight, bh, rows, in_m, col_a, in_a, col_b, in_b,
             mode, M, N, NB, Gate is not None, Phrases is not None, HeadMode is not None, RENORM, FINAL,
         )  # fmt: skip
@@ -133,24 +113,16 @@ def backward_kernel(
         ELEMENT: tl.constexpr = Query.dtype.element_ty
         sa, sb, aa, ab = sa.to(ELEMENT), sb.to(ELEMENT), aa.to(ELEMENT), ab.to(ELEMENT)
         if VALUES:
-            va0_sum = tl.dot(tl.trans(aa), g0, va0_sum, input_precision=PRECISION)
+            va_sum = tl.dot(tl.trans(aa), g, va_sum, input_precision=PRECISION)
             if NB > 0:
-                vb0_sum = tl.dot(tl.trans(ab), g0, vb0_sum, input_precision=PRECISION)
-            if CB > 0:
-                va1_sum = tl.dot(tl.trans(aa), g1, va1_sum, input_precision=PRECISION)
-                if NB > 0:
-                    vb1_sum = tl.dot(tl.trans(ab), g1, vb1_sum, input_precision=PRECISION)
+                vb_sum = tl.dot(tl.trans(ab), g, vb_sum, input_precision=PRECISION)
         if KEYS:
-            ka0_sum = tl.dot(tl.trans(sa), q0, ka0_sum, input_precision=PRECISION)
+            ka_sum = tl.dot(tl.trans(sa), q, ka_sum, input_precision=PRECISION)
             if NB > 0:
-                kb0_sum = tl.dot(tl.trans(sb), q0, kb0_sum, input_precision=PRECISION)
-            if CB > 0:
-                ka1_sum = tl.dot(tl.trans(sa), q1, ka1_sum, input_precision=PRECISION)
-                if NB > 0:
-                    kb1_sum = tl.dot(tl.trans(sb), q1, kb1_sum, input_precision=PRECISION)
+                kb_sum = tl.dot(tl.trans(sb), q, kb_sum, input_precision=PRECISION)
         if GradQuery is not None:
             if STREAM:
-                for d in range(0, WIDTH, DA):
+                for d in range(0, C, DA):
                     kd = _slice(Key, col_a, in_a, k_n * UNIT, first + d, DA, D)
                     dq = tl.dot(sa, kd, input_precision=PRECISION)
                     if NB > 0:
@@ -158,36 +130,24 @@ def backward_kernel(
                         dq = tl.dot(sb, kd, dq, input_precision=PRECISION)
                     _store_out(GradQuery, dq * scale_of_grad, rows, in_m, dq_m * UNIT, first + d, DA, D)
             else:
-                dq = tl.dot(sa, ka0, input_precision=PRECISION)
+                dq = tl.dot(sa, ka, input_precision=PRECISION)
                 if NB > 0:
-                    dq = tl.dot(sb, kb0, dq, input_precision=PRECISION)
-                _store_out(GradQuery, dq * scale_of_grad, rows, in_m, dq_m * UNIT, 0, CA, D)
-                if CB > 0:
-                    dq = tl.dot(sa, ka1, input_precision=PRECISION)
-                    if NB > 0:
-                        dq = tl.dot(sb, kb1, dq, input_precision=PRECISION)
-                    _store_out(GradQuery, dq * scale_of_grad, rows, in_m, dq_m * UNIT, CA, CB, D)
+                    dq = tl.dot(sb, kb, dq, input_precision=PRECISION)
+                _store_out(GradQuery, dq * scale_of_grad, rows, in_m, dq_m * UNIT, 0, C, D)
 
     tokens = (bh * groups + group) * N
     OF_KEYS: tl.constexpr = D if KEYS else 0
-    C: tl.constexpr = OF_KEYS + DV if VALUES else OF_KEYS
+    CHANNELS: tl.constexpr = OF_KEYS + DV if VALUES else OF_KEYS
     if KEYS:
-        _store_sums(Sums + tokens * C, ka0_sum * scale_of_grad, col_a, in_a, first, CA, D, C)
+        to = Sums + tokens * CHANNELS
+        _store_sums(to, ka_sum * scale_of_grad, col_a, in_a, first, C, D, CHANNELS)
         if NB > 0:
-            _store_sums(Sums + tokens * C, kb0_sum * scale_of_grad, col_b, in_b, first, CA, D, C)
-        if CB > 0:
-            _store_sums(Sums + tokens * C, ka1_sum * scale_of_grad, col_a, in_a, first + CA, CB, D, C)
-            if NB > 0:
-                _store_sums(Sums + tokens * C, kb1_sum * scale_of_grad, col_b, in_b, first + CA, CB, D, C)
+            _store_sums(to, kb_sum * scale_of_grad, col_b, in_b, first, C, D, CHANNELS)
     if VALUES:
-        to = Sums + tokens * C + OF_KEYS
-        _store_sums(to, va0_sum, col_a, in_a, first, CA, DV, C)
+        to = Sums + tokens * CHANNELS + OF_KEYS
+        _store_sums(to, va_sum, col_a, in_a, first, C, DV, CHANNELS)
         if NB > 0:
-            _store_sums(to, vb0_sum, col_b, in_b, first, CA, DV, C)
-        if CB > 0:
-            _store_sums(to, va1_sum, col_a, in_a, first + CA, CB, DV, C)
-            if NB > 0:
-                _store_sums(to, vb1_sum, col_b, in_b, first + CA, CB, DV, C)
+            _store_sums(to, vb_sum, col_b, in_b, first, C, DV, CHANNELS)
     if part == 0:
         if GateSums is not None:
             tl.store(GateSums + tokens + col_a, gate_sum, mask=content)
@@ -212,9 +172,9 @@ def shared_kernel(
 ):  # fmt: skip
     """Adds to what several heads or entries share of one tile of rows, one after the other.
 
-    GradBias: by its strides db_*, 0 where the bias is expanded, float32, zero before; of ENTRIES batch entries and HEADS
-    heads a program. Its columns are summed first where db_n is 0. Relevance: (B, TOKENS, M) float32, zero before, of the
-    heads that RelevanceHeads (H,) uint8 has, None for all; RelevanceSlots: (N,) int32. heads: H / HEADS.
+    GradBias: by its strides db_*, 0 where the bias is expanded, float32, zero before; of ENTRIES batch entries and
+    HEADS heads a program. Its columns are summed first where db_n is 0. Relevance: (B, TOKENS, M) float32, zero before,
+    of the heads that RelevanceHeads (H,) uint8 has, None for all; RelevanceSlots: (N,) int32. heads: H / HEADS.
     """
     place = tl.program_id(0)
     rows = (place % tiles).to(tl.int64) * BM + tl.arange(0, BM)

@@ -37,9 +37,9 @@ def gradients(
     relevance_heads: Tensor | None,
 ) -> tuple[Tensor | None, ...]:
     """`triton.backward`, which says what they are."""
-    b, h, m, d = query.shape
+    b, h, m, _ = query.shape
     n, dv = key.shape[2], value.shape[3]
-    to_query, to_key, to_value, to_bias, to_gate, to_pixels = wanted
+    to_bias, to_gate, to_pixels = wanted[3:]
     to_bias, to_gate = to_bias and bias is not None, to_gate and rows.gate is not None
     on: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     like = [torch.empty_like(x) if w else None for x, w in zip((query, key, value), wanted[:3], strict=True)]
@@ -170,15 +170,14 @@ def _sums_over_rows(
 
 @dataclass(frozen=True)
 class Tiles:
-    """The constants of a launch. NA, NB: columns of the two tiles; DA: channels that a product takes at a time; CA, CB:
-    the channels that a program sums; SLICES: programs that share a head's channels; BM: rows; TILES: tiles of rows that
-    one program walks over; STREAM: keys and values do not stay. groups: programs of a head and slice."""
+    """The constants of a launch. NA, NB: columns of the two tiles; DA: channels that a product takes at a time; C: the
+    channels that a program sums; SLICES: programs that share a head's channels; BM: rows; TILES: tiles of rows that one
+    program walks over; STREAM: keys and values do not stay. groups: programs of a head and slice."""
 
     NA: int
     NB: int
     DA: int
-    CA: int
-    CB: int
+    C: int
     SLICES: int
     BM: int
     TILES: int
@@ -188,7 +187,7 @@ class Tiles:
     num_stages: int
 
     def constants(self) -> dict[str, Any]:
-        names = ("NA", "NB", "DA", "CA", "CB", "SLICES", "BM", "TILES", "STREAM", "num_warps", "num_stages")
+        names = ("NA", "NB", "DA", "C", "SLICES", "BM", "TILES", "STREAM", "num_warps", "num_stages")
         return {name: getattr(self, name) for name in names}
 
 
@@ -199,23 +198,20 @@ def choose_tiles(
 ) -> Tiles:  # fmt: skip
     """Tiles, as `triton.choose_tiles`. sums: dK or dV is wanted; walks: anything that is summed over rows is."""
     na, nb = _columns(n, most_content)
-    widest, wide = max(d, dv), na + nb > 160
-    stream = size == 4 or na >= 128 or wide or widest > 80
-    bm, da, slices = 32, min(32, forward._power(widest)), 1
-    ca, cb = forward._split(widest)
-    if stream:
-        # A program sums so many channels as leave room for the rows beside them.
-        bm = 16 if wide and size == 4 else 32
-        da = min(16 if size == 4 else 32, forward._power(widest))
-        ca, cb = (32 if wide or size == 4 else 64, 0) if sums else (forward._power(widest), 0)
-        ca = min(ca, forward._power(widest))
-        slices = -(-widest // ca) if sums else 1
-        da = min(da, ca)
+    widest, wide = forward._power(max(d, dv)), na + nb > 160
+    stream = size == 4 or na >= 128 or wide or widest > 64
+    bm = 16 if size == 4 or na >= 128 or wide else 32
+    c = widest
+    if sums:
+        # As many channels as leave room for the rows beside their sums: what more takes spills.
+        c = min(widest, 32 if size == 4 or wide else 64 if na >= 128 or widest > 128 else 128)
+    da = min(16 if size == 4 else 32, c)
+    slices = -(-max(d, dv) // c)
     tiles = -(-pixels // bm)
     walk = 1
     while walk * 2 <= tiles and tiles // (walk * 2) * heads * slices >= 2 * processors and (walks or walk < 8):
         walk *= 2
-    return Tiles(na, nb, da, ca, cb, slices, bm, walk, stream, -(-tiles // walk), 8 if wide else 4, 2 if stream else 1)
+    return Tiles(na, nb, da, c, slices, bm, walk, stream, -(-tiles // walk), 8, 2 if stream and size == 2 else 1)
 
 
 def _tiles(call: _Call, sums: bool, walks: bool) -> Tiles:
@@ -253,7 +249,8 @@ def backward_call(
         m, 0 if grad_maps is None else grad_maps.shape[-2], tiles.groups,
     )  # fmt: skip
     options = {
-        **call.constants(), **tiles.constants(), "UNIT": unit, "KEYS": of_key is not None, "VALUES": of_value is not None,
+        **call.constants(), **tiles.constants(), "UNIT": unit,
+        "KEYS": of_key is not None, "VALUES": of_value is not None,
     }  # fmt: skip
     return tiles.groups * tiles.SLICES * b * h, arguments, options
 

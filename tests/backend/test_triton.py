@@ -22,7 +22,7 @@ def test_the_kernels_under_the_interpreter():
     """Everything in tests/kernels/interpreted_*.py, whose failures show here."""
     pytest.importorskip("triton")
     files = [str(f) for f in sorted(KERNELS.glob("interpreted_*.py"))]
-    assert len(files) == 4
+    assert len(files) == 5
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, cwd=KERNELS, capture_output=True, text=True)
@@ -47,7 +47,7 @@ def _reasons(query=None, key=None, value=None, bias=None, needs_grad=False):
 def test_what_is_not_supported_is_said(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert _reasons() == []
-    assert "gradients" in _reasons(needs_grad=True)[0]
+    assert _reasons(needs_grad=True) == []
     assert "257 tokens" in _reasons(key=torch.empty(2, 2, 257, 16))[0]
     assert "head dimension 257" in _reasons(value=torch.empty(2, 2, 5, 257))[0]
     assert "not contiguous" in _reasons(query=torch.empty(2, 2, 16, 5).transpose(-1, -2))[0]

@@ -1,5 +1,5 @@
-"""The backward kernels against autograd through the definition in float64, given the forward kernel's own selection. Not
-collected by itself: see interpreted_rows.py.
+"""The backward kernels against autograd through the definition in float64, given the forward kernel's own selection.
+Not collected by itself: see interpreted_rows.py.
 """
 
 from __future__ import annotations
@@ -11,7 +11,16 @@ from dataclasses import replace
 import pytest
 import torch
 from given_decisions import (
-    CASES, EVERYTHING, FULL, Case, assert_close, given, inputs_for, inputs_of, make_program, stored_relevance,
+    CASES,
+    EVERYTHING,
+    FULL,
+    Case,
+    assert_close,
+    given,
+    inputs_for,
+    inputs_of,
+    make_program,
+    stored_relevance,
     through_autograd,
 )  # fmt: skip
 

@@ -18,12 +18,22 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from sdattn_fast.kernels import folded_kernel, gaussian_kernel, picture_kernel, rows_kernel, smooth_kernel  # noqa: E402
+from sdattn_fast.kernels import (  # noqa: E402
+    backward_kernel,
+    folded_kernel,
+    gaussian_kernel,
+    picture_kernel,
+    rows_kernel,
+    shared_kernel,
+    smooth_kernel,
+    sum_kernel,
+)
 from triton.backends.compiler import GPUTarget  # noqa: E402
 from triton.compiler import ASTSource  # noqa: E402
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout  # noqa: E402
 from sdattn_fast.backend import triton as backend  # noqa: E402
+from sdattn_fast.backend import triton_backward  # noqa: E402
 from sdattn_fast.plan import TokenSide, make_plan  # noqa: E402
 
 CUDA = {cc: GPUTarget("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 120)}
@@ -274,3 +284,72 @@ def test_gaussian(target, labels, monkeypatch, tmp_path):
     values = torch.empty(76800, labels)
     _, arguments, options = backend.gaussian_call(torch.empty(76800, 5), values, values)
     check(source_of(gaussian_kernel, arguments, options), options, target, tmp_path, f"CRF, {labels} labels")
+
+
+# The backward pass.
+
+
+def backward_call(monkeypatch, target, dtype=torch.float16, m=4096, n=77, d=40, content=12, program=FULL, gates=False):
+    """A call for 2 entries of 8 heads with a gate and phrases, and the gradients of query, key and value."""
+    monkeypatch.setattr(backend, "_precision", lambda device: "tf32x3" if target.backend == "cuda" else "ieee")
+    q, k, v = (torch.empty(2, s, 8, d, dtype=dtype).transpose(1, 2) for s in (m, n, n))
+    side = {"seed": torch.zeros(1, dtype=torch.int64)}
+    if content is not None:
+        protected = torch.ones(2, n, dtype=torch.bool)
+        protected[:, :content] = False
+        side |= {"protected": protected, "phrases": torch.zeros(2, n, dtype=torch.int64)}
+        side |= {"gate": torch.ones(2, 1, n)} if gates else {}
+    plan = make_plan(Program() if content is None else program, TokenSide(2, 8, n, q.device, **side))
+    bits = torch.empty(2, 8, m, (n + 31) // 32, dtype=torch.int32) if plan.rows.decides else None
+    call = triton_backward._Call(q, k, v, None, d**-0.5, plan.rows, bits, torch.empty_like(q), None)
+    return call, [torch.empty_like(x) for x in (q, k, v)]
+
+
+BACKWARD = {
+    "plain": dict(content=None),
+    "full": dict(),
+    "full and the gate's": dict(gates=True),
+    "full, D=64, bf16": dict(d=64, dtype=torch.bfloat16),
+    "full, D=80": dict(d=80, m=1024),
+    "full, D=160": dict(d=160, m=256, dtype=torch.bfloat16),
+    "full, all content": dict(content=77),
+    "full, fp32": dict(dtype=torch.float32),
+    "row": dict(program=Program(SalienceDropout(0.2, mode="random"), renormalize="row")),
+}
+BACKWARD_TARGETS = [(CUDA[90], name) for name in BACKWARD]
+BACKWARD_TARGETS += [
+    (t, name) for t in (CUDA[80], CUDA[100], CUDA[120], HIP) for name in ("full, D=64, bf16", "full, fp32")
+]
+BACKWARD_TARGETS += [(CUDA[86], "full"), (CUDA[89], "full")]
+
+
+@pytest.mark.parametrize("target, name", BACKWARD_TARGETS, ids=lambda x: str(getattr(x, "arch", x)))
+def test_backward(target, name, monkeypatch, tmp_path):
+    call, (of_query, of_key, of_value) = backward_call(monkeypatch, target, **BACKWARD[name])
+    tiles = triton_backward._tiles(call, True, True)
+    b, h, _, n, d, dv = call.sizes
+    sums = torch.empty(b, h, tiles.groups, n, d + dv)
+    gates = torch.empty(b, h, tiles.groups, n) if BACKWARD[name].get("gates") else None
+    _, arguments, options = triton_backward.backward_call(call, tiles, of_query, of_key, of_value, sums, gates, None)
+    # Tiles are chosen for sm_90. Others spill a little: float32 where three TF32 products take more registers, and AMD.
+    most = 320 if "fp32" in name and target.arch in (80, 120) else 512 if target is HIP else 0
+    check(source_of(backward_kernel, arguments, options), options, target, tmp_path, f"backward, {name}", most)
+
+
+@pytest.mark.parametrize("target", [CUDA[86], CUDA[90], HIP], ids=lambda t: str(t.arch))
+@pytest.mark.parametrize("what", ["relevance", "bias"])
+def test_what_rows_share(target, what, monkeypatch, tmp_path):
+    call, _ = backward_call(monkeypatch, target)
+    relevance, tokens = (
+        (torch.empty(2, 3, 4096), torch.zeros(3, dtype=torch.int32)) if what == "relevance" else (None, None)
+    )
+    of_rows = torch.empty(1, 1, 4096, 77) if what == "bias" else None
+    _, arguments, options = triton_backward.shared_call(call, of_rows, relevance, tokens, None)
+    check(source_of(shared_kernel, arguments, options), options, target, tmp_path, what)
+
+
+@pytest.mark.parametrize("target", [CUDA[80], CUDA[90], HIP], ids=lambda t: str(t.arch))
+def test_sums(target, tmp_path):
+    of_key = torch.empty(2, 77, 8, 40, dtype=torch.bfloat16).transpose(1, 2)
+    _, arguments, options = triton_backward.sum_call(torch.empty(2, 8, 64, 77, 80), of_key, of_key)
+    check(source_of(sum_kernel, arguments, options), options, target, tmp_path, "sums")

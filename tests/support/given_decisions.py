@@ -59,7 +59,10 @@ CASES = [
     Case((1, 1, 50, 33, 97, 3), has=("gate",)),
     # Programs.
     Case((2, 2, 100, 77, 40, 40), Program()),
-    *(Case((1, 2, 65, 77, 40, 40), make_program(0.2, 0.5, r), ("gate", "protected")) for r in ("none", "content", "row")),
+    *(
+        Case((1, 2, 65, 77, 40, 40), make_program(0.2, 0.5, r), ("gate", "protected"))
+        for r in ("none", "content", "row")
+    ),
     *(Case((1, 2, 65, 40, 40, 40), make_program(None, None, r), ("gate",)) for r in ("content", "row")),
     Case((1, 2, 65, 40, 40, 40), make_program(0.3), ("phrases",)),
     *(Case((1, 2, 65, 40, 40, 40), make_program(1.0, None, r), ("protected",)) for r in ("none", "content", "row")),
@@ -82,8 +85,8 @@ CASES = [
 
 
 def through_autograd(backend, case, inputs, rows, grad_out):
-    """Gradients through autograd's function, as the package runs it, what the forward pass decided, (B, H, M, N) bool, and
-    the gradient of the maps that went in."""
+    """Gradients through autograd's function, as the package runs it; what the forward pass decided, (B, H, M, N) bool;
+    and the gradient of the maps that went in."""
     x = {name: y.clone().requires_grad_() for name, y in inputs.items()}
     rows = rows if "gate" not in x or rows.gate is None else type(rows)(**{**vars(rows), "gate": x["gate"]})
     scale, n = case.shape[4] ** -0.5, case.shape[3]
