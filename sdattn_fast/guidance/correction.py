@@ -46,8 +46,8 @@ class Correction:
         how: "gradient", "reweight" or "scale".
         steps: the first step after which latents are corrected, and the one before which that ends. After the last
             step there is no timestep left, and nothing happens.
-        strength: of "gradient", the root mean square of the change; of "reweight", in [0, 1]. The default is what helped
-            most in docs/gradcam.md.
+        strength: of "gradient", the root mean square of the change; of "reweight", in [0, 1]. The default is what
+            helped most in docs/gradcam.md.
         tokens: of "reweight", indices for all entries or a list of them for each. layers, heads: as in `gradcam`.
 
     Raises: TypeError, ValueError, naming the argument, what it was and what was expected.
