@@ -2,8 +2,9 @@
 
 Ours, every backend of scaled_dot_product_attention, FlexAttention (the gate alone: it can do no more), the definition
 under torch.compile. Contestants take turns, so that a clock that changes changes for all. Two times each: "call", from
-Python, launch overhead included, and "graph", a CUDA graph's replay, the GPU's own time. Before a shape is timed, what
-we compute there is compared with the definition; a shape that disagrees is not timed and ends the run.
+Python, launch overhead included, and "graph", a CUDA graph's replay, the GPU's own time; and "both ways", a call and
+its backward pass from Python, of SDPA, of our full program and of the compiled definition. Before a shape is timed,
+what we compute there is compared with the definition; a shape that disagrees is not timed and ends the run.
 """
 
 from __future__ import annotations
@@ -94,9 +95,53 @@ def measure(layer: Layer, batch: int, dtype: torch.dtype, bandwidth: float) -> l
             shares = {"of_sdpa": f"{median / base:.3f}", "of_roofline": f"{least / median:.3f}"}
             taken_us = {column: f"{1e6 * seconds:.2f}" for column, seconds in micro.items()}
             rows.append({"contestant": name, "how": how, **taken_us, **shares})
+    both = in_turn(both_ways(layer, batch, dtype), rounds=15, inner=5)
+    base = statistics.median(both["sdpa"])
+    for name, times in both.items():
+        low, *_, high = statistics.quantiles(times, n=5)
+        median = statistics.median(times)
+        micro = {"median_us": median, "p20_us": low, "p80_us": high}
+        taken_us = {column: f"{1e6 * seconds:.2f}" for column, seconds in micro.items()}
+        rows.append({"contestant": name, "how": "both ways", **taken_us, "of_sdpa": f"{median / base:.3f}"})
     for name, note in notes.items():
         rows.append({"contestant": name, "how": "not timed", "note": note})
     return rows
+
+
+@torch.enable_grad()
+def both_ways(layer: Layer, batch: int, dtype: torch.dtype) -> dict[str, Call]:
+    """Forward and backward, the gradients of query, key and value."""
+    h, d = layer.heads, layer.head_dim
+    inputs = [
+        torch.randn(batch, s, h, d, device="cuda", dtype=dtype).transpose(1, 2).requires_grad_()
+        for s in (layer.pixels, TOKENS, TOKENS)
+    ]
+    grad = torch.randn(batch, layer.pixels, h, d, device="cuda", dtype=dtype).transpose(1, 2)
+    protected = torch.ones(batch, TOKENS, dtype=torch.bool, device="cuda")
+    protected[:, 1 : 1 + CONTENT] = False
+    side = {"batch": batch, "heads_count": h, "tokens": TOKENS, "device": grad.device, "protected": protected}
+
+    def differentiated(function: Callable[..., torch.Tensor]) -> Call:
+        @torch.enable_grad()
+        def call() -> tuple[torch.Tensor, ...]:
+            return torch.autograd.grad(function(*inputs), inputs, grad)
+
+        return call
+
+    ours = prepare(FULL, **side, backend="triton")
+    definition = prepare(FULL, **side, backend="reference")
+    calls = {
+        "sdpa": differentiated(F.scaled_dot_product_attention),
+        "ours-full": differentiated(lambda *x: ours(*x)[0]),
+        "reference-compiled": differentiated(torch.compile(lambda *x: definition(*x)[0], dynamic=False)),
+    }
+    exact = differentiated(lambda *x: definition(*x)[0])()
+    for name, mine, true in zip(("query", "key", "value"), calls["ours-full"](), exact, strict=True):
+        off = (mine.float() - true.float()).norm() / true.float().norm()
+        # Rounding flips near-ties, whose rows then differ.
+        if not mine.isfinite().all() or off > 0.05:
+            sys.exit(f"the gradient of {name} is off by {float(off):.3f} of its norm: not measured")
+    return calls
 
 
 def contestants(layer: Layer, batch: int, dtype: torch.dtype) -> tuple[dict[str, Call], dict[str, str]]:

@@ -3,8 +3,8 @@
 #
 #   benchmarks/on_gpu.sh [--wheels FOLDER] [--state FOLDER] [--results FOLDER] [--minutes N] [stage ...]
 #
-# Stages, in order: build, interpret (the kernels under Triton's interpreter, no GPU needed), test-1, test-2, test-3 (on
-# the GPU, against the definition in float64), measure-<model>-<batch>-<dtype>. Each fits ten minutes. What is done is
+# Stages, in order: build, interpret (the kernels under Triton's interpreter, no GPU needed), test-1 to test-5 (on the
+# GPU, against the definition in float64), measure-<model>-<batch>-<dtype>. Each fits ten minutes. What is done is
 # noted in the state folder, so calling again goes on where the last call stopped; --minutes (9) is when to stop starting
 # stages. Named stages run whether done or not.
 #
@@ -40,7 +40,7 @@ state=$(cd "$state" && pwd) results=$(cd "$results" && pwd)
 export PYTHONUNBUFFERED=1 TRITON_CACHE_DIR=$state/triton TORCHINDUCTOR_CACHE_DIR=$state/inductor
 here=$state/venv/bin/python
 
-all=(build interpret test-1 test-2 test-3)
+all=(build interpret test-1 test-2 test-3 test-4 test-5)
 for model in sd15 sd21 sdxl; do
     for batch in 2 16; do
         for dtype in float16 bfloat16; do all+=("measure-$model-$batch-$dtype"); done
@@ -88,16 +88,19 @@ ours() { (cd "$state" && PYTHONPATH=$state/package "$here" "$@"); }
 pytests() { ours -m pytest -q --tb=short -p no:cacheprovider --rootdir "$root" -c "$root/pyproject.toml" "$@"; }
 
 cases=("$root/tests/kernels/interpreted_rows.py" "$root/tests/kernels/interpreted_smooth.py")
+more=("$root/tests/kernels/interpreted_refine.py" "$root/tests/kernels/interpreted_folded.py")
 stage_interpret() { TRITON_INTERPRET=1 pytests "${cases[@]}"; }
 stage_test-1() { pytests "${cases[@]}" -k "not any_k and not every_program"; }
 stage_test-2() { pytests "${cases[0]}" -k any_k; }
 stage_test-3() { pytests "${cases[0]}" -k every_program; }
+stage_test-4() { pytests "$root/tests/kernels/interpreted_backward.py"; }
+stage_test-5() { pytests "${more[@]}"; }
 
 run() {
     echo "== $1"
     case $1 in
         measure-*-*-*)
-            for test in test-1 test-2 test-3; do
+            for test in test-1 test-2 test-3 test-4 test-5; do
                 [[ -e $state/done-$test ]] || { echo "$1: $test has not passed, and nothing is measured over a red test" >&2; return 1; }
             done
             IFS=- read -r _ model batch dtype <<<"$1"

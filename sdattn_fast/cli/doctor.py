@@ -52,7 +52,6 @@ def doctor(
     console.print(table)
 
     gaps = Table("what", "why", title="Served by the plain torch reference so far (a named backend raises instead)")
-    gaps.add_row("gradients, on GPUs", "there is no Triton backward kernel yet")
     gaps.add_row("gradients of rounds and axis 'space'", "there is no backward kernel for programs over the picture")
     console.print(gaps)
     if model is not None:
