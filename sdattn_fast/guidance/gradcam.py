@@ -109,10 +109,9 @@ def gradcam(
 def run(patch: Patch, latents: Tensor, t: Any, text: Tensor, **inputs: Any) -> Seen:
     """One forward with gradients on, beside those of a pipeline: its maps do not enter the run's mean."""
     model = patch._models[0]
-    keeper = patch._keeper
-    with torch.enable_grad(), contextlib.nullcontext() if keeper is None else keeper.aside(patch._layers):
+    with torch.enable_grad(), patch.aside():
         out = model.outer(latents, t, encoder_hidden_states=text, return_dict=False, **inputs)[0]
-        maps = Maps({}, (), None) if keeper is None else patch.maps
+        maps = Maps({}, (), None) if patch._keeper is None else patch.maps
     return Seen(out, latents, t, maps)
 
 

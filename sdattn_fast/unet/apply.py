@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from .ip_adapter import ip_adapter_processor, is_ip_adapter
 from .layers import LAYER, Layer, cross_attention_layers, heads_of_layers, select_layers, watch_grids
 from .maps import MapKeeper, Maps
 from .processor import SemanticAttnProcessor
-from .settings import Heads, Settings
+from .settings import DropoutWhen, Heads, Settings
+from .steps import StepCounter
 from .text_state import TOKEN_INPUTS, Given, TextState, checked_token_input
 from .token_classes import PromptMemory
 
@@ -42,6 +44,7 @@ def apply(
     fold: str = "auto",
     text_cache: bool = True,
     backend: str = "auto",
+    dropout_when: DropoutWhen = "always",
 ) -> Patch:
     """Run a program in every cross-attention layer of a diffusers pipeline (its UNet and ControlNets) or of a UNet.
 
@@ -70,6 +73,10 @@ def apply(
         text_cache: keep what depends on the text alone (token side, keys, values, what is folded) between steps, while
             text and weights stay what they were.
         backend: "auto", "triton", "cuda", "cpu" or "reference".
+        dropout_when: the program's salience dropout applies "always"; in "training", while the model is in train mode;
+            or by a schedule {step: ratio}, linear between the steps named and constant beyond, in place of the
+            dropout's own ratio. A step is one of denoising, counted from 0; in train mode it is `Patch.step`, which the
+            training loop sets.
 
     Returns:
         A `Patch`, also a context manager. A model without a layer to serve (added-KV models such as DeepFloyd) gives a
@@ -83,7 +90,7 @@ def apply(
     """
     from_file = isinstance(heads, (str, Path))
     rows, layers, heads, inactive_heads = _from_files(program, layers, heads, inactive_heads)
-    settings = Settings(rows, inactive_heads, seed, capture, fold, text_cache, backend)
+    settings = Settings(rows, inactive_heads, seed, capture, fold, text_cache, backend, dropout_when)
     given = Given()
     for name, x in (("gate", gate), ("phrases", phrases), ("protected", protected), ("active", active)):
         setattr(given, name, checked_token_input(name, x))
@@ -129,7 +136,10 @@ def apply(
 
 
 class Patch:
-    """A program in place. Made by `apply`; ``with apply(pipe, program): ...`` takes it off at the end."""
+    """A program in place. Made by `apply`; ``with apply(pipe, program): ...`` takes it off at the end.
+
+    step: the training step, for a schedule of dropout; the training loop sets it.
+    """
 
     def __init__(
         self,
@@ -146,6 +156,8 @@ class Patch:
         self._layers = layers
         self._memory = memory
         self._keeper = None if settings.capture is None else MapKeeper(settings.capture, layers_kept)
+        self._steps = StepCounter()
+        self.step: int | None = None
         self._handles: list[Any] = []
         self._installed = False
         self._warned: set[str] = set()
@@ -194,6 +206,13 @@ class Patch:
         for model in self._models:
             model.seen = None
             model.text.forget()
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Inside, forwards that are not the run's: they count as no step, and their maps leave with them."""
+        kept = contextlib.nullcontext() if self._keeper is None else self._keeper.aside(self._layers)
+        with self._steps.aside(), kept:
+            yield
 
     def remove(self) -> None:
         """Restore the very processors that were there, and the pipeline's `encode_prompt`. Twice is harmless."""
@@ -356,10 +375,14 @@ class _ModelHook:
         patch, model = self.patch, self.model
         patch._keep_in_place(model.layers)
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
-        if patch._keeper is not None:
-            x = kwargs.get("sample", args[0] if args else None)
-            encoded = 0 if patch._memory is None else patch._memory.encoded
-            patch._keeper.begin_step(model.module, model.layers, x, timestep, encoded)
+        scheduled = not isinstance(patch._settings.dropout_when, str)
+        if patch._keeper is not None or scheduled:
+            step = patch._steps.begin(model.module, timestep, 0 if patch._memory is None else patch._memory.encoded)
+            if patch._keeper is not None:
+                x = kwargs.get("sample", args[0] if args else None)
+                patch._keeper.begin_step(model.module, model.layers, x, step)
+            if scheduled:
+                model.text.step = patch.step if module.training else step
         for layer in model.layers:
             layer.grid = None
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
@@ -407,8 +430,9 @@ class _ModelHook:
             for layer in self.model.layers:
                 heads_count = int(layer.attn.heads)
                 self.model.text.prepared(
-                    text.shape[0], heads_count, text.shape[1], text.device, layer.heads, layer.captures
-                )
+                    text.shape[0], heads_count, text.shape[1], text.device, layer.heads, layer.captures,
+                    layer.attn.training,
+                )  # fmt: skip
         except ValueError:
             # Video models multiply the batch inside: what does not fit here may fit there. If not, the layer says so.
             return

@@ -176,8 +176,7 @@ class WordMaps(Mapping[str, Tensor]):
 class MapKeeper:
     """What a patch keeps of its layers' maps: which layers and steps, and the mean over a run's steps.
 
-    A run is a call of the pipeline, or, for a UNet alone, timesteps that do not rise. A step's maps lie with their
-    layers until the next step begins; here lie float32 sums of the active entries.
+    A step's maps lie with their layers until the next step begins; here lie float32 sums of the active entries.
     """
 
     def __init__(self, capture: Capture, wanted: Iterable[str] | None) -> None:
@@ -185,25 +184,17 @@ class MapKeeper:
         self.wanted = None if wanted is None else set(wanted)
         self.size: tuple[int, int] | None = None
         self._sums: dict[str, tuple[Tensor, int]] = {}
-        self._runs: dict[int, tuple[int, int, float]] = {}  # of a model: the prompts encoded, steps done, last timestep
         self._key: dict[tuple[int, int, int], set[str]] = {}
 
-    def begin_step(self, model: nn.Module, layers: Sequence[Layer], x: Any, timestep: Any, encoded: int) -> None:
+    def begin_step(self, model: nn.Module, layers: Sequence[Layer], x: Any, step: int) -> None:
         """Before a model's forward: take in what the step before left, say which layers keep their maps in this one."""
         self._absorb(layers)
-        then, steps, last = self._runs.get(id(model), (-1, 0, -math.inf))
-        if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and encoded:
-            time = last  # the pipeline says where a run begins; to look at the device would halt it at every step
-        else:
-            time = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
-        if then != encoded or time > last:
-            steps = 0
+        if step == 0:
             for layer in layers:
                 self._sums.pop(layer.name, None)
-        self._runs[id(model)] = (encoded, steps + 1, time)
         names = self._layers(model, layers, x)
         wanted = self.capture.steps
-        now = wanted is None or wanted == "latest" or steps in wanted
+        now = wanted is None or wanted == "latest" or step in wanted
         for layer in layers:
             layer.captures = now and layer.name in names
 
@@ -227,7 +218,7 @@ class MapKeeper:
     def aside(self, layers: Sequence[Layer]) -> Iterator[None]:
         """Inside, a forward that is not the run's: its maps are kept whatever the step, and leave with it."""
         self._absorb(layers)
-        sums, runs, capture = dict(self._sums), dict(self._runs), self.capture
+        sums, capture = dict(self._sums), self.capture
         self.capture = replace(capture, steps="latest")
         self._sums = {}
         try:
@@ -235,11 +226,7 @@ class MapKeeper:
         finally:
             for layer in layers:
                 layer.captured = None
-            self._sums, self._runs, self.capture = sums, runs, capture
-
-    def forget(self) -> None:
-        self._sums.clear()
-        self._runs.clear()
+            self._sums, self.capture = sums, capture
 
     def _absorb(self, layers: Sequence[Layer]) -> None:
         for layer in layers:

@@ -19,7 +19,7 @@ from ..functional import FoldedText
 from ..program import Capture, Program
 from .fold import choose_fold, fold_refusal, fold_text, shape_of
 from .layers import LAYER, Layer, is_served
-from .settings import Heads, Settings, checked_heads
+from .settings import DropoutWhen, Heads, Settings, checked_heads
 from .text_cache import KeyValue, Served, Weights
 from .text_state import Given, TextState, checked_token_input
 
@@ -40,7 +40,7 @@ class SemanticAttnProcessor:
         gate: bool, or finite and >= 0, (N,), (B, N) or (B, H, N). phrases: integer, (N,) or (B, N). protected: bool,
             (N,) or (B, N). active: bool, (B,). B is the UNet's batch; (A, N) for the A active entries is taken as well.
         seed: of the random mode, an int in [0, 2**63). By hand, every layer and step uses it as it is.
-        fold, text_cache, backend: as in `apply`.
+        fold, text_cache, backend: as in `apply`. dropout_when: "always" or "training".
 
     Raises: TypeError, ValueError, naming the argument, what came and what was expected.
     """
@@ -61,14 +61,17 @@ class SemanticAttnProcessor:
         fold: str = "auto",
         text_cache: bool = True,
         backend: str = "auto",
+        dropout_when: DropoutWhen = "always",
     ) -> None:
+        if not isinstance(dropout_when, str):
+            raise ValueError("dropout_when: a processor does not know the step; use sdattn_fast.apply")
         if layers is not None:
             raise ValueError("layers: a processor does not know its layer's name; use sdattn_fast.apply")
         if isinstance(heads, Mapping):
             raise ValueError("heads: a processor does not know its layer's name; use sdattn_fast.apply")
         if capture is not None:
             raise ValueError("capture: maps are kept by layer name; use sdattn_fast.apply")
-        self.settings = Settings(program, inactive_heads, seed, None, fold, text_cache, backend)
+        self.settings = Settings(program, inactive_heads, seed, None, fold, text_cache, backend, dropout_when)
         self.heads = heads
         given = Given(
             gate=checked_token_input("gate", gate),
@@ -226,7 +229,7 @@ def _cross_attention(
             "(Refinement.sigma > 0) needs; sdattn_fast.apply takes them from the enclosing Transformer2DModel"
         )
     captures = layer is not None and layer.captures
-    prepared = text.prepared(batch, heads_count, states.shape[1], states.device, heads, captures)
+    prepared = text.prepared(batch, heads_count, states.shape[1], states.device, heads, captures, attn.training)
     entry = None if torch.compiler.is_compiling() else _kept(text, attn, states, first_look=layer is None)
     if entry is None:
         key, value = _key_value(attn, states)

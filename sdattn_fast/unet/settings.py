@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from ..arguments import check_program, check_seed
 from ..functional import prepare
-from ..program import Capture, Program
+from ..program import Capture, Program, SalienceDropout
 
 __all__ = ["Heads", "Settings", "checked_heads"]
 
 Heads = Sequence[int] | Tensor | Mapping[str, Sequence[int]] | None
+DropoutSchedule = tuple[tuple[int, float], ...]
+DropoutWhen = str | Mapping[int, float] | DropoutSchedule
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,8 @@ class Settings:
     """The part of a patch that does not change while it lives.
 
     fold: "auto" folds projections into the text where that is cheaper, "always" wherever the kernel can or raises.
-    text_cache: False computes the token side, keys and values anew at every call.
+    text_cache: False computes the token side, keys and values anew at every call. dropout_when: "always", "training"
+    (while the layer is in train mode), or {step: ratio}.
 
     Raises: TypeError, ValueError, naming the argument, what came and what was expected.
     """
@@ -35,8 +38,10 @@ class Settings:
     fold: str = "auto"
     text_cache: bool = True
     backend: str = "auto"
+    dropout_when: DropoutWhen = "always"
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "dropout_when", _checked_when(self.dropout_when, self.program))
         check_program(self.program, self.capture, tokens=2**31)
         check_seed(self.seed)
         if isinstance(self.seed, Tensor):
@@ -54,6 +59,50 @@ class Settings:
             Program(), batch=1, heads_count=1, tokens=1, device=torch.device("cpu"),
             inactive_heads=self.inactive_heads, backend=self.backend,
         )  # fmt: skip
+
+    def program_at(self, step: int | None, training: bool) -> Program:
+        """The program, its salience dropout as `dropout_when` has it. step: of a schedule; needed there alone."""
+        dropout, when = self.program.dropout, self.dropout_when
+        if dropout is None or when == "always" or (when == "training" and training):
+            return self.program
+        if when == "training":
+            return replace(self.program, dropout=None)
+        assert isinstance(when, tuple)
+        if step is None:
+            raise ValueError("dropout_when: a schedule needs the step; set patch.step in the training loop")
+        ratio = _scheduled(when, step)
+        return replace(self.program, dropout=None if ratio == 0.0 else replace(dropout, ratio=ratio))
+
+
+def _scheduled(schedule: DropoutSchedule, step: int) -> float:
+    """Linear between the steps that are named, constant before the first and after the last."""
+    before, after = (
+        max((point for point in schedule if point[0] <= step), default=schedule[0]),
+        min((point for point in schedule if point[0] >= step), default=schedule[-1]),
+    )
+    if before[0] >= after[0]:
+        return before[1] if before[0] <= step else after[1]
+    return before[1] + (after[1] - before[1]) * (step - before[0]) / (after[0] - before[0])
+
+
+def _checked_when(when: Any, program: Program) -> DropoutWhen:
+    if isinstance(when, str):
+        if when not in ("always", "training"):
+            raise ValueError(f"dropout_when: expected 'always', 'training' or {{step: ratio}}, got {when!r}")
+    elif isinstance(when, (Mapping, tuple)):
+        points = tuple(sorted(when.items())) if isinstance(when, Mapping) else when
+        if not points:
+            raise ValueError("dropout_when: expected at least one step in a schedule, got none")
+        for step, ratio in points:
+            if isinstance(step, bool) or not isinstance(step, int) or step < 0:
+                raise ValueError(f"dropout_when: expected steps that are ints >= 0, got {step!r}")
+            SalienceDropout(ratio)  # checks it
+        when = tuple((step, float(ratio)) for step, ratio in points)
+    else:
+        raise TypeError(f"dropout_when: expected a str or a mapping of steps to ratios, got {type(when).__name__}")
+    if when != "always" and program.dropout is None:
+        raise ValueError(f"dropout_when: {when!r} says when to drop, and the program has no dropout")
+    return when
 
 
 def checked_heads(heads: Any, count: int, where: str = "") -> tuple[int, ...] | None:

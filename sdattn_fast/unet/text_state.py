@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..functional import Prepared, prepare
+from ..program import Program
 from .settings import Settings
 from .text_cache import TextCache
 
@@ -49,11 +50,12 @@ class Given:
 
 @dataclass
 class TextState:
-    """One model's text: the latest batch's rows, and the calls prepared for it."""
+    """One model's text: the latest batch's rows, and the calls prepared for it. step: of a schedule of dropout."""
 
     settings: Settings
     given: Given
     rows: Rows | None = None
+    step: int | None = None
     cache: dict[tuple[Any, ...], Prepared] = field(default_factory=dict)
     cached: TextCache = field(default_factory=TextCache)
 
@@ -85,17 +87,19 @@ class TextState:
         device: torch.device,
         heads: tuple[int, ...] | None,
         captures: bool = False,
+        training: bool = False,
     ) -> Prepared:
         """The call for keys (batch, heads_count, tokens, D), from the cache where nothing changed. captures: with the
-        settings' capture.
+        settings' capture. training: the layer is in train mode.
 
         Raises: ValueError where a token input does not fit the batch, or is missing.
         """
-        key = (batch, heads_count, tokens, device.type, device.index, heads, captures)
+        program = self.settings.program_at(self.step, training)
+        key = (batch, heads_count, tokens, device.type, device.index, heads, captures, program.dropout)
         found = self.cache.get(key) if self.settings.text_cache else None
         if found is not None:
             return found
-        made = self._prepare(batch, heads_count, tokens, device, heads, captures)
+        made = self._prepare(program, batch, heads_count, tokens, device, heads, captures)
         # A gate with a gradient belongs to one graph. Under torch.compile the cache is read and not written.
         gate = self.given.gate
         if not torch.compiler.is_compiling() and not (gate is not None and gate.requires_grad):
@@ -125,6 +129,7 @@ class TextState:
 
     def _prepare(
         self,
+        program: Program,
         batch: int,
         heads_count: int,
         tokens: int,
@@ -139,7 +144,7 @@ class TextState:
         if protected is None and self.rows is not None and self.needs_protected():
             protected = self._found_protected(batch, tokens, device)
         return prepare(
-            s.program,
+            program,
             batch=batch,
             heads_count=heads_count,
             tokens=tokens,
