@@ -39,6 +39,7 @@ def _app(typer):
     from .doctor import doctor
     from .generate import generate
     from .heads import heads
+    from .train_lora import train_lora
     from .tune import tune
 
     app = typer.Typer(
@@ -48,7 +49,7 @@ def _app(typer):
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (doctor, demo, generate, heads, tune, bench):
+    for command in (doctor, demo, generate, heads, tune, train_lora, bench):
         app.command()(command)
 
     def show_version(wanted: bool) -> None:

@@ -36,6 +36,9 @@ def generate(
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
     backend: Annotated[str, typer.Option(help="auto, triton, cuda, cpu or reference.")] = "auto",
+    lora: Annotated[
+        str | None, typer.Option(help="A LoRA to load: a folder of `sdattn-fast train-lora`, or what diffusers takes.")
+    ] = None,
     compare: Annotated[bool, typer.Option("--compare", help="Also save the stock picture, same seed.")] = False,
     out: Annotated[Path, typer.Option(help="File to write.")] = Path("picture.png"),
     dropout_ratio: Ratio = None,
@@ -72,6 +75,8 @@ def generate(
     if out.is_dir():
         raise typer.BadParameter(f"expected a file to write, got the folder {out}", param_hint="--out")
     pipe = load_pipeline(model, device, dtype)
+    if lora is not None:
+        pipe.load_lora_weights(lora)
     shapes = model == "shapes"
     asked: dict[str, Any] = {
         "prompt": prompt,

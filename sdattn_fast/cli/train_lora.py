@@ -1,0 +1,85 @@
+"""`sdattn-fast train-lora`: a LoRA from a folder of pictures and captions, salience dropout in training."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .generate import load_pipeline
+from .options import DropoutAxis, DropoutMode, Ratio
+
+__all__ = ["train_lora"]
+
+
+def train_lora(
+    data: Annotated[
+        Path, typer.Option(help="Folder of pictures with captions: metadata.jsonl, or a.txt beside a.png.")
+    ],
+    model: Annotated[str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes'.")] = "shapes",
+    out: Annotated[Path, typer.Option(help="Folder; the same command goes on where a killed one stopped.")] = Path(
+        "lora"
+    ),
+    steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Pictures a step and process.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Forwards a step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
+    warmup: Annotated[int, typer.Option(help="Steps of linear growth.")] = 0,
+    rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 8,
+    size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; default: the model's.")] = None,
+    flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the pictures.")] = False,
+    empty_captions: Annotated[float, typer.Option(help="Share of captions left out, for guidance.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16: accelerate's mixed precision.")] = "no",
+    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    dropout_ratio: Ratio = None,
+    dropout_axis: DropoutAxis = "token",
+    dropout_mode: DropoutMode = "topk",
+    dropout_when: Annotated[
+        str, typer.Option(help="training, or a schedule over steps as 0:0.0,500:0.2 (step:ratio).")
+    ] = "training",
+) -> None:
+    """Train a LoRA for any diffusers UNet; `accelerate launch -m sdattn_fast.cli.train_lora` for several GPUs."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from .. import Program, SalienceDropout
+    from ..training import LoraTraining
+    from ..training import train_lora as train
+
+    program = Program(None if dropout_ratio is None else SalienceDropout(dropout_ratio, dropout_axis, dropout_mode))
+    training = LoraTraining(
+        steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup, accumulate=accumulate, rank=rank,
+        size=None if size is None else (size, size), flip=flip, empty_captions=empty_captions, seed=seed,
+        dropout_when=_when(dropout_when), precision=precision, gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+    pipe = load_pipeline(model, device)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("training", total=steps)
+        mean = [float("nan")]
+
+        def tell(step: int, loss: float) -> None:
+            mean[0] = loss if step == 1 or mean[0] != mean[0] else 0.98 * mean[0] + 0.02 * loss
+            progress.update(task, completed=step, description=f"training, loss {mean[0]:.4f}")
+
+        path = train(pipe, data, out, training, program, save_every=save_every, tell=tell)
+    print(f"wrote {path}")
+    print(f"draw with it: sdattn-fast generate --model {model} --lora {out} --prompt ...")
+
+
+def _when(said: str) -> str | dict[int, float]:
+    if ":" not in said:
+        return said
+    try:
+        return {int(step): float(ratio) for step, ratio in (point.split(":") for point in said.split(","))}
+    except ValueError:
+        raise typer.BadParameter(
+            f"expected training, always, or step:ratio,step:ratio, got {said!r}", param_hint="--dropout-when"
+        ) from None
+
+
+if __name__ == "__main__":
+    typer.run(train_lora)

@@ -1,0 +1,88 @@
+"""A folder of pictures and captions, as people keep them for fine-tuning.
+
+Either `metadata.jsonl`, a line ``{"file_name": "a.png", "text": "a red car"}`` a picture (Hugging Face's imagefolder), or
+beside every picture `a.png` its caption in `a.txt`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+__all__ = ["CaptionedFolder"]
+
+_PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
+
+
+class CaptionedFolder:
+    """The pictures' paths and captions; pictures are read when they are asked for.
+
+    Raises: ValueError: no such folder, no picture in it, one without a caption, a line of metadata that is not so.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise ValueError(f"data: expected a folder of pictures and captions, got {str(folder)!r}")
+        table = self.folder / "metadata.jsonl"
+        self.items = self._of_table(table) if table.exists() else self._of_files()
+        if not self.items:
+            raise ValueError(f"data: expected pictures ({', '.join(_PICTURES)}) in {str(folder)!r}, got none")
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def caption(self, index: int) -> str:
+        return self.items[index][1]
+
+    def picture(self, index: int, size: tuple[int, int], flip: bool = False) -> Tensor:
+        """(3, height, width) float32 in [-1, 1], resized to cover the size and cropped to its middle.
+
+        Raises: ValueError where the file is no picture.
+        """
+        import numpy as np
+        from PIL import Image, ImageOps, UnidentifiedImageError
+
+        path = self.items[index][0]
+        try:
+            with Image.open(path) as picture:
+                upright = ImageOps.exif_transpose(picture).convert("RGB")
+        except (UnidentifiedImageError, OSError) as error:
+            raise ValueError(f"data: {path} cannot be read as a picture: {error}") from error
+        fitted = ImageOps.fit(upright, size[::-1], Image.Resampling.LANCZOS)
+        pixels = torch.from_numpy(np.array(ImageOps.mirror(fitted) if flip else fitted))
+        return pixels.permute(2, 0, 1).float() / 127.5 - 1.0
+
+    def _of_table(self, table: Path) -> list[tuple[Path, str]]:
+        items = []
+        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+            if not line.strip():
+                continue
+            try:
+                row = json.loads(line)
+                name, text = row["file_name"], row["text"]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise ValueError(
+                    f'{table}, line {number}: expected {{"file_name": ..., "text": ...}}, got {line[:80]!r}'
+                ) from error
+            path = self.folder / str(name)
+            if not isinstance(text, str) or not path.is_file():
+                raise ValueError(
+                    f"{table}, line {number}: expected a picture's name and its caption, got {line[:80]!r}"
+                )
+            items.append((path, text.strip()))
+        return items
+
+    def _of_files(self) -> list[tuple[Path, str]]:
+        items = []
+        for path in sorted(p for p in self.folder.iterdir() if p.suffix.lower() in _PICTURES):
+            caption = path.with_suffix(".txt")
+            if not caption.exists():
+                raise ValueError(
+                    f"data: {path.name} has no caption: expected {caption.name} beside it, or metadata.jsonl"
+                )
+            items.append((path, " ".join(caption.read_text(encoding="utf-8").split())))
+        return items
