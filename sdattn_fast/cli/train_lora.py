@@ -32,7 +32,9 @@ def train_lora(
     empty_captions: Annotated[float, typer.Option(help="Share of captions left out, for guidance.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
-    precision: Annotated[str, typer.Option(help="no, bf16 or fp16: accelerate's mixed precision.")] = "no",
+    precision: Annotated[
+        str | None, typer.Option(help="no, bf16 or fp16, of the model too; default: bf16 on cuda, no on cpu.")
+    ] = None,
     gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
     dropout_ratio: Ratio = None,
@@ -43,19 +45,22 @@ def train_lora(
     ] = "training",
 ) -> None:
     """Train a LoRA for any diffusers UNet; `accelerate launch -m sdattn_fast.cli.train_lora` for several GPUs."""
+    import torch
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from .. import Program, SalienceDropout
     from ..training import LoraTraining
     from ..training import train_lora as train
 
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    precision = precision or ("bf16" if device.startswith("cuda") else "no")
     program = Program(None if dropout_ratio is None else SalienceDropout(dropout_ratio, dropout_axis, dropout_mode))
     training = LoraTraining(
         steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup, accumulate=accumulate, rank=rank,
         size=None if size is None else (size, size), flip=flip, empty_captions=empty_captions, seed=seed,
         dropout_when=_when(dropout_when), precision=precision, gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
-    pipe = load_pipeline(model, device)
+    pipe = load_pipeline(model, device, {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32"))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("training", total=steps)

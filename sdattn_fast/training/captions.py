@@ -1,7 +1,7 @@
 """A folder of pictures and captions, as people keep them for fine-tuning.
 
-Either `metadata.jsonl`, a line ``{"file_name": "a.png", "text": "a red car"}`` a picture (Hugging Face's imagefolder), or
-beside every picture `a.png` its caption in `a.txt`.
+Either `metadata.jsonl`, a line ``{"file_name": "a.png", "text": "a red car"}`` a picture (Hugging Face's imagefolder),
+or beside every picture `a.png` its caption in `a.txt`.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Train a LoRA on a folder of pictures and captions, the program in place: salience dropout as a regulariser.
 
-PEFT has the adapters, accelerate the devices, processes and precisions, diffusers the file. What is drawn at random in a
-step follows from the seed and the step's number alone, so a run that was killed goes on as if it had not been.
+PEFT has the adapters, accelerate the devices, processes and precisions, diffusers the file. What is drawn at random in
+a step follows from the seed and the step's number alone, so a run that was killed goes on as if it had not been.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def train_lora(
     pipe: Any,
     data: str | Path | CaptionedFolder,
     out: str | Path,
-    training: LoraTraining = LoraTraining(),
+    training: LoraTraining | None = None,
     program: Program = Program(),
     *,
     save_every: int = 100,
@@ -110,6 +110,7 @@ def train_lora(
         from peft.utils import get_peft_model_state_dict
     except ImportError as error:
         raise ImportError("train_lora needs peft and accelerate: pip install 'sdattn-fast[train]'") from error
+    training = LoraTraining() if training is None else training
     folder = data if isinstance(data, CaptionedFolder) else CaptionedFolder(data)
     if not hasattr(pipe, "unet") or not hasattr(type(pipe), "save_lora_weights"):
         raise TypeError(f"pipe: expected a diffusers pipeline with a UNet and LoRA, got {type(pipe).__name__}")
@@ -275,7 +276,7 @@ class _Checkpoint:
         try:
             with safe_open(self.path, "pt") as file:
                 before = json.loads((file.metadata() or {}).get("settings", "{}"))
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                tensors = {name: file.get_tensor(name) for name in file.keys()}
         except (SafetensorError, json.JSONDecodeError) as error:
             raise ValueError(f"out: {self.path} is no checkpoint of a LoRA: {error}") from error
         now = json.loads(self.settings)
