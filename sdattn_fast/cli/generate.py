@@ -59,6 +59,7 @@ def generate(
 
     from .. import Program, apply
     from ..files import ProgramFile
+    from ..lab import quiet_loading
 
     program = program_of(
         dropout_ratio, dropout_axis, dropout_mode, refine_steps, threshold, sigma, refine_axis, renormalize
@@ -76,7 +77,8 @@ def generate(
         raise typer.BadParameter(f"expected a file to write, got the folder {out}", param_hint="--out")
     pipe = load_pipeline(model, device, dtype)
     if lora is not None:
-        pipe.load_lora_weights(lora)
+        with quiet_loading():
+            pipe.load_lora_weights(lora)
     shapes = model == "shapes"
     asked: dict[str, Any] = {
         "prompt": prompt,

@@ -1,0 +1,162 @@
+"""Does salience dropout in training help binding? `python -m sdattn_fast.lab.lora`: LoRAs of the shapes pipeline.
+
+The same LoRA is trained on the same scenes (pairs of colour and shape that the pipeline was trained on) without
+dropout, with the largest content entries dropped, and with random ones dropped, in train mode alone; each with three
+seeds, and with one seed all see the same pictures, noise and timesteps. The detector judges what each draws, from the same noise,
+of captions whose pairs neither the pipeline nor the LoRA saw. Differences are paired by seed and caption; the interval
+is a bootstrap over both. A run can be broken off and taken up again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from . import load_pipeline, quiet_loading
+from .evaluate import _FIRST_SEED, draw, judge
+from .world import sample_scene
+
+__all__ = ["CONDITIONS", "paired", "write_scenes"]
+
+CONDITIONS: dict[str, tuple[float, str] | None] = {
+    "without dropout": None,
+    "topk, 0.1": (0.1, "topk"),
+    "topk, 0.3": (0.3, "topk"),
+    "random, 0.3": (0.3, "random"),
+}
+_MEASURES = ("present", "bound", "all right")
+_DATA_SEED = 70_000_000
+
+
+def paired(results: np.ndarray, base: np.ndarray, resamples: int = 5000) -> dict[str, Any]:
+    """Of results and base (seeds, captions): means, and the mean difference with a 95 % percentile interval of a
+    bootstrap that draws seeds and captions anew."""
+    difference = results - base
+    rng = np.random.default_rng(0)
+    seeds = rng.integers(0, difference.shape[0], (resamples, difference.shape[0]))
+    captions = rng.integers(0, difference.shape[1], (resamples, difference.shape[1]))
+    means = [difference[s][:, c].mean() for s, c in zip(seeds, captions, strict=True)]
+    low, high = np.percentile(means, (2.5, 97.5))
+    return {
+        "mean": float(results.mean()), "base": float(base.mean()), "difference": float(difference.mean()),
+        "low": float(low), "high": float(high), "by_seed": [float(x) for x in difference.mean(1)],
+    }  # fmt: skip
+
+
+def write_scenes(folder: Path, count: int) -> None:
+    """Scenes of pairs seen in training, as `train-lora` takes them."""
+    from PIL import Image
+
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for i in range(count):
+        scene = sample_scene(_DATA_SEED + i)
+        Image.fromarray(scene.image).save(folder / f"{i:05}.png")
+        lines.append(json.dumps({"file_name": f"{i:05}.png", "text": scene.caption}))
+    aside = folder / "metadata.part"
+    aside.write_text("\n".join(lines) + "\n")
+    os.replace(aside, folder / "metadata.jsonl")
+
+
+def _run(
+    pictures: Annotated[int, typer.Option(help="How many held-out captions.")] = 256,
+    seeds: Annotated[int, typer.Option(help="LoRAs a condition.")] = 3,
+    steps: Annotated[int, typer.Option(help="Of training.")] = 400,
+    batch: Annotated[int, typer.Option(help="Scenes a step.")] = 16,
+    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 5e-4,
+    scenes: Annotated[int, typer.Option(help="To train on.")] = 1024,
+    folder: Annotated[Path, typer.Option(help="Where LoRAs and results are kept.")] = Path("runs/lora"),
+) -> None:
+    """Train, draw, judge, compare."""
+    from rich.console import Console
+    from rich.table import Table
+
+    if pictures < 2 or seeds < 1:
+        raise typer.BadParameter(f"expected at least 2 pictures and 1 seed, got {pictures} and {seeds}")
+    console = Console()
+    if not (folder / "data" / "metadata.jsonl").exists():
+        write_scenes(folder / "data", scenes)
+    asked = [sample_scene(_FIRST_SEED + i, held_out=True, objects=1 + i % 3) for i in range(pictures)]
+
+    def judged(name: str, make: Any) -> np.ndarray:
+        """(captions, measures), kept."""
+        path = folder / f"{name}-{pictures}.json"
+        if not path.exists():
+            images = draw(make(), asked)
+            rows = [judge(s, x) for s, x in zip(asked, images, strict=True)]
+            np.save(folder / f"{name}.npy", images[:8])
+            aside = path.with_suffix(".part")
+            aside.write_text(json.dumps([[r.present, r.bound, float(r.right)] for r in rows]))
+            os.replace(aside, path)
+            console.print(f"{name}: bound {np.mean([r.bound for r in rows]):.3f}")
+        return np.array(json.loads(path.read_text()))
+
+    stock = judged("no LoRA", _quiet_pipeline)
+    found = {}
+    for name, dropout in CONDITIONS.items():
+        of_seeds = []
+        for seed in range(seeds):
+            out = folder / f"{name} {seed}"
+
+            def trained(out: Path = out, seed: int = seed, dropout: Any = dropout) -> Any:
+                return _trained(folder / "data", out, dropout, seed, steps, batch, learning_rate)
+
+            of_seeds.append(judged(out.name, trained))
+        found[name] = np.stack(of_seeds)
+
+    base = found["without dropout"]
+    still = np.broadcast_to(stock, base.shape)
+    tables: dict[str, Any] = {"no LoRA": {m: {"mean": float(stock[:, i].mean())} for i, m in enumerate(_MEASURES)}}
+    for name, results in found.items():
+        against = still if results is base else base
+        tables[name] = {m: paired(results[..., i], against[..., i]) for i, m in enumerate(_MEASURES)}
+    settings = {"pictures": pictures, "seeds": seeds, "steps": steps, "batch": batch, "learning_rate": learning_rate}
+    (folder / "summary.json").write_text(json.dumps({**settings, "scenes": scenes, **tables}, indent=1) + "\n")
+    shown = Table(
+        title=f"{pictures} held-out captions, {seeds} seeds; without dropout against no LoRA, others against it"
+    )
+    shown.add_column("trained")
+    for measure in _MEASURES:
+        shown.add_column(measure, justify="right")
+    for name, cells in tables.items():
+        shown.add_row(name, *(_said(cell) for cell in cells.values()))
+    console.print(shown)
+
+
+def _trained(
+    data: Path, out: Path, dropout: tuple[float, str] | None, seed: int, steps: int, batch: int, rate: float
+) -> Any:
+    """The pipeline with the LoRA, as a user loads it."""
+    from .. import Program, SalienceDropout
+    from ..training import LoraTraining, train_lora
+
+    program = Program()
+    if dropout is not None:
+        program = Program(SalienceDropout(dropout[0], mode=dropout[1]), renormalize="content")
+    training = LoraTraining(steps=steps, batch=batch, learning_rate=rate, seed=seed, empty_captions=0.1, warmup=20)
+    train_lora(_quiet_pipeline(), data, out, training, program)
+    pipe = _quiet_pipeline()
+    with quiet_loading():
+        pipe.load_lora_weights(str(out))
+    return pipe
+
+
+def _quiet_pipeline() -> Any:
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def _said(cell: dict[str, Any]) -> str:
+    if "difference" not in cell:
+        return f"{cell['mean']:.3f}"
+    return f"{cell['mean']:.3f}, {cell['difference']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
+
+
+if __name__ == "__main__":
+    typer.run(_run)
