@@ -77,8 +77,11 @@ def generate(
         raise typer.BadParameter(f"expected a file to write, got the folder {out}", param_hint="--out")
     pipe = load_pipeline(model, device, dtype)
     if lora is not None:
-        with quiet_loading():
-            pipe.load_lora_weights(lora)
+        try:
+            with quiet_loading():
+                pipe.load_lora_weights(lora)
+        except Exception as error:  # of diffusers, peft, safetensors, or whatever speaks with the hub
+            raise ValueError(f"lora: expected a folder or hub id of a LoRA, got {lora!r}: {error}") from error
     shapes = model == "shapes"
     asked: dict[str, Any] = {
         "prompt": prompt,

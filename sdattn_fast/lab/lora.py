@@ -2,9 +2,9 @@
 
 The same LoRA is trained on the same scenes (pairs of colour and shape that the pipeline was trained on) without
 dropout, with the largest content entries dropped, and with random ones dropped, in train mode alone; each with three
-seeds, and with one seed all see the same pictures, noise and timesteps. The detector judges what each draws, from the same noise,
-of captions whose pairs neither the pipeline nor the LoRA saw. Differences are paired by seed and caption; the interval
-is a bootstrap over both. A run can be broken off and taken up again.
+seeds, and with one seed all see the same pictures, noise and timesteps. The detector judges what each draws, from the
+same noise, of captions whose pairs neither the pipeline nor the LoRA saw. Differences are paired by seed and caption;
+the interval is a bootstrap over both. A run can be broken off and taken up again.
 """
 
 from __future__ import annotations

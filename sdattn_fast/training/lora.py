@@ -115,6 +115,8 @@ def train_lora(
     if not hasattr(pipe, "unet") or not hasattr(type(pipe), "save_lora_weights"):
         raise TypeError(f"pipe: expected a diffusers pipeline with a UNet and LoRA, got {type(pipe).__name__}")
     _whole("save_every", save_every, 1)
+    if program.dropout is None and training.dropout_when != "training":
+        raise ValueError(f"dropout_when: {training.dropout_when!r} says when to drop, and the program has no dropout")
     out = Path(out)
     out.mkdir(parents=True, exist_ok=True)
 

@@ -22,7 +22,7 @@ def run(capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["doctor", "demo", "generate", "heads", "tune", "bench"])
+@pytest.mark.parametrize("command", ["doctor", "demo", "generate", "heads", "tune", "train-lora", "bench"])
 def test_help_of_each_command(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0
@@ -143,3 +143,25 @@ def test_the_installed_command_starts():
     )
     assert done.returncode == 2
     assert b"Traceback" not in done.stderr
+
+
+def test_a_lora_is_trained_and_drawn_with(run, tmp_path):
+    from sdattn_fast.lab.lora import write_scenes
+
+    write_scenes(tmp_path / "data", 3)
+    asked = ("train-lora", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "lora"), "--batch", "1")
+    code, out, _ = run(*asked, "--steps", "2", "--rank", "2", "--dropout-ratio", "0.3", "--dropout-when", "0:0,9:0.3")
+    assert code == 0 and f"--lora {tmp_path / 'lora'}" in " ".join(out.split())
+    picture = tmp_path / "picture.png"
+    code, _, _ = run(
+        "generate", "--prompt", "a red star", "--steps", "1", "--lora", str(tmp_path / "lora"), "--out", str(picture)
+    )
+    assert code == 0 and Image.open(picture).size == (64, 64)
+    code, _, err = run(*asked, "--dropout-ratio", "0.3", "--dropout-when", "0:x")
+    assert code == 2 and "step:ratio" in err and err.count("\n") == 1
+    code, _, err = run("generate", "--prompt", "a", "--lora", str(tmp_path / "data"))
+    assert (
+        code == 2
+        and err.startswith("sdattn-fast: lora: expected a folder or hub id of a LoRA")
+        and err.count("\n") == 1
+    )

@@ -166,6 +166,8 @@ def test_bad_settings(field: str, value: Any, error: type[Exception]) -> None:
 def test_bad_pipelines_and_checkpoints(pipe_of: Any, data: Path, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="pipe: expected a diffusers pipeline"):
         train_lora(pipe_of("sd15").unet, data, tmp_path, SHORT)
+    with pytest.raises(ValueError, match=r"dropout_when: .* no dropout"):
+        train_lora(pipe_of("sd15"), data, tmp_path, replace(SHORT, dropout_when={0: 0.1}))
     (tmp_path / "checkpoint.safetensors").write_bytes(b"not one")
     with pytest.raises(ValueError, match="no checkpoint of a LoRA"):
         train_lora(pipe_of("sd15"), data, tmp_path, SHORT)
