@@ -46,6 +46,7 @@ def train_lora(
 ) -> None:
     """Train a LoRA for any diffusers UNet; `accelerate launch -m sdattn_fast.cli.train_lora` for several GPUs."""
     import torch
+    from accelerate import PartialState
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     from .. import Program, SalienceDropout
@@ -62,7 +63,8 @@ def train_lora(
     )  # fmt: skip
     pipe = load_pipeline(model, device, {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32"))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns) as progress:
+    main = PartialState(cpu=device == "cpu").is_main_process
+    with Progress(*columns, disable=not main) as progress:
         task = progress.add_task("training", total=steps)
         mean = [float("nan")]
 
@@ -71,6 +73,8 @@ def train_lora(
             progress.update(task, completed=step, description=f"training, loss {mean[0]:.4f}")
 
         path = train(pipe, data, out, training, program, save_every=save_every, tell=tell)
+    if not main:
+        return
     print(f"wrote {path}")
     print(f"draw with it: sdattn-fast generate --model {model} --lora {out} --prompt ...")
 
