@@ -1,0 +1,211 @@
+"""The noun phrases of a prompt, and the tokens that each of them is made of.
+
+A tagger says which words are nouns, adjectives, determiners; a chunk grammar puts them together; the tokenizer's
+offsets say which pieces a word was cut into. TextBlob's pattern tagger and NLTK's chunker need no download. Prompt
+weights such as "(red:1.2)" or "(red)1.2" are compel's: here their brackets and numbers are words of no phrase.
+
+Source: the phrase fusion of PnP-OVSS; Feng et al. 2023, "Structured Diffusion Guidance", section 3.2, for noun phrases
+as the unit that binds.
+"""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["NounPhrase", "Word", "find_phrases", "phrase_ids"]
+
+# Adjectives, participles and nouns before a noun; a lone adjective after a determiner stands for one ("the red").
+_GRAMMAR = r"""
+NP: {<DT|PRP\$>?<CD>*<JJ.*|VBN|VBG>*<NN.*>+}
+    {<DT><CD>*<JJ.*>+}
+"""
+_WEIGHTS = re.compile(r":\s*-?\d+(?:\.\d+)?(?=\s*[)\]])|\)\s?-?\d+(?:\.\d+)?|[()\[\]{}]|(?<=\w)[+]+(?!\w)")
+_OF_A_NOUN = ("NN", "JJ", "VBN", "VBG")
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word of a prompt: its text, Penn Treebank tag, characters start to end, and token indices."""
+
+    text: str
+    tag: str
+    start: int
+    end: int
+    tokens: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class NounPhrase:
+    """text: as in the prompt. words: all of them, the noun that heads it last. start, end: its characters."""
+
+    text: str
+    words: tuple[Word, ...]
+    start: int
+    end: int
+
+    @property
+    def head(self) -> Word:
+        return self.words[-1]
+
+    def tokens(self, which: str = "all") -> tuple[int, ...]:
+        """Token indices of "all" words, of the "adjective-noun" words alone (no articles or numbers), or of the "noun".
+
+        Raises: ValueError.
+        """
+        if which not in ("all", "adjective-noun", "noun"):
+            raise ValueError(f"which: expected 'all', 'adjective-noun' or 'noun', got {which!r}")
+        words = self.words if which == "all" else (self.head,)
+        if which == "adjective-noun":
+            words = tuple(w for w in self.words if w is self.head or w.tag.startswith(_OF_A_NOUN))
+        return tuple(i for word in words for i in word.tokens)
+
+
+def find_phrases(
+    prompt: str, tokenizer: Any, *, phrases: Iterable[str] | None = None, parser: Any = None
+) -> list[NounPhrase]:
+    """The prompt's noun phrases, in its order; none where it has no noun or is empty. The tagger is one of English.
+
+    Args:
+        prompt: a text. What lies beyond the tokenizer's length, 77 tokens for CLIP's, has no tokens: words there are
+            left out, and phrases without their noun.
+        tokenizer: of the text encoder, CLIP's or another of transformers.
+        phrases: the phrases themselves, each as it stands in the prompt; the second mention of one is its second place
+            there. No tagger is asked, and every word counts as one of the noun's.
+        parser: a loaded spaCy pipeline, whose noun chunks are taken; None: TextBlob's pattern tagger and a grammar.
+
+    Raises:
+        TypeError: a prompt that is no str. ValueError: a phrase that the prompt does not have. ImportError: TextBlob or
+            NLTK is missing.
+    """
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt: expected a str, got {type(prompt).__name__}")
+    if phrases is not None:
+        chunks = _given(prompt, phrases)
+    elif parser is not None:
+        chunks = _of_spacy(prompt, parser)
+    else:
+        chunks = _of_grammar(prompt)
+    spans = _token_spans(prompt, tokenizer)
+    found = []
+    for chunk in chunks:
+        words = [Word(prompt[start:end], tag, start, end, _tokens(spans, start, end)) for start, end, tag in chunk]
+        if words and words[-1].tokens:
+            kept = tuple(w for w in words if w.tokens)
+            found.append(NounPhrase(prompt[kept[0].start : kept[-1].end], kept, kept[0].start, kept[-1].end))
+    return found
+
+
+def phrase_ids(
+    phrases: Sequence[NounPhrase] | Sequence[Sequence[NounPhrase]], tokens: int = 77, *, fuse: str = "adjective-noun"
+) -> Tensor:
+    """What `sdattn_fast.apply(phrases=...)` takes: (tokens,) int64, -1 outside; (P, tokens) of P prompts' lists.
+
+    Args:
+        fuse: whose tokens share a phrase's id: "all" its words, "adjective-noun", or "noun", whose pieces are fused.
+
+    Raises: ValueError where a phrase has tokens beyond `tokens`.
+    """
+    lists: Any = phrases if phrases and not isinstance(phrases[0], NounPhrase) else [phrases]
+    ids = torch.full((len(lists), tokens), -1, dtype=torch.int64)
+    for row, some in zip(ids, lists, strict=True):
+        for number, phrase in enumerate(some):
+            members = phrase.tokens(fuse)
+            if members and max(members) >= tokens:
+                raise ValueError(f"tokens: expected more than {max(members)}, which {phrase.text!r} has, got {tokens}")
+            row[list(members)] = number
+    return ids if lists is phrases else ids[0]
+
+
+Chunk = list[tuple[int, int, str]]  # words: start, end, tag
+
+
+def _of_grammar(prompt: str) -> list[Chunk]:
+    try:
+        from nltk import RegexpParser, Tree
+        from textblob.taggers import PatternTagger
+    except ImportError as error:
+        raise ImportError("noun phrases need textblob and nltk: pip install 'sdattn-fast[guidance]'") from error
+    # Blanks in the place of weights keep every other character's place.
+    prompt = _WEIGHTS.sub(lambda found: " " * len(found[0]), prompt)
+    tagged, at = [], 0
+    for text, tag in PatternTagger().tag(prompt):
+        start = prompt.find(text, at)
+        if start >= 0:  # the tagger spells some marks in its own way
+            at = start + len(text)
+            tagged.append((text, tag, start, at))
+    if not tagged:
+        return []
+    tree = RegexpParser(_GRAMMAR).parse([((text, start, end), tag) for text, tag, start, end in tagged])
+    chunks = [node for node in tree if isinstance(node, Tree)]
+    return [[(start, end, str(tag)) for (_, start, end), tag in chunk.leaves()] for chunk in chunks]
+
+
+def _of_spacy(prompt: str, parser: Any) -> list[Chunk]:
+    if not callable(parser) or not hasattr(parser, "pipe_names"):
+        raise TypeError(f"parser: expected a loaded spaCy pipeline or None, got {type(parser).__name__}")
+    return [
+        [(word.idx, word.idx + len(word.text), word.tag_) for word in chunk if word.i <= chunk.root.i]
+        for chunk in parser(prompt).noun_chunks
+    ]
+
+
+def _given(prompt: str, phrases: Iterable[str]) -> list[Chunk]:
+    if isinstance(phrases, str):
+        raise TypeError(f"phrases: expected a list of str, got the str {phrases!r}")
+    chunks = []
+    after: dict[str, int] = {}
+    for phrase in phrases:
+        if not isinstance(phrase, str) or not phrase.strip():
+            raise ValueError(f"phrases: expected some words of the prompt, got {phrase!r}")
+        wanted = r"\s+".join(map(re.escape, phrase.split()))
+        place = re.compile(rf"(?<!\w){wanted}(?!\w)", re.IGNORECASE).search(prompt, after.get(phrase.lower(), 0))
+        if place is None:
+            words = [w for n in (1, 2, 3) for w in _windows(prompt.split(), n)]
+            near = difflib.get_close_matches(phrase, words, 1, 0.0)
+            again = " once more" if phrase.lower() in after else ""
+            hint = f"; did you mean {near[0]!r}?" if near and not again else ""
+            raise ValueError(f"phrases: {phrase!r} is not in the prompt{again}{hint}")
+        after[phrase.lower()] = place.end()
+        chunks.append(
+            [(place.start() + w.start(), place.start() + w.end(), "NN") for w in re.finditer(r"\S+", place[0])]
+        )
+    return sorted(chunks, key=lambda chunk: chunk[0][0])
+
+
+def _windows(words: list[str], count: int) -> list[str]:
+    return [" ".join(words[i : i + count]) for i in range(len(words) - count + 1)]
+
+
+def _tokens(spans: list[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
+    return tuple(i for i, (first, last) in enumerate(spans) if first < end and start < last)
+
+
+def _token_spans(prompt: str, tokenizer: Any) -> list[tuple[int, int]]:
+    """Of every token that the text encoder sees, its characters in the prompt, (0, 0) for special ones."""
+    asked = {"truncation": True, "max_length": tokenizer.model_max_length}
+    if getattr(tokenizer, "is_fast", False):
+        encoded = tokenizer(prompt, return_offsets_mapping=True, **asked)
+        return [(int(a), int(b)) for a, b in encoded.offset_mapping]
+    # No offsets: cut the prompt into words as CLIP does, and each of them into pieces by itself.
+    ids = tokenizer(prompt, **asked).input_ids
+    special = set(tokenizer.all_special_ids)
+    spans: list[tuple[int, int]] = []
+    for word in re.finditer(r"'(?:s|t|re|ve|m|ll|d)(?!\w)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", prompt, re.IGNORECASE):
+        spans += [word.span()] * len(tokenizer.tokenize(word[0]))
+    content = [i for i, token in enumerate(ids) if token not in special]
+    whole = tokenizer(prompt).input_ids
+    if len(spans) != sum(token not in special for token in whole):
+        raise ValueError(
+            f"tokenizer: {type(tokenizer).__name__} cuts the prompt into other words than CLIP's; use its fast version"
+        )
+    of_tokens = [(0, 0)] * len(ids)
+    for i, span in zip(content, spans, strict=False):
+        of_tokens[i] = span
+    return of_tokens

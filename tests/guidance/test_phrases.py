@@ -1,0 +1,176 @@
+"""Noun phrases of prompts, and their tokens."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip("textblob")
+pytest.importorskip("nltk")
+
+from sdattn_fast.guidance import phrases as module
+from sdattn_fast.guidance.phrases import find_phrases, phrase_ids
+from sdattn_fast.lab import load_pipeline
+from sdattn_fast.lab.world import sample_scene
+
+
+class Slow:
+    """A tokenizer without offsets, as transformers 4's CLIPTokenizer."""
+
+    is_fast = False
+
+    def __init__(self, tokenizer: Any) -> None:
+        self.tokenizer = tokenizer
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.tokenizer, name)
+
+    def __call__(self, *args: Any, **how: Any) -> Any:
+        assert "return_offsets_mapping" not in how
+        return self.tokenizer(*args, **how)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    return load_pipeline().tokenizer
+
+
+def _texts(prompt: str, tokenizer: Any, **how: Any) -> list[str]:
+    return [p.text for p in find_phrases(prompt, tokenizer, **how)]
+
+
+@pytest.mark.parametrize(
+    "prompt, expected",
+    [
+        ("a red fire truck and two small blue benches", ["a red fire truck", "two small blue benches"]),
+        ("A photo of a running dog, behind the old house!", ["A photo", "a running dog", "the old house"]),
+        ("the  red\tcar; the car", ["the  red\tcar", "the car"]),
+        ("a (red:1.2) car and [a] blue++ bench", ["a (red:1.2) car", "a] blue++ bench"]),
+        ("(a red)1.3 car", ["a red)1.3 car"]),
+        ("the red and the blue", ["the red", "the blue"]),
+        ("run quickly!", []),
+        ("", []),
+        (" ,. ", []),
+    ],
+)
+def test_what_is_a_phrase(prompt: str, expected: list[str], tokenizer: Any) -> None:
+    assert _texts(prompt, tokenizer) == expected
+
+
+def test_every_phrase_of_the_shapes_world(tokenizer: Any) -> None:
+    for seed in range(200):
+        scene = sample_scene(seed)
+        found = find_phrases(scene.caption, tokenizer)
+        assert [p.head.text for p in found] == [w.split()[-1] for w in (q.text for q in scene.phrases)], scene.caption
+
+
+@pytest.mark.parametrize("slow", [False, True])
+def test_tokens(slow: bool, tokenizer: Any) -> None:
+    """The shapes tokenizer knows few words: fire is four pieces, truck five."""
+    found = find_phrases("a red fire truck, a circle", Slow(tokenizer) if slow else tokenizer)
+    pieces = tokenizer.convert_ids_to_tokens(tokenizer("a red fire truck, a circle").input_ids)
+
+    def said(tokens: tuple[int, ...]) -> str:
+        return "".join(pieces[i] for i in tokens).replace("</w>", " ").strip()
+
+    assert [said(p.tokens()) for p in found] == ["a red fire truck", "a circle"]
+    assert [said(p.tokens("adjective-noun")) for p in found] == ["red fire truck", "circle"]
+    assert [said(p.tokens("noun")) for p in found] == ["truck", "circle"]
+    ids = phrase_ids(found, 30)
+    assert ids.dtype == torch.int64 and ids.shape == (30,)
+    assert {int(i) for i in ids} == {-1, 0, 1}
+    assert tuple((ids == 0).nonzero().flatten().tolist()) == found[0].tokens("adjective-noun")
+    both = phrase_ids([found, found[1:]], 30, fuse="noun")
+    assert both.shape == (2, 30) and int(both[1].max()) == 0
+
+
+@pytest.mark.parametrize(
+    "prompt",
+    [
+        "a red fire truck, and Z\u00fcrich's 12 old houses_x!  two",
+        "it's we'll 'quote' don't",
+        "a-b_c\u706b",
+        "cat " * 80,
+    ],
+)
+def test_without_offsets_words_have_the_same_tokens(prompt: str, tokenizer: Any) -> None:
+    fast, slow = module._token_spans(prompt, tokenizer), module._token_spans(prompt, Slow(tokenizer))
+    assert len(fast) == len(slow) <= 77
+    for (a, b), (first, last) in zip(fast, slow, strict=True):
+        assert first <= a <= b <= last
+
+
+def test_beyond_the_tokenizers_length(tokenizer: Any) -> None:
+    prompt = "a red circle, " + "very " * 80 + "a blue square"
+    assert _texts(prompt, tokenizer) == ["a red circle"]
+    assert _texts("red " * 80 + "circle", tokenizer) == []
+    with pytest.raises(ValueError, match="expected more than 3"):
+        phrase_ids(find_phrases("a red circle", tokenizer), 3)
+
+
+def test_given_phrases(tokenizer: Any) -> None:
+    prompt = "the red car and the Red  car, a carpet"
+    found = find_phrases(prompt, tokenizer, phrases=["red car", "Red car", "carpet"])
+    assert [(p.start, p.text) for p in found] == [(4, "red car"), (20, "Red  car"), (32, "carpet")]
+    assert find_phrases(prompt, tokenizer, phrases=[]) == []
+    for phrases, words in (
+        (["rde car"], "did you mean 'red car'"),
+        (["carpet", "carpet"], "once more"),
+        (["car p"], "'car p'"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            find_phrases(prompt, tokenizer, phrases=phrases)
+    for bad in (["", "a"], [3], [None]):
+        with pytest.raises(ValueError, match="expected some words"):
+            find_phrases(prompt, tokenizer, phrases=bad)
+    with pytest.raises(TypeError, match="a list of str"):
+        find_phrases(prompt, tokenizer, phrases="red car")
+
+
+def test_a_spacy_pipeline(tokenizer: Any) -> None:
+    """Its noun chunks are taken up to their root; a model cannot be downloaded here, so a stand-in."""
+    words = [
+        SimpleNamespace(i=i, idx=idx, text=t, tag_=tag) for i, idx, t, tag in ((0, 0, "the", "DT"), (1, 4, "car", "NN"))
+    ]
+
+    class Chunk(list):
+        root = words[1]
+
+    class Pipeline:
+        pipe_names = ("tagger", "parser")
+
+        def __call__(self, prompt: str) -> Any:
+            return SimpleNamespace(noun_chunks=[Chunk(words)])
+
+    assert _texts("the car", tokenizer, parser=Pipeline()) == ["the car"]
+    with pytest.raises(TypeError, match="spaCy pipeline"):
+        find_phrases("the car", tokenizer, parser="en_core_web_sm")
+
+
+def test_bad_input(tokenizer: Any) -> None:
+    with pytest.raises(TypeError, match="prompt: expected a str"):
+        find_phrases(None, tokenizer)
+    with pytest.raises(ValueError, match="which: expected"):
+        find_phrases("a car", tokenizer)[0].tokens("verb")
+    bytes_level = Slow(tokenizer)
+    bytes_level.tokenize = lambda word: list(word)
+    with pytest.raises(ValueError, match="fast version"):
+        find_phrases("a red circle", bytes_level)
+
+
+def test_phrases_are_fused_in_a_pipeline(tokenizer: Any) -> None:
+    import sdattn_fast
+
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    prompt = "a red circle and a blue square"
+    ids = phrase_ids(find_phrases(prompt, pipe.tokenizer))
+    with sdattn_fast.apply(pipe, phrases=ids, capture=sdattn_fast.Capture(layers="*")) as patch:
+        pipe(prompt, num_inference_steps=2, generator=torch.Generator().manual_seed(0), output_type="latent")
+        maps = next(iter(patch.maps.values()))[0]
+    torch.testing.assert_close(maps[2], maps[3])
+    torch.testing.assert_close(maps[6], maps[7])
+    assert not torch.allclose(maps[3], maps[6])
