@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .gradcam import Seen
-from .structure import predicted_clean
+from .preview import predicted_clean
 
 __all__ = ["NoisePrediction", "Presence", "ClipSimilarity"]
 

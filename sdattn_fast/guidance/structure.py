@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .crf import PairwiseBilateral, PairwiseGaussian, dense_crf
+from .preview import Preview
 
-__all__ = ["Structure", "refine_latents", "object_marginals", "canny_edges", "predicted_clean"]
+__all__ = ["Structure", "refine_latents", "object_marginals", "canny_edges"]
 
 
 def refine_latents(
@@ -128,30 +129,6 @@ def canny_edges(picture: Tensor, low: float = 0.2, high: float = 0.5, sigma: flo
     return edges.view(picture.shape).amax(1, keepdim=True).to(picture.dtype)
 
 
-def predicted_clean(scheduler: Any, sample: Tensor, timestep: Any, prediction: Tensor) -> Tensor:
-    """The clean latent that a UNet's output stands for: sample (B, C, height, width) is the UNet's (scaled) input.
-
-    Source: Ho et al. 2020, equation 15; Salimans and Ho 2022 for "v_prediction". Raises: ValueError for schedulers
-    without alphas_cumprod (flow matching) or of another prediction type.
-    """
-    kind = getattr(scheduler.config, "prediction_type", None)
-    alphas = getattr(scheduler, "alphas_cumprod", None)
-    if alphas is None or kind not in ("epsilon", "v_prediction", "sample"):
-        raise ValueError(
-            "scheduler: expected alphas_cumprod and a prediction of epsilon, v or sample, got "
-            f"{type(scheduler).__name__} with {kind!r}"
-        )
-    index = int(torch.as_tensor(timestep).reshape(-1)[0])
-    signal = float(alphas[index]) ** 0.5
-    noise = (1 - float(alphas[index])) ** 0.5
-    if kind == "sample":
-        return prediction
-    if kind == "v_prediction":
-        return signal * sample - noise * prediction
-    # At zero terminal SNR there is no signal to divide by; epsilon says nothing of the picture there.
-    return (sample - noise * prediction) / max(signal, 1e-3)
-
-
 class Structure:
     """`refine_latents` as a ``callback_on_step_end``.
 
@@ -202,8 +179,7 @@ class Structure:
             raise TypeError(f"how: expected strength, sigma, background, iterations, got {sorted(unknown)}")
         self.patch = patch
         self.steps, self.before_decoding, self.preview, self.how = set(steps), before_decoding, preview, how
-        self._seen: tuple[Tensor, Any, Tensor] | None = None
-        self._handle = pipe.unet.register_forward_hook(self._watch, with_kwargs=True)
+        self._preview = Preview(pipe.unet)
 
     def __call__(self, pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         last = step + 1 == getattr(pipe, "num_timesteps", -1)
@@ -229,7 +205,7 @@ class Structure:
 
     def remove(self) -> None:
         """Stop watching the UNet."""
-        self._handle.remove()
+        self._preview.remove()
 
     def __enter__(self) -> Structure:
         return self
@@ -237,28 +213,10 @@ class Structure:
     def __exit__(self, *error: Any) -> None:
         self.remove()
 
-    def _watch(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        sample: Tensor = kwargs["sample"] if "sample" in kwargs else args[0]
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-        prediction = output[0] if isinstance(output, tuple) else output.sample
-        self._seen = (sample.detach(), timestep, prediction.detach())
-
     def _picture(self, pipe: Any, size: tuple[int, int]) -> Tensor:
-        assert self._seen is not None
-        sample, timestep, prediction = self._seen
-        if getattr(pipe, "do_classifier_free_guidance", False):
-            unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + pipe.guidance_scale * (conditional - unconditional)
-            sample = sample.chunk(2)[1]
-        # Inpainting models have further channels beside the latent.
-        clean = predicted_clean(pipe.scheduler, sample[:, : prediction.shape[1]], timestep, prediction)
         if self.preview == "latent":
-            return clean.float()
-        clean = clean.to(pipe.vae.dtype) / pipe.vae.config.scaling_factor
-        clean = clean + (getattr(pipe.vae.config, "shift_factor", None) or 0.0)
-        with torch.no_grad():
-            decoded = pipe.vae.decode(clean, return_dict=False)[0].float()
-        return F.interpolate(decoded, size=size, mode="area")
+            return self._preview.latent(pipe).float()
+        return F.interpolate(self._preview.decoded(pipe), size=size, mode="area")
 
 
 def _weights(marginals: Tensor, edges: Tensor, sigma: float) -> Tensor:

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import torch
 
-from sdattn_fast.guidance.structure import Structure, canny_edges, object_marginals, predicted_clean, refine_latents
+from sdattn_fast.guidance.preview import predicted_clean
+from sdattn_fast.guidance.structure import Structure, canny_edges, object_marginals, refine_latents
 
 SIZE = 24
 

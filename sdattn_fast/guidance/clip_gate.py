@@ -1,0 +1,194 @@
+"""A gate that CLIP sets while a picture is drawn: is each noun phrase there yet?
+
+Every few steps the predicted clean picture is decoded and compared with every noun phrase of the prompt. The tokens of
+a phrase under the threshold are silenced ("hard"), turned down ("soft"), or turned up ("amplify"): a missing object may
+need more attention, not less.
+
+Source: the semantic gate of PnP-OVSS, whose score is CLIP's; DESIGN.md section 2, step 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..unet.apply import Patch
+from .clip_score import ClipScorer
+from .phrases import NounPhrase, find_phrases
+from .preview import LinearDecoder, Preview
+
+__all__ = ["ClipGate", "calibrated_threshold"]
+
+HOW = ("hard", "soft", "amplify")
+
+
+class ClipGate:
+    """A ``callback_on_step_end``.
+
+    ::
+
+        with sdattn_fast.apply(pipe) as patch, ClipGate(patch, prompt, ClipScorer.load(clip)) as gate:
+            pipe(prompt, callback_on_step_end=gate)
+
+    Args:
+        patch: of a pipeline, without a gate of its own.
+        prompt: what is drawn; a list where the pipeline draws several prompts.
+        scorer: a CLIP.
+        phrases: of the prompt, None: found by `find_phrases`; with a list of prompts, a list for each.
+        how: what happens to phrases under the threshold: "hard", their gate is 0; "soft", it is
+            sigmoid((score - threshold) / temperature) for all; "amplify", it is `strength`.
+        threshold: of the cosine less `distractors`' greatest, where there are any; `calibrated_threshold` finds one.
+        distractors: texts of what is not there; a phrase counts as seen where it is likelier than all of them.
+        steps: the first step after which the gate is set, and the one before which that ends. every: so many steps.
+        strength: of "amplify", above 1. temperature: of "soft", in units of the cosine.
+        decoder: None, the pipeline's VAE; or a `LinearDecoder`, which costs nothing and blurs.
+        fuse: which words of a phrase are gated, as `NounPhrase.tokens` has it.
+
+    After a run `scores` has, for every step that looked, (step, list of entries' (phrases,) scores), and the gate is
+    taken away again. Raises: TypeError, ValueError, naming the argument, what it was and what was expected.
+    """
+
+    def __init__(
+        self,
+        patch: Patch,
+        prompt: str | Sequence[str],
+        scorer: ClipScorer,
+        *,
+        phrases: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        how: str = "amplify",
+        threshold: float = 0.0,
+        distractors: Sequence[str] = (),
+        steps: tuple[int, int] = (2, 15),
+        every: int = 3,
+        strength: float = 2.0,
+        temperature: float = 0.02,
+        decoder: LinearDecoder | None = None,
+        fuse: str = "adjective-noun",
+    ) -> None:
+        if not isinstance(patch, Patch) or patch._memory is None:
+            raise TypeError(f"patch: expected sdattn_fast.apply(pipe, ...) of a pipeline, got {patch!r}")
+        if patch._given.gate is not None:
+            raise ValueError("patch: expected one without a gate, which ClipGate sets")
+        if not isinstance(scorer, ClipScorer):
+            raise TypeError(f"scorer: expected a ClipScorer, got {type(scorer).__name__}")
+        if how not in HOW:
+            raise ValueError(f"how: expected one of {HOW}, got {how!r}")
+        self._check_numbers(threshold, steps, every, strength, temperature)
+        if isinstance(distractors, str):
+            raise TypeError(f"distractors: expected a list of texts, got the str {distractors!r}")
+        if decoder is not None and not isinstance(decoder, LinearDecoder):
+            raise TypeError(f"decoder: expected None or a LinearDecoder, got {type(decoder).__name__}")
+        pipe = patch._memory.pipe
+        prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else list(prompt)
+        of_prompts: Any = [None] * len(prompts) if phrases is None else phrases
+        given: list[Any] = [phrases] if isinstance(prompt, str) else list(of_prompts)
+        if len(given) != len(prompts):
+            raise ValueError(f"phrases: expected a list for each of {len(prompts)} prompts, got {len(given)}")
+        self.phrases: list[list[NounPhrase]] = [
+            find_phrases(p, pipe.tokenizer, phrases=some) for p, some in zip(prompts, given, strict=True)
+        ]
+        for phrase in (p for some in self.phrases for p in some):
+            phrase.tokens(fuse)
+        self.patch, self.scorer, self.how, self.distractors = patch, scorer, how, tuple(distractors)
+        self.threshold, self.steps, self.every = float(threshold), steps, every
+        self.strength, self.temperature, self.decoder, self.fuse = float(strength), float(temperature), decoder, fuse
+        self.scores: list[tuple[int, list[Tensor]]] = []
+        self._tokens = int(pipe.tokenizer.model_max_length)
+        self._preview = Preview(pipe.unet)
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            self.scores = []
+        if step + 1 == getattr(pipe, "num_timesteps", -1):
+            self._take_away()
+        elif self.steps[0] <= step < self.steps[1] and (step - self.steps[0]) % self.every == 0:
+            scores = self._score(pipe)
+            self.scores.append((step, scores))
+            self.patch.update(gate=self._gate(scores))
+        return kept
+
+    def remove(self) -> None:
+        """Stop watching the UNet, and take the gate away."""
+        self._preview.remove()
+        self._take_away()
+
+    def __enter__(self) -> ClipGate:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self.remove()
+
+    def _score(self, pipe: Any) -> list[Tensor]:
+        """Of every entry, (its phrases,): the cosine, less the distractors' greatest."""
+        if self.decoder is None:
+            pictures = self._preview.decoded(pipe)
+        else:
+            latent = self._preview.latent(pipe)
+            size = [int(s) * int(pipe.vae_scale_factor) for s in latent.shape[2:]]
+            pictures = F.interpolate(self.decoder(latent), size=size, mode="bilinear")
+        pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
+        seen = self.scorer.pictures(list(pixels))
+        if len(seen) % len(self.phrases):
+            raise ValueError(
+                f"prompt: expected as many as the pipeline draws, {len(seen)} pictures, got {len(self.phrases)}"
+            )
+        rivals = (seen @ self.scorer.texts(self.distractors).T).amax(1) if self.distractors else torch.zeros(len(seen))
+        found = []
+        for i, picture in enumerate(seen):
+            phrases = self.phrases[i * len(self.phrases) // len(seen)]
+            texts = self.scorer.texts([p.text for p in phrases]) if phrases else picture.new_zeros(0, len(picture))
+            found.append(texts @ picture - rivals[i])
+        return found
+
+    def _gate(self, scores: list[Tensor]) -> Tensor:
+        gate = torch.ones(len(scores), self._tokens)
+        for i, of_entry in enumerate(scores):
+            phrases = self.phrases[i * len(self.phrases) // len(scores)]
+            for phrase, score in zip(phrases, of_entry.tolist(), strict=True):
+                gate[i, list(phrase.tokens(self.fuse))] = self._value(score)
+        return gate
+
+    def _value(self, score: float) -> float:
+        if self.how == "soft":
+            return float(torch.sigmoid(torch.tensor((score - self.threshold) / self.temperature)))
+        missing = score < self.threshold
+        return (0.0 if self.how == "hard" else self.strength) if missing else 1.0
+
+    def _take_away(self) -> None:
+        if self.patch._given.gate is not None:
+            self.patch.update(gate=None)
+
+    @staticmethod
+    def _check_numbers(threshold: Any, steps: Any, every: Any, strength: Any, temperature: Any) -> None:
+        for name, x in (("threshold", threshold), ("strength", strength), ("temperature", temperature)):
+            if isinstance(x, bool) or not isinstance(x, (int, float)) or x != x:
+                raise TypeError(f"{name}: expected a number, got {x!r}")
+        if not 1.0 < strength < float("inf"):
+            raise ValueError(f"strength: expected a number above 1, got {strength!r}")
+        if not temperature > 0.0:
+            raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")
+        whole = [s for s in steps if isinstance(s, int) and not isinstance(s, bool)] if isinstance(steps, tuple) else []
+        if len(whole) != 2 or not 0 <= whole[0] < whole[1]:
+            raise ValueError(f"steps: expected (first, end), ints with 0 <= first < end, got {steps!r}")
+        if isinstance(every, bool) or not isinstance(every, int) or every < 1:
+            raise ValueError(f"every: expected an int >= 1, got {every!r}")
+
+
+def calibrated_threshold(present: Sequence[float] | Tensor, absent: Sequence[float] | Tensor) -> float:
+    """The score that best tells phrases that are there from phrases that are not: of greatest balanced accuracy, in the
+    middle between the two scores around it.
+
+    Raises: ValueError where either is empty or not finite.
+    """
+    there, missing = (torch.as_tensor(x, dtype=torch.float64).flatten() for x in (present, absent))
+    for name, x in (("present", there), ("absent", missing)):
+        if not x.numel() or not bool(torch.isfinite(x).all()):
+            raise ValueError(f"{name}: expected at least one finite score, got {x.tolist()!r}")
+    scores = torch.cat([there, missing]).unique()
+    cuts = torch.cat([scores[:1] - 1e-6, (scores[1:] + scores[:-1]) / 2, scores[-1:] + 1e-6])
+    accuracy = (there >= cuts[:, None]).double().mean(1) + (missing < cuts[:, None]).double().mean(1)
+    return float(cuts[int(accuracy.argmax())])

@@ -1,0 +1,115 @@
+"""The picture that the steps so far amount to: the clean latent which the UNet's latest output stands for, decoded.
+
+Source: Ho et al. 2020, "Denoising Diffusion Probabilistic Models", equation 15.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["LinearDecoder", "Preview", "predicted_clean"]
+
+
+class Preview:
+    """Watches a pipeline's UNet from here on."""
+
+    def __init__(self, unet: Any) -> None:
+        self._seen: tuple[Tensor, Any, Tensor] | None = None
+        self._handle = unet.register_forward_hook(self._watch, with_kwargs=True)
+
+    def latent(self, pipe: Any) -> Tensor:
+        """(B, C, height, width), the prompts' entries, guidance applied. Raises: ValueError before the first step, and
+        as `predicted_clean`."""
+        if self._seen is None:
+            raise ValueError("pipe: its UNet has not run yet")
+        sample, timestep, prediction = self._seen
+        if getattr(pipe, "do_classifier_free_guidance", False):
+            unconditional, conditional = prediction.chunk(2)
+            prediction = unconditional + pipe.guidance_scale * (conditional - unconditional)
+            sample = sample.chunk(2)[1]
+        # Inpainting models have further channels beside the latent.
+        return predicted_clean(pipe.scheduler, sample[:, : prediction.shape[1]], timestep, prediction)
+
+    @torch.no_grad()
+    def decoded(self, pipe: Any) -> Tensor:
+        """(B, 3, height, width) float32, about [-1, 1]: `latent` through the pipeline's VAE."""
+        return _decoded(pipe.vae, self.latent(pipe))
+
+    def remove(self) -> None:
+        self._handle.remove()
+
+    def _watch(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        sample: Tensor = kwargs["sample"] if "sample" in kwargs else args[0]
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        prediction = output[0] if isinstance(output, tuple) else output.sample
+        self._seen = (sample.detach(), timestep, prediction.detach())
+
+
+@dataclass(frozen=True)
+class LinearDecoder:
+    """Pixels as a linear function of the latent below them: a coarse picture for next to nothing.
+
+    weight: (C, 3), bias: (3,) float32.
+    """
+
+    weight: Tensor
+    bias: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def fit(cls, vae: Any, pictures: Tensor) -> LinearDecoder:
+        """The least squares fit to what the VAE decodes of these pictures, (n, 3, height, width) in [-1, 1].
+
+        Raises: ValueError where they have fewer latent pixels than the fit has unknowns.
+        """
+        if not isinstance(pictures, Tensor) or pictures.dim() != 4 or pictures.shape[1] != 3:
+            got = tuple(pictures.shape) if isinstance(pictures, Tensor) else type(pictures).__name__
+            raise ValueError(f"pictures: expected (n, 3, height, width), got {got}")
+        encoded = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode()
+        latents = (encoded - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        small = F.interpolate(_decoded(vae, latents), size=latents.shape[2:], mode="area")
+        x = latents.float().movedim(1, -1).flatten(0, 2)
+        x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
+        if x.shape[0] < x.shape[1]:
+            raise ValueError(f"pictures: expected at least {x.shape[1]} latent pixels in all, got {x.shape[0]}")
+        fitted = torch.linalg.lstsq(x, small.movedim(1, -1).flatten(0, 2)).solution
+        return cls(fitted[:-1], fitted[-1])
+
+    def __call__(self, latents: Tensor) -> Tensor:
+        """(B, C, height, width) to (B, 3, height, width) float32 in [-1, 1], at the latent's size."""
+        colours = torch.einsum("bchw,cr->brhw", latents.float(), self.weight.to(latents.device))
+        return (colours + self.bias.to(latents.device)[:, None, None]).clamp(-1, 1)
+
+
+def predicted_clean(scheduler: Any, sample: Tensor, timestep: Any, prediction: Tensor) -> Tensor:
+    """The clean latent that a UNet's output stands for: sample (B, C, height, width) is the UNet's (scaled) input.
+
+    Source: Ho et al. 2020, equation 15; Salimans and Ho 2022 for "v_prediction". Raises: ValueError for schedulers
+    without alphas_cumprod (flow matching) or of another prediction type.
+    """
+    kind = getattr(scheduler.config, "prediction_type", None)
+    alphas = getattr(scheduler, "alphas_cumprod", None)
+    if alphas is None or kind not in ("epsilon", "v_prediction", "sample"):
+        raise ValueError(
+            "scheduler: expected alphas_cumprod and a prediction of epsilon, v or sample, got "
+            f"{type(scheduler).__name__} with {kind!r}"
+        )
+    index = int(torch.as_tensor(timestep).reshape(-1)[0])
+    signal = float(alphas[index]) ** 0.5
+    noise = (1 - float(alphas[index])) ** 0.5
+    if kind == "sample":
+        return prediction
+    if kind == "v_prediction":
+        return signal * sample - noise * prediction
+    # At zero terminal SNR there is no signal to divide by; epsilon says nothing of the picture there.
+    return (sample - noise * prediction) / max(signal, 1e-3)
+
+
+def _decoded(vae: Any, latents: Tensor) -> Tensor:
+    latents = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
+    return vae.decode(latents, return_dict=False)[0].float()
