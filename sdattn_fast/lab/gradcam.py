@@ -21,10 +21,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from ..evaluation.paired import said, summary
 from . import load_clip, load_pipeline, quiet_loading, shapes_path
 from .evaluate import _FIRST_SEED, GUIDANCE, STEPS, judge
 from .heads import words_of_objects
-from .structure import _iou, said, summary
+from .structure import _iou
 from .world import SIDE, Scene, sample_scene
 
 __all__ = ["corrections", "draw", "fits", "maps_of_scenes"]

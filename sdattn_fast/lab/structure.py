@@ -16,13 +16,14 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from ..evaluation.paired import said, summary
 from . import load_pipeline, quiet_loading
 from .detector import Detection, detect
 from .evaluate import _FIRST_SEED, GUIDANCE, STEPS, judge
 from .heads import words_of_objects
 from .world import SIDE, Scene, sample_scene
 
-__all__ = ["conditions", "measure", "said", "summary"]
+__all__ = ["conditions", "measure"]
 
 MEASURES = ("sharpness", "map IoU", "map boundary F", "bound", "present", "all right")
 _BATCH = 32
@@ -58,33 +59,6 @@ def measure(scene: Scene, image: np.ndarray, maps: Sequence[np.ndarray]) -> dict
     iou, boundary = np.mean(fits, 0) if fits else (np.nan, np.nan)
     values = (np.mean(sharp) if sharp else np.nan, iou, boundary, judged.bound, judged.present, judged.right)
     return {name: float(value) for name, value in zip(MEASURES, values, strict=True)}
-
-
-def summary(
-    results: dict[str, list[dict[str, float]]], measures: Sequence[str] = MEASURES, base: str = "none"
-) -> dict[str, dict[str, dict[str, float]]]:
-    """Condition -> measure -> its mean, and the mean difference to the base condition over the captions that both have,
-    with the bounds of its 95 % percentile bootstrap interval and the number of captions. The base comes first."""
-    from scipy.stats import bootstrap
-
-    table: dict[str, dict[str, dict[str, float]]] = {}
-    for condition, rows in sorted(results.items(), key=lambda item: item[0] != base):
-        table[condition] = {}
-        for name in measures:
-            mine, none = (np.array([row[name] for row in r]) for r in (rows, results[base]))
-            both = np.isfinite(mine) & np.isfinite(none)
-            difference = (mine - none)[both]
-            known = mine[np.isfinite(mine)]
-            cell: dict[str, Any] = {"captions": int(both.sum())}
-            cell["mean"] = float(known.mean()) if len(known) else None
-            cell["none"] = float(none[both].mean()) if both.any() else None
-            if condition != base and len(difference) > 1 and np.ptp(difference) > 0:
-                interval = bootstrap(
-                    (difference,), np.mean, n_resamples=5000, method="percentile", rng=np.random.default_rng(0)
-                ).confidence_interval
-                cell |= {"difference": float(difference.mean()), "low": interval.low, "high": interval.high}
-            table[condition][name] = cell
-    return table
 
 
 def _draw(
@@ -202,7 +176,7 @@ def _run(
         results[name] = []
         for start in range(0, pictures, _BATCH):
             results[name] += json.loads((folder / f"{start}-{min(_BATCH, pictures - start)} {name}.json").read_text())
-    found = summary(results)
+    found = summary(results, MEASURES)
     (folder / "summary.json").write_text(json.dumps({"pictures": pictures, **found}, indent=1) + "\n")
     shown = Table(title=f"{pictures} held-out captions; difference to none, 95 % bootstrap interval")
     shown.add_column("condition")
@@ -212,13 +186,6 @@ def _run(
         shown.add_row(name, *(said(cell) for cell in cells.values()))
     console.print(shown)
     _write_pictures(folder, list(conditions()))
-
-
-def said(cell: dict[str, Any]) -> str:
-    """A cell of `summary`: the difference with its interval, or the mean where there is none."""
-    if "difference" not in cell:
-        return "" if cell["mean"] is None else f"{cell['mean']:.3f}"
-    return f"{cell['difference']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
 
 
 def _write_pictures(folder: Path, names: Sequence[str]) -> None:

@@ -1,0 +1,1 @@
+"""One honest evaluation of all nine techniques: `sdattn-fast evaluate`."""

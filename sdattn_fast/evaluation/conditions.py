@@ -1,0 +1,184 @@
+"""What the evaluation compares: stock, each of the nine techniques alone, pairs, the tuned whole, and the sketches.
+
+A condition puts something in place around a pipeline and says which callback goes with it. Everything else (prompts,
+noise, steps, guidance) is the same for all. The sketches are the formulas as they were first proposed, where ours
+differ: they are here to be compared with, and nowhere else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..files import ProgramFile
+from ..guidance.clip_gate import ClipGate
+from ..guidance.clip_score import ClipScorer
+from ..guidance.correction import Correction
+from ..guidance.objectives import Presence
+from ..guidance.phrases import NounPhrase, phrase_ids
+from ..guidance.structure import Structure
+from ..program import Capture, Program, Refinement, SalienceDropout
+from ..unet.apply import Patch, apply
+from .sketches import RandomMasks
+
+__all__ = ["Condition", "Given", "conditions", "entered"]
+
+STOCK = "stock"
+
+
+@dataclass(frozen=True)
+class Given:
+    """What conditions draw on beside the pipeline.
+
+    phrases: each prompt's noun phrases; objects: those of them that are things to be drawn. words: of each prompt, the
+    objects' words, as `Maps.per_word` names them. heads: {layer: indices}, of `sdattn-fast heads`. tuned: of
+    `sdattn-fast tune`. threshold: of the CLIP gate, calibrated. None: not known, and what needs it is left out.
+    """
+
+    prompts: Sequence[str]
+    phrases: Sequence[Sequence[NounPhrase]]
+    objects: Sequence[Sequence[NounPhrase]]
+    words: Sequence[Sequence[str]]
+    steps: int
+    scorer: ClipScorer | None = None
+    threshold: float | None = None
+    heads: Mapping[str, Sequence[int]] | None = None
+    tuned: ProgramFile | None = None
+
+
+@dataclass(frozen=True)
+class Condition:
+    """name: as the report calls it. technique: which of the nine, "pair", "tuned" or "sketch". needs: fields of `Given`
+    that it cannot do without. program, patch: keywords of `apply`. gate, correct: of `ClipGate` and `Correction`.
+    fuse: of `phrase_ids`. structure: with `Structure`. maps: word maps are kept, which the map measures need."""
+
+    name: str
+    technique: str
+    needs: tuple[str, ...] = ()
+    program: Program = Program()
+    patch: Mapping[str, Any] = field(default_factory=dict)
+    gate: Mapping[str, Any] | None = None
+    correct: Mapping[str, Any] | None = None
+    fuse: str | None = None
+    structure: bool = False
+    tuned: bool = False
+    sketch: str | None = None
+
+    def left_out(self, given: Given) -> str | None:
+        """Why the condition cannot be drawn, None where it can."""
+        missing = [name for name in self.needs if getattr(given, name) is None]
+        return f"no {', '.join(missing)}" if missing else None
+
+
+def conditions() -> list[Condition]:
+    """All of them, stock first."""
+    nms = Program(refine=Refinement(1), renormalize="content")
+    over_picture = Program(refine=Refinement(1, axis="space"), renormalize="content")
+    dropout = Program(SalienceDropout(0.2), renormalize="content")
+    random = Program(SalienceDropout(0.2, mode="random"), renormalize="content")
+    both = Program(SalienceDropout(0.2), Refinement(1), "content")
+    gradient = {"how": "gradient", "strength": 0.05}
+    clip = ("scorer", "threshold")
+    found = [
+        Condition(STOCK, STOCK),
+        *(
+            Condition(f"gate, {how}", "semantic gate", clip, gate={"how": how})
+            for how in ("hard", "soft", "amplify")
+        ),
+        Condition("phrases, all words", "phrase fusion", fuse="all"),
+        Condition("phrases, adjective and noun", "phrase fusion", fuse="adjective-noun"),
+        Condition("heads, others zero", "head selection", ("heads",), patch={"inactive_heads": "zero"}),
+        Condition("dropout", "salience dropout", program=dropout),
+        Condition("dropout, random", "salience dropout", program=random),
+        Condition("NMS and smoothing", "NMS with smoothing", program=nms),
+        Condition("NMS, over the picture", "NMS with smoothing", program=over_picture),
+        Condition("GradCAM, gradient", "GradCAM", correct=gradient),
+        Condition("GradCAM, reweighted", "GradCAM", correct={"how": "reweight", "strength": 1.0}),
+        Condition("structure", "structure refinement", structure=True),
+        Condition("maps", "selective maps"),
+        Condition("tuned", "CLIP-rewarded tuning", ("tuned",), tuned=True),
+        Condition("dropout + NMS", "pair", program=both),
+        Condition("dropout + NMS, chosen heads", "pair", ("heads",), program=both),
+        Condition("phrases + GradCAM", "pair", fuse="adjective-noun", correct=gradient),
+        Condition("phrases + NMS", "pair", fuse="adjective-noun", program=nms),
+        Condition("gate, amplify + GradCAM", "pair", clip, gate={"how": "amplify"}, correct=gradient),
+        Condition("GradCAM + structure", "pair", correct=gradient, structure=True),
+        Condition("tuned + GradCAM", "pair", ("tuned",), tuned=True, correct=gradient),
+        Condition("random masks on logits", "sketch", sketch="masks"),
+        Condition("dropout + NMS, nothing protected", "sketch", program=both, sketch="unprotected"),
+        Condition("latent * (1 + sigmoid)", "sketch", correct={"how": "scale"}),
+    ]  # fmt: skip
+    return found
+
+
+@contextmanager
+def entered(condition: Condition, pipe: Any, given: Given) -> Any:
+    """The condition in place: yields (patch or None, callback or None, keywords of the pipeline's call)."""
+    with ExitStack() as stack:
+        if condition.sketch == "masks":
+            stack.enter_context(RandomMasks(pipe.unet, 0.2))
+            yield None, None, {}
+            return
+        patch = stack.enter_context(_patch(condition, pipe, given))
+        callbacks: list[Callable[..., Any]] = []
+        half = (0, max(1, given.steps // 2))
+        if condition.gate is not None:
+            assert given.scorer is not None and given.threshold is not None
+            phrases = [[p.text for p in some] for some in given.objects]
+            of_gate = {"steps": (2, max(3, 3 * given.steps // 4)), "threshold": given.threshold, **condition.gate}
+            callbacks.append(
+                stack.enter_context(ClipGate(patch, list(given.prompts), given.scorer, phrases=phrases, **of_gate))
+            )
+        if condition.correct is not None:
+            nouns = [[p.tokens("noun") for p in some] for some in given.objects]
+            how = {"steps": half, **condition.correct}
+            if how["how"] == "reweight":
+                how["tokens"] = [[i for noun in some for i in noun] for some in nouns]
+            callbacks.append(stack.enter_context(Correction(patch, Presence(nouns), **how)))
+        if condition.structure:
+            steps = (given.steps // 2, 3 * given.steps // 4)
+            callbacks.append(
+                stack.enter_context(Structure(patch, list(given.prompts), words=list(given.words), steps=steps))
+            )
+        yield patch, _one_after_the_other(callbacks), _asked(condition, given)
+
+
+def _patch(condition: Condition, pipe: Any, given: Given) -> Patch:
+    keywords: dict[str, Any] = dict(condition.patch)
+    program: Any = condition.program
+    if condition.tuned:
+        program = given.tuned
+    if "heads" in condition.needs:
+        keywords["heads"] = given.heads
+    if condition.fuse is not None:
+        keywords["phrases"] = phrase_ids([list(some) for some in given.phrases], fuse=condition.fuse)
+    if condition.sketch == "unprotected":
+        # As first written: every token, the first one too, which has most of the mass; the unconditional half also.
+        batch = 2 * len(given.prompts)
+        keywords["protected"] = torch.zeros(77, dtype=torch.bool)
+        keywords["active"] = torch.ones(batch, dtype=torch.bool)
+    return apply(pipe, program, capture=Capture(), **keywords)
+
+
+def _asked(condition: Condition, given: Given) -> dict[str, Any]:
+    if not condition.tuned or given.tuned is None:
+        return {}
+    asked = {"guidance_scale": given.tuned.guidance_scale, "num_inference_steps": given.tuned.num_inference_steps}
+    return {name: x for name, x in asked.items() if x is not None}
+
+
+def _one_after_the_other(callbacks: Sequence[Callable[..., Any]]) -> Callable[..., Any] | None:
+    if not callbacks:
+        return None
+
+    def callback(pipe: Any, step: int, timestep: Any, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        for one in callbacks:
+            kept = one(pipe, step, timestep, kept)
+        return kept
+
+    return callback

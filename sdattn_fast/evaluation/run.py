@@ -1,0 +1,173 @@
+"""Every condition draws every prompt from the same noise, batch by batch, over as many processes as there are.
+
+A batch's measures are a file of their own, written aside and renamed: a run that was killed, or met a full disk, goes on
+with what is missing. Processes (accelerate's) share the batches out and nothing else.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..unet.maps import words_of
+from .conditions import Condition, Given, entered
+from .subjects import Subject
+
+__all__ = ["Evaluation", "draw", "given_for"]
+
+KEPT = 8  # pictures of each condition, for the report
+_FIRST_NOISE = 1_000_000
+
+
+class Evaluation:
+    """An evaluation in a folder.
+
+    Args:
+        folder: of `settings.json`, batches and pictures. pipe: a diffusers pipeline. subject: whom to ask.
+        conditions: what to compare; those that cannot be drawn are left out, and said in `left_out`.
+        given: what conditions draw on; its prompts, phrases, objects and words are made here, from the subject.
+        model: a name for the report. batch: prompts a call.
+
+    Raises: ValueError where the folder holds an evaluation of something else.
+    """
+
+    def __init__(
+        self, folder: str | Path, pipe: Any, subject: Subject, conditions: Sequence[Condition], given: Given,
+        model: str, batch: int = 16,
+    ) -> None:  # fmt: skip
+        self.folder, self.pipe, self.subject, self.batch, self.model = Path(folder), pipe, subject, batch, model
+        self.given = given
+        reasons = {c.name: c.left_out(given) for c in conditions}
+        self.left_out = {name: reason for name, reason in reasons.items() if reason is not None}
+        self.conditions = [c for c in conditions if c.name not in self.left_out]
+        self._check_settings()
+
+    @property
+    def parts(self) -> list[range]:
+        count = len(self.subject.prompts)
+        return [range(start, min(start + self.batch, count)) for start in range(0, count, self.batch)]
+
+    def units(self) -> list[tuple[Condition, range]]:
+        """All that there is to draw, conditions inside, so that what is broken off is complete for its prompts."""
+        return [(condition, part) for part in self.parts for condition in self.conditions]
+
+    def run(self, process: int = 0, processes: int = 1, tell: Callable[[str], None] | None = None) -> None:
+        """Draw and measure this process's share of what is missing."""
+        for condition, part in self.units()[process::processes]:
+            path = self._path(condition, part)
+            if path.exists():
+                continue
+            pictures, maps = draw(
+                self.pipe, condition, given_for(self.subject, part, self.pipe, self.given), self.subject, part
+            )
+            rows = self.subject.measure(part, pictures, maps)
+            if part.start == 0:
+                self._keep_pictures(condition, pictures[:KEPT])
+            _write(path, json.dumps(rows))
+            if tell is not None:
+                tell(f"{condition.name}: {part.stop} of {len(self.subject.prompts)}")
+
+    def missing(self) -> int:
+        return sum(not self._path(condition, part).exists() for condition, part in self.units())
+
+    def results(self) -> dict[str, list[dict[str, float]]]:
+        """Condition -> of every prompt, its measures. Raises: ValueError while any are missing."""
+        if self.missing():
+            raise ValueError(f"folder: {self.missing()} batches of {self.folder} are not drawn yet")
+        found: dict[str, list[dict[str, float]]] = {}
+        for condition, part in self.units():
+            found.setdefault(condition.name, []).extend(json.loads(self._path(condition, part).read_text()))
+        return found
+
+    def pictures(self, condition: Condition) -> list[Path]:
+        return sorted((self.folder / "pictures" / _file_name(condition)).glob("*.png"))
+
+    def _path(self, condition: Condition, part: range) -> Path:
+        return self.folder / "batches" / _file_name(condition) / f"{part.start:05}-{part.stop:05}.json"
+
+    def _keep_pictures(self, condition: Condition, pictures: Sequence[np.ndarray]) -> None:
+        from PIL import Image
+
+        to = self.folder / "pictures" / _file_name(condition)
+        to.mkdir(parents=True, exist_ok=True)
+        for i, picture in enumerate(pictures):
+            aside = to / f"{i}.part"
+            Image.fromarray(picture).save(aside, format="PNG")
+            os.replace(aside, to / f"{i}.png")
+
+    def _check_settings(self) -> None:
+        """Batches are of one evaluation: the same prompts, drawn the same way, by the same conditions."""
+        prompts = hashlib.sha256("\n".join(self.subject.prompts).encode()).hexdigest()[:16]
+        fixed: dict[str, Any] = {
+            "model": self.model, "prompts": prompts, "count": len(self.subject.prompts), "batch": self.batch,
+            "guidance": self.subject.guidance, "steps": self.subject.steps, "threshold": self.given.threshold,
+            "heads": self.given.heads, "tuned": None if self.given.tuned is None else repr(self.given.tuned),
+        }  # fmt: skip
+        settings = json.loads(json.dumps({**fixed, "measures": list(self.subject.measures)}, default=str))
+        path = self.folder / "settings.json"
+        self.folder.mkdir(parents=True, exist_ok=True)
+        said = {c.name: json.loads(json.dumps(asdict(c), default=str)) for c in self.conditions}
+        if path.exists():
+            before = json.loads(path.read_text())
+            changed = [name for name in settings if before.get(name) != settings[name]]
+            changed += [name for name, c in said.items() if before["conditions"].get(name, c) != c]
+            if changed:
+                what = ", ".join(f"{n}: {before.get(n)!r}, now {settings.get(n)!r}" for n in changed[:3])
+                raise ValueError(f"folder: {self.folder} has another evaluation ({what}); name another folder")
+            said = {**before["conditions"], **said}
+        _write(path, json.dumps({**settings, "conditions": said}, indent=1) + "\n")
+
+
+def given_for(subject: Subject, part: range, pipe: Any, given: Given) -> Given:
+    """`given` with the prompts, phrases, objects and words of one batch."""
+    phrases, objects, words = [], [], []
+    for i in part:
+        every, things = subject.phrases(i, pipe.tokenizer)
+        names = {tuple(tokens): word for word, tokens in words_of(pipe.tokenizer, subject.prompts[i]).items()}
+        phrases.append(every)
+        objects.append(things)
+        words.append([names[p.head.tokens] for p in things if p.head.tokens in names])
+    prompts = [subject.prompts[i] for i in part]
+    return replace(given, prompts=prompts, phrases=phrases, objects=objects, words=words, steps=subject.steps)
+
+
+def draw(
+    pipe: Any, condition: Condition, given: Given, subject: Subject, part: range
+) -> tuple[list[np.ndarray], list[list[np.ndarray] | None]]:
+    """Pictures (height, width, 3) uint8, the noise of each depending on its prompt's index alone; and of each, its
+    objects' maps (height, width), None where the condition keeps none or the subject wants none."""
+    with entered(condition, pipe, given) as (patch, callback, more):
+        asked: dict[str, Any] = {"guidance_scale": subject.guidance, "num_inference_steps": subject.steps, **more}
+        if callback is not None:
+            asked["callback_on_step_end"] = callback
+        noise = [torch.Generator().manual_seed(_FIRST_NOISE + i) for i in part]
+        images = pipe(list(given.prompts), generator=noise, output_type="np", **asked).images
+        pictures = [np.rint(image * 255).astype(np.uint8) for image in images]
+        maps: list[list[np.ndarray] | None] = [None] * len(pictures)
+        if patch is not None and subject.needs_maps:
+            whole = patch.maps.upsample(pictures[0].shape[:2])
+            if len(whole) == len(pictures):  # not where every entry is active
+                maps = [
+                    [heat[list(p.head.tokens)].mean(0).float().numpy() for p in things]
+                    for heat, things in zip(whole.cpu(), given.objects, strict=True)
+                ]
+    return pictures, maps
+
+
+def _file_name(condition: Condition) -> str:
+    return "".join(c if c.isalnum() else "-" for c in condition.name)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
+    aside.write_text(text)
+    os.replace(aside, path)
