@@ -60,7 +60,7 @@ class Condition:
     name: str
     technique: str
     needs: tuple[str, ...] = ()
-    program: Program = Program()
+    program: Program = field(default_factory=Program)
     patch: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, Any] | None = None
     correct: Mapping[str, Any] | None = None
@@ -129,7 +129,7 @@ def entered(condition: Condition, pipe: Any, given: Given) -> Any:
         half = (0, max(1, given.steps // 2))
         if condition.gate is not None:
             assert given.scorer is not None and given.threshold is not None
-            phrases = [[p.text for p in some] for some in given.objects]
+            phrases = [list(some) for some in given.objects]
             of_gate = {"steps": (2, max(3, 3 * given.steps // 4)), "threshold": given.threshold, **condition.gate}
             callbacks.append(
                 stack.enter_context(ClipGate(patch, list(given.prompts), given.scorer, phrases=phrases, **of_gate))

@@ -1,7 +1,7 @@
 """Every condition draws every prompt from the same noise, batch by batch, over as many processes as there are.
 
-A batch's measures are a file of their own, written aside and renamed: a run that was killed, or met a full disk, goes on
-with what is missing. Processes (accelerate's) share the batches out and nothing else.
+A batch's measures are a file of their own, written aside and renamed: a run that was killed, or met a full disk, goes
+on with what is missing. Processes (accelerate's) share the batches out and nothing else.
 """
 
 from __future__ import annotations

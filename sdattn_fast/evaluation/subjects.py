@@ -60,8 +60,10 @@ class ShapesWorld:
 
     def phrases(self, index: int, tokenizer: Any) -> tuple[list[NounPhrase], list[NounPhrase]]:
         scene = self.scenes[index]
-        found = find_phrases(scene.caption, tokenizer, phrases=[p.text for p in scene.phrases])
-        objects = [p for p, truth in zip(found, scene.phrases, strict=True) if truth.object is not None]
+        found = find_phrases(scene.caption, tokenizer)
+        ends = {truth.end for truth in scene.phrases if truth.object is not None}
+        objects = [p for p in found if p.end in ends]
+        assert len(objects) == len(scene.objects), scene.caption
         return found, objects
 
     def measure(
@@ -100,7 +102,10 @@ class Prompts:
         self._texts: dict[int, list[str]] = {}
 
     def phrases(self, index: int, tokenizer: Any) -> tuple[list[NounPhrase], list[NounPhrase]]:
-        found = find_phrases(self.prompts[index], tokenizer, phrases=self.given.get(index))
+        prompt = self.prompts[index]
+        # A prompt without a noun is one phrase: something must be there for it, too.
+        found = find_phrases(prompt, tokenizer, phrases=self.given.get(index))
+        found = found or find_phrases(prompt, tokenizer, phrases=[prompt])
         self._texts[index] = [p.text for p in found]
         return found, found
 

@@ -38,7 +38,8 @@ class ClipGate:
         patch: of a pipeline, without a gate of its own.
         prompt: what is drawn; a list where the pipeline draws several prompts.
         scorer: a CLIP.
-        phrases: of the prompt, None: found by `find_phrases`; with a list of prompts, a list for each.
+        phrases: of the prompt, as texts or as `find_phrases` gives them, None: all it finds; with a list of prompts, a
+            list for each.
         how: what happens to phrases under the threshold: "hard", their gate is 0; "soft", it is
             sigmoid((score - threshold) / temperature) for all; "amplify", it is `strength`.
         threshold: of the cosine less `distractors`' greatest, where there are any; `calibrated_threshold` finds one.
@@ -58,7 +59,7 @@ class ClipGate:
         prompt: str | Sequence[str],
         scorer: ClipScorer,
         *,
-        phrases: Sequence[str] | Sequence[Sequence[str]] | None = None,
+        phrases: Sequence[str | NounPhrase] | Sequence[Sequence[str | NounPhrase]] | None = None,
         how: str = "amplify",
         threshold: float = 0.0,
         distractors: Sequence[str] = (),
@@ -88,9 +89,7 @@ class ClipGate:
         given: list[Any] = [phrases] if isinstance(prompt, str) else list(of_prompts)
         if len(given) != len(prompts):
             raise ValueError(f"phrases: expected a list for each of {len(prompts)} prompts, got {len(given)}")
-        self.phrases: list[list[NounPhrase]] = [
-            find_phrases(p, pipe.tokenizer, phrases=some) for p, some in zip(prompts, given, strict=True)
-        ]
+        self.phrases = [_phrases(p, some, pipe.tokenizer) for p, some in zip(prompts, given, strict=True)]
         for phrase in (p for some in self.phrases for p in some):
             phrase.tokens(fuse)
         self.patch, self.scorer, self.how, self.distractors = patch, scorer, how, tuple(distractors)
@@ -176,6 +175,12 @@ class ClipGate:
             raise ValueError(f"steps: expected (first, end), ints with 0 <= first < end, got {steps!r}")
         if isinstance(every, bool) or not isinstance(every, int) or every < 1:
             raise ValueError(f"every: expected an int >= 1, got {every!r}")
+
+
+def _phrases(prompt: str, given: Any, tokenizer: Any) -> list[NounPhrase]:
+    if given is not None and all(isinstance(phrase, NounPhrase) for phrase in given):
+        return list(given)
+    return find_phrases(prompt, tokenizer, phrases=given)
 
 
 def calibrated_threshold(present: Sequence[float] | Tensor, absent: Sequence[float] | Tensor) -> float:
