@@ -37,6 +37,7 @@ def _app(typer):
     from .bench import bench
     from .demo import demo
     from .doctor import doctor
+    from .evaluate import evaluate
     from .generate import generate
     from .heads import heads
     from .train_lora import train_lora
@@ -49,7 +50,7 @@ def _app(typer):
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (doctor, demo, generate, heads, tune, train_lora, bench):
+    for command in (doctor, demo, generate, heads, tune, train_lora, evaluate, bench):
         app.command()(command)
 
     def show_version(wanted: bool) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 __all__ = ["Prompt", "read_prompts", "words_to_find"]
 
@@ -18,10 +19,11 @@ _NAMELESS = frozenset(
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the words that name its objects where the file says them."""
+    """A prompt, and the words that name its objects where the file says them. include: GenEval's entries, if any."""
 
     text: str
     words: tuple[str, ...] | None = None
+    include: tuple[Any, ...] = ()
 
 
 def read_prompts(path: Path, name: str = "prompts") -> list[Prompt]:
@@ -65,4 +67,7 @@ def _from_json(line: str, where: str) -> Prompt:
         raise ValueError(f'{where}: expected "prompt" to be some words, got {text!r}')
     if words is not None and (not isinstance(words, list) or any(not isinstance(word, str) for word in words)):
         raise ValueError(f'{where}: expected "words" to be a list of words, got {words!r}')
-    return Prompt(text.strip(), None if words is None else tuple(words))
+    include = content.get("include", [])
+    if not isinstance(include, list):
+        raise ValueError(f'{where}: expected "include" to be a list of GenEval\'s entries, got {include!r}')
+    return Prompt(text.strip(), None if words is None else tuple(words), tuple(include))

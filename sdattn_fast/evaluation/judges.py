@@ -23,8 +23,11 @@ class Judge(Protocol):
 
     measures: tuple[str, ...]
 
-    def measure(self, indices: Sequence[int], pictures: Sequence[np.ndarray]) -> list[dict[str, float]]:
-        """Of each picture (height, width, 3) uint8, of the prompts of these indices; NaN: nothing to measure."""
+    def measure(
+        self, indices: Sequence[int], pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]
+    ) -> list[dict[str, float]]:
+        """Of each picture (height, width, 3) uint8, of the prompts of these indices and their noun phrases; NaN:
+        nothing to measure."""
 
 
 class BlipVqa:
@@ -33,9 +36,9 @@ class BlipVqa:
     Raises: OSError, from transformers, where the model is; ImportError.
     """
 
-    measures = ("BLIP-VQA",)
+    measures: tuple[str, ...] = ("BLIP-VQA",)
 
-    def __init__(self, name: str, phrases: Sequence[Sequence[str]], device: str = "cpu") -> None:
+    def __init__(self, name: str, device: str = "cpu") -> None:
         try:
             from transformers import AutoTokenizer, BlipForQuestionAnswering, BlipImageProcessor
         except ImportError as error:
@@ -43,33 +46,34 @@ class BlipVqa:
         model: Any = BlipForQuestionAnswering.from_pretrained(name, use_safetensors=True)
         self.model = model.to(device).eval()
         self.processor, self.tokenizer = BlipImageProcessor.from_pretrained(name), AutoTokenizer.from_pretrained(name)
-        self.phrases = phrases
 
     @torch.no_grad()
-    def measure(self, indices: Sequence[int], pictures: Sequence[np.ndarray]) -> list[dict[str, float]]:
+    def measure(
+        self, indices: Sequence[int], pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]
+    ) -> list[dict[str, float]]:
         rows = []
-        for i, picture in zip(indices, pictures, strict=True):
-            questions = [f"{phrase}?" for phrase in self.phrases[i]]
-            rows.append({"BLIP-VQA": self._yes(picture, questions) if questions else float("nan")})
+        for picture, mine in zip(pictures, phrases, strict=True):
+            answers = [self._yes(picture, f"{phrase}?") for phrase in mine]
+            rows.append({"BLIP-VQA": float(np.prod(answers)) if answers else float("nan")})
         return rows
 
-    def _yes(self, picture: np.ndarray, questions: list[str]) -> float:
-        """The product over questions of P(yes) / (P(yes) + P(no)) of the answer's first word."""
+    def _yes(self, picture: np.ndarray, question: str) -> float:
+        """P(yes) / (P(yes) + P(no)) of the answer's first word."""
         device = self.model.device
         pixels = self.processor(picture, return_tensors="pt").pixel_values.to(device)
-        asked = self.tokenizer(questions, padding=True, return_tensors="pt").to(device)
-        image = self.model.vision_model(pixels)[0].expand(len(questions), -1, -1)
-        question = self.model.text_encoder(
-            input_ids=asked.input_ids, attention_mask=asked.attention_mask, encoder_hidden_states=image,
+        image = self.model.vision_model(pixels)[0]
+        asked = self.tokenizer(question, return_tensors="pt").input_ids.to(device)
+        meant = self.model.text_encoder(
+            input_ids=asked, attention_mask=torch.ones_like(asked), encoder_hidden_states=image,
             encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long, device=device), return_dict=True,
         ).last_hidden_state  # fmt: skip
-        start = torch.full((len(questions), 1), self.model.decoder_start_token_id, device=device)
+        start = torch.full((1, 1), self.model.decoder_start_token_id, device=device)
         logits = self.model.text_decoder(
-            input_ids=start, encoder_hidden_states=question, encoder_attention_mask=asked.attention_mask,
+            input_ids=start, encoder_hidden_states=meant, encoder_attention_mask=torch.ones_like(asked),
             return_dict=True,
-        ).logits[:, -1]  # fmt: skip
+        ).logits[0, -1]  # fmt: skip
         words = [self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no")]
-        return float(logits[:, words].softmax(-1)[:, 0].double().prod())
+        return float(logits[words].softmax(0)[0])
 
 
 class GenEval:
@@ -87,7 +91,7 @@ class GenEval:
     Raises: ValueError: a class that the detector does not know, or an entry that is not such. OSError, ImportError.
     """
 
-    measures = ("GenEval",)
+    measures: tuple[str, ...] = ("GenEval",)
     COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "black", "white")
 
     def __init__(
@@ -111,7 +115,9 @@ class GenEval:
                     )
 
     @torch.no_grad()
-    def measure(self, indices: Sequence[int], pictures: Sequence[np.ndarray]) -> list[dict[str, float]]:
+    def measure(
+        self, indices: Sequence[int], pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]
+    ) -> list[dict[str, float]]:
         rows = []
         for i, picture in zip(indices, pictures, strict=True):
             entries = self.wanted[i]

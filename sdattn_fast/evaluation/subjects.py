@@ -20,10 +20,12 @@ class Subject(Protocol):
     guidance, steps: how it is drawn. needs_maps: `measure` looks at word maps."""
 
     prompts: Sequence[str]
-    measures: Sequence[str]
     guidance: float
     steps: int
     needs_maps: bool
+
+    @property
+    def measures(self) -> Sequence[str]: ...
 
     def phrases(self, index: int, tokenizer: Any) -> tuple[list[NounPhrase], list[NounPhrase]]:
         """All noun phrases of a prompt, and those of them that name an object to be drawn."""
@@ -95,17 +97,23 @@ class Prompts:
         self, prompts: Sequence[str], scorer: ClipScorer, judges: Sequence[Judge] = (), guidance: float = 7.5,
         steps: int = 50, phrases: Mapping[int, Sequence[str]] | None = None,
     ) -> None:  # fmt: skip
-        self.prompts, self.scorer, self.judges = list(prompts), scorer, list(judges)
+        self.prompts, self.scorer, self.judges = list(prompts), scorer, judges
         self.guidance, self.steps = guidance, steps
         self.given = dict(phrases or {})
-        self.measures = ("CLIP", "CLIP of the weakest phrase", *(m for judge in judges for m in judge.measures))
         self._texts: dict[int, list[str]] = {}
+
+    @property
+    def measures(self) -> tuple[str, ...]:
+        return ("CLIP", "CLIP of the weakest phrase", *(m for judge in self.judges for m in judge.measures))
 
     def phrases(self, index: int, tokenizer: Any) -> tuple[list[NounPhrase], list[NounPhrase]]:
         prompt = self.prompts[index]
-        # A prompt without a noun is one phrase: something must be there for it, too.
         found = find_phrases(prompt, tokenizer, phrases=self.given.get(index))
-        found = found or find_phrases(prompt, tokenizer, phrases=[prompt])
+        # A prompt without a noun is one phrase, as far as the tokenizer reads it.
+        words = prompt.split()
+        while not found and words:
+            found = find_phrases(prompt, tokenizer, phrases=[" ".join(words)])
+            words.pop()
         self._texts[index] = [p.text for p in found]
         return found, found
 
@@ -120,7 +128,8 @@ class Prompts:
             weakest = float((self.scorer.texts(texts) @ picture).min()) if texts else float("nan")
             rows.append({"CLIP": cosine, "CLIP of the weakest phrase": weakest})
         for judge in self.judges:
-            for row, more in zip(rows, judge.measure(indices, pictures), strict=True):
+            phrases = [self._texts.get(i, []) for i in indices]
+            for row, more in zip(rows, judge.measure(indices, pictures, phrases), strict=True):
                 row |= more
         return rows
 

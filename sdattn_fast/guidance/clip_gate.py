@@ -21,7 +21,7 @@ from .clip_score import ClipScorer
 from .phrases import NounPhrase, find_phrases
 from .preview import LinearDecoder, Preview
 
-__all__ = ["ClipGate", "calibrated_threshold"]
+__all__ = ["ClipGate", "calibrate", "calibrated_threshold"]
 
 HOW = ("hard", "soft", "amplify")
 
@@ -181,6 +181,34 @@ def _phrases(prompt: str, given: Any, tokenizer: Any) -> list[NounPhrase]:
     if given is not None and all(isinstance(phrase, NounPhrase) for phrase in given):
         return list(given)
     return find_phrases(prompt, tokenizer, phrases=given)
+
+
+def calibrate(
+    pipe: Any,
+    scorer: ClipScorer,
+    prompts: Sequence[str],
+    phrases: Sequence[Sequence[str]],
+    *,
+    batch: int = 8,
+    **how: Any,
+) -> float:
+    """A threshold for `ClipGate` of this pipeline and CLIP: it tells the phrases of what a picture was asked to show
+    from those of other prompts, on pictures drawn of a prompt set; `how` are the pipeline's keywords.
+
+    phrases: of each prompt. Raises: ValueError where no phrase is absent from any prompt.
+    """
+    every = sorted({phrase for some in phrases for phrase in some})
+    present: list[float] = []
+    absent: list[float] = []
+    for start in range(0, len(prompts), batch):
+        part = list(prompts[start : start + batch])
+        noise = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        images = pipe(part, generator=noise, output_type="np", **how).images
+        scores = scorer.pictures([(image * 255).round().astype("uint8") for image in images]) @ scorer.texts(every).T
+        for mine, row in zip(phrases[start : start + batch], scores.tolist(), strict=True):
+            for phrase, score in zip(every, row, strict=True):
+                (present if phrase in mine else absent).append(score)
+    return calibrated_threshold(present, absent)
 
 
 def calibrated_threshold(present: Sequence[float] | Tensor, absent: Sequence[float] | Tensor) -> float:

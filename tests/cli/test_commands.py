@@ -22,7 +22,7 @@ def run(capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["doctor", "demo", "generate", "heads", "tune", "train-lora", "bench"])
+@pytest.mark.parametrize("command", ["doctor", "demo", "generate", "heads", "tune", "train-lora", "evaluate", "bench"])
 def test_help_of_each_command(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0

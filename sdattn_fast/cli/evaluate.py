@@ -1,0 +1,200 @@
+"""`sdattn-fast evaluate`: all nine techniques against stock, on the shapes world or a user's model and prompts."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["evaluate"]
+
+
+def evaluate(
+    model: Annotated[str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")] = (
+        "shapes"
+    ),
+    prompts: Annotated[
+        Path | None, typer.Option(help="A prompt a line; default: held-out captions of the shapes world.")
+    ] = None,
+    pictures: Annotated[int, typer.Option(help="Captions of the shapes world.")] = 512,
+    folder: Annotated[Path, typer.Option(help="Of batches, pictures and the report; the same command goes on.")] = Path(
+        "evaluation"
+    ),
+    only: Annotated[
+        list[str] | None, typer.Option(help="A condition by name, as often as wanted; stock is always there.")
+    ] = None,
+    heads: Annotated[Path | None, typer.Option(help="A file of `sdattn-fast heads`; without, none chooses.")] = None,
+    tuned: Annotated[Path | None, typer.Option(help="A program of `sdattn-fast tune`; without, none is tuned.")] = None,
+    clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP; default: the pipeline's own.")] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Of the CLIP gate, a cosine; default: calibrated on stock pictures.")
+    ] = None,
+    blip: Annotated[str | None, typer.Option(help="Folder or hub id of a BLIP for questions: T2I-CompBench.")] = None,
+    detector: Annotated[str | None, typer.Option(help="Folder or hub id of an object detector: GenEval.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
+    batch: Annotated[int, typer.Option(help="Prompts drawn at once.")] = 16,
+    cost: Annotated[bool, typer.Option(help="Measure time and memory, too.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
+) -> None:
+    """Compare all techniques with stock, paired, with intervals; several processes share the work under
+    `accelerate launch -m sdattn_fast.cli.evaluate`."""
+    from accelerate import PartialState
+    from rich.console import Console
+
+    from ..evaluation.conditions import STOCK, Given, conditions
+    from ..evaluation.cost import costs
+    from ..evaluation.report import write_report
+    from ..evaluation.run import Evaluation
+    from ..files import ProgramFile, load_heads
+    from .doctor import processor_name
+    from .generate import load_pipeline
+    from .heads import clip_of
+
+    for name, value in (("--pictures", pictures), ("--batch", batch)):
+        if value < (2 if name == "--pictures" else 1):
+            raise typer.BadParameter(
+                f"expected at least {2 if name == '--pictures' else 1}, got {value}", param_hint=name
+            )
+    if prompts is None and model != "shapes":
+        raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint="--prompts")
+    every = conditions()
+    if only:
+        unknown = set(only) - {c.name for c in every}
+        if unknown:
+            raise typer.BadParameter(
+                f"expected names among {'; '.join(c.name for c in every)}, got {min(unknown)!r}", param_hint="--only"
+            )
+        every = [c for c in every if c.name in {STOCK, *only}]
+    state = PartialState(cpu=device == "cpu")
+    console = Console(quiet=not state.is_main_process)
+    pipe = load_pipeline(model, device or str(state.device), dtype)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae):
+        part.requires_grad_(False)
+    scorer = clip_of(model, clip, pipe.device)
+    subject = _subject(prompts, pictures, scorer, blip, detector, num_inference_steps, guidance_scale, str(pipe.device))
+    if threshold is None and any("threshold" in c.needs for c in every):
+        threshold = _calibrated(folder, state, pipe, subject, scorer)
+        console.print(f"the CLIP gate's threshold, calibrated: {threshold:.4f}")
+    given = Given(
+        (), (), (), (), subject.steps, scorer=scorer, threshold=threshold,
+        heads=None if heads is None else load_heads(heads)[0],
+        tuned=None if tuned is None else ProgramFile.load(tuned),
+    )  # fmt: skip
+    with state.main_process_first():
+        evaluation = Evaluation(folder, pipe, subject, every, given, model, batch)
+    for name, why in evaluation.left_out.items():
+        console.print(f"{name}: not drawn, {why}")
+    _run(console, evaluation, state)
+    state.wait_for_everyone()
+    if not state.is_main_process:
+        return
+    prices: dict[str, Any] = {}
+    if cost:
+        console.print("time and memory")
+        prices = costs(pipe, subject, evaluation.conditions, given)
+    import torch
+
+    ground = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    if pipe.device.type == "cuda":
+        ground = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    _show(console, write_report(evaluation, prices, ground))
+    print(f"wrote {folder / 'evaluation.html'}, {folder / 'evaluation.md'} and {folder / 'summary.json'}")
+
+
+def _subject(
+    prompts: Path | None, pictures: int, scorer: Any, blip: str | None, detector: str | None, steps: int | None,
+    guidance: float | None, device: str,
+) -> Any:  # fmt: skip
+    from ..evaluation.judges import BlipVqa, GenEval, Judge
+    from ..evaluation.subjects import Prompts, ShapesWorld
+    from .prompts import read_prompts
+
+    if prompts is None:
+        if blip is not None or detector is not None:
+            raise typer.BadParameter("the shapes world has a detector of its own", param_hint="--blip, --detector")
+        world = ShapesWorld(pictures, scorer)
+        world.steps, world.guidance = steps or world.steps, world.guidance if guidance is None else guidance
+        return world
+    read = read_prompts(prompts)
+    given = {i: p.words for i, p in enumerate(read) if p.words is not None}
+    judges: list[Judge] = []
+    subject = Prompts([p.text for p in read], scorer, judges, 7.5 if guidance is None else guidance, steps or 50, given)
+    if blip is not None:
+        judges.append(BlipVqa(blip, device))
+    if detector is not None:
+        wanted = [p.include for p in read]
+        if not any(wanted):
+            raise typer.BadParameter(
+                'GenEval needs lines {"prompt": ..., "include": [{"class": "car", "count": 1}]}', param_hint="--prompts"
+            )
+        judges.append(GenEval(detector, scorer, wanted, device=device))
+    return subject
+
+
+def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any) -> float:
+    """The threshold between a picture's own phrases and those of other prompts, on stock pictures of the first prompts;
+    kept in the folder, so that all processes and later calls have the same."""
+    from ..evaluation.subjects import ShapesWorld
+    from ..files import read_json, write_json
+    from ..guidance.clip_gate import calibrate
+
+    path = folder / "threshold.json"
+    with state.main_process_first():
+        if not path.exists():
+            # Of the shapes world there are captions that are not reported on.
+            world = isinstance(subject, ShapesWorld)
+            asked: Any = ShapesWorld(32, scorer, first=60_000_000, held_out=False) if world else subject
+            count = min(32, len(asked.prompts))
+            texts = [[p.text for p in asked.phrases(i, pipe.tokenizer)[1]] for i in range(count)]
+            found = calibrate(
+                pipe, scorer, asked.prompts[:count], texts, num_inference_steps=subject.steps,
+                guidance_scale=subject.guidance,
+            )  # fmt: skip
+            write_json(path, "sdattn-fast threshold", {"threshold": found})
+    return float(read_json(path, "sdattn-fast threshold")["threshold"])
+
+
+def _run(console: Any, evaluation: Any, state: Any) -> None:
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    total = len(evaluation.units())
+    with Progress(*columns, console=console, disable=not console.is_terminal or not state.is_main_process) as progress:
+        task = progress.add_task("Drawing", total=total, completed=total - evaluation.missing())
+
+        def tell(text: str) -> None:
+            progress.update(task, completed=total - evaluation.missing(), description=text)
+            if not console.is_terminal and state.is_main_process:
+                print(text, flush=True)
+
+        evaluation.run(state.process_index, state.num_processes, tell)
+
+
+def _show(console: Any, content: dict[str, Any]) -> None:
+    """Differences without their intervals, which a terminal has no room for."""
+    from rich.table import Column, Table
+
+    from ..evaluation.conditions import STOCK
+    from ..evaluation.report import verdict
+
+    measures = list(next(iter(content["measures"].values())))
+    title = f"{content['prompts']} prompts: means of stock, and differences to it (* the interval leaves out zero)"
+    table = Table(Column("condition", no_wrap=True), *(Column(m, justify="right") for m in measures), title=title)
+    for name, cells in content["measures"].items():
+        shown = []
+        for cell in cells.values():
+            text = f"{cell['difference']:+.3f}" if "difference" in cell else ""
+            if name == STOCK and cell["mean"] is not None:
+                text = f"{cell['mean']:.3f}"
+            colour = {"helps": "green", "hurts": "red"}.get(verdict(cell))
+            shown.append(f"[{colour}]{text}*[/]" if colour else text)
+        table.add_row(name, *shown)
+    console.print(table)
+
+
+if __name__ == "__main__":
+    typer.run(evaluate)

@@ -1,0 +1,251 @@
+"""The evaluation: every condition draws, runs resume and share work, and what the report says is what was measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from scipy.ndimage import gaussian_filter
+
+pytest.importorskip("diffusers")
+pytest.importorskip("textblob")
+pytest.importorskip("kornia")
+
+from sdattn_fast import Program, SalienceDropout
+from sdattn_fast.evaluation.conditions import STOCK, Condition, Given, conditions
+from sdattn_fast.evaluation.cost import costs
+from sdattn_fast.evaluation.report import verdict, write_report
+from sdattn_fast.evaluation.run import Evaluation, draw, given_for
+from sdattn_fast.evaluation.sketches import RandomMasks
+from sdattn_fast.evaluation.subjects import Prompts, ShapesWorld
+from sdattn_fast.files import ProgramFile
+from sdattn_fast.guidance.clip_score import ClipScorer
+from sdattn_fast.lab import load_pipeline, shapes_path
+
+HEADS = {"up_blocks.2.attentions.0.transformer_blocks.0.attn2": (0,)}
+NAMES = [c.name for c in conditions()]
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    made = load_pipeline()
+    made.set_progress_bar_config(disable=True)
+    made.unet.requires_grad_(False)
+    made.vae.requires_grad_(False)
+    return made
+
+
+@pytest.fixture(scope="module")
+def scorer() -> ClipScorer:
+    return ClipScorer.load(shapes_path() / "clip")
+
+
+@pytest.fixture(scope="module")
+def world(scorer: ClipScorer) -> ShapesWorld:
+    made = ShapesWorld(5, scorer)
+    made.steps = 4
+    return made
+
+
+@pytest.fixture(scope="module")
+def given(scorer: ClipScorer) -> Given:
+    tuned = ProgramFile(Program(SalienceDropout(0.1)), guidance_scale=3.0, num_inference_steps=3)
+    return Given((), (), (), (), 4, scorer=scorer, threshold=0.3, heads=HEADS, tuned=tuned)
+
+
+def _named(*names: str) -> list[Condition]:
+    return [c for c in conditions() if c.name in names]
+
+
+def test_conditions_are_named_once_and_cover_the_nine() -> None:
+    assert len(set(NAMES)) == len(NAMES) and NAMES[0] == STOCK
+    techniques = {c.technique for c in conditions()} - {STOCK, "pair", "sketch"}
+    assert techniques == {
+        "semantic gate", "phrase fusion", "head selection", "salience dropout", "NMS with smoothing", "GradCAM",
+        "structure refinement", "selective maps", "CLIP-rewarded tuning",
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def stock_picture(pipe: Any, world: ShapesWorld, given: Given) -> np.ndarray:
+    (stock,) = _named(STOCK)
+    return draw(pipe, stock, given_for(world, range(2), pipe, given), world, range(2))[0][0]
+
+
+@pytest.mark.parametrize("condition", conditions(), ids=NAMES)
+def test_every_condition_draws_and_leaves_no_trace(
+    condition: Condition, pipe: Any, world: ShapesWorld, given: Given, stock_picture: np.ndarray
+) -> None:
+    # A threshold that nothing passes: a gate has something to do.
+    mine = replace(given_for(world, range(2), pipe, given), threshold=2.0)
+    before = dict(pipe.unet.attn_processors)
+    pictures, maps = draw(pipe, condition, mine, world, range(2))
+    assert [p.shape for p in pictures] == [(64, 64, 3)] * 2 and all(p.dtype == np.uint8 for p in pictures)
+    if condition.sketch is None:
+        assert [len(m) for m in maps] == [len(some) for some in mine.objects]
+        assert all(heat.shape == (64, 64) and np.isfinite(heat).all() for some in maps for heat in some)
+    else:
+        assert maps == [None, None]
+    if condition.name in (STOCK, "maps"):
+        assert (pictures[0] == stock_picture).all()
+    else:
+        assert (pictures[0] != stock_picture).any()
+    after = dict(pipe.unet.attn_processors)
+    assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
+    assert not pipe.unet._forward_hooks and not pipe.unet._forward_pre_hooks
+
+
+def test_conditions_without_what_they_need_are_left_out(tmp_path: Path, pipe: Any, world: ShapesWorld) -> None:
+    bare = Evaluation(tmp_path, pipe, world, conditions(), Given((), (), (), (), 4), "shapes")
+    assert bare.left_out["tuned"] == "no tuned" and bare.left_out["gate, hard"] == "no scorer, threshold"
+    assert {c.name for c in bare.conditions} == set(NAMES) - set(bare.left_out)
+
+
+def test_runs_resume_and_processes_share(
+    tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given, monkeypatch: Any
+) -> None:
+    from sdattn_fast.evaluation import run as module
+
+    drawn: list[tuple[str, int]] = []
+    original = module.draw
+
+    def counted(pipe: Any, condition: Condition, *rest: Any) -> Any:
+        drawn.append((condition.name, rest[2].start))
+        return original(pipe, condition, *rest)
+
+    monkeypatch.setattr(module, "draw", counted)
+    chosen = _named(STOCK, "dropout")
+
+    def made(folder: str) -> Evaluation:
+        return Evaluation(tmp_path / folder, pipe, world, chosen, given, "shapes", batch=2)
+
+    whole = made("whole")
+    whole.run()
+    assert len(drawn) == 6 and not whole.missing()
+    shared = made("shared")
+    with pytest.raises(ValueError, match=r"6 batches of .* are not drawn"):
+        shared.results()
+    shared.run(0, 2)
+    assert shared.missing() == 3
+    made("shared").run(1, 2)
+    assert sorted(drawn[6:]) == sorted(drawn[:6])
+    # NaN is no equal of itself.
+    assert json.dumps(shared.results()) == json.dumps(whole.results())
+    batch = next((tmp_path / "shared" / "batches").rglob("*.json"))
+    batch.unlink()
+    made("shared").run()
+    assert len(drawn) == 13
+    made("shared").run()
+    assert len(drawn) == 13
+
+
+def test_another_evaluation_is_refused(tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given) -> None:
+    def made(chosen: list[Condition] | None = None, **how: Any) -> Evaluation:
+        return Evaluation(tmp_path, pipe, world, chosen or _named(STOCK), **{"given": given, "model": "shapes", **how})
+
+    made()
+    made(_named(STOCK, "dropout"))  # more conditions are the same evaluation
+    made()
+    with pytest.raises(ValueError, match="model: 'shapes', now 'other'"):
+        made(model="other")
+    with pytest.raises(ValueError, match="threshold"):
+        made(given=replace(given, threshold=0.1))
+    other = replace(_named("dropout")[0], program=Program())
+    with pytest.raises(ValueError, match="dropout"):
+        made([*_named(STOCK), other])
+
+
+def test_a_full_disk_loses_nothing(
+    tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given, monkeypatch: Any
+) -> None:
+    evaluation = Evaluation(tmp_path, pipe, world, _named(STOCK), given, "shapes", batch=3)
+    write, written = Path.write_text, []
+
+    def full(self: Path, text: str, *rest: Any) -> int:
+        if written:
+            write(self, text[: len(text) // 2])
+            raise OSError(28, "No space left on device")
+        written.append(self)
+        return write(self, text, *rest)
+
+    monkeypatch.setattr(Path, "write_text", full)
+    with pytest.raises(OSError, match="No space"):
+        evaluation.run()
+    monkeypatch.undo()
+    assert evaluation.missing() == 1
+    evaluation.run()
+    assert len(evaluation.results()[STOCK]) == 5
+
+
+def test_the_report(tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given) -> None:
+    chosen = _named(STOCK, "dropout", "maps", "latent * (1 + sigmoid)")
+    evaluation = Evaluation(tmp_path, pipe, world, chosen, given, "shapes", batch=5)
+    evaluation.run()
+    cost = costs(pipe, world, chosen, given, pictures=1, rounds=1)
+    assert all(x["ms a step"] > 0 and x["peak MiB"] > 0 for x in cost.values()) and cost[STOCK]["of stock"] == 1
+    content = write_report(evaluation, cost, "a machine")
+    assert json.loads((tmp_path / "summary.json").read_text()) == content
+    results = evaluation.results()
+    bound = [row["bound"] for row in results["dropout"]]
+    assert content["measures"]["dropout"]["bound"]["mean"] == pytest.approx(np.mean(bound))
+    markdown = (tmp_path / "evaluation.md").read_text()
+    assert all(f"| {c.name} | {c.technique} |" in markdown for c in chosen)
+    page = (tmp_path / "evaluation.html").read_text()
+    assert "latent * (1 + sigmoid)" in page and page.count("data:image/png;base64,") == 2 and "a machine" in page
+
+
+def test_verdicts() -> None:
+    cell = {"mean": 0.5, "none": 0.4, "captions": 9, "difference": 0.1, "low": 0.05, "high": 0.2}
+    assert verdict(cell) == "helps" and verdict({**cell, "low": -0.1}) == "no difference"
+    assert verdict({**cell, "low": -0.3, "high": -0.1}) == "hurts"
+    assert verdict({"mean": None, "none": None, "captions": 0}) == ""
+    assert verdict({"mean": 0.4, "none": 0.4, "captions": 9}) == "no difference"
+
+
+def test_the_shapes_world_measures_true_scenes(scorer: ClipScorer) -> None:
+    """Its own pictures are right in everything, and a blank one in nothing."""
+    world = ShapesWorld(40, scorer)
+    pictures = [scene.image for scene in world.scenes]
+    maps = [[gaussian_filter(thing.mask.astype(np.float32), 1.0) for thing in s.objects] for s in world.scenes]
+    rows = world.measure(range(40), pictures, maps)
+    for scene, row in zip(world.scenes, rows, strict=True):
+        assert row["bound"] == row["present"] == row["all right"] == row["pointing"] == 1 and row["map IoU"] > 0.8
+        assert row["relation"] == 1 if scene.relation else np.isnan(row["relation"])
+    assert any(scene.relation for scene in world.scenes)
+    mirrored = world.measure(range(40), [p[::-1, ::-1].copy() for p in pictures], [None] * 40)
+    for scene, row in zip(world.scenes, mirrored, strict=True):
+        assert row["relation"] == 0 if scene.relation else np.isnan(row["relation"])
+        assert np.isnan(row["pointing"]) and np.isnan(row["map IoU"])
+    (blank,) = world.measure([0], [np.full((64, 64, 3), 255, np.uint8)], [None])
+    assert blank["bound"] == blank["present"] == blank["all right"] == 0
+
+
+def test_prompts_of_a_user(pipe: Any, scorer: ClipScorer) -> None:
+    subject = Prompts(["a red circle and a blue square", "run quickly"], scorer, steps=2)
+    everything, objects = subject.phrases(0, pipe.tokenizer)
+    assert [p.text for p in everything] == ["a red circle", "a blue square"] == [p.text for p in objects]
+    assert [p.text for p in subject.phrases(1, pipe.tokenizer)[1]] == ["run quickly"]
+    blank = np.full((64, 64, 3), 255, np.uint8)
+    rows = subject.measure([0, 1], [blank, blank], [None, None])
+    texts = scorer.texts(["a red circle", "a blue square"]) @ scorer.pictures([blank])[0]
+    assert rows[0]["CLIP of the weakest phrase"] == pytest.approx(float(texts.min()))
+    assert set(rows[0]) == set(subject.measures)
+
+
+def test_the_sketch_multiplies_logits(pipe: Any) -> None:
+    """With no mask entry 0 it is stock; with all of them every token weighs the same."""
+    x, text = torch.randn(1, 4, 16, 16), torch.randn(1, 77, pipe.unet.config.cross_attention_dim)
+    with torch.no_grad():
+        stock = pipe.unet(x, 5, encoder_hidden_states=text).sample
+        with RandomMasks(pipe.unet, 0.0):
+            torch.testing.assert_close(pipe.unet(x, 5, encoder_hidden_states=text).sample, stock, rtol=1e-4, atol=1e-4)
+        with RandomMasks(pipe.unet, 1.0):
+            flat = pipe.unet(x, 5, encoder_hidden_states=text).sample
+            shuffled = pipe.unet(x, 5, encoder_hidden_states=text[:, torch.randperm(77)]).sample
+    torch.testing.assert_close(flat, shuffled, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(flat, stock, atol=1e-3)
