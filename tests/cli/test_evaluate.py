@@ -1,4 +1,4 @@
-"""`sdattn-fast evaluate`, on the shapes world and on one's own prompts; called again it goes on; bad input is a line."""
+"""`sdattn-fast evaluate`, on the shapes world and on prompts of one's own, and called again; bad input is a line."""
 
 from __future__ import annotations
 
