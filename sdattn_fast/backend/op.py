@@ -1,4 +1,4 @@
-"""The fused backends as torch.library custom ops, so that torch.compile takes them whole.
+"""The fused backends as PyTorch custom ops, so that torch.compile takes them whole.
 
 Eager code calls the backend modules directly: a custom op costs tens of microseconds a call, as much as a small layer.
 """
@@ -6,7 +6,7 @@ Eager code calls the backend modules directly: a custom op costs tens of microse
 from __future__ import annotations
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from ..plan import PicturePlan, RowPlan
 from . import fused
@@ -78,7 +78,7 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
     return torch.ops.sdattn_fast.smooth(x, grid[0], grid[1], sigma, times, where, backend)
 
 
-@torch.library.custom_op("sdattn_fast::rows", mutates_args=(), schema=_ROWS_SCHEMA)
+@library.custom_op("sdattn_fast::rows", mutates_args=(), schema=_ROWS_SCHEMA)
 def _rows(
     query, key, value, bias, scale, content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode,
     capture_tokens, capture_final, capture_mean, max_content, max_drop, return_bits, sink, sink_tokens, sink_heads,
@@ -143,7 +143,7 @@ def _rows_gradients(ctx, grad_out, grad_maps, _):
 _rows.register_autograd(_rows_gradients, setup_context=_save)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "sdattn_fast::rows_backward",
     mutates_args=(),
     schema="(Tensor? grad_out, Tensor? grad_maps, Tensor bits, bool[] wanted, Tensor query, Tensor key, Tensor value, "
@@ -192,7 +192,7 @@ def _refuse_second(ctx, *grads):
 _rows_backward.register_autograd(_refuse_second)
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "sdattn_fast::picture",
     mutates_args=(),
     schema=_ROWS_SCHEMA.replace(
@@ -230,7 +230,7 @@ def _picture_fake(
     return value.new_empty(b, h, m, value.shape[3]), maps
 
 
-@torch.library.custom_op(
+@library.custom_op(
     "sdattn_fast::smooth",
     mutates_args=(),
     schema="(Tensor x, SymInt height, SymInt width, float sigma, int times, Tensor? where, str backend) -> Tensor",

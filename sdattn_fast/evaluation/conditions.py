@@ -55,7 +55,8 @@ class Given:
 class Condition:
     """name: as the report calls it. technique: which of the nine, "pair", "tuned" or "sketch". needs: fields of `Given`
     that it cannot do without. program, patch: keywords of `apply`. gate, correct: of `ClipGate` and `Correction`.
-    fuse: of `phrase_ids`. structure: with `Structure`. maps: word maps are kept, which the map measures need."""
+    fuse: of `phrase_ids`. structure: with `Structure`. tuned: the program is `Given.tuned`. sketch: "masks" on logits,
+    or "unprotected"."""
 
     name: str
     technique: str
@@ -84,7 +85,7 @@ def conditions() -> list[Condition]:
     both = Program(SalienceDropout(0.2), Refinement(1), "content")
     gradient = {"how": "gradient", "strength": 0.05}
     clip = ("scorer", "threshold")
-    found = [
+    return [
         Condition(STOCK, STOCK),
         *(
             Condition(f"gate, {how}", "semantic gate", clip, gate={"how": how})
@@ -113,7 +114,6 @@ def conditions() -> list[Condition]:
         Condition("dropout + NMS, nothing protected", "sketch", program=both, sketch="unprotected"),
         Condition("latent * (1 + sigmoid)", "sketch", correct={"how": "scale"}),
     ]  # fmt: skip
-    return found
 
 
 @contextmanager

@@ -76,13 +76,11 @@ class Settings:
 
 def _scheduled(schedule: DropoutSchedule, step: int) -> float:
     """Linear between the steps that are named, constant before the first and after the last."""
-    before, after = (
-        max((point for point in schedule if point[0] <= step), default=schedule[0]),
-        min((point for point in schedule if point[0] >= step), default=schedule[-1]),
-    )
-    if before[0] >= after[0]:
-        return before[1] if before[0] <= step else after[1]
-    return before[1] + (after[1] - before[1]) * (step - before[0]) / (after[0] - before[0])
+    following = next((i for i, (at, _) in enumerate(schedule) if at > step), len(schedule))
+    if following in (0, len(schedule)):
+        return schedule[min(following, len(schedule) - 1)][1]
+    (start, low), (end, high) = schedule[following - 1 : following + 1]
+    return low + (high - low) * (step - start) / (end - start)
 
 
 def _checked_when(when: Any, program: Program) -> DropoutWhen:
