@@ -26,18 +26,9 @@ Suites = dict[str, dict[str, dict[str, Any]]]
 @pytest.fixture
 def peak_mib() -> Callable[[Callable[[], object]], float]:
     """MiB, the most that the tensors which a call makes take together, by torch's profiler."""
+    from sdattn_fast.evaluation.cost import peak_mib
 
-    def peak(call: Callable[[], object]) -> float:
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-            call()
-        events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
-        now = most = 0
-        for event in sorted(events, key=lambda e: e.start_ns()):
-            now += event.nbytes()
-            most = max(most, now)
-        return most / 2**20
-
-    return peak
+    return peak_mib
 
 
 @pytest.hookimpl(trylast=True)

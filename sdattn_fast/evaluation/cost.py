@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from .conditions import STOCK, Condition, Given
 from .run import draw, given_for
 from .subjects import Subject
 
-__all__ = ["costs"]
+__all__ = ["costs", "peak_mib"]
 
 
 def costs(
@@ -57,8 +57,13 @@ def _peak(pipe: Any, condition: Condition, given: Given, subject: Subject, part:
         torch.cuda.reset_peak_memory_stats()
         draw(pipe, condition, given, subject, part)
         return (torch.cuda.max_memory_allocated() - before) / 2**20
+    return peak_mib(lambda: draw(pipe, condition, given, subject, part))
+
+
+def peak_mib(call: Callable[[], object]) -> float:
+    """MiB, the most that the CPU tensors which a call makes take together, by torch's profiler."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        draw(pipe, condition, given, subject, part)
+        call()
     now = most = 0
     events = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
     for event in sorted(events, key=lambda e: e.start_ns()):
