@@ -10,14 +10,14 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from .program import Program, Refinement, SalienceDropout
 
-__all__ = ["ProgramFile", "load_heads", "save_heads", "read_json", "write_json"]
+__all__ = ["ProgramFile", "load_heads", "save_heads", "read_json", "write_json", "written_aside"]
 
 _PROGRAM, _HEADS = "sdattn-fast program", "sdattn-fast heads"
 _VERSION = 1
@@ -128,20 +128,29 @@ def read_json(path: str | Path, kind: str) -> dict[str, Any]:
 
 def write_json(path: str | Path, kind: str, content: Mapping[str, Any]) -> None:
     """Write a file of that kind: aside first, then renamed. Raises: OSError; TypeError, ValueError (not JSON)."""
-    path = Path(path)
     text = json.dumps({"format": kind, "version": _VERSION, **content}, indent=1, default=_plain, allow_nan=False)
+    with written_aside(path) as aside:
+        aside.write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def written_aside(path: str | Path) -> Iterator[Path]:
+    """A path to write to, in the folder of `path`, made if need be; renamed to it where the block ends well. A full
+    disk, an error or a kill leaves what was there. Raises: OSError."""
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    os.close(handle)
+    aside = Path(name)
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text + "\n")
-            file.flush()
+        yield aside
+        with aside.open("rb+") as file:
             os.fsync(file.fileno())
         os.chmod(aside, 0o644)
         os.replace(aside, path)
     except BaseException:
         with contextlib.suppress(OSError):
-            os.unlink(aside)
+            aside.unlink()
         raise
 
 

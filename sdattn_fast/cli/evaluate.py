@@ -53,11 +53,9 @@ def evaluate(
     from .generate import load_pipeline
     from .heads import clip_of
 
-    for name, value in (("--pictures", pictures), ("--batch", batch)):
-        if value < (2 if name == "--pictures" else 1):
-            raise typer.BadParameter(
-                f"expected at least {2 if name == '--pictures' else 1}, got {value}", param_hint=name
-            )
+    for name, value, least in (("--pictures", pictures, 2), ("--batch", batch, 1)):
+        if value < least:
+            raise typer.BadParameter(f"expected at least {least}, got {value}", param_hint=name)
     if prompts is None and model != "shapes":
         raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint="--prompts")
     every = conditions()

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import base64
 import io
-import os
 import re
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from ..files import written_aside
 
 if TYPE_CHECKING:
     from .demo import Row, Scene
@@ -114,7 +115,5 @@ def _slug(text: str) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    """Aside first, then renamed: a full disk loses nothing that was there."""
-    aside = path.with_name(path.name + ".part")
-    aside.write_bytes(data)
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        aside.write_bytes(data)

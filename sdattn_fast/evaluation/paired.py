@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 
-__all__ = ["said", "summary"]
+__all__ = ["said", "summary", "table"]
 
 
 def summary(
@@ -35,6 +35,19 @@ def summary(
                 cell |= {"difference": float(difference.mean()), "low": interval.low, "high": interval.high}
             table[condition][name] = cell
     return table
+
+
+def table(
+    found: Mapping[str, Mapping[str, Any]], title: str, first: str, text: Callable[[dict[str, Any]], str] | None = None
+) -> Any:
+    """`found`, of `summary`, as a rich table, a condition a row; text: of a cell, `said` by default."""
+    from rich.table import Column, Table
+
+    measures = next(iter(found.values()))
+    shown = Table(first, *(Column(name, justify="right") for name in measures), title=title)
+    for name, cells in found.items():
+        shown.add_row(name, *map(text or said, cells.values()))
+    return shown
 
 
 def said(cell: dict[str, Any]) -> str:

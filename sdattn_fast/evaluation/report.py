@@ -8,12 +8,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-import os
 from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from ..files import written_aside
 from .conditions import STOCK
 from .paired import said, summary
 from .run import KEPT, Evaluation
@@ -158,6 +158,5 @@ def _uri(png: bytes) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    aside = path.with_name(f"{path.name}.part")
-    aside.write_bytes(data)
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        aside.write_bytes(data)

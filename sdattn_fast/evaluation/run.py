@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..files import written_aside
 from ..unet.maps import words_of
 from .conditions import Condition, Given, entered
 from .subjects import Subject
@@ -96,12 +96,9 @@ class Evaluation:
     def _keep_pictures(self, condition: Condition, pictures: Sequence[np.ndarray]) -> None:
         from PIL import Image
 
-        to = self.folder / "pictures" / _file_name(condition)
-        to.mkdir(parents=True, exist_ok=True)
         for i, picture in enumerate(pictures):
-            aside = to / f"{i}.part"
-            Image.fromarray(picture).save(aside, format="PNG")
-            os.replace(aside, to / f"{i}.png")
+            with written_aside(self.folder / "pictures" / _file_name(condition) / f"{i}.png") as aside:
+                Image.fromarray(picture).save(aside, format="PNG")
 
     def _check_settings(self) -> None:
         """Batches are of one evaluation: the same prompts, drawn the same way, by the same conditions."""
@@ -167,7 +164,5 @@ def _file_name(condition: Condition) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f"{path.name}.{os.getpid()}.part")
-    aside.write_text(text)
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        aside.write_text(text)

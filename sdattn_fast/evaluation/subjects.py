@@ -71,6 +71,7 @@ class ShapesWorld:
     def measure(
         self, indices: Sequence[int], pictures: Sequence[np.ndarray], maps: Sequence[Sequence[np.ndarray] | None]
     ) -> list[dict[str, float]]:
+        from ..lab.detector import detect
         from ..lab.structure import measure
 
         similar = self.scorer.similarity(list(pictures), [self.prompts[i] for i in indices])
@@ -78,11 +79,12 @@ class ShapesWorld:
         for i, picture, heat, cosine in zip(indices, pictures, maps, similar.tolist(), strict=True):
             scene = self.scenes[i]
             blank = [np.zeros(picture.shape[:2])] * len(scene.objects)
-            row = measure(scene, picture, blank if heat is None else heat)
+            found = detect(picture)
+            row = measure(scene, picture, blank if heat is None else heat, found)
             if heat is None:
                 row |= {"map IoU": float("nan"), "map boundary F": float("nan")}
-            row["pointing"] = float("nan") if heat is None else _pointing(scene, picture, heat)
-            row["relation"] = _relation(scene, picture)
+            row["pointing"] = float("nan") if heat is None else _pointing(scene, found, heat)
+            row["relation"] = _relation(scene, found)
             row["CLIP"] = cosine
             rows.append({name: row[name] for name in self.measures})
         return rows
@@ -134,11 +136,9 @@ class Prompts:
         return rows
 
 
-def _pointing(scene: Any, picture: np.ndarray, maps: Sequence[np.ndarray]) -> float:
+def _pointing(scene: Any, found: Sequence[Any], maps: Sequence[np.ndarray]) -> float:
     """Over the objects that are there: is the strongest pixel of the noun's map in one of that colour and shape?"""
-    from ..lab.detector import detect
-
-    found, hits = detect(picture), []
+    hits = []
     for thing, heat in zip(scene.objects, maps, strict=True):
         masks = [d.mask for d in found if (d.colour, d.shape) == (thing.colour, thing.shape)]
         if masks:
@@ -146,14 +146,11 @@ def _pointing(scene: Any, picture: np.ndarray, maps: Sequence[np.ndarray]) -> fl
     return float(np.mean(hits)) if hits else float("nan")
 
 
-def _relation(scene: Any, picture: np.ndarray) -> float:
-    from ..lab.detector import detect
-
+def _relation(scene: Any, found: Sequence[Any]) -> float:
     if scene.relation is None:
         return float("nan")
     places = [
-        [d.centre for d in detect(picture) if (d.colour, d.shape) == (thing.colour, thing.shape)]
-        for thing in scene.objects
+        [d.centre for d in found if (d.colour, d.shape) == (thing.colour, thing.shape)] for thing in scene.objects
     ]
     axis = 0 if scene.relation == "left of" else 1
     return float(any(a[axis] < b[axis] for a in places[0] for b in places[1]))

@@ -17,7 +17,7 @@ import numpy as np
 import typer
 
 from . import load_pipeline, quiet_loading
-from .detector import detect, detect_background
+from .detector import Detection, detect, detect_background
 from .world import Scene, sample_scene
 
 __all__ = ["Judgement", "draw", "judge", "table"]
@@ -42,9 +42,9 @@ class Judgement:
     background: bool | None
 
 
-def judge(scene: Scene, image: np.ndarray) -> Judgement:
-    """Judge a picture (64, 64, 3) uint8 by the caption of a scene."""
-    found = detect(image)
+def judge(scene: Scene, image: np.ndarray, found: Sequence[Detection] | None = None) -> Judgement:
+    """Judge a picture (64, 64, 3) uint8 by the caption of a scene. found: of `detect`, where it is known."""
+    found = detect(image) if found is None else found
     wanted = [(o.colour, o.shape) for o in scene.objects]
     bound = _matched(wanted, [(d.colour, d.shape) for d in found])
     present = _matched([w[1] for w in wanted], [d.shape for d in found])

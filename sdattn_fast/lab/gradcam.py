@@ -21,7 +21,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..evaluation.paired import said, summary
+from ..evaluation.paired import summary, table
 from . import load_clip, load_pipeline, quiet_loading, shapes_path
 from .evaluate import _FIRST_SEED, GUIDANCE, STEPS, judge
 from .heads import words_of_objects
@@ -205,7 +205,6 @@ def _run(
 ) -> None:
     """Compare maps and corrections on held-out captions."""
     from rich.console import Console
-    from rich.table import Table
 
     if pictures < 2:
         raise typer.BadParameter(f"expected at least 2, got {pictures}", param_hint="--pictures")
@@ -266,14 +265,9 @@ def _run(
         "corrections": summary(drawn, _PICTURE_MEASURES, "none"),
     }
     (folder / "summary.json").write_text(json.dumps({"pictures": pictures, "head": best, **tables}, indent=1) + "\n")
-    for title, table in tables.items():
-        shown = Table(title=f"{title}, {pictures} held-out captions; difference to the first, 95 % bootstrap interval")
-        shown.add_column("way")
-        for measure in next(iter(table.values())):
-            shown.add_column(measure, justify="right")
-        for name, cells in table.items():
-            shown.add_row(name, *(said(cell) for cell in cells.values()))
-        console.print(shown)
+    for title, found in tables.items():
+        said = f"{title}, {pictures} held-out captions; difference to the first, 95 % bootstrap interval"
+        console.print(table(found, said, "way"))
     _write_pictures(folder)
 
 

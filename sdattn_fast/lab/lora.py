@@ -10,13 +10,14 @@ the interval is a bootstrap over both. A run can be broken off and taken up agai
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
+from ..evaluation.paired import said, table
+from ..files import written_aside
 from . import load_pipeline, quiet_loading
 from .evaluate import _FIRST_SEED, draw, judge
 from .world import sample_scene
@@ -58,9 +59,8 @@ def write_scenes(folder: Path, count: int) -> None:
         scene = sample_scene(_DATA_SEED + i)
         Image.fromarray(scene.image).save(folder / f"{i:05}.png")
         lines.append(json.dumps({"file_name": f"{i:05}.png", "text": scene.caption}))
-    aside = folder / "metadata.part"
-    aside.write_text("\n".join(lines) + "\n")
-    os.replace(aside, folder / "metadata.jsonl")
+    with written_aside(folder / "metadata.jsonl") as aside:
+        aside.write_text("\n".join(lines) + "\n")
 
 
 def _run(
@@ -74,7 +74,6 @@ def _run(
 ) -> None:
     """Train, draw, judge, compare."""
     from rich.console import Console
-    from rich.table import Table
 
     if pictures < 2 or seeds < 1:
         raise typer.BadParameter(f"expected at least 2 pictures and 1 seed, got {pictures} and {seeds}")
@@ -90,9 +89,8 @@ def _run(
             images = draw(make(), asked)
             rows = [judge(s, x) for s, x in zip(asked, images, strict=True)]
             np.save(folder / f"{name}.npy", images[:8])
-            aside = path.with_suffix(".part")
-            aside.write_text(json.dumps([[r.present, r.bound, float(r.right)] for r in rows]))
-            os.replace(aside, path)
+            with written_aside(path) as aside:
+                aside.write_text(json.dumps([[r.present, r.bound, float(r.right)] for r in rows]))
             console.print(f"{name}: bound {np.mean([r.bound for r in rows]):.3f}")
         return np.array(json.loads(path.read_text()))
 
@@ -117,15 +115,8 @@ def _run(
         tables[name] = {m: paired(results[..., i], against[..., i]) for i, m in enumerate(_MEASURES)}
     settings = {"pictures": pictures, "seeds": seeds, "steps": steps, "batch": batch, "learning_rate": learning_rate}
     (folder / "summary.json").write_text(json.dumps({**settings, "scenes": scenes, **tables}, indent=1) + "\n")
-    shown = Table(
-        title=f"{pictures} held-out captions, {seeds} seeds; without dropout against no LoRA, others against it"
-    )
-    shown.add_column("trained")
-    for measure in _MEASURES:
-        shown.add_column(measure, justify="right")
-    for name, cells in tables.items():
-        shown.add_row(name, *(_said(cell) for cell in cells.values()))
-    console.print(shown)
+    title = f"{pictures} held-out captions, {seeds} seeds; without dropout against no LoRA, others against it"
+    console.print(table(tables, title, "trained", _said))
 
 
 def _trained(
@@ -153,9 +144,7 @@ def _quiet_pipeline() -> Any:
 
 
 def _said(cell: dict[str, Any]) -> str:
-    if "difference" not in cell:
-        return f"{cell['mean']:.3f}"
-    return f"{cell['mean']:.3f}, {cell['difference']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"
+    return f"{cell['mean']:.3f}, {said(cell)}" if "difference" in cell else said(cell)
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..evaluation.paired import said, summary
+from ..evaluation.paired import summary, table
 from . import load_pipeline, quiet_loading
 from .detector import Detection, detect
 from .evaluate import _FIRST_SEED, GUIDANCE, STEPS, judge
@@ -45,10 +45,13 @@ def conditions() -> dict[str, tuple[Any, bool]]:
     return found
 
 
-def measure(scene: Scene, image: np.ndarray, maps: Sequence[np.ndarray]) -> dict[str, float]:
-    """`MEASURES` of one picture (64, 64, 3) uint8; maps: of each object's noun, (64, 64). NaN: nothing was found."""
-    found = detect(image)
-    judged = judge(scene, image)
+def measure(
+    scene: Scene, image: np.ndarray, maps: Sequence[np.ndarray], found: Sequence[Detection] | None = None
+) -> dict[str, float]:
+    """`MEASURES` of one picture (64, 64, 3) uint8; maps: of each object's noun, (64, 64). NaN: nothing was found.
+    found: of `detect`, where it is known."""
+    found = detect(image) if found is None else found
+    judged = judge(scene, image, found)
     fits = []
     for thing, heat in zip(scene.objects, maps, strict=True):
         drawn = next((d for d in found if (d.colour, d.shape) == (thing.colour, thing.shape)), None)
@@ -135,7 +138,6 @@ def _run(
     """Draw held-out captions under every condition and compare."""
     import torch
     from rich.console import Console
-    from rich.table import Table
 
     from ..unet.maps import words_of
 
@@ -178,13 +180,8 @@ def _run(
             results[name] += json.loads((folder / f"{start}-{min(_BATCH, pictures - start)} {name}.json").read_text())
     found = summary(results, MEASURES)
     (folder / "summary.json").write_text(json.dumps({"pictures": pictures, **found}, indent=1) + "\n")
-    shown = Table(title=f"{pictures} held-out captions; difference to none, 95 % bootstrap interval")
-    shown.add_column("condition")
-    for measure_name in MEASURES:
-        shown.add_column(measure_name, justify="right")
-    for name, cells in found.items():
-        shown.add_row(name, *(said(cell) for cell in cells.values()))
-    console.print(shown)
+    title = f"{pictures} held-out captions; difference to none, 95 % bootstrap interval"
+    console.print(table(found, title, "condition"))
     _write_pictures(folder, list(conditions()))
 
 

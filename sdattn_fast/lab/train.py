@@ -9,7 +9,6 @@ draws what an uninterrupted one would. More steps than before go on from where i
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -22,6 +21,7 @@ import typer
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ..files import written_aside
 from . import quiet_loading
 from .model import build_clip, build_scheduler, build_text_encoder, build_tokenizer, build_unet, build_vae
 from .world import sample_scene
@@ -298,9 +298,8 @@ def _save(parts: dict[str, Any], tokenizer: Any, checkpoints: Path, out: Path) -
 
 
 def _write(path: Path, tensors: dict[str, Tensor]) -> None:
-    aside = path.with_suffix(".part")
-    save_file(tensors, aside)
-    os.replace(aside, path)
+    with written_aside(path) as aside:
+        save_file(tensors, aside)
 
 
 def _generator(seed: int, step: int) -> torch.Generator:

@@ -7,7 +7,6 @@ a step follows from the seed and the step's number alone, so a run that was kill
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..files import written_aside
 from ..program import Program
 from ..unet.apply import apply
 from .captions import CaptionedFolder
@@ -227,12 +227,12 @@ def _encoded(pipe: Any, captions: list[str], size: tuple[int, int]) -> tuple[Ten
 
 def _chosen(folder: CaptionedFolder, place: int, training: LoraTraining) -> list[int]:
     """The pictures of a batch: every epoch in an order of its own."""
-    chosen = []
-    for i in range(place * training.batch, (place + 1) * training.batch):
-        epoch, within = divmod(i, len(folder))
-        order = torch.randperm(len(folder), generator=torch.Generator().manual_seed(_mixed(training.seed, -1 - epoch)))
-        chosen.append(int(order[within]))
-    return chosen
+    places = [divmod(i, len(folder)) for i in range(place * training.batch, (place + 1) * training.batch)]
+    orders = {
+        epoch: torch.randperm(len(folder), generator=torch.Generator().manual_seed(_mixed(training.seed, -1 - epoch)))
+        for epoch in {epoch for epoch, _ in places}
+    }
+    return [int(orders[epoch][within]) for epoch, within in places]
 
 
 def _mixed(seed: int, number: int) -> int:
@@ -263,11 +263,9 @@ class _Checkpoint:
         for name, p in self.named.items():
             state = self.optimizer.state[p]
             tensors |= {f"weight/{name}": p, f"mean/{name}": state["exp_avg"], f"square/{name}": state["exp_avg_sq"]}
-        aside = self.path.with_suffix(".part")
-        save_file(
-            {name: x.detach().cpu().contiguous() for name, x in tensors.items()}, aside, {"settings": self.settings}
-        )
-        os.replace(aside, self.path)
+        tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
+        with written_aside(self.path) as aside:
+            save_file(tensors, aside, {"settings": self.settings})
 
     def load(self) -> int:
         """The steps done, 0 without a checkpoint."""
