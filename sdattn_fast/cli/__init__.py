@@ -42,6 +42,7 @@ def _app(typer):
     from .heads import heads
     from .train_lora import train_lora
     from .tune import tune
+    from .ui import ui
 
     app = typer.Typer(
         name="sdattn-fast",
@@ -50,7 +51,7 @@ def _app(typer):
         add_completion=False,
         pretty_exceptions_enable=False,
     )
-    for command in (doctor, demo, generate, heads, tune, train_lora, evaluate, bench):
+    for command in (doctor, demo, generate, heads, tune, train_lora, evaluate, ui, bench):
         app.command()(command)
 
     def show_version(wanted: bool) -> None:

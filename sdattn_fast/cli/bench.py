@@ -144,7 +144,8 @@ def _step_table(name: str, dtype: Any, batch: int, device: str, backend: str, co
     from rich.table import Table
 
     from .. import apply
-    from .timing import alternate, peak_tensor_bytes
+    from ..evaluation.memory import peak_mib
+    from .timing import alternate
 
     console = Console()
     with console.status(f"Building the {name} UNet, random weights"):
@@ -162,13 +163,13 @@ def _step_table(name: str, dtype: Any, batch: int, device: str, backend: str, co
 
     with torch.no_grad(), console.status(f"Timing a step of {name}"):
         took = alternate({"stock": run_stock, "full": run_ours}, seconds=seconds, least=3)
-        peak = {"stock": peak_tensor_bytes(run_stock), "full": peak_tensor_bytes(run_ours)}
+        peak = {"stock": peak_mib(run_stock, device), "full": peak_mib(run_ours, device)}
     table = Table(title=f"A step of the {name} UNet, batch {batch}, random weights")
-    for column in ("attention", "ms", "share of stock", "peak MB of tensors"):
+    for column in ("attention", "ms", "share of stock", "peak MiB of tensors"):
         table.add_column(column, justify="left" if column == "attention" else "right")
     for label, key in (("stock", "stock"), ("ours, full program", "full")):
         share = took[key] / took["stock"]
-        table.add_row(label, f"{1e3 * took[key]:.0f}", f"{share:.3f}", f"{peak[key] / 1e6:.0f}")
+        table.add_row(label, f"{1e3 * took[key]:.0f}", f"{share:.3f}", f"{peak[key]:.0f}")
     console.print(table)
 
 

@@ -87,12 +87,12 @@ class Scene:
 
 @dataclass(frozen=True)
 class Row:
-    """One line of the table: milliseconds of a UNet step and peak megabytes of tensors in it."""
+    """One line of the table: milliseconds of a UNet step and peak mebibytes of tensors in it."""
 
     name: str
     milliseconds: float
     share: float
-    megabytes: float
+    mebibytes: float
 
 
 def _load() -> Any:
@@ -216,7 +216,8 @@ def _measure(pipe: Any, prompt: str, tick: Any) -> list[Row]:
     import torch
 
     from .. import apply
-    from .timing import alternate, peak_tensor_bytes
+    from ..evaluation.memory import peak_mib
+    from .timing import alternate
 
     unet = pipe.unet
     conditional, unconditional = pipe.encode_prompt(prompt, "cpu", 1, True)
@@ -232,10 +233,10 @@ def _measure(pipe: Any, prompt: str, tick: Any) -> list[Row]:
     with torch.no_grad():
         took = alternate(contestants, seconds=1.5)
         tick()
-        peak = {name: peak_tensor_bytes(run) for name, run in contestants.items()}
+        peak = {name: peak_mib(run) for name, run in contestants.items()}
         tick()
     first = took["stock (no program)"]
-    return [Row(name, 1e3 * t, t / first, peak[name] / 1e6) for name, t in took.items()]
+    return [Row(name, 1e3 * t, t / first, peak[name]) for name, t in took.items()]
 
 
 def _protected(pipe: Any, prompt: str) -> Any:
@@ -260,8 +261,8 @@ def _print_table(console: Any, rows: list[Row]) -> None:
     from rich.table import Table
 
     table = Table(title="One UNet step of the shapes pipeline, both guidance halves")
-    for column in ("attention", "ms", "share of stock", "peak MB of tensors"):
+    for column in ("attention", "ms", "share of stock", "peak MiB of tensors"):
         table.add_column(column, justify="left" if column == "attention" else "right")
     for row in rows:
-        table.add_row(row.name, f"{row.milliseconds:.1f}", f"{row.share:.2f}", f"{row.megabytes:.1f}")
+        table.add_row(row.name, f"{row.milliseconds:.1f}", f"{row.share:.2f}", f"{row.mebibytes:.1f}")
     console.print(table)

@@ -26,7 +26,7 @@ from ..program import Capture, Program, Refinement, SalienceDropout
 from ..unet.apply import Patch, apply
 from .sketches import RandomMasks
 
-__all__ = ["Condition", "Given", "conditions", "entered"]
+__all__ = ["Callbacks", "Condition", "Given", "acting_steps", "conditions", "entered"]
 
 STOCK = "stock"
 
@@ -125,27 +125,48 @@ def entered(condition: Condition, pipe: Any, given: Given) -> Any:
             yield None, None, {}
             return
         patch = stack.enter_context(_patch(condition, pipe, given))
-        callbacks: list[Callable[..., Any]] = []
-        half = (0, max(1, given.steps // 2))
+        callbacks = Callbacks()
+        at = acting_steps(given.steps)
         if condition.gate is not None:
             assert given.scorer is not None and given.threshold is not None
             phrases = [list(some) for some in given.objects]
-            of_gate = {"steps": (2, max(3, 3 * given.steps // 4)), "threshold": given.threshold, **condition.gate}
-            callbacks.append(
+            of_gate = {"steps": at["gate_steps"], "threshold": given.threshold, **condition.gate}
+            callbacks.parts.append(
                 stack.enter_context(ClipGate(patch, list(given.prompts), given.scorer, phrases=phrases, **of_gate))
             )
         if condition.correct is not None:
             nouns = [[p.tokens("noun") for p in some] for some in given.objects]
-            how = {"steps": half, **condition.correct}
+            how = {"steps": at["correct_steps"], **condition.correct}
             if how["how"] == "reweight":
                 how["tokens"] = [[i for noun in some for i in noun] for some in nouns]
-            callbacks.append(stack.enter_context(Correction(patch, Presence(nouns), **how)))
+            callbacks.parts.append(stack.enter_context(Correction(patch, Presence(nouns), **how)))
         if condition.structure:
-            steps = (given.steps // 2, 3 * given.steps // 4)
-            callbacks.append(
-                stack.enter_context(Structure(patch, list(given.prompts), words=list(given.words), steps=steps))
-            )
-        yield patch, _one_after_the_other(callbacks), _asked(condition, given)
+            how = {"words": list(given.words), "steps": at["structure_steps"]}
+            callbacks.parts.append(stack.enter_context(Structure(patch, list(given.prompts), **how)))
+        yield patch, callbacks if callbacks.parts else None, _asked(condition, given)
+
+
+def acting_steps(steps: int) -> dict[str, tuple[int, int]]:
+    """Of so many denoising steps, those between which the gate looks and a correction acts, and those after which
+    structure refines."""
+    half, three_quarters = steps // 2, 3 * steps // 4
+    return {
+        "gate_steps": (2, max(3, three_quarters)),
+        "correct_steps": (0, max(1, half)),
+        "structure_steps": (half, three_quarters),
+    }
+
+
+@dataclass(frozen=True)
+class Callbacks:
+    """Several ``callback_on_step_end``, one after the other."""
+
+    parts: list[Callable[..., Any]] = field(default_factory=list)
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, kept: dict[str, Tensor]) -> dict[str, Tensor]:
+        for one in self.parts:
+            kept = one(pipe, step, timestep, kept)
+        return kept
 
 
 def _patch(condition: Condition, pipe: Any, given: Given) -> Patch:
@@ -170,15 +191,3 @@ def _asked(condition: Condition, given: Given) -> dict[str, Any]:
         return {}
     asked = {"guidance_scale": given.tuned.guidance_scale, "num_inference_steps": given.tuned.num_inference_steps}
     return {name: x for name, x in asked.items() if x is not None}
-
-
-def _one_after_the_other(callbacks: Sequence[Callable[..., Any]]) -> Callable[..., Any] | None:
-    if not callbacks:
-        return None
-
-    def callback(pipe: Any, step: int, timestep: Any, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        for one in callbacks:
-            kept = one(pipe, step, timestep, kept)
-        return kept
-
-    return callback

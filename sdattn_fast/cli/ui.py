@@ -1,0 +1,55 @@
+"""`sdattn-fast ui`: a page to play with, in the browser."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+__all__ = ["ui"]
+
+_SHAPES_THRESHOLD = 0.12  # as `sdattn-fast evaluate` calibrates it on captions of the shapes world
+
+
+def ui(
+    model: Annotated[
+        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")
+    ] = "shapes",
+    clip: Annotated[
+        str | None, typer.Option(help="Folder or hub id of a CLIP, for the gate; default: the pipeline's own.")
+    ] = None,
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
+) -> None:
+    """Serve a page: a prompt stock and patched, each technique with its controls, heat maps, time and memory."""
+    from .generate import load_pipeline
+    from .heads import clip_of, clip_source
+
+    if not 0 < port < 65536:
+        raise typer.BadParameter(f"expected a port, 1 to 65535, got {port}", param_hint="--port")
+    try:
+        from ..ui.page import LAUNCH, Served, page
+    except ModuleNotFoundError as error:
+        raise ImportError(f"ui needs gradio: pip install 'sdattn-fast[ui]' ({error})") from None
+    pipe = load_pipeline(model, device, dtype)
+    pipe.set_progress_bar_config(disable=True)
+    for part in (pipe.unet, pipe.vae):
+        part.requires_grad_(False)
+    source = None
+    try:
+        source = clip_source(model, clip)
+    except ValueError:
+        if clip is not None:
+            raise
+        print("no CLIP: the semantic gate is off; --clip names one")
+    scorer = None if source is None else clip_of(model, clip, pipe.device)
+    served = Served(pipe, model, scorer, source)
+    if served.shapes:
+        served = Served(pipe, model, scorer, source, _SHAPES_THRESHOLD, 20, 4.0)
+    try:
+        page(served).launch(server_name=host, server_port=port, inbrowser=browser, **LAUNCH)
+    except OSError as error:
+        raise OSError(f"port: cannot listen on {host}:{port}; name another with --port ({error})") from None

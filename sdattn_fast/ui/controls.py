@@ -1,0 +1,157 @@
+"""What the page's controls say, as a condition to be entered around the pipeline and as a program's file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from ..evaluation.conditions import Condition
+from ..files import ProgramFile
+from ..guidance.phrases import NounPhrase, find_phrases
+from ..program import Program, Refinement, SalienceDropout
+
+__all__ = ["Asked", "Controls", "chosen_phrases"]
+
+_NO_OBJECT = "background"
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What the pipeline is called with. phrases: those the techniques work on, as texts of the prompt."""
+
+    prompt: str
+    phrases: tuple[str, ...] = ()
+    negative_prompt: str = ""
+    seed: int = 0
+    steps: int = 20
+    guidance_scale: float = 7.5
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.prompt, str) or not self.prompt.strip():
+            raise ValueError(f"prompt: expected some words, got {self.prompt!r}")
+        object.__setattr__(self, "phrases", tuple(self.phrases))
+        object.__setattr__(self, "seed", _whole("seed", self.seed, 0, 2**63 - 1))
+        object.__setattr__(self, "steps", _whole("steps", self.steps, 1, 1000))
+        if not isinstance(self.guidance_scale, (int, float)) or not 0 <= self.guidance_scale <= 100:
+            raise ValueError(f"guidance scale: expected a number in [0, 100], got {self.guidance_scale!r}")
+
+
+@dataclass(frozen=True)
+class Controls:
+    """A technique is off where its control says "off", or 0; `Program`, `ClipGate`, `Correction` and `apply` say what
+    the others mean. heads: JSON of {layer: indices}, "" for all. ratio, threshold, sigma: dropout, NMS, smoothing."""
+
+    gate: str = "off"
+    gate_threshold: float = 0.2
+    gate_strength: float = 2.0
+    gate_every: int = 3
+    fuse: str = "off"
+    heads: str = ""
+    inactive_heads: str = "plain"
+    layers: tuple[str, ...] = ()
+    ratio: float = 0.0
+    dropout_axis: str = "token"
+    dropout_mode: str = "topk"
+    threshold: float = 0.0
+    sigma: float = 0.0
+    rounds: int = 1
+    refine_axis: str = "token"
+    renormalize: str = "content"
+    correct: str = "off"
+    gradient_strength: float = 0.05
+    reweight_strength: float = 1.0
+    structure: bool = False
+    backend: str = "auto"
+
+    def program(self) -> Program:
+        """Raises: ValueError, TypeError, naming the field."""
+        dropout = SalienceDropout(self.ratio, self.dropout_axis, self.dropout_mode) if self.ratio else None
+        refine = None
+        if self.threshold or self.sigma:
+            rounds = _whole("rounds", self.rounds, 1, 64)
+            refine = Refinement(rounds, self.threshold or None, self.sigma, self.refine_axis)
+        return Program(dropout, refine, self.renormalize)
+
+    def file(self, asked: Asked) -> ProgramFile:
+        """What `generate --program` and `apply` load: the program, its layers and heads. Raises: as `program`."""
+        try:
+            heads = json.loads(self.heads) if self.heads.strip() else None
+        except json.JSONDecodeError as error:
+            raise ValueError(
+                f'heads: expected JSON such as {{"up_blocks.*": [0, 2]}}, got {self.heads!r}: {error}'
+            ) from None
+        return ProgramFile(
+            self.program(), tuple(self.layers) or None, heads, self.inactive_heads, float(asked.guidance_scale),
+            asked.steps,
+        )  # fmt: skip
+
+    def of_file(self, file: ProgramFile) -> Controls:
+        """These controls with that file's program, layers and heads."""
+        dropout, refine = file.program.dropout, file.program.refine
+        found = replace(
+            self, layers=file.layers or (), heads="" if file.heads is None else _json(file.heads),
+            inactive_heads=file.inactive_heads, ratio=0.0, threshold=0.0, sigma=0.0, rounds=1,
+            renormalize=file.program.renormalize,
+        )  # fmt: skip
+        if dropout is not None:
+            found = replace(found, ratio=dropout.ratio, dropout_axis=dropout.axis, dropout_mode=dropout.mode)
+        if refine is not None:
+            found = replace(
+                found, threshold=refine.threshold or 0.0, sigma=refine.sigma, rounds=refine.steps,
+                refine_axis=refine.axis,
+            )  # fmt: skip
+        return found
+
+    def needs_phrases(self) -> bool:
+        return any(x != "off" for x in (self.gate, self.fuse, self.correct)) or self.structure
+
+    def condition(self, asked: Asked) -> Condition:
+        """All of it, to be entered around a pipeline. Raises: ValueError, TypeError, naming the control."""
+        file = self.file(asked)
+        given: dict[str, Any] = {"layers": file.layers, "heads": file.heads, "inactive_heads": file.inactive_heads}
+        return Condition(
+            "patched",
+            "page",
+            program=file.program,
+            patch={**given, "backend": self.backend, "seed": asked.seed},
+            gate=self._gate() if self.gate != "off" else None,
+            correct=self._correct() if self.correct != "off" else None,
+            fuse=None if self.fuse == "off" else self.fuse,
+            structure=bool(self.structure),
+        )
+
+    def _gate(self) -> Mapping[str, Any]:
+        every = _whole("look every", self.gate_every, 1, 1000)
+        shared = {"how": self.gate, "threshold": self.gate_threshold, "every": every}
+        return {**shared, "strength": self.gate_strength} if self.gate == "amplify" else shared
+
+    def _correct(self) -> Mapping[str, Any]:
+        strength = self.gradient_strength if self.correct == "gradient" else self.reweight_strength
+        return {"how": self.correct, "strength": strength}
+
+
+def chosen_phrases(prompt: str, tokenizer: Any, chosen: Sequence[str] | None = None) -> list[NounPhrase]:
+    """The noun phrases that techniques work on: those chosen, by their texts; None: all that the grammar finds but for
+    backgrounds, which are no objects. Raises: ValueError for a text that the prompt does not have."""
+    found = find_phrases(prompt, tokenizer)
+    if chosen is None:
+        return [p for p in found if p.head.text.lower() != _NO_OBJECT]
+    known = {p.text for p in found}
+    return [p for p in found if p.text in chosen] + find_phrases(
+        prompt, tokenizer, phrases=[text for text in chosen if text not in known]
+    )
+
+
+def _whole(name: str, value: Any, least: int, most: int) -> int:
+    """A browser's number as an int: its fields give None where they are empty, and floats."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
+        raise ValueError(f"{name}: expected a whole number, got {value!r}")
+    if not least <= value <= most:
+        raise ValueError(f"{name}: expected a whole number in [{least}, {most}], got {value!r}")
+    return int(value)
+
+
+def _json(heads: Mapping[str, Sequence[int]]) -> str:
+    return json.dumps({name: list(indices) for name, indices in heads.items()})

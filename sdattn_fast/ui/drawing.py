@@ -1,0 +1,161 @@
+"""A prompt drawn twice from the same noise, stock and patched: pictures, the words' maps, time and memory.
+
+A drawing is timed by itself, after one step of each that is not; `sdattn-fast bench` and `evaluate` are what measures.
+Stock's maps take a drawing of their own, for stock attention keeps none, and so does memory on a CPU, where torch's
+profiler counts it.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from ..evaluation.conditions import Condition, Given, entered
+from ..evaluation.memory import peak_mib
+from ..guidance.clip_gate import ClipGate
+from ..guidance.clip_score import ClipScorer
+from ..unet.maps import words_of
+from .controls import Asked, Controls, chosen_phrases
+
+__all__ = ["Drawn", "draw_both"]
+
+Tell = Callable[[float, str], None]
+
+
+@dataclass(frozen=True)
+class Side:
+    """picture: PIL. maps: word -> PIL, the picture with the word's map over it. seconds: of the whole call. mib: what
+    its tensors take at the most beside the weights. seen: what the shapes world's detector finds. score: CLIP's cosine
+    of picture and prompt. None: not measured."""
+
+    picture: Any
+    seconds: float
+    maps: dict[str, Any] = field(default_factory=dict)
+    mib: float | None = None
+    seen: str | None = None
+    score: float | None = None
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """patched: None while it is under way. looked: what the CLIP gate saw, a line a look."""
+
+    stock: Side
+    patched: Side | None = None
+    looked: tuple[str, ...] = ()
+
+
+def draw_both(
+    pipe: Any, asked: Asked, controls: Controls, *, scorer: ClipScorer | None = None, stock_maps: bool = True,
+    memory: bool = False, shapes: bool = False, tell: Tell = lambda share, what: None,
+) -> Iterator[Drawn]:  # fmt: skip
+    """Stock as soon as it is there, then both, then both with what was asked beside. The pipeline is as before
+    whenever the iterator is closed.
+
+    scorer: a CLIP, which the gate needs. memory: on a CPU too. shapes: ask the detector. tell: share of the work done,
+    and what is under way.
+
+    Raises: ValueError, TypeError, naming what is wrong.
+    """
+    condition = controls.condition(asked)
+    phrases = chosen_phrases(asked.prompt, pipe.tokenizer, asked.phrases)
+    if controls.needs_phrases() and not phrases:
+        raise ValueError(
+            "phrases: expected at least one for what is switched on; the grammar found none in the prompt, say yours"
+        )
+    if condition.gate is not None and scorer is None:
+        raise ValueError("semantic gate: expected a CLIP, and none is loaded; start with --clip")
+    named = {tuple(tokens): word for word, tokens in words_of(pipe.tokenizer, asked.prompt).items()}
+    words = [named[p.head.tokens] for p in phrases if p.head.tokens in named]
+    given = Given([asked.prompt], [phrases], [phrases], [words], asked.steps, scorer, 0.0)
+
+    plain = Condition("stock", "page")
+    count = 2 + bool(stock_maps) + 2 * (memory and not _on_cuda(pipe))
+    done = 0
+
+    def run(condition: Condition | None, what: str, maps: bool = True) -> tuple[Side, tuple[str, ...]]:
+        nonlocal done
+        found = _draw(pipe, asked, condition, given, lambda share: tell((done + share) / count, what), maps)
+        done += 1
+        return found
+
+    bare = replace(condition, gate=None, correct=None, structure=False)
+    for one in (None, bare):
+        _draw(pipe, replace(asked, steps=1), one, given, lambda share: tell(0.0, "Warming up"), False)
+    stock = _judged(run(None, "Stock")[0], asked, scorer, shapes)
+    yield Drawn(stock)
+    patched, looked = run(condition, "Patched")
+    patched = _judged(patched, asked, scorer, shapes)
+    yield Drawn(stock, patched, looked)
+    if stock_maps:
+        stock = replace(stock, maps=run(plain, "Stock's maps")[0].maps)
+        yield Drawn(stock, patched, looked)
+    if memory and not _on_cuda(pipe):
+        stock = replace(stock, mib=peak_mib(lambda: run(None, "Stock's memory", False)))
+        patched = replace(patched, mib=peak_mib(lambda: run(condition, "Patched memory", False)))
+        yield Drawn(stock, patched, looked)
+
+
+def _draw(
+    pipe: Any, asked: Asked, condition: Condition | None, given: Given, tell: Callable[[float], None], maps: bool
+) -> tuple[Side, tuple[str, ...]]:
+    if condition is None:
+        picture, seconds, mib = _timed(pipe, asked, None, tell)
+        return Side(picture, seconds, {}, mib), ()
+    with entered(condition, pipe, given) as (patch, callback, _):
+        picture, seconds, mib = _timed(pipe, asked, callback, tell)
+        overlays = patch.maps.overlay(picture, asked.prompt) if maps else {}
+        return Side(picture, seconds, overlays, mib), _looks(callback, given)
+
+
+def _timed(pipe: Any, asked: Asked, callback: Any, tell: Callable[[float], None]) -> tuple[Any, float, float | None]:
+    def after(pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        tell((step + 1) / asked.steps)
+        return kept if callback is None else callback(pipe, step, timestep, kept)
+
+    on_cuda = _on_cuda(pipe)
+    if on_cuda:
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+    start = time.perf_counter()
+    picture = pipe(
+        asked.prompt, negative_prompt=asked.negative_prompt or None, num_inference_steps=asked.steps,
+        guidance_scale=asked.guidance_scale, generator=torch.Generator().manual_seed(asked.seed),
+        callback_on_step_end=after,
+    ).images[0]  # fmt: skip
+    if on_cuda:
+        torch.cuda.synchronize()
+    seconds = time.perf_counter() - start
+    return picture, seconds, (torch.cuda.max_memory_allocated() - before) / 2**20 if on_cuda else None
+
+
+def _judged(side: Side, asked: Asked, scorer: ClipScorer | None, shapes: bool) -> Side:
+    import numpy as np
+
+    picture = np.asarray(side.picture.convert("RGB"))
+    if scorer is not None:
+        side = replace(side, score=float(scorer.similarity([picture], [asked.prompt])[0]))
+    if shapes:
+        from ..lab.detector import detect
+
+        side = replace(side, seen=", ".join(f"{d.colour} {d.shape}" for d in detect(picture)) or "nothing")
+    return side
+
+
+def _on_cuda(pipe: Any) -> bool:
+    return torch.device(pipe.device).type == "cuda"
+
+
+def _looks(callback: Any, given: Given) -> tuple[str, ...]:
+    gates = [one for one in getattr(callback, "parts", ()) if isinstance(one, ClipGate)]
+    return tuple(
+        f"after step {step + 1}: "
+        + ", ".join(f"{p.text} {score:.3f}" for p, score in zip(given.objects[0], scores[0].tolist(), strict=True))
+        for gate in gates
+        for step, scores in gate.scores
+    )

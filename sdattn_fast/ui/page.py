@@ -1,0 +1,280 @@
+"""The page, in Gradio: controls on the left, stock beside patched on the right. One drawing at a time, for there is one
+pipeline."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+# Read when Gradio is imported: nothing is sent anywhere.
+os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+
+import gradio as gr
+
+from ..cli.prompts import Prompt, words_to_find
+from ..files import ProgramFile, load_heads
+from ..guidance.clip_score import ClipScorer
+from ..unet.layers import cross_attention_layers
+from .controls import Asked, Controls, chosen_phrases
+from .drawing import Drawn, Side, draw_both
+from .script import script
+
+__all__ = ["LAUNCH", "Served", "page"]
+
+EXAMPLES = (
+    "a large red circle and a large blue square on a gray background",
+    "a large green triangle and a large yellow circle on a black background",
+    "a large purple star to the left of a large orange square on a white background",
+)
+
+# Fonts of the machine: a page that works offline asks no other server for any.
+LAUNCH: dict[str, Any] = {
+    "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+    "footer_links": [],
+    # Small pictures fill their frames, pixel by pixel.
+    "css": "#stock img, #patched img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}",
+    "show_error": True,
+    "ssr_mode": False,
+}
+
+
+@dataclass(frozen=True)
+class Served:
+    """What the page is of. model: as the command line named it; "shapes" is judged by its detector, too. clip: folder
+    or hub id of `scorer`. threshold: of the gate, at first. steps, guidance_scale: at first."""
+
+    pipe: Any
+    model: str
+    scorer: ClipScorer | None = None
+    clip: str | None = None
+    threshold: float = 0.2
+    steps: int = 30
+    guidance_scale: float = 7.5
+
+    @property
+    def shapes(self) -> bool:
+        return self.model == "shapes"
+
+
+def page(served: Served) -> gr.Blocks:
+    """The page of a pipeline, to be launched with `LAUNCH`."""
+    first = EXAMPLES[0] if served.shapes else "a red car and a blue bench"
+    with gr.Blocks(title="sdattn_fast", analytics_enabled=False, fill_width=True) as blocks:
+        gr.Markdown(f"# sdattn_fast\nCross-attention with a program for its rows: `{served.model}`, stock and patched.")
+        with gr.Row():
+            with gr.Column(scale=2, min_width=360):
+                asked = _asked(served, first)
+                draw = gr.Button("Draw", variant="primary", elem_id="draw")
+                controls = _controls(served)
+                upload = gr.UploadButton("Load a program or heads (JSON)", file_types=[".json"], size="sm")
+                beside = {
+                    "stock_maps": gr.Checkbox(True, label="Stock's heat maps, too (one more drawing)"),
+                    "memory": gr.Checkbox(
+                        served.shapes, label="Memory on a CPU, too (two more drawings)",
+                        visible=str(served.pipe.device) == "cpu",
+                    ),
+                }  # fmt: skip
+            with gr.Column(scale=3, min_width=480):
+                results = _results(served)
+        inputs = asked | controls | beside
+        kept = tempfile.TemporaryDirectory(prefix="sdattn-fast-")
+
+        def drawn(values: dict[Any, Any], progress: Any = gr.Progress()) -> Iterator[dict[Any, Any]]:
+            with _told():
+                said = {name: values[component] for name, component in inputs.items()}
+                what = Asked(**{name: said[name] for name in asked})
+                how = Controls(**{name: said[name] for name in controls})
+                _warn(served, what.prompt)
+                text = script(what, how, served.model, served.clip)
+                program = Path(kept.name) / "program.json"
+                how.file(what).save(program)
+                for found in draw_both(
+                    served.pipe, what, how, scorer=served.scorer, shapes=served.shapes, tell=progress,
+                    **{name: said[name] for name in beside},
+                ):  # fmt: skip
+                    yield _shown(results, served, what, found, text, str(program))
+
+        def found_phrases(prompt: str) -> Any:
+            texts = [p.text for p in chosen_phrases(prompt or "", served.pipe.tokenizer)]
+            return gr.Dropdown(choices=list(dict.fromkeys(texts)), value=list(dict.fromkeys(texts)))
+
+        def loaded(path: str, *values: Any) -> list[Any]:
+            with _told():
+                read = _loaded(Path(path), Controls(**dict(zip(controls, values, strict=True))))
+                return [getattr(read, name) for name in controls]
+
+        gr.on(
+            [draw.click, asked["prompt"].submit], drawn, set(inputs.values()), list(results.values()),
+            concurrency_limit=1, show_progress_on=[results["stock"], results["patched"]],
+        )  # fmt: skip
+        gr.on([asked["prompt"].change, blocks.load], found_phrases, asked["prompt"], asked["phrases"],
+              show_progress="hidden")  # fmt: skip
+        upload.upload(loaded, [upload, *controls.values()], list(controls.values()))
+    return blocks
+
+
+def _asked(served: Served, first: str) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "prompt": gr.Textbox(first, label="Prompt", lines=2, max_lines=4, submit_btn=False, elem_id="prompt"),
+    }
+    if served.shapes:
+        gr.Examples([[text] for text in EXAMPLES], found["prompt"], label="Examples")
+    found["phrases"] = gr.Dropdown(
+        [], value=[], multiselect=True, allow_custom_value=True, label="Phrases",
+        info="Noun phrases that gates, fusion, GradCAM and structure work on; add or take away.", elem_id="phrases",
+    )  # fmt: skip
+    found["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+    with gr.Row():
+        found["steps"] = gr.Slider(1, 100, served.steps, step=1, label="Steps")
+        found["guidance_scale"] = gr.Slider(0, 20, served.guidance_scale, step=0.1, label="Guidance scale")
+    found["negative_prompt"] = gr.Textbox("", label="Negative prompt", lines=1)
+    return found
+
+
+def _controls(served: Served) -> dict[str, Any]:
+    """A control a field of `Controls`, technique by technique."""
+    start = Controls(gate_threshold=served.threshold)
+    found: dict[str, Any] = {}
+    with gr.Accordion("Semantic gate: CLIP looks while it is drawn", open=False):
+        found["gate"] = gr.Radio(["off", "hard", "soft", "amplify"], value=start.gate, label="Phrases that CLIP misses")
+        if served.scorer is None:
+            gr.Markdown("No CLIP is loaded: start with `--clip`.")
+        with gr.Row():
+            found["gate_threshold"] = gr.Number(start.gate_threshold, label="Threshold, a cosine", step=0.01)
+            found["gate_strength"] = gr.Slider(1.1, 5, start.gate_strength, step=0.1, label="Amplify by")
+            found["gate_every"] = gr.Slider(1, 10, start.gate_every, step=1, label="Look every so many steps")
+    with gr.Accordion("Phrase fusion", open=False):
+        found["fuse"] = gr.Radio(
+            ["off", "all", "adjective-noun"], value=start.fuse, label="Words of a phrase that share their mean"
+        )
+    with gr.Accordion("Heads and layers", open=False):
+        found["heads"] = gr.Textbox(start.heads, label='Active heads, JSON: {"up_blocks.*": [0, 2]}; empty: all')
+        found["inactive_heads"] = gr.Radio(["plain", "zero"], value=start.inactive_heads, label="The others")
+        found["layers"] = gr.Dropdown(
+            [name for name, _ in cross_attention_layers(served.pipe.unet)], value=[], multiselect=True,
+            allow_custom_value=True, label="Layers, or patterns such as up_blocks.*; none: all",
+        )  # fmt: skip
+    with gr.Accordion("Salience dropout", open=False), gr.Row():
+        found["ratio"] = gr.Slider(0, 1, start.ratio, step=0.05, label="Share dropped", elem_id="ratio")
+        found["dropout_axis"] = gr.Radio(["token", "space"], value=start.dropout_axis, label="Over")
+        found["dropout_mode"] = gr.Radio(["topk", "random"], value=start.dropout_mode, label="Which")
+    with gr.Accordion("NMS and smoothing", open=False):
+        with gr.Row():
+            found["threshold"] = gr.Slider(0, 0.95, start.threshold, step=0.05, label="Share of the maximum")
+            found["sigma"] = gr.Slider(0, 3, start.sigma, step=0.1, label="Sigma, pixels of the layer")
+            found["rounds"] = gr.Slider(1, 8, start.rounds, step=1, label="Rounds")
+        with gr.Row():
+            found["refine_axis"] = gr.Radio(["token", "space"], value=start.refine_axis, label="Maximum over")
+            found["renormalize"] = gr.Radio(
+                ["none", "content", "row"], value=start.renormalize, label="Renormalise (after dropout, too)"
+            )
+    with gr.Accordion("GradCAM correction", open=False):
+        found["correct"] = gr.Radio(["off", "gradient", "reweight"], value=start.correct, label="By", elem_id="correct")
+        with gr.Row():
+            found["gradient_strength"] = gr.Slider(
+                0, 0.3, start.gradient_strength, step=0.01, label="Gradient step on the latents"
+            )
+            found["reweight_strength"] = gr.Slider(
+                0, 1, start.reweight_strength, step=0.05, label="Reweighting of the attention"
+            )
+    with gr.Accordion("Structure", open=False):
+        found["structure"] = gr.Checkbox(start.structure, label="Smoothing inside objects, by edges and a dense CRF")
+    with gr.Accordion("Kernels", open=False):
+        found["backend"] = gr.Dropdown(
+            ["auto", "cpu", "triton", "cuda", "reference"], value=start.backend, label="Backend"
+        )
+    return {f.name: found[f.name] for f in fields(Controls)}
+
+
+def _results(served: Served) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    with gr.Row():
+        for name in ("stock", "patched"):
+            found[name] = gr.Image(
+                label=name.capitalize(),
+                type="pil",
+                format="png",
+                interactive=False,
+                height=384,
+                elem_id=name,
+                buttons=["download", "fullscreen"],
+            )
+    found["table"] = gr.Dataframe(headers=_headers(served), interactive=False, label="Cost", elem_id="cost", wrap=True)
+    for name in ("patched_maps", "stock_maps"):
+        found[name] = gr.Gallery(
+            label=f"{name.partition('_')[0].capitalize()}: heat maps of words", columns=8, buttons=["fullscreen"],
+            object_fit="contain", interactive=False, elem_id=name.replace("_", "-"),
+        )  # fmt: skip
+    found["looked"] = gr.Textbox(label="What CLIP saw of each phrase (cosines)", visible=False, lines=3)
+    with gr.Accordion("The same in Python", open=False):
+        found["script"] = gr.Code(language="python", show_label=False, interactive=False)
+    found["program"] = gr.DownloadButton("Save the program (JSON)", interactive=False, size="sm")
+    return found
+
+
+def _headers(served: Served) -> list[str]:
+    more = [*(["CLIP"] if served.scorer is not None else []), *(["the detector sees"] if served.shapes else [])]
+    return ["", "seconds", "ms a step", "share of stock", "peak MiB", *more]
+
+
+def _shown(
+    results: dict[str, Any], served: Served, asked: Asked, found: Drawn, text: str, program: str
+) -> dict[Any, Any]:
+    sides = [("stock", found.stock)] + ([("patched", found.patched)] if found.patched is not None else [])
+    rows = []
+    for name, side in sides:
+        row = [
+            name, f"{side.seconds:.2f}", f"{1e3 * side.seconds / asked.steps:.1f}",
+            f"{side.seconds / found.stock.seconds:.2f}", "" if side.mib is None else f"{side.mib:.1f}",
+        ]  # fmt: skip
+        row += [] if served.scorer is None else [f"{side.score:.3f}"]
+        row += [side.seen or ""] if served.shapes else []
+        rows.append(row)
+    shown: dict[str, Any] = {
+        "stock": found.stock.picture,
+        "patched": None if found.patched is None else found.patched.picture,
+        "table": rows,
+        "stock_maps": _gallery(asked, found.stock),
+        "patched_maps": [] if found.patched is None else _gallery(asked, found.patched),
+        "looked": gr.Textbox("\n".join(found.looked), visible=bool(found.looked)),
+        "script": text,
+        "program": gr.DownloadButton(value=program, interactive=True),
+    }
+    return {results[name]: value for name, value in shown.items()}
+
+
+def _gallery(asked: Asked, side: Side) -> list[tuple[Any, str]]:
+    named = words_to_find(Prompt(asked.prompt), list(side.maps))
+    return [(side.maps[word], word) for word in named or side.maps]
+
+
+def _loaded(path: Path, controls: Controls) -> Controls:
+    """Raises: ValueError where the file is neither a program nor a choice of heads."""
+    try:
+        return controls.of_file(ProgramFile.load(path))
+    except ValueError as error:
+        try:
+            return controls.of_file(ProgramFile(controls.program(), heads=load_heads(path)[0]))
+        except ValueError:
+            raise error from None
+
+
+def _warn(served: Served, prompt: str) -> None:
+    tokenizer = served.pipe.tokenizer
+    count, most = len(tokenizer(prompt, verbose=False).input_ids), int(tokenizer.model_max_length)
+    if count > most:
+        gr.Warning(f"The prompt has {count} tokens with its ends, and the text encoder reads {most}: the rest is lost.")
+
+
+@contextmanager
+def _told() -> Iterator[None]:
+    """Errors of bad input become a message on the page, and stay out of the log."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
+        raise gr.Error(str(error), print_exception=False) from error
