@@ -21,7 +21,7 @@ constexpr int max_dim = 65536;   // D and Dv: a folded layer's are its channels
 // Step 6 takes a smaller sum for an empty one: its inverse may not be a float.
 constexpr float least_sum = 1e-30f;
 
-enum DType : int32_t { float32 = 0, bfloat16 = 1 };
+enum DType : int32_t { float32 = 0, bfloat16 = 1, float16 = 2 };  // float16: on CUDA alone
 enum Renormalize : int32_t { renormalize_none = 0, renormalize_content = 1, renormalize_row = 2 };
 enum HeadMode : uint8_t { head_program = 0, head_plain = 1, head_zero = 2 };
 
