@@ -123,10 +123,13 @@ SDATTN_DEVICE uint32_t pack2<bfloat16_t>(float low, float high) {
 }
 
 // The 4 bytes of one float, or of two neighbours.
-SDATTN_DEVICE uint32_t word_of(const float* x) { return __float_as_uint(x[0]); }
 template <class T>
 SDATTN_DEVICE uint32_t word_of(const T* x) {
-  return x[0].bits | static_cast<uint32_t>(x[1].bits) << 16;
+  if constexpr (sizeof(T) == 4) {
+    return __float_as_uint(x[0]);
+  } else {
+    return x[0].bits | static_cast<uint32_t>(x[1].bits) << 16;
+  }
 }
 
 SDATTN_DEVICE uint32_t to_tf32(float x) {
