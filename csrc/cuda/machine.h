@@ -20,14 +20,18 @@
 #include <utility>
 
 #define SDATTN_DEVICE __device__ __forceinline__
+#define SDATTN_APART __device__ __noinline__
 #define SDATTN_KERNEL __global__
 #define SDATTN_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
+#define SDATTN_PARAMETER __grid_constant__  // read where the launch put it, not copied to each thread
 
 #else
 
 #define SDATTN_DEVICE inline
+#define SDATTN_APART inline
 #define SDATTN_KERNEL
 #define SDATTN_BOUNDS(threads, blocks)
+#define SDATTN_PARAMETER
 
 #endif
 
