@@ -528,10 +528,13 @@ template <class T>
 inline uint32_t pack2(float low, float high) {
   return from_float<T>(low).bits | static_cast<uint32_t>(from_float<T>(high).bits) << 16;
 }
-inline uint32_t word_of(const float* x) { return static_cast<uint32_t>(float_bits(x[0])); }
 template <class T>
 inline uint32_t word_of(const T* x) {
-  return x[0].bits | static_cast<uint32_t>(x[1].bits) << 16;
+  if constexpr (sizeof(T) == 4) {
+    return static_cast<uint32_t>(float_bits(x[0]));
+  } else {
+    return x[0].bits | static_cast<uint32_t>(x[1].bits) << 16;
+  }
 }
 
 // To nearest, ties away from zero.

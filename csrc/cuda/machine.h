@@ -23,7 +23,7 @@
 #define SDATTN_APART __device__ __noinline__
 #define SDATTN_KERNEL __global__
 #define SDATTN_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
-#define SDATTN_PARAMETER __grid_constant__  // read where the launch put it, not copied to each thread
+#define SDATTN_PARAMETER __grid_constant__  // of a kernel, const: its address may be taken without a copy
 
 #else
 
@@ -125,10 +125,13 @@ SDATTN_DEVICE uint32_t pack2<bfloat16_t>(float low, float high) {
 }
 
 // The 4 bytes of one float, or of two neighbours.
-SDATTN_DEVICE uint32_t word_of(const float* x) { return __float_as_uint(x[0]); }
 template <class T>
 SDATTN_DEVICE uint32_t word_of(const T* x) {
-  return x[0].bits | static_cast<uint32_t>(x[1].bits) << 16;
+  if constexpr (sizeof(T) == 4) {
+    return __float_as_uint(x[0]);
+  } else {
+    return x[0].bits | static_cast<uint32_t>(x[1].bits) << 16;
+  }
 }
 
 SDATTN_DEVICE uint32_t to_tf32(float x) {
