@@ -22,24 +22,19 @@ struct Device {
   int processors = 0, shared_bytes = 0, major = 0, minor = 0;
 };
 
-// Shared memory: keys, values, the columns' side.
+// Keys, values and the columns' side in shared memory, all at once or, where they do not fit, piece by piece.
 void lay_out(Launch& l, Grid& grid, int size, int limit) {
   const Attention& a = l.call.attention;
-  const int side = rows::side_bytes(l.columns), plane = 8 * size;
-  int keys = l.key_bytes * l.columns, values = static_cast<int>(up(a.Dv, 8) / 8) * plane * l.columns;
-  l.stream = int64_t(l.key_bytes + up(a.Dv, 8) * size) * l.columns + side > limit;
-  if (l.stream) {
-    keys = std::min(64, l.key_bytes) * l.columns;
-    values = std::min(4, static_cast<int>(up(a.Dv, 8) / 8)) * plane * l.columns;
-  }
+  const int side = rows::side_bytes(l.columns), planes = static_cast<int>(up(a.Dv, 8) / 8), plane = 8 * size * l.columns;
+  l.stream = int64_t(l.key_bytes) * l.columns + int64_t(planes) * plane + side > limit;
   int next = 0;
   const auto take = [&](int bytes) {
     const int here = next;
     next = static_cast<int>(up(next + bytes, 16));
     return here;
   };
-  take(keys);
-  l.values = take(values);
+  take((l.stream ? 32 : l.key_bytes) * l.columns);
+  l.values = take((l.stream ? 1 : planes) * plane);
   l.masks = take(l.columns / 2 * 4 * rows::phrase_words * 4);
   l.gates = take(4 * l.columns);
   l.slots = take(4 * l.columns);
@@ -84,13 +79,12 @@ int sdattn_cuda_attention(const Call* call, void* stream) {
   if (error != ok) return error;
   if (device.major < 8) return too_old;
 
-  const int size = a.dtype == float32 ? 4 : 2, granule = a.dtype == float32 ? 32 : 16;
+  const int size = a.dtype == float32 ? 4 : 2;
   Launch l;
   Grid grid;
   l.call = *call;
   l.scale = a.scale * 1.44269504088896340736f;
   l.columns = static_cast<int32_t>(up(a.N, 16));
-  l.key_bytes = static_cast<int32_t>(up(a.D * size, granule));
   l.mean = a.maps != nullptr && a.program.capture_mean;
   l.whole_query = whole(a.query, size);
   l.whole_key = whole(a.key, size);
@@ -98,12 +92,19 @@ int sdattn_cuda_attention(const Call* call, void* stream) {
   l.whole_out = whole(a.out, size);
   grid.wide = a.N > 80;
   grid.content = a.program.content == nullptr ? 0 : static_cast<int>(std::min(call->max_content, a.N));
+
+  l.key_bytes = static_cast<int32_t>(a.D * size);
   lay_out(l, grid, size, device.shared_bytes);
+  const int granule = a.dtype == float32 ? 32 : 16;
   const bool whole_rows = l.whole_query && l.whole_key && l.whole_value && l.whole_out && a.D * size % granule == 0 &&
                           a.Dv % 8 == 0 && !l.stream;
   const bool alone = a.bias.data == nullptr && a.maps == nullptr && a.bits == nullptr && l.scale > 0.0f && a.N > 64 &&
                      !(a.program.content != nullptr && a.program.random_ratio >= 0.0f);
-  grid.kind = !whole_rows ? rows::any_shape : alone ? rows::bare : rows::equipped;
+  grid.kind = !whole_rows || (grid.wide && !alone) ? rows::any_shape : alone ? rows::bare : rows::equipped;
+  if (grid.kind == rows::any_shape) {
+    l.key_bytes = static_cast<int32_t>(up(a.D * size, 32));
+    lay_out(l, grid, size, device.shared_bytes);
+  }
   spread(l, grid, 16, device.processors);
   if (a.dtype == float32) return launch_float32(l, grid, stream);
   return a.dtype == float16 ? launch_float16(l, grid, stream) : launch_bfloat16(l, grid, stream);

@@ -547,7 +547,7 @@ inline float exp2_fast(float x) {
   const float y = std::exp2(x);
   return y < 1.17549435e-38f ? 0.0f : y;
 }
-inline float log2_fast(float x) { return std::log2(std::fabs(x) < 1.17549435e-38f ? 0.0f : x); }
+inline float reciprocal(float x) { return 1.0f / (std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x); }
 
 template <class T>
 inline void mma_k16(float& c0, float& c1, float& c2, float& c3, uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3,

@@ -17,7 +17,7 @@ int launch_rows(const Launch& l, const Grid& grid, void* stream) {
     return launch(kernel, grid.blocks, grid.threads, grid.shared_bytes, stream, l);
   };
   using namespace rows;
-  if (grid.kind == any_shape || (grid.kind == equipped && grid.wide)) return with(rows_kernel<T, 16, 16, 1, any_shape>);
+  if (grid.kind == any_shape) return with(rows_kernel<T, 16, 16, 1, any_shape>);
   if (grid.kind == equipped) return with(rows_kernel<T, 5, 5, 1, equipped>);
   if (grid.wide) return with(rows_kernel<T, 16, 16, 1, bare>);
   if (grid.content <= 16) return with(rows_kernel<T, 5, 1, tiles, bare>);

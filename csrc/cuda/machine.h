@@ -145,9 +145,10 @@ SDATTN_DEVICE float exp2_fast(float x) {
   asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
-SDATTN_DEVICE float log2_fast(float x) {
+// To one unit in the last place; of a denormal number, infinity.
+SDATTN_DEVICE float reciprocal(float x) {
   float y;
-  asm("lg2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
   return y;
 }
 

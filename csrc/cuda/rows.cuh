@@ -49,8 +49,8 @@ enum Kind : int {
 constexpr int phrase_words = 2;  // a lane has at most 64 columns in tile A
 
 // Blocks that a multiprocessor is to hold: what registers allow without spilling.
-template <class T, int BLOCKS, int TILES>
-constexpr int resident = BLOCKS > 5 ? 2 : sizeof(T) == 4 || TILES > 1 ? 3 : 4;
+template <class T, int BLOCKS, int A>
+constexpr int resident = BLOCKS > 5 ? 2 : sizeof(T) == 4 || A > 2 ? 3 : 4;
 
 template <class T>
 constexpr bool is_float = sizeof(T) == 4;
@@ -411,7 +411,7 @@ SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int
 #pragma unroll
     for (int i = 0; i < decided; ++i) sum += mask[i / 32] >> (i % 32) & 1 ? p[i] : 0.0f;
     const float size = quad_sum(static_cast<float>(count_bits(mask[0]) + count_bits(mask[1])));
-    const float mean = quad_sum(sum) / size;  // the very same number for all members, so they tie
+    const float mean = quad_sum(sum) * reciprocal(size);  // the very same number for all members, so they tie
 #pragma unroll
     for (int i = 0; i < decided; ++i) p[i] = mask[i / 32] >> (i % 32) & 1 ? mean : p[i];
   }
@@ -437,7 +437,7 @@ SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int
       }
     }
     float kth = bits_float(0x7f800000), low = -0.5f;
-    if (drop > 0) kth = kth_largest(rank, drop, static_cast<int>(l.call.max_drop));
+    if (drop > 0) kth = KIND < any_shape ? kth_largest(rank, drop, static_cast<int>(l.call.max_drop)) : kth_by_bisection(rank, drop);
     if (suppresses) {
       float highest = 0.0f;
 #pragma unroll
@@ -460,7 +460,7 @@ SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int
 #pragma unroll
     for (int i = 0; i < decided; ++i) left += is(i) ? p[i] : 0.0f;
     left = quad_sum(left);
-    const float factor = mass / (left < least_sum ? 1.0f : left);
+    const float factor = mass * reciprocal(left < least_sum ? 1.0f : left);
 #pragma unroll
     for (int i = 0; i < decided; ++i) p[i] = is(i) ? p[i] * factor : p[i];
   } else if (program.renormalize == renormalize_row) {
@@ -469,7 +469,7 @@ SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int
     for (int i = 0; i < VALUES; ++i) left += p[i];
     left = quad_sum(left);
     // Here, and not after the second product: what is left of a row may be too small for half precision.
-    const float factor = left < least_sum ? 0.0f : 1.0f / left;
+    const float factor = left < least_sum ? 0.0f : reciprocal(left);
 #pragma unroll
     for (int i = 0; i < VALUES; ++i) p[i] *= factor;
     after = total == total ? 1.0f : total;
@@ -640,32 +640,45 @@ struct Warp {
     const unsigned char* keys = shared;
     Share<4> next[TILES];
     int done = 0;
+    if constexpr (KIND >= any_shape) {
+      // One width of everything: here the code is to be short.
+      for (; done < bytes; done += 32) {
+        Share<2> q[TILES];
+        load_share<KIND>(l, head, m, done, q);
+        bring_keys(done, 32);
+        multiply_keys<T>(l, q, keys, p);
+        if (!l.stream) keys += 32 * l.columns;
+      }
+      return scaled();
+    }
     for (; done + 64 <= bytes; done += 64) {
       if (done + 128 <= bytes) load_share<KIND>(l, head, m, done + 64, next);
-      bring_keys(done, 64);
       multiply_keys<T>(l, first, keys, p);
-      if (KIND < any_shape || !l.stream) keys += 64 * l.columns;
+      keys += 64 * l.columns;
 #pragma unroll
       for (int tile = 0; tile < TILES; ++tile) first[tile] = next[tile];
     }
     if ((bytes & 32) != 0) {
       Share<2> q[TILES];
       load_share<KIND>(l, head, m, done, q);
-      bring_keys(done, 32);
       multiply_keys<T>(l, q, keys, p);
-      if (KIND < any_shape || !l.stream) keys += 32 * l.columns;
+      keys += 32 * l.columns;
       done += 32;
     }
     if constexpr (!is_float<T>) {
       if ((bytes & 16) != 0) {
         Share<1> q[TILES];
         load_share<KIND>(l, head, m, done, q);
-        bring_keys(done, 16);
         multiply_keys<T>(l, q, keys, p);
       }
     }
+    scaled();
+  }
+
+  // In units of ln 2, for exp2, with the bias; a bare row takes its scale later.
+  SDATTN_DEVICE void scaled() {
     if constexpr (KIND == bare) return;
-    // In units of ln 2, for exp2.
+    const Attention& a = l.call.attention;
     const auto* order = reinterpret_cast<const int16_t*>(shared + l.order);
     const int64_t of_head = head.b * a.bias.stride[0] + head.h * a.bias.stride[1];
 #pragma unroll
@@ -717,6 +730,10 @@ struct Warp {
     const int planes = static_cast<int>(a.Dv + 7) / 8;
     const unsigned char* from = shared + l.values;
     int plane = 0;
+    if constexpr (KIND >= any_shape) {
+      for (; plane < planes; ++plane) from = group<1>(from, plane, packed);
+      return;
+    }
     for (; plane + 4 <= planes; plane += 4) from = group<4>(from, plane, packed);
     if ((planes & 2) != 0) from = group<2>(from, plane, packed), plane += 2;
     if ((planes & 1) != 0) group<1>(from, plane, packed);
@@ -764,7 +781,7 @@ struct Warp {
       total += x[i];
     }
     total = quad_sum(total);
-    factor = total == 0.0f ? 0.0f : 1.0f / total;
+    factor = total == 0.0f ? 0.0f : reciprocal(total);
     uint64_t kept = ~uint64_t(0);
     const auto decide = [&] {
       if (head.content == 0) return;
@@ -839,7 +856,7 @@ SDATTN_DEVICE void zero_head(const Launch& l, const Head<T>& head, int64_t m, in
 // BLOCKS: of 16 columns, at most 16; with 5 or fewer they are all there, beyond those that N needs. A: of 16 columns,
 // those of tile A. TILES: of 16 rows, of a warp.
 template <class T, int BLOCKS, int A, int TILES, int KIND>
-SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident<T, BLOCKS, TILES>)) rows_kernel(const SDATTN_PARAMETER Launch l) {
+SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident<T, BLOCKS, A>)) rows_kernel(const SDATTN_PARAMETER Launch l) {
   using namespace rows;
   unsigned char* shared = shared_memory();
   const Attention& a = l.call.attention;
@@ -878,32 +895,38 @@ SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident<T, BLOCKS, TILES
       const int bytes = l.key_bytes;
       unsigned char* plane = shared;
       int done = 0;
-      for (; done + 64 <= bytes; done += 64, plane += 64 * l.columns) load_keys<T, KIND>(l, head, shared, plane, done, 64);
-      if ((bytes & 32) != 0) {
+      const int planes = static_cast<int>(a.Dv + 7) / 8;
+      unsigned char* values = shared + l.values;
+      int first = 0;
+      if constexpr (KIND >= any_shape) {
+        for (; done < bytes; done += 32, plane += 32 * l.columns) load_keys<T, KIND>(l, head, shared, plane, done, 32);
+        for (; first < planes; ++first, values += value_plane<T> * l.columns) {
+          load_values<T, 1, KIND>(l, head, shared, values, 8 * first);
+        }
+      }
+      for (; KIND < any_shape && done + 64 <= bytes; done += 64, plane += 64 * l.columns) load_keys<T, KIND>(l, head, shared, plane, done, 64);
+      if (KIND < any_shape && (bytes & 32) != 0) {
         load_keys<T, KIND>(l, head, shared, plane, done, 32);
         plane += 32 * l.columns;
         done += 32;
       }
-      if ((bytes & 16) != 0) load_keys<T, KIND>(l, head, shared, plane, done, 16);
-      const int planes = static_cast<int>(a.Dv + 7) / 8;
-      unsigned char* values = shared + l.values;
-      int first = 0;
-      for (; first + 4 <= planes; first += 4, values += 4 * value_plane<T> * l.columns) {
+      if (KIND < any_shape && (bytes & 16) != 0) load_keys<T, KIND>(l, head, shared, plane, done, 16);
+      for (; KIND < any_shape && first + 4 <= planes; first += 4, values += 4 * value_plane<T> * l.columns) {
         load_values<T, 4, KIND>(l, head, shared, values, 8 * first);
       }
-      if ((planes & 2) != 0) {
+      if (KIND < any_shape && (planes & 2) != 0) {
         load_values<T, 2, KIND>(l, head, shared, values, 8 * first);
         values += 2 * value_plane<T> * l.columns;
         first += 2;
       }
-      if ((planes & 1) != 0) load_values<T, 1, KIND>(l, head, shared, values, 8 * first);
+      if (KIND < any_shape && (planes & 1) != 0) load_values<T, 1, KIND>(l, head, shared, values, 8 * first);
       commit_copies();
     }
 
     const auto row_of = [&](int tile) {
       return (static_cast<int64_t>(group * l.tiles + tile) * warps + warp) * (16 * TILES) + (lane >> 2);
     };
-    const bool sliced = l.key_bytes >= 64;
+    const bool sliced = KIND < any_shape && l.key_bytes >= 64;
     Share<4> first[TILES];
     if (sliced) load_share<KIND>(l, head, row_of(0), 0, first);
     if (resident) {
