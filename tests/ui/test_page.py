@@ -19,9 +19,11 @@ import pytest
 import torch
 from PIL import Image
 
-gradio = pytest.importorskip("gradio")
-webdriver = pytest.importorskip("selenium.webdriver")
+pytest.importorskip("gradio")
+pytest.importorskip("selenium")
 
+import gradio
+from selenium import webdriver
 from selenium.common.exceptions import NoSuchElementException, StaleElementReferenceException
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -35,6 +37,7 @@ WORDS = "large green triangle large (2) yellow circle black background"
 FILE = ProgramFile(Program(SalienceDropout(0.4), renormalize="content"), guidance_scale=3.0, num_inference_steps=3)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning:gradio", "ignore:.*(no_silent_downcasting|copy keyword)")
 def test_a_program_is_loaded_and_drawn_and_bad_input_refused(
     url: str, browser: Any, shapes: Any, tmp_path: Path
 ) -> None:
@@ -138,7 +141,7 @@ def requests_of(browser: Any) -> list[str]:
 def url(monkeypatch: Any, capsys: Any) -> Iterator[str]:
     """The page's address, served by the command line in threads of this process."""
     served: list[Any] = []
-    monkeypatch.setattr(gradio.Blocks, "block_thread", served.append)
+    monkeypatch.setattr(gradio.Blocks, "block_thread", lambda blocks: served.append(blocks))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(SystemExit) as exit:
