@@ -40,15 +40,20 @@ LAUNCH: dict[str, Any] = {
     "css": """
         #stock img, #patched img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
         #stock-maps img, #patched-maps img {image-rendering: pixelated}
+        #stock-maps .grid-wrap, #patched-maps .grid-wrap {min-height: 100px; max-height: none; overflow: hidden}
         #stock-maps .grid-container, #patched-maps .grid-container {
-            grid-template-columns: repeat(auto-fill, minmax(100px, 1fr)); grid-auto-rows: auto
+            grid-template-columns: repeat(auto-fill, minmax(80px, 1fr)); grid-auto-rows: auto; gap: 6px
         }
+        #stock-maps .caption-label, #patched-maps .caption-label {font-size: 11px; padding: 0 4px; max-width: 100%}
     """,
     "show_error": True,
     "ssr_mode": False,
     "quiet": True,
     "prevent_thread_lock": True,
 }
+
+
+_WIDTHS = ["85px", "85px", "105px", "110px", "95px", "75px", "auto"]  # of the table's columns
 
 
 @dataclass(frozen=True)
@@ -229,7 +234,14 @@ def _results(served: Served) -> dict[str, Any]:
                 elem_id=name,
                 buttons=["download", "fullscreen"],
             )
-    found["table"] = gr.Dataframe(headers=_headers(served), interactive=False, label="Cost", elem_id="cost", wrap=True)
+    found["table"] = gr.Dataframe(
+        headers=_headers(served),
+        column_widths=_WIDTHS[: len(_headers(served))],
+        interactive=False,
+        label="Cost",
+        elem_id="cost",
+        wrap=True,
+    )
     for name, whose in (("patched_maps", "Patched"), ("stock_maps", "Stock")):
         gr.Markdown(f"**{whose}: where each word looks**, blue the least, red the most")
         found[name] = gr.Gallery(
@@ -245,7 +257,7 @@ def _results(served: Served) -> dict[str, Any]:
 
 def _headers(served: Served) -> list[str]:
     more = [*(["CLIP"] if served.scorer is not None else []), *(["the detector sees"] if served.shapes else [])]
-    return ["", "seconds", "ms a step", "share of stock", "peak MiB", *more]
+    return ["", "seconds", "ms a step", "of stock's", "peak MiB", *more]
 
 
 def _shown(

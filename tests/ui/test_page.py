@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import json
 import os
@@ -85,6 +86,21 @@ def test_a_program_is_loaded_and_drawn_and_bad_input_refused(
     assert len(requests) > 20 and [one for one in requests if not one.startswith(url)] == []
 
 
+def test_a_model_of_ones_own(build: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
+    build("sd15").save_pretrained(tmp_path / "tiny")
+    with serving(monkeypatch, capsys, "--model", str(tmp_path / "tiny")) as (url, page):
+        with urllib.request.urlopen(f"{url}config") as answer:
+            config = answer.read().decode()
+        assert "No CLIP is loaded" in config and "the detector sees" not in config and "Examples" not in config
+        draw = next(one for one in page.fns.values() if one.name == "drawn")
+        values = {one: 2 if one.label == "Steps" else one.value for one in draw.inputs}
+        *_, last = draw.fn(values)
+    found = {one.label or one.elem_id: value for one, value in last.items()}
+    assert [row[0] for row in found["Cost"]] == ["stock", "patched"] and len(found["Cost"][0]) == 5
+    assert found["Stock"].size == found["Patched"].size == (32, 32)
+    assert [word for _, word in found["stock-maps"]] == ["red", "car", "blue", "bench"]
+
+
 @pytest.mark.parametrize(
     "arguments, says",
     [
@@ -139,17 +155,24 @@ def requests_of(browser: Any) -> list[str]:
 
 @pytest.fixture
 def url(monkeypatch: Any, capsys: Any) -> Iterator[str]:
-    """The page's address, served by the command line in threads of this process."""
+    """The page's address."""
+    with serving(monkeypatch, capsys) as (url, _):
+        yield url
+
+
+@contextlib.contextmanager
+def serving(monkeypatch: Any, capsys: Any, *arguments: str) -> Iterator[tuple[str, Any]]:
+    """(the page's address, the page), served by the command line in threads of this process."""
     served: list[Any] = []
     monkeypatch.setattr(gradio.Blocks, "block_thread", lambda blocks: served.append(blocks))
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
     with pytest.raises(SystemExit) as exit:
-        main(["ui", "--no-browser", "--port", str(port)])
+        main(["ui", "--no-browser", "--port", str(port), *arguments])
     assert exit.value.code == 0
     try:
         assert f"http://127.0.0.1:{port}/ is the page" in capsys.readouterr().out
-        yield f"http://127.0.0.1:{port}/"
+        yield f"http://127.0.0.1:{port}/", served[0]
     finally:
         served[0].close()
 
