@@ -25,6 +25,7 @@ def ui(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
 ) -> None:
     """Serve a page: a prompt stock and patched, each technique with its controls, heat maps, time and memory."""
+    from ..evaluation.memory import peak_mib
     from .generate import load_pipeline
     from .heads import clip_of, clip_source
 
@@ -36,6 +37,12 @@ def ui(
         raise ImportError(f"ui needs gradio: pip install 'sdattn-fast[ui]' ({error})") from None
     pipe = load_pipeline(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
+    missing = [name for name in ("unet", "vae", "tokenizer") if getattr(pipe, name, None) is None]
+    if missing:
+        raise ValueError(
+            f"model: expected a pipeline with a UNet, a VAE and CLIP's tokenizer, got {type(pipe).__name__}, which has "
+            f"no {missing[0]}"
+        )
     for part in (pipe.unet, pipe.vae):
         part.requires_grad_(False)
     source = None
@@ -49,7 +56,12 @@ def ui(
     served = Served(pipe, model, scorer, source)
     if served.shapes:
         served = Served(pipe, model, scorer, source, _SHAPES_THRESHOLD, 20, 4.0)
+    # The profiler, which counts memory, has its first use in the thread that loaded it, or it complains on stderr.
+    peak_mib(lambda: None)
+    blocks = page(served)
     try:
-        page(served).launch(server_name=host, server_port=port, inbrowser=browser, **LAUNCH)
+        _, url, _ = blocks.launch(server_name=host, server_port=port, inbrowser=browser, **LAUNCH)
     except OSError as error:
         raise OSError(f"port: cannot listen on {host}:{port}; name another with --port ({error})") from None
+    print(f"{url} is the page; Ctrl-C ends it", flush=True)
+    blocks.block_thread()

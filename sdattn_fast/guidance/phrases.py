@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import difflib
 import re
+import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,8 @@ NP: {<DT|PRP\$>?<CD>*<JJ.*|VBN|VBG>*<NN.*>+}
 """
 _WEIGHTS = re.compile(r":\s*-?\d+(?:\.\d+)?(?=\s*[)\]])|\)\s?-?\d+(?:\.\d+)?|[()\[\]{}]|(?<=\w)[+]+(?!\w)")
 _OF_A_NOUN = ("NN", "JJ", "VBN", "VBG")
+# TextBlob reads its lexicon at the first call, and a call beside that one takes words not yet read for nouns.
+_TAGGING = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -135,7 +138,9 @@ def _of_grammar(prompt: str) -> list[Chunk]:
     # Blanks in the place of weights keep every other character's place.
     prompt = _WEIGHTS.sub(lambda found: " " * len(found[0]), prompt)
     tagged, at = [], 0
-    for text, tag in PatternTagger().tag(prompt):
+    with _TAGGING:
+        tags = PatternTagger().tag(prompt)
+    for text, tag in tags:
         start = prompt.find(text, at)
         if start >= 0:  # the tagger spells some marks in its own way
             at = start + len(text)

@@ -5,21 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from ..evaluation.conditions import Condition
-from ..files import ProgramFile
+from ..files import ProgramFile, load_heads, read_json
 from ..guidance.phrases import NounPhrase, find_phrases
 from ..program import Program, Refinement, SalienceDropout
 
-__all__ = ["Asked", "Controls", "chosen_phrases"]
+__all__ = ["Asked", "Controls", "chosen_phrases", "loaded_from"]
 
 _NO_OBJECT = "background"
+_MOST_EXACT = 2**53 - 1  # of a browser's whole numbers, which are floats
 
 
 @dataclass(frozen=True)
 class Asked:
-    """What the pipeline is called with. phrases: those the techniques work on, as texts of the prompt."""
+    """What the pipeline is called with. phrases: those the techniques work on, as texts of the prompt.
+
+    Raises: ValueError, naming the field.
+    """
 
     prompt: str
     phrases: tuple[str, ...] = ()
@@ -31,10 +36,10 @@ class Asked:
     def __post_init__(self) -> None:
         if not isinstance(self.prompt, str) or not self.prompt.strip():
             raise ValueError(f"prompt: expected some words, got {self.prompt!r}")
-        object.__setattr__(self, "phrases", tuple(self.phrases))
-        object.__setattr__(self, "seed", _whole("seed", self.seed, 0, 2**63 - 1))
+        object.__setattr__(self, "phrases", tuple(self.phrases or ()))
+        object.__setattr__(self, "seed", _whole("seed", self.seed, 0, _MOST_EXACT))
         object.__setattr__(self, "steps", _whole("steps", self.steps, 1, 1000))
-        if not isinstance(self.guidance_scale, (int, float)) or not 0 <= self.guidance_scale <= 100:
+        if not _is_number(self.guidance_scale) or not 0 <= self.guidance_scale <= 100:
             raise ValueError(f"guidance scale: expected a number in [0, 100], got {self.guidance_scale!r}")
 
 
@@ -87,23 +92,6 @@ class Controls:
             asked.steps,
         )  # fmt: skip
 
-    def of_file(self, file: ProgramFile) -> Controls:
-        """These controls with that file's program, layers and heads."""
-        dropout, refine = file.program.dropout, file.program.refine
-        found = replace(
-            self, layers=file.layers or (), heads="" if file.heads is None else _json(file.heads),
-            inactive_heads=file.inactive_heads, ratio=0.0, threshold=0.0, sigma=0.0, rounds=1,
-            renormalize=file.program.renormalize,
-        )  # fmt: skip
-        if dropout is not None:
-            found = replace(found, ratio=dropout.ratio, dropout_axis=dropout.axis, dropout_mode=dropout.mode)
-        if refine is not None:
-            found = replace(
-                found, threshold=refine.threshold or 0.0, sigma=refine.sigma, rounds=refine.steps,
-                refine_axis=refine.axis,
-            )  # fmt: skip
-        return found
-
     def needs_phrases(self) -> bool:
         return any(x != "off" for x in (self.gate, self.fuse, self.correct)) or self.structure
 
@@ -144,13 +132,50 @@ def chosen_phrases(prompt: str, tokenizer: Any, chosen: Sequence[str] | None = N
     )
 
 
+def loaded_from(path: Path, controls: Controls) -> tuple[Controls, dict[str, Any]]:
+    """The controls with what a file says, of a program or of a choice of heads, and fields of `Asked` that it says.
+
+    Raises: ValueError, TypeError, naming the file and the field; OSError.
+    """
+    try:
+        try:
+            read_json(path, "sdattn-fast heads")
+        except ValueError:
+            file = ProgramFile.load(path)
+        else:
+            return replace(controls, heads=_json(load_heads(path)[0])), {}
+    except (ValueError, TypeError) as error:
+        # The browser's file lies in a folder that means nothing to who chose it.
+        raise type(error)(str(error).replace(str(path), path.name)) from None
+    said = {"steps": file.num_inference_steps, "guidance_scale": file.guidance_scale}
+    return _of_file(file, controls), {name: value for name, value in said.items() if value is not None}
+
+
+def _of_file(file: ProgramFile, controls: Controls) -> Controls:
+    dropout, refine = file.program.dropout, file.program.refine
+    found = replace(
+        controls, layers=file.layers or (), heads="" if file.heads is None else _json(file.heads),
+        inactive_heads=file.inactive_heads, ratio=0.0, threshold=0.0, sigma=0.0, rounds=1,
+        renormalize=file.program.renormalize,
+    )  # fmt: skip
+    if dropout is not None:
+        found = replace(found, ratio=dropout.ratio, dropout_axis=dropout.axis, dropout_mode=dropout.mode)
+    if refine is not None:
+        found = replace(
+            found, threshold=refine.threshold or 0.0, sigma=refine.sigma, rounds=refine.steps, refine_axis=refine.axis
+        )
+    return found
+
+
 def _whole(name: str, value: Any, least: int, most: int) -> int:
     """A browser's number as an int: its fields give None where they are empty, and floats."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or value != int(value):
-        raise ValueError(f"{name}: expected a whole number, got {value!r}")
-    if not least <= value <= most:
+    if not _is_number(value) or not least <= value <= most or value != int(value):
         raise ValueError(f"{name}: expected a whole number in [{least}, {most}], got {value!r}")
     return int(value)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def _json(heads: Mapping[str, Sequence[int]]) -> str:

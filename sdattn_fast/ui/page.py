@@ -11,16 +11,16 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-# Read when Gradio is imported: nothing is sent anywhere.
+# Read when Gradio is imported and launched: nothing is sent anywhere, and nothing is kept in the browser.
 os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 
 import gradio as gr
 
 from ..cli.prompts import Prompt, words_to_find
-from ..files import ProgramFile, load_heads
 from ..guidance.clip_score import ClipScorer
 from ..unet.layers import cross_attention_layers
-from .controls import Asked, Controls, chosen_phrases
+from .controls import Asked, Controls, chosen_phrases, loaded_from
 from .drawing import Drawn, Side, draw_both
 from .script import script
 
@@ -36,11 +36,24 @@ EXAMPLES = (
 LAUNCH: dict[str, Any] = {
     "theme": gr.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
     "footer_links": [],
-    # Small pictures fill their frames, pixel by pixel.
-    "css": "#stock img, #patched img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}",
+    # Small pictures fill their frames, pixel by pixel; as many maps go in a row as there is room for.
+    "css": """
+        #stock img, #patched img {width: 100%; height: 100%; object-fit: contain; image-rendering: pixelated}
+        #stock-maps img, #patched-maps img {image-rendering: pixelated}
+        #stock-maps .grid-wrap, #patched-maps .grid-wrap {min-height: 100px; max-height: none; overflow: hidden}
+        #stock-maps .grid-container, #patched-maps .grid-container {
+            grid-template-columns: repeat(auto-fill, minmax(80px, 1fr)); grid-auto-rows: auto; gap: 6px
+        }
+        #stock-maps .caption-label, #patched-maps .caption-label {font-size: 11px; padding: 0 4px; max-width: 100%}
+    """,
     "show_error": True,
     "ssr_mode": False,
+    "quiet": True,
+    "prevent_thread_lock": True,
 }
+
+
+_WIDTHS = ["85px", "85px", "105px", "110px", "95px", "75px", "auto"]  # of the table's columns
 
 
 @dataclass(frozen=True)
@@ -65,6 +78,8 @@ def page(served: Served) -> gr.Blocks:
     """The page of a pipeline, to be launched with `LAUNCH`."""
     first = EXAMPLES[0] if served.shapes else "a red car and a blue bench"
     with gr.Blocks(title="sdattn_fast", analytics_enabled=False, fill_width=True) as blocks:
+        # Whose phrases are shown: who draws at once after the last keystroke is ahead of them.
+        phrased = gr.State(first)
         gr.Markdown(f"# sdattn_fast\nCross-attention with a program for its rows: `{served.model}`, stock and patched.")
         with gr.Row():
             with gr.Column(scale=2, min_width=360):
@@ -81,16 +96,21 @@ def page(served: Served) -> gr.Blocks:
                 }  # fmt: skip
             with gr.Column(scale=3, min_width=480):
                 results = _results(served)
-        inputs = asked | controls | beside
+        inputs = asked | controls | beside | {"phrased": phrased}
         kept = tempfile.TemporaryDirectory(prefix="sdattn-fast-")
 
         def drawn(values: dict[Any, Any], progress: Any = gr.Progress()) -> Iterator[dict[Any, Any]]:
             with _told():
                 said = {name: values[component] for name, component in inputs.items()}
+                if said["phrased"] != said["prompt"]:
+                    said["phrases"] = _phrases(served, said["prompt"])
                 what = Asked(**{name: said[name] for name in asked})
                 how = Controls(**{name: said[name] for name in controls})
                 _warn(served, what.prompt)
-                text = script(what, how, served.model, served.clip)
+                text = script(
+                    what, how, served.model, served.clip, str(served.pipe.device),
+                    str(served.pipe.unet.dtype).removeprefix("torch."),
+                )  # fmt: skip
                 program = Path(kept.name) / "program.json"
                 how.file(what).save(program)
                 for found in draw_both(
@@ -99,33 +119,41 @@ def page(served: Served) -> gr.Blocks:
                 ):  # fmt: skip
                     yield _shown(results, served, what, found, text, str(program))
 
-        def found_phrases(prompt: str) -> Any:
-            texts = [p.text for p in chosen_phrases(prompt or "", served.pipe.tokenizer)]
-            return gr.Dropdown(choices=list(dict.fromkeys(texts)), value=list(dict.fromkeys(texts)))
+        def found_phrases(prompt: str) -> tuple[Any, str]:
+            texts = _phrases(served, prompt)
+            return gr.Dropdown(choices=texts, value=texts), prompt
 
-        def loaded(path: str, *values: Any) -> list[Any]:
+        def loaded(values: dict[Any, Any]) -> dict[Any, Any]:
             with _told():
-                read = _loaded(Path(path), Controls(**dict(zip(controls, values, strict=True))))
-                return [getattr(read, name) for name in controls]
+                before = Controls(**{name: values[component] for name, component in controls.items()})
+                after, more = loaded_from(Path(values[upload]), before)
+            found = {component: getattr(after, name) for name, component in controls.items()}
+            found[controls["layers"]] = list(after.layers)
+            return found | {asked[name]: value for name, value in more.items()}
 
         gr.on(
             [draw.click, asked["prompt"].submit], drawn, set(inputs.values()), list(results.values()),
             concurrency_limit=1, show_progress_on=[results["stock"], results["patched"]],
         )  # fmt: skip
-        gr.on([asked["prompt"].change, blocks.load], found_phrases, asked["prompt"], asked["phrases"],
-              show_progress="hidden")  # fmt: skip
-        upload.upload(loaded, [upload, *controls.values()], list(controls.values()))
+        asked["prompt"].change(
+            found_phrases, asked["prompt"], [asked["phrases"], phrased], show_progress="hidden",
+            trigger_mode="always_last",
+        )  # fmt: skip
+        upload.upload(
+            loaded, {upload, *controls.values()}, [asked["steps"], asked["guidance_scale"], *controls.values()]
+        )
     return blocks
 
 
 def _asked(served: Served, first: str) -> dict[str, Any]:
+    texts = _phrases(served, first)
     found: dict[str, Any] = {
         "prompt": gr.Textbox(first, label="Prompt", lines=2, max_lines=4, submit_btn=False, elem_id="prompt"),
     }
     if served.shapes:
         gr.Examples([[text] for text in EXAMPLES], found["prompt"], label="Examples")
     found["phrases"] = gr.Dropdown(
-        [], value=[], multiselect=True, allow_custom_value=True, label="Phrases",
+        texts, value=texts, multiselect=True, allow_custom_value=True, label="Phrases",
         info="Noun phrases that gates, fusion, GradCAM and structure work on; add or take away.", elem_id="phrases",
     )  # fmt: skip
     found["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
@@ -144,10 +172,11 @@ def _controls(served: Served) -> dict[str, Any]:
         found["gate"] = gr.Radio(["off", "hard", "soft", "amplify"], value=start.gate, label="Phrases that CLIP misses")
         if served.scorer is None:
             gr.Markdown("No CLIP is loaded: start with `--clip`.")
-        with gr.Row():
-            found["gate_threshold"] = gr.Number(start.gate_threshold, label="Threshold, a cosine", step=0.01)
-            found["gate_strength"] = gr.Slider(1.1, 5, start.gate_strength, step=0.1, label="Amplify by")
-            found["gate_every"] = gr.Slider(1, 10, start.gate_every, step=1, label="Look every so many steps")
+        found["gate_threshold"] = gr.Slider(
+            -1, 1, start.gate_threshold, step=0.01, label="Missed is what scores less than (cosine)"
+        )
+        found["gate_strength"] = gr.Slider(1.1, 5, start.gate_strength, step=0.1, label="Amplify by")
+        found["gate_every"] = gr.Slider(1, 10, start.gate_every, step=1, label="Look every so many steps")
     with gr.Accordion("Phrase fusion", open=False):
         found["fuse"] = gr.Radio(
             ["off", "all", "adjective-noun"], value=start.fuse, label="Words of a phrase that share their mean"
@@ -159,29 +188,30 @@ def _controls(served: Served) -> dict[str, Any]:
             [name for name, _ in cross_attention_layers(served.pipe.unet)], value=[], multiselect=True,
             allow_custom_value=True, label="Layers, or patterns such as up_blocks.*; none: all",
         )  # fmt: skip
-    with gr.Accordion("Salience dropout", open=False), gr.Row():
-        found["ratio"] = gr.Slider(0, 1, start.ratio, step=0.05, label="Share dropped", elem_id="ratio")
-        found["dropout_axis"] = gr.Radio(["token", "space"], value=start.dropout_axis, label="Over")
-        found["dropout_mode"] = gr.Radio(["topk", "random"], value=start.dropout_mode, label="Which")
+    with gr.Accordion("Salience dropout", open=False):
+        found["ratio"] = gr.Slider(0, 1, start.ratio, step=0.05, label="Share dropped, 0: off")
+        with gr.Row():
+            found["dropout_axis"] = gr.Radio(["token", "space"], value=start.dropout_axis, label="Over")
+            found["dropout_mode"] = gr.Radio(["topk", "random"], value=start.dropout_mode, label="Which")
     with gr.Accordion("NMS and smoothing", open=False):
-        with gr.Row():
-            found["threshold"] = gr.Slider(0, 0.95, start.threshold, step=0.05, label="Share of the maximum")
-            found["sigma"] = gr.Slider(0, 3, start.sigma, step=0.1, label="Sigma, pixels of the layer")
-            found["rounds"] = gr.Slider(1, 8, start.rounds, step=1, label="Rounds")
-        with gr.Row():
-            found["refine_axis"] = gr.Radio(["token", "space"], value=start.refine_axis, label="Maximum over")
-            found["renormalize"] = gr.Radio(
-                ["none", "content", "row"], value=start.renormalize, label="Renormalise (after dropout, too)"
-            )
+        found["threshold"] = gr.Slider(
+            0, 0.95, start.threshold, step=0.05, label="Suppress under this share of the maximum, 0: off"
+        )
+        found["refine_axis"] = gr.Radio(["token", "space"], value=start.refine_axis, label="Maximum over")
+        found["sigma"] = gr.Slider(0, 3, start.sigma, step=0.1, label="Smooth by sigma, pixels of the layer, 0: off")
+        found["rounds"] = gr.Slider(1, 8, start.rounds, step=1, label="Rounds")
+    with gr.Accordion("Renormalise, after gate, phrases, dropout and NMS", open=False):
+        found["renormalize"] = gr.Radio(
+            ["none", "content", "row"], value=start.renormalize, label="What regains its mass"
+        )
     with gr.Accordion("GradCAM correction", open=False):
-        found["correct"] = gr.Radio(["off", "gradient", "reweight"], value=start.correct, label="By", elem_id="correct")
-        with gr.Row():
-            found["gradient_strength"] = gr.Slider(
-                0, 0.3, start.gradient_strength, step=0.01, label="Gradient step on the latents"
-            )
-            found["reweight_strength"] = gr.Slider(
-                0, 1, start.reweight_strength, step=0.05, label="Reweighting of the attention"
-            )
+        found["correct"] = gr.Radio(["off", "gradient", "reweight"], value=start.correct, label="Towards the nouns, by")
+        found["gradient_strength"] = gr.Slider(
+            0, 0.3, start.gradient_strength, step=0.01, label="Gradient: step of the latents"
+        )
+        found["reweight_strength"] = gr.Slider(
+            0, 1, start.reweight_strength, step=0.05, label="Reweight: share of the attention"
+        )
     with gr.Accordion("Structure", open=False):
         found["structure"] = gr.Checkbox(start.structure, label="Smoothing inside objects, by edges and a dense CRF")
     with gr.Accordion("Kernels", open=False):
@@ -204,11 +234,19 @@ def _results(served: Served) -> dict[str, Any]:
                 elem_id=name,
                 buttons=["download", "fullscreen"],
             )
-    found["table"] = gr.Dataframe(headers=_headers(served), interactive=False, label="Cost", elem_id="cost", wrap=True)
-    for name in ("patched_maps", "stock_maps"):
+    found["table"] = gr.Dataframe(
+        headers=_headers(served),
+        column_widths=_WIDTHS[: len(_headers(served))],
+        interactive=False,
+        label="Cost",
+        elem_id="cost",
+        wrap=True,
+    )
+    for name, whose in (("patched_maps", "Patched"), ("stock_maps", "Stock")):
+        gr.Markdown(f"**{whose}: where each word looks**, blue the least, red the most")
         found[name] = gr.Gallery(
-            label=f"{name.partition('_')[0].capitalize()}: heat maps of words", columns=8, buttons=["fullscreen"],
-            object_fit="contain", interactive=False, elem_id=name.replace("_", "-"),
+            show_label=False, columns=8, height="auto", buttons=["fullscreen"], object_fit="contain",
+            interactive=False, elem_id=name.replace("_", "-"),
         )  # fmt: skip
     found["looked"] = gr.Textbox(label="What CLIP saw of each phrase (cosines)", visible=False, lines=3)
     with gr.Accordion("The same in Python", open=False):
@@ -219,7 +257,7 @@ def _results(served: Served) -> dict[str, Any]:
 
 def _headers(served: Served) -> list[str]:
     more = [*(["CLIP"] if served.scorer is not None else []), *(["the detector sees"] if served.shapes else [])]
-    return ["", "seconds", "ms a step", "share of stock", "peak MiB", *more]
+    return ["", "seconds", "ms a step", "of stock's", "peak MiB", *more]
 
 
 def _shown(
@@ -253,15 +291,8 @@ def _gallery(asked: Asked, side: Side) -> list[tuple[Any, str]]:
     return [(side.maps[word], word) for word in named or side.maps]
 
 
-def _loaded(path: Path, controls: Controls) -> Controls:
-    """Raises: ValueError where the file is neither a program nor a choice of heads."""
-    try:
-        return controls.of_file(ProgramFile.load(path))
-    except ValueError as error:
-        try:
-            return controls.of_file(ProgramFile(controls.program(), heads=load_heads(path)[0]))
-        except ValueError:
-            raise error from None
+def _phrases(served: Served, prompt: str) -> list[str]:
+    return list(dict.fromkeys(p.text for p in chosen_phrases(prompt, served.pipe.tokenizer)))
 
 
 def _warn(served: Served, prompt: str) -> None:

@@ -12,8 +12,11 @@ from .controls import Asked, Controls
 __all__ = ["script"]
 
 
-def script(asked: Asked, controls: Controls, model: str, clip: str | None) -> str:
+def script(
+    asked: Asked, controls: Controls, model: str, clip: str | None, device: str = "cpu", dtype: str = "float32"
+) -> str:
     """The text of a script. model: a folder or hub id, or "shapes"; clip: of the CLIP, None where there is none.
+    device, dtype: of the pipeline.
 
     Raises: ValueError, TypeError, naming the control.
     """
@@ -25,6 +28,7 @@ def script(asked: Asked, controls: Controls, model: str, clip: str | None) -> st
     condition, file = controls.condition(asked), controls.file(asked)
     return environment.from_string(Path(__file__).with_suffix(".py.jinja").read_text(encoding="utf-8")).render(
         asked=asked, file=file, model=model, clip=clip, backend=controls.backend,
+        elsewhere=(device, dtype) != ("cpu", "float32"), device=device, dtype=dtype,
         heads=None if file.heads is None else {layer: list(indices) for layer, indices in file.heads.items()},
         phrases=controls.needs_phrases(), fuse=condition.fuse, gate=condition.gate, correct=condition.correct,
         structure=condition.structure, **acting_steps(asked.steps),

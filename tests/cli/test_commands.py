@@ -22,7 +22,9 @@ def run(capsys):
     return run
 
 
-@pytest.mark.parametrize("command", ["doctor", "demo", "generate", "heads", "tune", "train-lora", "evaluate", "bench"])
+@pytest.mark.parametrize(
+    "command", ["doctor", "demo", "generate", "heads", "tune", "train-lora", "evaluate", "ui", "bench"]
+)
 def test_help_of_each_command(run, command):
     code, out, _ = run(command, "--help")
     assert code == 0

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -174,3 +176,22 @@ def test_phrases_are_fused_in_a_pipeline(tokenizer: Any) -> None:
     torch.testing.assert_close(maps[2], maps[3])
     torch.testing.assert_close(maps[6], maps[7])
     assert not torch.allclose(maps[3], maps[6])
+
+
+def test_prompts_are_tagged_one_at_a_time(tokenizer: Any, monkeypatch: Any) -> None:
+    """The tagger reads its lexicon at its first call: one beside it would tag by a part of it."""
+    from textblob.taggers import PatternTagger
+
+    inside, most = [], []
+
+    def tag(self: Any, text: str) -> list[Any]:
+        inside.append(text)
+        most.append(len(inside))
+        time.sleep(0.02)
+        inside.pop()
+        return []
+
+    monkeypatch.setattr(PatternTagger, "tag", tag)
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(lambda _: find_phrases("a red car", tokenizer), range(4)))
+    assert most == [1, 1, 1, 1]
