@@ -52,25 +52,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 OBJECTS = Path("build", f"{sysconfig.get_platform()}-{''.join(platform.libc_ver())}")
 
 
-def cuda_command() -> tuple[list[str], Path] | str:
-    """How to compile a .cu file, and the runtime to link with; or why there is no CUDA code in this build."""
-    switch = os.environ.get("SDATTN_FAST_CUDA") or "auto"
-    if switch not in ("0", "1", "auto"):
-        raise SystemExit(f"SDATTN_FAST_CUDA: expected 0, 1 or auto, got {switch!r}")
-    if switch == "0":
-        return "SDATTN_FAST_CUDA is 0"
-    try:
-        found = nvcc.find()
-        built_for = nvcc.architectures(os.environ.get("TORCH_CUDA_ARCH_LIST"), found.targets())
-    except nvcc.NvccMissing as missing:
-        if switch == "1":
-            raise SystemExit(f"SDATTN_FAST_CUDA is 1, but {missing}") from missing
-        return str(missing)
-    except ValueError as error:
-        raise SystemExit(str(error)) from error
-    small = ["--compress-mode=size"] if found.version >= (13, 0) else ["-Xfatbin", "-compress-all"]
-    names = f'-DSDATTN_CUDA_ARCHITECTURES="{built_for.names}"'
-    return [str(found.path), *NVCC_FLAGS, *small, *built_for.flags, names], found.runtime
+try:
+    CUDA_BUILD = nvcc.choose()
+except (ValueError, nvcc.NvccMissing) as error:
+    raise SystemExit(str(error)) from error
 
 
 class BuildAnew(build):
@@ -123,8 +108,7 @@ class BuildWithNinja(build_ext):
             for source in extension.sources:
                 built = f"{OBJECTS.as_posix()}/{source}.o"
                 if source.endswith(".cu"):
-                    command, runtime = CUDA_BUILD
-                    libraries = [str(runtime), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
+                    command, libraries = self._cuda()
                 elif source.endswith("bindings.cpp"):
                     built = built.removesuffix(".o") + suffix.removesuffix(".so") + ".o"
                     command = [*self.compiler.compiler_so_cxx, *common, *python]
@@ -137,6 +121,14 @@ class BuildWithNinja(build_ext):
             plan.build(module, "link", objects, variables=link)
             modules[extension.name] = Path(module)
         return modules
+
+    def _cuda(self) -> tuple[list[str], list[str]]:
+        """How to compile a .cu file, and what to link with. The runtime is linked in: it loads without a driver."""
+        tool, built_for = CUDA_BUILD
+        small = ["--compress-mode=size"] if tool.version >= (13, 0) else ["-Xfatbin", "-compress-all"]
+        names = f'-DSDATTN_CUDA_ARCHITECTURES="{built_for.names}"'
+        command = [str(tool.path), *NVCC_FLAGS, *small, *built_for.flags, names]
+        return command, [str(tool.runtime), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
 
     def _pybind11(self) -> str:
         """pybind11's headers, copied where the next build finds them unchanged, whatever environment it has."""
@@ -170,7 +162,6 @@ def shell(words: list[str]) -> str:
     return shlex.join(words).replace("$", "$$")
 
 
-CUDA_BUILD = cuda_command()
 core = Extension(
     "sdattn_fast._core",
     CPU_SOURCES,
@@ -180,7 +171,11 @@ core = Extension(
 )
 cuda = [] if isinstance(CUDA_BUILD, str) else [Extension("sdattn_fast._cuda", CUDA_SOURCES, language="c++")]
 
+# Wheels of two CUDA majors must not have one name: cu13 makes it 0.1.0+cu13.
+local = os.environ.get("SDATTN_FAST_LOCAL_VERSION")
+
 setup(
+    options={"egg_info": {"tag_build": f"+{local}"}} if local else {},
     packages=[*find_packages(include=["sdattn_fast*"]), "sdattn_fast.kernels"],
     package_dir={"sdattn_fast": "sdattn_fast", "sdattn_fast.kernels": "kernels"},
     ext_modules=[core, *cuda],

@@ -16,10 +16,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-__all__ = ["DEFAULT_ARCHITECTURES", "Architectures", "Nvcc", "NvccMissing", "architectures", "find"]
+__all__ = ["DEFAULT_ARCHITECTURES", "Architectures", "Nvcc", "NvccMissing", "architectures", "choose", "find"]
 
 DEFAULT_ARCHITECTURES = "8.0 8.6 8.9 9.0 10.0 12.0+PTX"
 OLDEST = 80  # mma.sync on bfloat16
+OLDEST_CUDA = 12
 
 _NAMES = {
     "Ampere+Tegra": "8.7",
@@ -56,6 +57,29 @@ class Architectures:
 
     names: str
     flags: tuple[str, ...]
+
+
+def choose(
+    environment: Mapping[str, str] = os.environ, folders: Iterable[str] | None = None
+) -> tuple[Nvcc, Architectures] | str:
+    """What compiles CUDA code, and for what; or why this build has none. SDATTN_FAST_CUDA says whether it must.
+
+    Raises:
+        ValueError: SDATTN_FAST_CUDA is not 0, 1 or auto, or TORCH_CUDA_ARCH_LIST is not what `architectures` takes.
+        NvccMissing: SDATTN_FAST_CUDA is 1, and there is no nvcc.
+    """
+    switch = environment.get("SDATTN_FAST_CUDA") or "auto"
+    if switch not in ("0", "1", "auto"):
+        raise ValueError(f"SDATTN_FAST_CUDA: expected 0, 1 or auto, got {switch!r}")
+    if switch == "0":
+        return "SDATTN_FAST_CUDA is 0"
+    try:
+        found = find(environment, folders)
+    except NvccMissing as missing:
+        if switch == "1":
+            raise NvccMissing(f"SDATTN_FAST_CUDA is 1, but {missing}") from missing
+        return str(missing)
+    return found, architectures(environment.get("TORCH_CUDA_ARCH_LIST"), found.targets())
 
 
 def find(environment: Mapping[str, str] = os.environ, folders: Iterable[str] | None = None) -> Nvcc:
@@ -129,7 +153,7 @@ def _name(number: int) -> str:
 
 
 def _whole(path: Path) -> Nvcc:
-    """This nvcc, if it has all that it needs. Where that is it says itself, or a wrapper's toolkit would not be found."""
+    """This nvcc, if it has all that it needs. It says itself where that is: what is on the PATH may be a wrapper."""
     try:
         asked = [str(path), "--dryrun", "-x", "cu", "-c", os.devnull, "-o", os.devnull]
         ran = subprocess.run(asked, capture_output=True, text=True)
@@ -139,9 +163,13 @@ def _whole(path: Path) -> Nvcc:
     version = [re.search(rf"__CUDACC_VER_{part}__=(\d+)", said) for part in ("MAJOR", "MINOR")]
     if ran.returncode or None in version:
         raise NvccMissing(f"{path} --dryrun failed ({said.strip()[-200:]}): {_MEND}")
+    major, minor = (int(found[1]) for found in version if found)
+    if major < OLDEST_CUDA:
+        raise NvccMissing(f"{path} is of CUDA {major}.{minor}, and {OLDEST_CUDA}.0 is the oldest that serves: {_MEND}")
     compiler = re.findall(r"^#\$ CICC_PATH=(.*)$", said, re.MULTILINE)
     headers = re.findall(r'"-I([^"]+)"', said)
-    libraries = re.findall(r'"-L([^"]+)"', said)
+    # 13.0's own -L is lib64, and its pip packages have lib.
+    libraries = [*re.findall(r'"-L([^"]+)"', said), *(f"{top}/lib" for top in re.findall(r"#\$ TOP=(.*)", said))]
     runtime = _first(libraries, "libcudart_static.a")
     for part, there, package in (
         ("cicc", _first(compiler, "cicc"), "nvidia-nvvm"),
@@ -150,8 +178,7 @@ def _whole(path: Path) -> Nvcc:
         ("libcudart_static.a", runtime, "nvidia-cuda-runtime"),
     ):
         if there is None:
-            raise NvccMissing(f"{path} has no {part}, which pip's {package} of its version has: {_MEND}")
-    major, minor = (int(found[1]) for found in version if found)
+            raise NvccMissing(f"{path} has no {part}: pip install '{package}=={major}.{minor}.*', if nvcc is pip's")
     assert runtime is not None
     return Nvcc(path, (major, minor), runtime)
 
