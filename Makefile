@@ -1,8 +1,9 @@
-# Needs Python >= 3.10 with venv and pip, and a C++ compiler. Everything else goes into .venv.
+# Needs Python >= 3.10 with venv and pip, and a C++ compiler; CUDA code is built where there is nvcc. Everything else
+# goes into .venv, and what is compiled into build/.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench wheel clean
+.PHONY: demo test lint bench wheel wheels-cu12 wheels-cu13 clean
 
 demo: .venv/installed
 	$(BIN)/sdattn-fast demo
@@ -18,10 +19,28 @@ lint: .venv/installed
 bench: .venv/installed
 	$(BIN)/pytest --benchmark
 
+# A wheel for this Python, in dist/. Its tag is what this machine's C library allows; manylinux_2_28 comes from below.
 wheel: .venv/installed
-	$(BIN)/pip wheel --no-deps -w dist .
+	rm -rf build/wheel
+	$(BIN)/pip wheel --quiet --no-deps -w build/wheel .
+	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl || \
+	    { mkdir -p dist && cp build/wheel/*.whl dist; }
+	du -h dist/*.whl
 
-.venv/installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f)
+# manylinux_2_28 wheels for CPython 3.10 to 3.13, in Docker, from a clean clone: cibuildwheel copies the whole folder.
+wheels-cu13: build/cibuildwheel
+	build/cibuildwheel/bin/cibuildwheel --platform linux --output-dir dist/cu13
+
+wheels-cu12: build/cibuildwheel
+	CIBW_MANYLINUX_X86_64_IMAGE=pytorch/manylinux2_28-builder:cuda12.8 CIBW_BEFORE_ALL=true \
+	CIBW_ENVIRONMENT="CUDA_HOME=/usr/local/cuda SDATTN_FAST_CUDA=1 SDATTN_FAST_LOCAL_VERSION=cu12" \
+	    build/cibuildwheel/bin/cibuildwheel --platform linux --output-dir dist/cu12
+
+build/cibuildwheel:
+	$(PYTHON) -m venv $@
+	$@/bin/pip install --quiet cibuildwheel==4.3.5
+
+.venv/installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f ! -name '*.pyc')
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"

@@ -1,4 +1,8 @@
-"""What pyproject.toml cannot say: the compiled core, one translation unit per instruction set, and where kernels/ goes.
+"""What pyproject.toml cannot say: the two compiled modules, and where kernels/ goes.
+
+`sdattn_fast._core` is for CPUs, one translation unit per instruction set; `sdattn_fast._cuda` is built where nvcc is
+found (SDATTN_FAST_CUDA=1: or else fail; =0: never), for TORCH_CUDA_ARCH_LIST. What one build compiled, the next one
+finds in build/: an editable install, then a wheel, compile once.
 
 No torch at build time, so build isolation works and one wheel per Python serves every torch. OpenMP is used where the
 compiler has it; at run time the core is loaded after torch and shares torch's own libgomp and its threads.
@@ -6,22 +10,33 @@ compiler has it; at run time the core is loaded after torch and shares torch's o
 
 import os
 import platform
+import shlex
+import shutil
+import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import sysconfig
 from pathlib import Path
 
 # The folder kernels/ beside this file must not hide PyPI's package of that name from anything the build imports.
 ROOT = Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
+import ninja  # noqa: E402
 import pybind11  # noqa: E402
+from ninja.ninja_syntax import Writer  # noqa: E402
 from setuptools import Extension, find_packages, setup  # noqa: E402
+from setuptools.command.build import build  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
 
-CPU = "csrc/cpu"
-SOURCES = ["csrc/bindings.cpp", f"{CPU}/attention.cpp", f"{CPU}/backward.cpp", f"{CPU}/isa_portable.cpp"]
+sys.path.insert(0, str(ROOT / "csrc"))
+import nvcc  # noqa: E402
+
+CPU, CUDA = "csrc/cpu", "csrc/cuda"
+CPU_SOURCES = ["csrc/bindings.cpp", f"{CPU}/attention.cpp", f"{CPU}/backward.cpp", f"{CPU}/isa_portable.cpp"]
+CUDA_SOURCES = [f"{CUDA}/bindings.cpp", *sorted(f"{CUDA}/{path.name}" for path in (ROOT / CUDA).glob("*.cu"))]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
 FLAGS_OF = {}  # of one source, beside FLAGS
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Xcompiler", "-fPIC,-fvisibility=hidden,-ffp-contract=fast"]
 
 if platform.machine().lower() in ("x86_64", "amd64"):
     AVX512 = ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mfma"]
@@ -30,27 +45,100 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         f"{CPU}/isa_avx512.cpp": AVX512,
         f"{CPU}/isa_avx512_bf16.cpp": [*AVX512, "-mavx512bf16"],
     }
-    SOURCES += FLAGS_OF
+    CPU_SOURCES += FLAGS_OF
+
+# Relative paths throughout, and none of a build environment that pip makes anew each time: ninja compiles again what
+# has another command. The C library is in the name, or a container would link what its host compiled.
+OBJECTS = Path("build", f"{sysconfig.get_platform()}-{''.join(platform.libc_ver())}")
 
 
-class BuildInParallel(build_ext):
-    """Every source with flags of its own, all at once."""
+try:
+    CUDA_BUILD = nvcc.choose()
+except (ValueError, nvcc.NvccMissing) as error:
+    raise SystemExit(str(error)) from error
 
-    def build_extension(self, ext: Extension) -> None:
-        common = FLAGS + self._accepted("-fno-gnu-unique", "-Wno-psabi", "-Wno-uninitialized", "-fopenmp")
-        include = [*ext.include_dirs, *self.compiler.include_dirs]
 
-        def build(source: str) -> list[str]:
-            flags = common + FLAGS_OF.get(source, [])
-            return self.compiler.compile(
-                [source], output_dir=self.build_temp, include_dirs=include, extra_postargs=flags
-            )
+class BuildAnew(build):
+    """Without what an earlier build left behind: it would go into the wheel."""
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = [o for built in pool.map(build, ext.sources) for o in built]
-        link = [f for f in common if f == "-fopenmp"]
-        path = self.get_ext_fullpath(ext.name)
-        self.compiler.link_shared_object(objects, path, extra_postargs=link, target_lang="c++")
+    def run(self) -> None:
+        shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class BuildWithNinja(build_ext):
+    """Every source with a command of its own, all at once, and only what has changed."""
+
+    def build_extensions(self) -> None:
+        if isinstance(CUDA_BUILD, str):
+            print(f"sdattn_fast: built for CPUs alone, without CUDA code: {CUDA_BUILD}")
+        (ROOT / OBJECTS).mkdir(parents=True, exist_ok=True)
+        plan = OBJECTS / "build.ninja"
+        with open(ROOT / plan, "w") as file:
+            modules = self._write(Writer(file, width=10**6))
+        jobs = ["-j", os.environ["MAX_JOBS"]] if os.environ.get("MAX_JOBS") else []
+        ran = subprocess.run([os.path.join(ninja.BIN_DIR, "ninja"), "-f", str(plan), *jobs], cwd=ROOT)
+        if ran.returncode:
+            raise SystemExit("a compiler failed: its words are above")
+        for name, built in modules.items():
+            to = Path(self.get_ext_fullpath(name))
+            to.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / built, to)
+
+    def copy_extensions_to_source(self) -> None:
+        # A new file each time: one that a running process has mapped is never written to. And none is left of a build
+        # with CUDA under one without.
+        for old in (ROOT / "sdattn_fast").glob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"):
+            old.unlink()
+        super().copy_extensions_to_source()
+
+    def _write(self, plan: Writer) -> dict[str, Path]:
+        """Writes what ninja is to do; which file each module will be."""
+        plan.variable("builddir", OBJECTS.as_posix())
+        plan.rule("compile", "$compiler -MF $out.d -c $in -o $out", depfile="$out.d", deps="gcc", description="$in")
+        plan.rule("link", "$linker -o $out $in $libraries", description="$out")
+        openmp = self._accepted("-fopenmp")
+        common = FLAGS + self._accepted("-fno-gnu-unique", "-Wno-psabi", "-Wno-uninitialized") + openmp
+        python = [f"-I{self._pybind11()}", f"-I{sysconfig.get_path('include')}"]
+        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        modules = {}
+        for extension in self.extensions:
+            libraries = openmp if extension.name == "sdattn_fast._core" else []
+            objects = []
+            for source in extension.sources:
+                built = f"{OBJECTS.as_posix()}/{source}.o"
+                if source.endswith(".cu"):
+                    command, libraries = self._cuda()
+                elif source.endswith("bindings.cpp"):
+                    built = built.removesuffix(".o") + suffix.removesuffix(".so") + ".o"
+                    command = [*self.compiler.compiler_so_cxx, *common, *python]
+                else:
+                    command = [*self.compiler.compiler_so_cxx, *common, *FLAGS_OF.get(source, [])]
+                plan.build(built, "compile", source, variables={"compiler": shell([*command, "-MMD"])})
+                objects.append(built)
+            module = f"{OBJECTS.as_posix()}/{extension.name.removeprefix('sdattn_fast.')}{suffix}"
+            link = {"linker": shell([*self.compiler.linker_so_cxx, "-Wl,-s"]), "libraries": shell(libraries)}
+            plan.build(module, "link", objects, variables=link)
+            modules[extension.name] = Path(module)
+        return modules
+
+    def _cuda(self) -> tuple[list[str], list[str]]:
+        """How to compile a .cu file, and what to link with. The runtime is linked in: it loads without a driver."""
+        tool, built_for = CUDA_BUILD
+        small = ["--compress-mode=size"] if tool.version >= (13, 0) else ["-Xfatbin", "-compress-all"]
+        names = f'-DSDATTN_CUDA_ARCHITECTURES="{built_for.names}"'
+        command = [str(tool.path), *NVCC_FLAGS, *small, *built_for.flags, names]
+        return command, [str(tool.runtime), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
+
+    def _pybind11(self) -> str:
+        """pybind11's headers, copied where the next build finds them unchanged, whatever environment it has."""
+        kept = OBJECTS / f"pybind11-{pybind11.__version__}"
+        if not (ROOT / kept).is_dir():
+            half = f"{ROOT / kept}-half"
+            shutil.rmtree(half, ignore_errors=True)
+            shutil.copytree(pybind11.get_include(), half)
+            os.replace(half, ROOT / kept)
+        return kept.as_posix()
 
     def _accepted(self, *flags: str) -> list[str]:
         """Those of the flags that this compiler and linker take."""
@@ -69,17 +157,27 @@ class BuildInParallel(build_ext):
         return True
 
 
+def shell(words: list[str]) -> str:
+    """One line of a shell, for ninja."""
+    return shlex.join(words).replace("$", "$$")
+
+
 core = Extension(
     "sdattn_fast._core",
-    SOURCES,
-    include_dirs=[pybind11.get_include()],
-    depends=[str(p.relative_to(ROOT)) for suffix in ("h", "inl") for p in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))],
+    CPU_SOURCES,
+    # For the source distribution: everything, the CUDA sources of a machine without nvcc too.
+    depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*") if p.suffix != ".pyc"),
     language="c++",
 )
+cuda = [] if isinstance(CUDA_BUILD, str) else [Extension("sdattn_fast._cuda", CUDA_SOURCES, language="c++")]
+
+# Wheels of two CUDA majors must not have one name: cu13 makes it 0.1.0+cu13.
+local = os.environ.get("SDATTN_FAST_LOCAL_VERSION")
 
 setup(
+    options={"egg_info": {"tag_build": f"+{local}"}} if local else {},
     packages=[*find_packages(include=["sdattn_fast*"]), "sdattn_fast.kernels"],
     package_dir={"sdattn_fast": "sdattn_fast", "sdattn_fast.kernels": "kernels"},
-    ext_modules=[core],
-    cmdclass={"build_ext": BuildInParallel},
+    ext_modules=[core, *cuda],
+    cmdclass={"build": BuildAnew, "build_ext": BuildWithNinja},
 )

@@ -75,7 +75,7 @@ stage_build() {
     ln -s "$root"/sdattn_fast/* "$root/kernels" "$state/package/sdattn_fast/"
     if (cd "$root" && "$here" setup.py -q build_ext --build-lib "$state/core" --build-temp "$state/objects") \
         >"$state/build.log" 2>&1; then
-        ln -sf "$state"/core/sdattn_fast/_core*.so "$state/package/sdattn_fast/"
+        ln -sf "$state"/core/sdattn_fast/_c*.so "$state/package/sdattn_fast/"
         echo "build: the compiled core is built"
     else
         echo "build: goes without the compiled core, see $state/build.log"
