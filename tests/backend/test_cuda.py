@@ -109,14 +109,14 @@ def test_devices_with_less_shared_memory_give_the_same(emulated, size, dtype):
 
 
 def test_smoothing_in_little_shared_memory(emulated):
-    x = torch.randn(1, 1, 3 * 200, 40)
-    exact = emulated.smooth(x, (3, 200), 40.0, 1, None)
+    x = torch.randn(1, 1, 3 * 200, 4)
+    exact = emulated.smooth(x, (3, 200), 30.0, 1, None)
     for shared in (8192, 3300):  # one piece of four channels, then one channel
         emulated_cuda.emulate(shared_per_block=shared)
-        torch.testing.assert_close(emulated.smooth(x, (3, 200), 40.0, 1, None), exact, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(emulated.smooth(x, (3, 200), 30.0, 1, None), exact, rtol=1e-6, atol=1e-6)
     emulated_cuda.emulate(shared_per_block=1024)
     with pytest.raises(ValueError, match="picture"):
-        emulated.smooth(x, (3, 200), 40.0, 1, None)
+        emulated.smooth(x, (3, 200), 30.0, 1, None)
     emulated_cuda.emulate()
 
 
