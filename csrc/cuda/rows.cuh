@@ -24,7 +24,7 @@ namespace sdattn::cuda {
 struct Launch {
   Call call;
   float scale = 1.0f;       // times log2(e)
-  int32_t columns = 0;      // N rounded up to 16
+  int32_t columns = 0;      // N rounded up to 16, at least 80
   int32_t key_bytes = 0;    // of one key, D rounded up to what a product takes
   int32_t tiles = 1;        // of rows, that a block walks over
   int32_t groups = 1;       // blocks for one head, or with `mean` for one batch entry

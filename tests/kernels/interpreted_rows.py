@@ -13,7 +13,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tested_backend import DEVICE, EMULATED, INTERPRETED, NAME, backend
+from tested_backend import DEVICE, EMULATED, INTERPRETED, NAME, backend, emulated_cuda
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.plan import TokenSide, make_plan
@@ -164,6 +164,12 @@ def test_head_dimensions(d, dtype):
     check(case(b=2, h=1, d=d, dtype=dtype), FULL)
 
 
+@pytest.mark.parametrize("n", [2, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 76, 78, 80, 81, 96, 97, 129, 255])
+def test_numbers_of_tokens(n):
+    """On both sides of every tile's edge."""
+    check(case(b=2, h=1, m=17, n=n, d=16, content=n // 2, dtype=torch.float16), Program(SalienceDropout(0.2)))
+
+
 @pytest.mark.parametrize("n,content", [(154, 20), (154, None), (256, 40), (256, None), (130, 129)])
 @pytest.mark.parametrize("d", [40, 256])
 def test_many_tokens(n, content, d):
@@ -297,6 +303,22 @@ def test_strided_inputs():
     check(c, FULL)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("which", ["q", "k", "v", "qkv"])
+def test_inputs_that_start_anywhere(which, dtype):
+    """One element past an aligned address, or rows an odd stride apart: nothing may be read 16 bytes at a time."""
+    exact, _, _ = check(case(h=2, d=40, m=20, dtype=dtype), FULL)
+    c, moved = (case(h=2, d=40, m=20, dtype=dtype) for _ in range(2))
+    for name in which:
+        x = getattr(c, name)
+        setattr(c, name, torch.cat((x.new_full((1,), math.nan), x.flatten()))[1:].view(x.shape))
+        wide = torch.nn.functional.pad(x, (0, 1), value=math.nan)
+        setattr(moved, name, wide[..., :40])
+    for odd in (c, moved):
+        assert getattr(odd, which[0]).data_ptr() % 16 or getattr(odd, which[0]).stride(2) == 41
+        torch.testing.assert_close(check(odd, FULL)[0], exact, rtol=1e-3, atol=2 * EPS[dtype])
+
+
 def test_out_can_keep_the_querys_layout():
     c = case(h=3, d=40)
     rows = make_plan(FULL, c.side).rows
@@ -320,13 +342,19 @@ def test_empty_inputs(shape):
     assert (out == 0).all()
 
 
+@pytest.mark.skipif(NAME == "cuda" and not EMULATED, reason="a device has the multiprocessors that it has")
 def test_programs_that_walk_over_tiles_agree(monkeypatch):
-    c = case(b=1, h=1, m=200, d=16)
-    once, _, _ = check(c, FULL)
-    monkeypatch.setattr(backend, "_processors", lambda device: 0)
-    backend.choose_tiles.cache_clear()
-    walked, _, _ = check(c, FULL)
-    backend.choose_tiles.cache_clear()
+    c = case(b=1, h=1, m=700, d=16, content=None)
+    once, _, _ = check(c)
+    if EMULATED:
+        emulated_cuda.emulate(multiprocessors=1)
+        walked, _, _ = check(c)
+        emulated_cuda.emulate()
+    else:
+        monkeypatch.setattr(backend, "_processors", lambda device: 0)
+        backend.choose_tiles.cache_clear()
+        walked, _, _ = check(c)
+        backend.choose_tiles.cache_clear()
     torch.testing.assert_close(walked, once, rtol=1e-5, atol=1e-6)
 
 

@@ -48,6 +48,30 @@ def test_smooth_copies_where_it_is_told():
     )
 
 
+@pytest.mark.parametrize("grid", [(1, 1), (3, 2), (40, 3)])
+def test_a_radius_larger_than_the_picture(grid):
+    x = torch.randn(1, 2, grid[0] * grid[1], 8, device=DEVICE)
+    exact = by_scipy(x, grid, 6.0, 1, None)
+    torch.testing.assert_close(backend.smooth(x, grid, 6.0, 1, None).double(), exact, rtol=1e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("offset", [0, 1])
+@pytest.mark.parametrize("c", [8, 40, 72, 160, 33])
+def test_channels_of_every_alignment(c, offset, dtype):
+    x = torch.randn(2 * 70 * c + offset, device=DEVICE).to(dtype)[offset:].view(1, 2, 70, c)
+    eps = torch.finfo(dtype).eps
+    got = backend.smooth(x, (5, 14), 0.8, 1, None)
+    torch.testing.assert_close(got.double(), by_scipy(x, (5, 14), 0.8, 1, None), rtol=max(eps, 1e-5), atol=eps / 4 + 2e-6)
+
+
+def test_a_nan_stays_within_the_radius():
+    x = torch.randn(1, 1, 20 * 30, 8, device=DEVICE)
+    x[0, 0, 10 * 30 + 17, 3] = float("nan")
+    bad = backend.smooth(x, (20, 30), 0.8, 1, None).isnan()[0, 0].view(20, 30, 8)
+    assert bad[7:14, 14:21, 3].all() and bad.sum() == 49
+
+
 def test_smooth_of_strided_and_empty():
     x = torch.randn(2, 3, 6, 20, device=DEVICE).transpose(-1, -2)
     torch.testing.assert_close(

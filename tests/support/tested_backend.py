@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import os
 
+import emulated_cuda
 import torch
 
 from sdattn_fast import backend as backends
 
-__all__ = ["DEVICE", "EMULATED", "INTERPRETED", "NAME", "backend"]
+__all__ = ["DEVICE", "EMULATED", "INTERPRETED", "NAME", "backend", "emulated_cuda"]
 
 _wanted = os.environ.get("SDATTN_TEST_BACKEND", "triton")
 EMULATED = _wanted == "emulated-cuda"
@@ -22,6 +23,4 @@ INTERPRETED = NAME == "triton" and os.environ.get("TRITON_INTERPRET") == "1"
 DEVICE = torch.device("cpu" if EMULATED or INTERPRETED else "cuda")
 
 if EMULATED:
-    import emulated_cuda
-
     emulated_cuda.use()
