@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +20,19 @@ _NAMELESS = frozenset(
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the words that name its objects where the file says them. include: GenEval's entries, if any."""
+    """A prompt, and the words that name its objects where the file says them. geneval: its "include", "exclude" and
+    "tag", those of them that there are."""
 
     text: str
     words: tuple[str, ...] | None = None
-    include: tuple[Any, ...] = ()
+    geneval: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_prompts(path: Path, name: str = "prompts") -> list[Prompt]:
     """The prompts of a file; empty lines are passed over.
 
-    A line is a prompt, or ``{"prompt": "a red car", "words": ["car"]}``.
+    A line is a prompt, or ``{"prompt": "a red car", "words": ["car"]}``, or one of GenEval's
+    `evaluation_metadata.jsonl`.
 
     Raises: OSError; ValueError, naming the line, where one is not such; also for a file without prompts.
     """
@@ -67,7 +70,8 @@ def _from_json(line: str, where: str) -> Prompt:
         raise ValueError(f'{where}: expected "prompt" to be some words, got {text!r}')
     if words is not None and (not isinstance(words, list) or any(not isinstance(word, str) for word in words)):
         raise ValueError(f'{where}: expected "words" to be a list of words, got {words!r}')
-    include = content.get("include", [])
-    if not isinstance(include, list):
-        raise ValueError(f'{where}: expected "include" to be a list of GenEval\'s entries, got {include!r}')
-    return Prompt(text.strip(), None if words is None else tuple(words), tuple(include))
+    for name in ("include", "exclude"):
+        if not isinstance(content.get(name, []), list):
+            raise ValueError(f'{where}: expected "{name}" to be a list of GenEval\'s entries, got {content[name]!r}')
+    geneval = {name: content[name] for name in ("include", "exclude", "tag") if name in content}
+    return Prompt(text.strip(), None if words is None else tuple(words), geneval)

@@ -88,8 +88,9 @@ def find_phrases(
         prompt: a text. What lies beyond the tokenizer's length, 77 tokens for CLIP's, has no tokens: words there are
             left out, and phrases without their noun.
         tokenizer: of the text encoder, CLIP's or another of transformers.
-        phrases: the phrases themselves, each as it stands in the prompt, with its weights or without; the second mention
-            of one is its second place there. No tagger is asked, and every word counts as one of the noun's.
+        phrases: the phrases themselves, each as it stands in the prompt, with its weights or without; the second
+            mention of one is its second place there, and so is "car (2)". No tagger is asked, and every word counts as
+            one of the noun's.
         parser: a loaded spaCy pipeline, whose noun chunks are taken; None: TextBlob's pattern tagger and a grammar.
 
     Raises:
@@ -183,8 +184,14 @@ def _given(prompt: str, phrases: Iterable[str]) -> list[Chunk]:
     for phrase in phrases:
         if not isinstance(phrase, str) or not _without_weights(phrase).strip():
             raise ValueError(f"phrases: expected some words of the prompt, got {phrase!r}")
-        wanted = r"\s+".join(map(re.escape, _without_weights(phrase).split()))
-        place = re.compile(rf"(?<!\w){wanted}(?!\w)", re.IGNORECASE).search(prompt, after.get(phrase.lower(), 0))
+        numbered = re.fullmatch(r"(.*\S) \((\d+)\)", phrase)
+        words_of_it = _without_weights(numbered[1] if numbered else phrase).split()
+        spaced = r"\s+".join(map(re.escape, words_of_it))
+        wanted = re.compile(rf"(?<!\w){spaced}(?!\w)", re.IGNORECASE)
+        if numbered:
+            place = dict(enumerate(wanted.finditer(prompt), 1)).get(int(numbered[2]))
+        else:
+            place = wanted.search(prompt, after.get(phrase.lower(), 0))
         if place is None:
             words = [w for n in (1, 2, 3) for w in _windows(prompt.split(), n)]
             near = difflib.get_close_matches(phrase, words, 1, 0.0)

@@ -123,11 +123,13 @@ def test_given_phrases(tokenizer: Any) -> None:
         "a (red:1.2) car", tokenizer, phrases=["(red:1.2) car"]
     )
     assert [w.text for w in weighted[0].words] == ["red", "car"]
+    assert [p.start for p in find_phrases(prompt, tokenizer, phrases=["red car (2)", "carpet (1)"])] == [20, 32]
     assert find_phrases(prompt, tokenizer, phrases=[]) == []
     for phrases, words in (
         (["rde car"], "did you mean 'red car'"),
         (["carpet", "carpet"], "once more"),
         (["car p"], "'car p'"),
+        (["carpet (2)"], r"'carpet \(2\)' is not in the prompt"),
     ):
         with pytest.raises(ValueError, match=words):
             find_phrases(prompt, tokenizer, phrases=phrases)
