@@ -58,7 +58,7 @@ def evaluate(
     from .doctor import processor_name
     from .generate import load_pipeline
     from .heads import clip_of
-    from .prompts import read_prompts
+    from .prompts import cuts_said_once, read_prompts
 
     for name, value, least in (("--pictures", pictures, 2), ("--batch", batch, 1)):
         if value < least:
@@ -93,23 +93,24 @@ def evaluate(
     _check_fits(pipe, chosen, program)
     scorer = clip_of(model, clip, pipe.device)
     subject = _subject(read, pictures, scorer, blip, detector, num_inference_steps, guidance_scale, str(pipe.device))
-    if threshold is None and any("threshold" in c.needs for c in every):
-        threshold = _calibrated(folder, state, pipe, subject, scorer)
-        console.print(f"the CLIP gate's threshold, calibrated: {threshold:.4f}")
-    given = Given((), (), (), (), subject.steps, scorer=scorer, threshold=threshold, heads=chosen, tuned=program)
-    with state.main_process_first():
-        evaluation = Evaluation(folder, pipe, subject, every, given, model, batch)
-    state.wait_for_everyone()
-    for name, why in evaluation.left_out.items():
-        console.print(f"{name}: not drawn, {why}")
-    _run(console, evaluation, state)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return
-    prices: dict[str, Any] = {}
-    if cost:
-        console.print("time and memory")
-        prices = costs(pipe, subject, evaluation.conditions, given)
+    with cuts_said_once(pipe, subject.prompts, console.print):
+        if threshold is None and any("threshold" in c.needs for c in every):
+            threshold = _calibrated(folder, state, pipe, subject, scorer)
+            console.print(f"the CLIP gate's threshold, calibrated: {threshold:.4f}")
+        given = Given((), (), (), (), subject.steps, scorer=scorer, threshold=threshold, heads=chosen, tuned=program)
+        with state.main_process_first():
+            evaluation = Evaluation(folder, pipe, subject, every, given, model, batch)
+        state.wait_for_everyone()
+        for name, why in evaluation.left_out.items():
+            console.print(f"{name}: not drawn, {why}")
+        _run(console, evaluation, state)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return
+        prices: dict[str, Any] = {}
+        if cost:
+            console.print("time and memory")
+            prices = costs(pipe, subject, evaluation.conditions, given)
     import torch
 
     ground = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"

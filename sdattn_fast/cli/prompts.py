@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Prompt", "read_prompts", "words_to_find"]
+__all__ = ["Prompt", "cuts_said_once", "read_prompts", "words_to_find"]
 
 # Closed classes of words, which name nothing that could be seen.
 _NAMELESS = frozenset(
@@ -50,6 +51,21 @@ def read_prompts(path: Path, name: str = "prompts") -> list[Prompt]:
     if not found:
         raise ValueError(f"{name}: expected at least one prompt in {path}, got none")
     return found
+
+
+@contextlib.contextmanager
+def cuts_said_once(pipe: Any, prompts: Sequence[str], tell: Callable[[str], None]) -> Iterator[None]:
+    """Tells which prompts are longer than the model reads, and keeps diffusers from telling it at every call, with the
+    padding of all the prompts beside them."""
+    from ..lab import quiet_loading
+
+    most = int(pipe.tokenizer.model_max_length)
+    with quiet_loading():
+        for prompt in dict.fromkeys(prompts):
+            tokens = len(pipe.tokenizer(prompt).input_ids)
+            if tokens > most:
+                tell(f"the model reads {most} tokens, and {prompt[:40]!r}... has {tokens}: what is beyond is not drawn")
+        yield
 
 
 def words_to_find(prompt: Prompt, words: list[str]) -> list[str]:
