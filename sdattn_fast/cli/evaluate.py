@@ -15,7 +15,11 @@ def evaluate(
         "shapes"
     ),
     prompts: Annotated[
-        Path | None, typer.Option(help="A prompt a line; default: held-out captions of the shapes world.")
+        Path | None,
+        typer.Option(
+            help='A prompt a line, or {"prompt": ..., "words": [...]}, or GenEval\'s metadata; default: held-out '
+            "captions of the shapes world."
+        ),
     ] = None,
     pictures: Annotated[int, typer.Option(help="Captions of the shapes world.")] = 512,
     folder: Annotated[Path, typer.Option(help="Of batches, pictures and the report; the same command goes on.")] = Path(
@@ -31,7 +35,10 @@ def evaluate(
         float | None, typer.Option(help="Of the CLIP gate, a cosine; default: calibrated on stock pictures.")
     ] = None,
     blip: Annotated[str | None, typer.Option(help="Folder or hub id of a BLIP for questions: T2I-CompBench.")] = None,
-    detector: Annotated[str | None, typer.Option(help="Folder or hub id of an object detector: GenEval.")] = None,
+    detector: Annotated[
+        str | None,
+        typer.Option(help="Folder or hub id of an object detector: GenEval, and T2I-CompBench's spatial relations."),
+    ] = None,
     num_inference_steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
     batch: Annotated[int, typer.Option(help="Prompts drawn at once.")] = 16,
@@ -41,7 +48,6 @@ def evaluate(
 ) -> None:
     """Compare all techniques with stock, paired, with intervals; several processes share the work under
     `accelerate launch -m sdattn_fast.cli.evaluate`."""
-    from accelerate import PartialState
     from rich.console import Console
 
     from ..evaluation.conditions import STOCK, Given, conditions
@@ -52,12 +58,21 @@ def evaluate(
     from .doctor import processor_name
     from .generate import load_pipeline
     from .heads import clip_of
+    from .prompts import cuts_said_once, read_prompts
 
     for name, value, least in (("--pictures", pictures, 2), ("--batch", batch, 1)):
         if value < least:
             raise typer.BadParameter(f"expected at least {least}, got {value}", param_hint=name)
+    if num_inference_steps is not None and num_inference_steps < 1:
+        raise typer.BadParameter(f"expected at least 1, got {num_inference_steps}", param_hint="--steps")
+    if threshold is not None and not -1 <= threshold <= 1:
+        raise typer.BadParameter(f"expected a cosine, from -1 to 1, got {threshold}", param_hint="--threshold")
+    if folder.exists() and not folder.is_dir():
+        raise typer.BadParameter(f"expected a folder, got the file {folder}", param_hint="--folder")
     if prompts is None and model != "shapes":
         raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint="--prompts")
+    if prompts is None and (blip is not None or detector is not None):
+        raise typer.BadParameter("the shapes world has a detector of its own", param_hint="--blip, --detector")
     every = conditions()
     if only:
         unknown = set(only) - {c.name for c in every}
@@ -66,34 +81,36 @@ def evaluate(
                 f"expected names among {'; '.join(c.name for c in every)}, got {min(unknown)!r}", param_hint="--only"
             )
         every = [c for c in every if c.name in {STOCK, *only}]
-    state = PartialState(cpu=device == "cpu")
+    read = None if prompts is None else read_prompts(prompts)
+    chosen = None if heads is None else load_heads(heads)[0]
+    program = None if tuned is None else ProgramFile.load(tuned)
+    state = _processes(device)
     console = Console(quiet=not state.is_main_process)
-    pipe = load_pipeline(model, device or str(state.device), dtype)
+    pipe = load_pipeline(model, _device(device, state), dtype)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae):
         part.requires_grad_(False)
+    _check_fits(pipe, chosen, program)
     scorer = clip_of(model, clip, pipe.device)
-    subject = _subject(prompts, pictures, scorer, blip, detector, num_inference_steps, guidance_scale, str(pipe.device))
-    if threshold is None and any("threshold" in c.needs for c in every):
-        threshold = _calibrated(folder, state, pipe, subject, scorer)
-        console.print(f"the CLIP gate's threshold, calibrated: {threshold:.4f}")
-    given = Given(
-        (), (), (), (), subject.steps, scorer=scorer, threshold=threshold,
-        heads=None if heads is None else load_heads(heads)[0],
-        tuned=None if tuned is None else ProgramFile.load(tuned),
-    )  # fmt: skip
-    with state.main_process_first():
-        evaluation = Evaluation(folder, pipe, subject, every, given, model, batch)
-    for name, why in evaluation.left_out.items():
-        console.print(f"{name}: not drawn, {why}")
-    _run(console, evaluation, state)
-    state.wait_for_everyone()
-    if not state.is_main_process:
-        return
-    prices: dict[str, Any] = {}
-    if cost:
-        console.print("time and memory")
-        prices = costs(pipe, subject, evaluation.conditions, given)
+    subject = _subject(read, pictures, scorer, blip, detector, num_inference_steps, guidance_scale, str(pipe.device))
+    with cuts_said_once(pipe, subject.prompts, console.print):
+        if threshold is None and any("threshold" in c.needs for c in every):
+            threshold = _calibrated(folder, state, pipe, subject, scorer)
+            console.print(f"the CLIP gate's threshold, calibrated: {threshold:.4f}")
+        given = Given((), (), (), (), subject.steps, scorer=scorer, threshold=threshold, heads=chosen, tuned=program)
+        with state.main_process_first():
+            evaluation = Evaluation(folder, pipe, subject, every, given, model, batch)
+        state.wait_for_everyone()
+        for name, why in evaluation.left_out.items():
+            console.print(f"{name}: not drawn, {why}")
+        _run(console, evaluation, state)
+        state.wait_for_everyone()
+        if not state.is_main_process:
+            return
+        prices: dict[str, Any] = {}
+        if cost:
+            console.print("time and memory")
+            prices = costs(pipe, subject, evaluation.conditions, given)
     import torch
 
     ground = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -103,33 +120,66 @@ def evaluate(
     print(f"wrote {folder / 'evaluation.html'}, {folder / 'evaluation.md'} and {folder / 'summary.json'}")
 
 
+def _processes(device: str | None) -> Any:
+    """accelerate's state: this process, and how many there are."""
+    from datetime import timedelta
+
+    try:
+        from accelerate import PartialState
+    except ImportError as error:
+        raise ImportError("evaluate needs accelerate: pip install 'sdattn-fast[evaluate]'") from error
+    # One process may be done hours before another, or wait while the first calibrates.
+    return PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
+
+
+def _device(asked: str | None, state: Any) -> str:
+    """Of several processes each has a GPU of its own, also where "cuda" was asked for."""
+    return asked if asked is not None and (asked != "cuda" or state.num_processes == 1) else str(state.device)
+
+
+def _check_fits(pipe: Any, heads: Any, program: Any) -> None:
+    """Whether the model has those heads and layers, before hours are spent. Raises: ValueError."""
+    from .. import apply
+
+    for name, keywords in (("heads", {"heads": heads}), ("tuned", {"program": program})):
+        if next(iter(keywords.values())) is not None:
+            try:
+                apply(pipe, **keywords).remove()
+            except ValueError as error:
+                raise ValueError(f"{name}: the file does not fit the model: {error}") from None
+
+
 def _subject(
-    prompts: Path | None, pictures: int, scorer: Any, blip: str | None, detector: str | None, steps: int | None,
+    read: Any, pictures: int, scorer: Any, blip: str | None, detector: str | None, steps: int | None,
     guidance: float | None, device: str,
 ) -> Any:  # fmt: skip
-    from ..evaluation.judges import BlipVqa, GenEval, Judge
+    from ..evaluation.judges import BlipVqa, Detector, GenEval, Judge, Spatial
     from ..evaluation.subjects import Prompts, ShapesWorld
-    from .prompts import read_prompts
 
-    if prompts is None:
-        if blip is not None or detector is not None:
-            raise typer.BadParameter("the shapes world has a detector of its own", param_hint="--blip, --detector")
+    if read is None:
         world = ShapesWorld(pictures, scorer)
         world.steps, world.guidance = steps or world.steps, world.guidance if guidance is None else guidance
         return world
-    read = read_prompts(prompts)
+    texts = [p.text for p in read]
     given = {i: p.words for i, p in enumerate(read) if p.words is not None}
     judges: list[Judge] = []
-    subject = Prompts([p.text for p in read], scorer, judges, 7.5 if guidance is None else guidance, steps or 50, given)
+    subject = Prompts(texts, scorer, judges, 7.5 if guidance is None else guidance, steps or 50, given)
     if blip is not None:
         judges.append(BlipVqa(blip, device))
     if detector is not None:
-        wanted = [p.include for p in read]
-        if not any(wanted):
+        wanted = [p.geneval for p in read]
+        spatial = any(map(Spatial.relation, texts))
+        if not any(one.get("include") for one in wanted) and not spatial:
             raise typer.BadParameter(
-                'GenEval needs lines {"prompt": ..., "include": [{"class": "car", "count": 1}]}', param_hint="--prompts"
+                'a detector needs lines of GenEval\'s, {"prompt": ..., "include": [{"class": "car", "count": 1}]}, or '
+                f"T2I-CompBench's prompts, with one of: {', '.join(Spatial.RELATIONS)}",
+                param_hint="--prompts",
             )
-        judges.append(GenEval(detector, scorer, wanted, device=device))
+        finds = Detector(detector, device)
+        if any(one.get("include") for one in wanted):
+            judges.append(GenEval(finds, scorer, wanted))
+        if spatial:
+            judges.append(Spatial(finds, texts))
     return subject
 
 
@@ -195,4 +245,8 @@ def _show(console: Any, content: dict[str, Any]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(evaluate)
+    import sys
+
+    from . import main
+
+    main(["evaluate", *sys.argv[1:]])

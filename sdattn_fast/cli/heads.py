@@ -49,7 +49,7 @@ def heads(
     from ..lab.heads import objects_of, phrases_of, selection_captions, shapes_truth, words_of_objects
     from ..unet.maps import words_of
     from .generate import load_pipeline
-    from .prompts import Prompt, read_prompts, words_to_find
+    from .prompts import Prompt, cuts_said_once, read_prompts, words_to_find
 
     if score not in ("auto", "masks", "clip"):
         raise typer.BadParameter(f"expected auto, masks or clip, got {score!r}", param_hint="--score")
@@ -91,7 +91,10 @@ def heads(
         judge, measure = clip_score(clip_of(model, clip, pipe.device), named), "CLIP of masked pictures"
 
     seen = []
-    with Progress(console=console, disable=not console.is_terminal) as progress:
+    with (
+        cuts_said_once(pipe, texts, console.print),
+        Progress(console=console, disable=not console.is_terminal) as progress,
+    ):
         task = progress.add_task("Drawing", total=len(texts))
         for one in observe(pipe, texts, words, seed=seed, batch=batch, layers=layers, **options):
             seen.append(one)

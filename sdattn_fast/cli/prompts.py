@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Prompt", "read_prompts", "words_to_find"]
+__all__ = ["Prompt", "cuts_said_once", "read_prompts", "words_to_find"]
 
 # Closed classes of words, which name nothing that could be seen.
 _NAMELESS = frozenset(
@@ -19,17 +21,19 @@ _NAMELESS = frozenset(
 
 @dataclass(frozen=True)
 class Prompt:
-    """A prompt, and the words that name its objects where the file says them. include: GenEval's entries, if any."""
+    """A prompt, and the words that name its objects where the file says them. geneval: its "include", "exclude" and
+    "tag", those of them that there are."""
 
     text: str
     words: tuple[str, ...] | None = None
-    include: tuple[Any, ...] = ()
+    geneval: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_prompts(path: Path, name: str = "prompts") -> list[Prompt]:
     """The prompts of a file; empty lines are passed over.
 
-    A line is a prompt, or ``{"prompt": "a red car", "words": ["car"]}``.
+    A line is a prompt, or ``{"prompt": "a red car", "words": ["car"]}``, or one of GenEval's
+    `evaluation_metadata.jsonl`.
 
     Raises: OSError; ValueError, naming the line, where one is not such; also for a file without prompts.
     """
@@ -47,6 +51,21 @@ def read_prompts(path: Path, name: str = "prompts") -> list[Prompt]:
     if not found:
         raise ValueError(f"{name}: expected at least one prompt in {path}, got none")
     return found
+
+
+@contextlib.contextmanager
+def cuts_said_once(pipe: Any, prompts: Sequence[str], tell: Callable[[str], None]) -> Iterator[None]:
+    """Tells which prompts are longer than the model reads, and keeps diffusers from telling it at every call, with the
+    padding of all the prompts beside them."""
+    from ..lab import quiet_loading
+
+    most = int(pipe.tokenizer.model_max_length)
+    with quiet_loading():
+        for prompt in dict.fromkeys(prompts):
+            tokens = len(pipe.tokenizer(prompt).input_ids)
+            if tokens > most:
+                tell(f"the model reads {most} tokens, and {prompt[:40]!r}... has {tokens}: what is beyond is not drawn")
+        yield
 
 
 def words_to_find(prompt: Prompt, words: list[str]) -> list[str]:
@@ -67,7 +86,8 @@ def _from_json(line: str, where: str) -> Prompt:
         raise ValueError(f'{where}: expected "prompt" to be some words, got {text!r}')
     if words is not None and (not isinstance(words, list) or any(not isinstance(word, str) for word in words)):
         raise ValueError(f'{where}: expected "words" to be a list of words, got {words!r}')
-    include = content.get("include", [])
-    if not isinstance(include, list):
-        raise ValueError(f'{where}: expected "include" to be a list of GenEval\'s entries, got {include!r}')
-    return Prompt(text.strip(), None if words is None else tuple(words), tuple(include))
+    for name in ("include", "exclude"):
+        if not isinstance(content.get(name, []), list):
+            raise ValueError(f'{where}: expected "{name}" to be a list of GenEval\'s entries, got {content[name]!r}')
+    geneval = {name: content[name] for name in ("include", "exclude", "tag") if name in content}
+    return Prompt(text.strip(), None if words is None else tuple(words), geneval)

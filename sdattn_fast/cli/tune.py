@@ -56,7 +56,7 @@ def tune(
     from ..guidance.heads import HeadRanking
     from .generate import load_pipeline
     from .heads import clip_of, clip_source
-    from .prompts import read_prompts
+    from .prompts import cuts_said_once, read_prompts
 
     counts = {"--trials": trials, "--pictures": pictures, "--report-pictures": report_pictures, "--seeds": seeds,
               "--shortlist": shortlist, "--batch": batch, "--heartbeat": heartbeat}  # fmt: skip
@@ -110,18 +110,19 @@ def tune(
     found = tuning.open_study(
         storage or out / "study.db", reward, searched, name=study, model=model, ranking=ranking, heartbeat=heartbeat
     )
-    _run(console, tuning, found, reward, searched, trials, ranking)
-    if judging is None:
-        file = tuning.best_program(found, searched, reward, ranking)
-        rows: list[dict[str, Any]] = []
-    else:
-        rows = tuning.shortlisted(found, searched, reward, judging, ranking, length=shortlist)
-        file = rows[0]["file"]
-        for row in rows:
-            console.print(f"trial {row['trial']}: reward {row['reward']:.4f}, {judged_by} {row['judge']:.4f}")
-    # The noise of the report is not the noise of the choice either.
-    other = tuning.Reward(pipe, scorer, reported, seed=seed + len(reward.texts), **keywords)
-    figures = tuning.compare(other, file, judging)
+    with cuts_said_once(pipe, [*chosen_on, *reported], console.print):
+        _run(console, tuning, found, reward, searched, trials, ranking)
+        if judging is None:
+            file = tuning.best_program(found, searched, reward, ranking)
+            rows: list[dict[str, Any]] = []
+        else:
+            rows = tuning.shortlisted(found, searched, reward, judging, ranking, length=shortlist)
+            file = rows[0]["file"]
+            for row in rows:
+                console.print(f"trial {row['trial']}: reward {row['reward']:.4f}, {judged_by} {row['judge']:.4f}")
+        # The noise of the report is not the noise of the choice either.
+        other = tuning.Reward(pipe, scorer, reported, seed=seed + len(reward.texts), **keywords)
+        figures = tuning.compare(other, file, judging)
     # What was not searched was fixed, and belongs to what was found.
     file = replace(file, **{key: x for key, x in options.items() if getattr(file, key) is None})
     notes = {**file.notes, "model": model, "judged by": judged_by, "report": figures, "reported on": len(reported)}

@@ -49,6 +49,8 @@ class Evaluation:
         self.left_out = {name: reason for name, reason in reasons.items() if reason is not None}
         self.conditions = [c for c in conditions if c.name not in self.left_out]
         self._check_settings()
+        # Processes must agree on it: each opens the evaluation before any of them draws.
+        self._to_draw = [unit for unit in self.units() if not self._path(*unit).exists()]
 
     @property
     def parts(self) -> list[range]:
@@ -60,8 +62,8 @@ class Evaluation:
         return [(condition, part) for part in self.parts for condition in self.conditions]
 
     def run(self, process: int = 0, processes: int = 1, tell: Callable[[str], None] | None = None) -> None:
-        """Draw and measure this process's share of what is missing."""
-        for condition, part in self.units()[process::processes]:
+        """Draw and measure this process's share of what was missing when the evaluation was opened."""
+        for condition, part in self._to_draw[process::processes]:
             path = self._path(condition, part)
             if path.exists():
                 continue

@@ -197,7 +197,14 @@ def calibrate(
 
     phrases: of each prompt. Raises: ValueError where no phrase is absent from any prompt.
     """
+    if len(phrases) != len(prompts):
+        raise ValueError(f"phrases: expected a list for each of {len(prompts)} prompts, got {len(phrases)}")
     every = sorted({phrase for some in phrases for phrase in some})
+    if all(phrase in some for phrase in every for some in phrases):
+        raise ValueError(
+            f"prompts: to calibrate a threshold, expected a phrase of one that another lacks, got {len(prompts)} with "
+            f"the phrases {every!r}; say a threshold, or give more prompts"
+        )
     present: list[float] = []
     absent: list[float] = []
     for start in range(0, len(prompts), batch):

@@ -6,8 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
+
+from .pretrained import load_model
 
 __all__ = ["ClipScorer"]
 
@@ -17,18 +20,25 @@ _BATCH = 64
 class ClipScorer:
     """A CLIPModel with its tokenizer and picture processor.
 
-    Raises: ImportError where transformers is missing; OSError, from transformers, where the model is.
+    Raises: ValueError where these do not belong together; ImportError where transformers is missing.
     """
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any) -> None:
+        _check_text_side(model.config.text_config, tokenizer)
+        _check_picture_side(model.config.vision_config, processor)
         self.model = model.eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.processor = processor
+        self._length = min(int(tokenizer.model_max_length), int(model.config.text_config.max_position_embeddings))
         self._texts: dict[str, Tensor] = {}
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device = "cpu") -> ClipScorer:
-        """From the folder or hub id of a CLIP."""
+        """From the folder or hub id of a CLIP.
+
+        Raises: ValueError where weights are missing or its parts do not belong together; OSError, from transformers,
+        where there is no CLIP.
+        """
         from ..lab import quiet_loading
 
         with quiet_loading():
@@ -37,9 +47,9 @@ class ClipScorer:
             except ImportError as error:
                 raise ImportError("CLIP scores need transformers: pip install 'sdattn-fast[diffusers]'") from error
             source = str(name)
-            model: Any = CLIPModel.from_pretrained(source, use_safetensors=True)
+            model = load_model(CLIPModel, source, "clip", device)
             tokenizer, processor = CLIPTokenizer.from_pretrained(source), CLIPImageProcessor.from_pretrained(source)
-        return cls(model.float().to(device), tokenizer, processor)
+        return cls(model, tokenizer, processor)
 
     @torch.no_grad()
     def pictures(self, pictures: Sequence[Any]) -> Tensor:
@@ -57,9 +67,8 @@ class ClipScorer:
         for text in texts:
             if text not in self._texts:
                 ids = self.tokenizer(
-                    [text], padding="max_length", truncation=True, max_length=self.tokenizer.model_max_length,
-                    return_tensors="pt",
-                ).input_ids.to(self.model.device)  # fmt: skip
+                    [text], padding="max_length", truncation=True, max_length=self._length, return_tensors="pt"
+                ).input_ids.to(self.model.device)
                 x = self.model.text_projection(self.model.text_model(ids).pooler_output)
                 self._texts[text] = torch.nn.functional.normalize(x, dim=-1)[0].cpu()
         return torch.stack([self._texts[text] for text in texts])
@@ -69,3 +78,28 @@ class ClipScorer:
         if len(pictures) != len(texts):
             raise ValueError(f"texts: expected one for each of {len(pictures)} pictures, got {len(texts)}")
         return (self.pictures(pictures) * self.texts(texts)).sum(-1)
+
+
+def _check_text_side(config: Any, tokenizer: Any) -> None:
+    """The tokenizer counts as the text model does, and ends a text with the token whose state is the text's."""
+    words, known = len(tokenizer), int(config.vocab_size)
+    if words <= len(set(tokenizer.all_special_tokens)):
+        raise ValueError("clip: its tokenizer knows no words; are its files missing?")
+    if words > known:
+        raise ValueError(f"clip: its tokenizer has {words} tokens, and its text model knows {known}")
+    # Configs written before transformers 4.31 say 2, whatever the tokenizer; CLIPTextModel then takes the greatest id.
+    end = config.eos_token_id
+    if end != 2 and tokenizer.eos_token_id != end:
+        raise ValueError(
+            f"clip: its tokenizer ends a text with token {tokenizer.eos_token_id}, its text model with {end}"
+        )
+
+
+def _check_picture_side(config: Any, processor: Any) -> None:
+    blank = np.zeros((config.image_size + 8, config.image_size + 8, 3), np.uint8)
+    height, width = processor(blank, return_tensors="pt").pixel_values.shape[-2:]
+    if (height, width) != (config.image_size, config.image_size):
+        raise ValueError(
+            f"clip: its picture processor gives {height}x{width} pixels, its vision model takes "
+            f"{config.image_size}x{config.image_size}"
+        )

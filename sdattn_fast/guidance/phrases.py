@@ -2,7 +2,7 @@
 
 A tagger says which words are nouns, adjectives, determiners; a chunk grammar puts them together; the tokenizer's
 offsets say which pieces a word was cut into. TextBlob's pattern tagger and NLTK's chunker need no download. Prompt
-weights such as "(red:1.2)" or "(red)1.2" are compel's: here their brackets and numbers are words of no phrase.
+weights such as "(red:1.2)", "(red)1.2" or "red++" are compel's: here their marks and numbers are words of no phrase.
 
 Source: the phrase fusion of PnP-OVSS; Feng et al. 2023, "Structured Diffusion Guidance", section 3.2, for noun phrases
 as the unit that binds.
@@ -27,7 +27,18 @@ _GRAMMAR = r"""
 NP: {<DT|PRP\$>?<CD>*<JJ.*|VBN|VBG>*<NN.*>+}
     {<DT><CD>*<JJ.*>+}
 """
-_WEIGHTS = re.compile(r":\s*-?\d+(?:\.\d+)?(?=\s*[)\]])|\)\s?-?\d+(?:\.\d+)?|[()\[\]{}]|(?<=\w)[+]+(?!\w)")
+_WEIGHTS = re.compile(
+    r":\s*-?\d+(?:\.\d+)?(?=\s*[)\]])"  # (red:1.2)
+    r"|\.(?:and|blend)\s*\([^()]*\)|\.swap(?=\()"  # ("a car", "a bench").and(), a cat.swap(dog)
+    r"|[)\]]\s?-?\d+(?:\.\d+)?|[()\[\]{}]"
+    r"|(?<=[\w)\]])(?:\++|-+)(?!\w)"  # red++, (dark red)--
+)
+# Nouns that name no thing but a place beside one.
+_PLACES = re.compile(
+    r"\b(?:in|on|to|at|along|inside)\s+(?:the\s+)?(?:very\s+)?(?:front|top|bottom|side|left|right|back|rear|middle|"
+    r"cent(?:er|re)|edge|corner|inside)(?:\s+side)?\s+of\b",
+    re.IGNORECASE,
+)
 _OF_A_NOUN = ("NN", "JJ", "VBN", "VBG")
 # TextBlob reads its lexicon at the first call, and a call beside that one takes words not yet read for nouns.
 _TAGGING = threading.Lock()
@@ -46,7 +57,8 @@ class Word:
 
 @dataclass(frozen=True)
 class NounPhrase:
-    """text: as in the prompt. words: all of them, the noun that heads it last. start, end: its characters."""
+    """text: as in the prompt, without prompt weights, a blank between words. words: all of them, the noun that heads it
+    last. start, end: its characters in the prompt."""
 
     text: str
     words: tuple[Word, ...]
@@ -79,8 +91,9 @@ def find_phrases(
         prompt: a text. What lies beyond the tokenizer's length, 77 tokens for CLIP's, has no tokens: words there are
             left out, and phrases without their noun.
         tokenizer: of the text encoder, CLIP's or another of transformers.
-        phrases: the phrases themselves, each as it stands in the prompt; the second mention of one is its second place
-            there. No tagger is asked, and every word counts as one of the noun's.
+        phrases: the phrases themselves, each as it stands in the prompt, with its weights or without; the second
+            mention of one is its second place there, and so is "car (2)". No tagger is asked, and every word counts as
+            one of the noun's.
         parser: a loaded spaCy pipeline, whose noun chunks are taken; None: TextBlob's pattern tagger and a grammar.
 
     Raises:
@@ -89,19 +102,21 @@ def find_phrases(
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt: expected a str, got {type(prompt).__name__}")
+    plain = _without_weights(prompt)
     if phrases is not None:
-        chunks = _given(prompt, phrases)
+        chunks = _given(plain, phrases)
     elif parser is not None:
-        chunks = _of_spacy(prompt, parser)
+        chunks = _of_spacy(plain, parser)
     else:
-        chunks = _of_grammar(prompt)
+        chunks = _of_grammar(plain)
     spans = _token_spans(prompt, tokenizer)
     found = []
     for chunk in chunks:
         words = [Word(prompt[start:end], tag, start, end, _tokens(spans, start, end)) for start, end, tag in chunk]
         if words and words[-1].tokens:
             kept = tuple(w for w in words if w.tokens)
-            found.append(NounPhrase(prompt[kept[0].start : kept[-1].end], kept, kept[0].start, kept[-1].end))
+            start, end = kept[0].start, kept[-1].end
+            found.append(NounPhrase(" ".join(plain[start:end].split()), kept, start, end))
     return found
 
 
@@ -129,14 +144,19 @@ def phrase_ids(
 Chunk = list[tuple[int, int, str]]  # words: start, end, tag
 
 
+def _without_weights(prompt: str) -> str:
+    """Blanks in the place of weights keep every other character's place."""
+    return _WEIGHTS.sub(lambda found: " " * len(found[0]), prompt)
+
+
 def _of_grammar(prompt: str) -> list[Chunk]:
     try:
         from nltk import RegexpParser, Tree
         from textblob.taggers import PatternTagger
     except ImportError as error:
         raise ImportError("noun phrases need textblob and nltk: pip install 'sdattn-fast[guidance]'") from error
-    # Blanks in the place of weights keep every other character's place.
-    prompt = _WEIGHTS.sub(lambda found: " " * len(found[0]), prompt)
+    # A comma keeps apart what stands on both sides of "in front of".
+    prompt = _PLACES.sub(lambda found: ",".ljust(len(found[0])), prompt)
     tagged, at = [], 0
     with _TAGGING:
         tags = PatternTagger().tag(prompt)
@@ -167,10 +187,16 @@ def _given(prompt: str, phrases: Iterable[str]) -> list[Chunk]:
     chunks = []
     after: dict[str, int] = {}
     for phrase in phrases:
-        if not isinstance(phrase, str) or not phrase.strip():
+        if not isinstance(phrase, str) or not _without_weights(phrase).strip():
             raise ValueError(f"phrases: expected some words of the prompt, got {phrase!r}")
-        wanted = r"\s+".join(map(re.escape, phrase.split()))
-        place = re.compile(rf"(?<!\w){wanted}(?!\w)", re.IGNORECASE).search(prompt, after.get(phrase.lower(), 0))
+        numbered = re.fullmatch(r"(.*\S) \((\d+)\)", phrase)
+        words_of_it = _without_weights(numbered[1] if numbered else phrase).split()
+        spaced = r"\s+".join(map(re.escape, words_of_it))
+        wanted = re.compile(rf"(?<!\w){spaced}(?!\w)", re.IGNORECASE)
+        if numbered:
+            place = dict(enumerate(wanted.finditer(prompt), 1)).get(int(numbered[2]))
+        else:
+            place = wanted.search(prompt, after.get(phrase.lower(), 0))
         if place is None:
             words = [w for n in (1, 2, 3) for w in _windows(prompt.split(), n)]
             near = difflib.get_close_matches(phrase, words, 1, 0.0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from sdattn_fast.evaluation.judges import BlipVqa, GenEval, _stands
+from sdattn_fast.evaluation.judges import BlipVqa, Detector, GenEval, Spatial
 from sdattn_fast.guidance.clip_score import ClipScorer
 from sdattn_fast.lab import shapes_path
 
@@ -75,7 +76,8 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     config = YolosConfig(
         hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=16, image_size=[32, 32],
-        patch_size=16, num_detection_tokens=4, id2label={0: "car", 1: "bench"}, label2id={"car": 0, "bench": 1},
+        patch_size=16, num_detection_tokens=4, id2label={0: "car", 1: "bench", 2: "mouse"},
+        label2id={"car": 0, "bench": 1, "mouse": 2},
     )  # fmt: skip
     YolosForObjectDetection(config).save_pretrained(folder)
     YolosImageProcessor(size={"height": 32, "width": 32}).save_pretrained(folder)
@@ -87,60 +89,160 @@ def scorer() -> ClipScorer:
     return ClipScorer.load(shapes_path() / "clip")
 
 
-def _judge(detector: Path, scorer: Any, wanted: Any, found: list[tuple[int, tuple[float, ...]]]) -> GenEval:
-    """The loaded judge, told what its detector finds: a detector that was trained is what a user brings."""
-    judge = GenEval(str(detector), scorer, [wanted])
+Found = list[tuple[int, tuple[float, ...]]]
+
+
+def _finds(detector: Path, found: Found, score: float = 0.95) -> Detector:
+    """The loaded detector, told what it finds, each less surely than the one before: one that was trained is what a
+    user brings."""
+    made = Detector(str(detector))
     answer = {
-        "labels": torch.tensor([label for label, _ in found]),
+        "labels": torch.tensor([label for label, _ in found], dtype=torch.int64),
+        "scores": torch.tensor([score - 0.01 * i for i in range(len(found))]),
         "boxes": torch.tensor([box for _, box in found]).reshape(-1, 4),
     }
-    judge.processor.post_process_object_detection = lambda *a, **k: [answer]
-    return judge
+
+    def told(outputs: Any, threshold: float, target_sizes: Any) -> list[dict[str, torch.Tensor]]:
+        return [{name: x[answer["scores"] > threshold].flip(0) for name, x in answer.items()}]
+
+    made.processor.post_process_object_detection = told
+    return made
 
 
 CAR, BENCH = (0, (2.0, 2.0, 8.0, 8.0)), (1, (20.0, 2.0, 28.0, 8.0))
+BELOW, ASKEW, NEAR = (1, (2.0, 20.0, 8.0, 28.0)), (1, (12.0, 12.0, 18.0, 18.0)), (1, (2.5, 2.0, 8.5, 8.0))
+ONE = {"class": "car", "count": 1}
 
 
 @pytest.mark.parametrize(
     "wanted, found, right",
     [
-        ([{"class": "car"}], [CAR], True),
-        ([{"class": "car"}], [BENCH], False),
-        ([{"class": "car", "count": 2}], [CAR, CAR], True),
-        ([{"class": "car", "count": 2}], [CAR], False),
-        ([{"class": "car", "count": 1}], [CAR, CAR], False),
-        ([{"class": "car"}, {"class": "bench"}], [CAR, BENCH], True),
-        ([{"class": "car"}, {"class": "bench", "position": ["right of", 0]}], [CAR, BENCH], True),
-        ([{"class": "car"}, {"class": "bench", "position": ["left of", 0]}], [CAR, BENCH], False),
+        ({"include": [{"class": "car"}]}, [CAR], True),
+        ({"include": [ONE]}, [BENCH], False),
+        ({"include": [{"class": "car", "count": 2}]}, [CAR, CAR], True),
+        ({"include": [{"class": "car", "count": 2}]}, [CAR], False),
+        # More than asked for is wrong where the entry says so, and there alone.
+        ({"include": [ONE], "tag": "single_object"}, [CAR, CAR], True),
+        ({"include": [ONE], "exclude": [{"class": "car", "count": 2}], "tag": "counting"}, [CAR, CAR], False),
+        ({"include": [ONE], "exclude": [{"class": "car", "count": 2}], "tag": "counting"}, [CAR, BENCH], True),
+        ({"include": [ONE, {"class": "bench", "count": 1}]}, [CAR, BENCH], True),
+        ({"include": [ONE, {"class": "bench", "count": 1}]}, [CAR], False),
+        ({"include": [ONE, {"class": "bench", "position": ["right of", 0]}]}, [CAR, BENCH], True),
+        ({"include": [ONE, {"class": "bench", "position": ["left of", 0]}]}, [CAR, BENCH], False),
+        ({"include": [ONE, {"class": "bench", "position": ["below", 0]}]}, [CAR, BELOW], True),
+        # The surest bench is asked for its place, not any.
+        ({"include": [ONE, {"class": "bench", "position": ["below", 0]}]}, [CAR, BENCH, BELOW], False),
+        # Askew stands both ways; what nearly covers the other stands in none.
+        ({"include": [ONE, {"class": "bench", "position": ["right of", 0]}]}, [CAR, ASKEW], True),
+        ({"include": [ONE, {"class": "bench", "position": ["below", 0]}]}, [CAR, ASKEW], True),
+        ({"include": [ONE, {"class": "bench", "position": ["right of", 0]}]}, [CAR, NEAR], False),
+        ({"include": [{"class": "computer mouse"}]}, [CAR], False),
+        ({}, [CAR], None),
     ],
 )
-def test_geneval(wanted: Any, found: Any, right: bool, detector: Path, scorer: ClipScorer) -> None:
-    judge = _judge(detector, scorer, wanted, found)
-    assert judge.measure([0], [RED], [[]]) == [{"GenEval": float(right)}]
+def test_geneval(wanted: Any, found: Found, right: bool | None, detector: Path, scorer: ClipScorer) -> None:
+    (row,) = GenEval(_finds(detector, found), scorer, [wanted]).measure([0], [RED], [[]])
+    assert row["GenEval"] == right if right is not None else np.isnan(row["GenEval"])
 
 
-def test_geneval_runs_its_detector_and_names_what_is_wrong(detector: Path, scorer: ClipScorer) -> None:
-    judge = GenEval(str(detector), scorer, [[{"class": "car"}], []], threshold=0.0)
-    rows = judge.measure([0, 1], [RED, RED], [[], []])
-    assert rows[0]["GenEval"] in (0.0, 1.0) and np.isnan(rows[1]["GenEval"])
-    with pytest.raises(ValueError, match="entry 0 expected a class among the detector's 2"):
-        GenEval(str(detector), scorer, [[{"class": "unicorn"}]])
-    with pytest.raises(ValueError, match="expected a position"):
-        _stands((0, 0, 1, 1), (2, 2, 3, 3), "inside")
+def test_counting_is_stricter_and_colours_are_of_the_surest(detector: Path, scorer: ClipScorer) -> None:
+    unsure = _finds(detector, [CAR], score=0.5)
+    wanted = [{"include": [ONE]}, {"include": [ONE], "tag": "counting"}]
+    rows = GenEval(unsure, scorer, wanted).measure([0, 1], [RED, RED], [[], []])
+    assert [row["GenEval"] for row in rows] == [1.0, 0.0]
+    judge = GenEval(_finds(detector, [CAR, CAR]), scorer, [{"include": [{**ONE, "color": "red"}]}])
+    judge._colour = lambda picture, one, name: "red" if one.score > 0.945 else "blue"  # type: ignore[method-assign]
+    assert judge.measure([0], [RED], [[]]) == [{"GenEval": 1.0}]
+    judge.wanted = [{"include": [{"class": "car", "count": 2, "color": "red"}]}]
+    assert judge.measure([0], [RED], [[]]) == [{"GenEval": 0.0}]
+
+
+@pytest.mark.parametrize(
+    "prompt, phrases, found, score",
+    [
+        # Two scores a quarter each, half for the place.
+        ("a car on the left of a bench", ["a car", "a bench"], [CAR, BENCH], 0.25 * (0.95 + 0.94) + 0.5),
+        ("a car on the right of a bench", ["a car", "a bench"], [CAR, BENCH], 0.0),
+        ("a car on the top of a bench", ["a car", "a bench"], [CAR, BELOW], 0.25 * (0.95 + 0.94) + 0.5),
+        ("a car on the bottom of a bench", ["a car", "a bench"], [CAR, BELOW], 0.0),
+        # Near is 150 of 512 pixels; these are 10 of 32 apart both ways.
+        ("a red car next to a bench", ["a red car", "a bench"], [CAR, BENCH], 0.25 * (0.95 + 0.94) + 0.5),
+        ("a red car near a bench", ["a red car", "a bench"], [CAR, ASKEW], 0.25 * (0.95 + 0.94) + 0.5 * 9.375 / 10),
+        ("a car on the left of a bench", ["a car", "a bench"], [CAR], 0.0),
+        # Overlapping by more than a tenth: 0.1 / IoU.
+        ("a car on the left of a bench", ["a car", "a bench"], [CAR, NEAR], 0.25 * (0.95 + 0.94) + 0.05 * 39 / 33),
+        ("a car on the left of a car", ["a car", "a car"], [CAR, (0, BENCH[1])], 0.25 * (0.95 + 0.94) + 0.5),
+        ("a car and a bench", ["a car", "a bench"], [CAR, BENCH], None),
+        ("a car on the left of a unicorn", ["a car", "a unicorn"], [CAR, BENCH], None),
+    ],
+)
+def test_spatial(prompt: str, phrases: list[str], found: Found, score: float | None, detector: Path) -> None:
+    (row,) = Spatial(_finds(detector, found), [prompt]).measure([0], [RED], [phrases])
+    assert row["T2I spatial"] == pytest.approx(score, abs=1e-4) if score is not None else np.isnan(row["T2I spatial"])
+
+
+def test_a_detector_runs(detector: Path, scorer: ClipScorer) -> None:
+    finds = Detector(str(detector))
+    found = finds(RED, 0.0)
+    assert len(found) == 4 and [one.score for one in found] == sorted((one.score for one in found), reverse=True)
+    assert {one.label for one in found} <= {"car", "mouse", "bench"} and finds(RED, 1.0) == []
+    assert finds.label("computer mouse") == "mouse" and finds.label("bench") == "bench" and finds.label("dog") is None
+
+
+@pytest.mark.parametrize(
+    "wanted, words",
+    [
+        ({"include": [{"class": "unicorn"}]}, "prompt 2, 'include': the detector knows no 'unicorn', but 3 other"),
+        ({"include": ["car"]}, "prompt 2, 'include': expected entries such as"),
+        ({"include": [{"class": "car", "count": 0}]}, '"count" to be an int >= 1'),
+        ({"include": [{"class": "car", "color": "beige"}]}, '"color" among red, orange'),
+        ({"include": [{"class": "car", "position": ["left of", 0]}]}, '"position" to be a relation'),
+        ({"include": [ONE, {"class": "car", "position": ["inside", 0]}]}, '"position" to be a relation'),
+        ({"include": [ONE], "exclude": [{"class": "unicorn"}]}, "prompt 2, 'exclude': the detector knows no 'unicorn'"),
+    ],
+)
+def test_entries_that_geneval_has_not(wanted: Any, words: str, detector: Path, scorer: ClipScorer) -> None:
+    with pytest.raises(ValueError, match=words):
+        GenEval(Detector(str(detector)), scorer, [{}, wanted])
+
+
+def test_models_that_are_not_whole(blip: Path, detector: Path, tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    for folder, judge, name in ((blip, BlipVqa, "blip"), (detector, Detector, "detector")):
+        broken = tmp_path / name
+        shutil.copytree(folder, broken)
+        weights = load_file(broken / "model.safetensors")
+        weights.pop(min(weights))
+        save_file(weights, broken / "model.safetensors", {"format": "pt"})
+        with pytest.raises(ValueError, match=rf"{name}: .* is no whole .* 1 of its"):
+            judge(str(broken))
 
 
 def test_colours_come_from_clip(detector: Path, scorer: ClipScorer) -> None:
-    colour = _judge(detector, scorer, [], [])._colour(RED, (0.0, 0.0, 31.0, 31.0), "circle")
-    texts = scorer.texts([f"a photo of a {c} circle" for c in GenEval.COLOURS])
-    assert colour == GenEval.COLOURS[int((texts @ scorer.pictures([RED[:31, :31]])[0]).argmax())]
+    (box,) = _finds(detector, [(0, (0.0, 0.0, 31.0, 31.0))])(RED, 0.3)
+    judge = GenEval(_finds(detector, []), scorer, [{}])
+    said = ("a photo of a {} circle", "a photo of a {}-colored circle", "a photo of a {} object")
+    texts = [torch.nn.functional.normalize(scorer.texts([s.format(c) for s in said]).mean(0), dim=0)
+             for c in GenEval.COLOURS]  # fmt: skip
+    expected = int((torch.stack(texts) @ scorer.pictures([RED[:31, :31]])[0]).argmax())
+    assert judge._colour(RED, box, "circle") == GenEval.COLOURS[expected]
 
 
-def test_the_prompts_file_has_genevals_entries(tmp_path: Path) -> None:
+def test_the_prompts_file_may_be_genevals(tmp_path: Path) -> None:
     from sdattn_fast.cli.prompts import read_prompts
 
-    path = tmp_path / "prompts.txt"
-    path.write_text(json.dumps({"prompt": "a car", "include": [{"class": "car"}]}) + "\na bench\n")
-    assert [p.include for p in read_prompts(path)] == [({"class": "car"},), ()]
-    path.write_text('{"prompt": "a car", "include": "car"}')
-    with pytest.raises(ValueError, match="include"):
+    path = tmp_path / "evaluation_metadata.jsonl"
+    line = {
+        "tag": "counting",
+        "include": [ONE],
+        "exclude": [{"class": "car", "count": 2}],
+        "prompt": "a photo of a car",
+    }
+    path.write_text(json.dumps(line) + "\na bench\n")
+    read = read_prompts(path)
+    assert [p.text for p in read] == ["a photo of a car", "a bench"]
+    assert read[0].geneval == {name: line[name] for name in ("include", "exclude", "tag")} and read[1].geneval == {}
+    path.write_text('{"prompt": "a car", "exclude": "car"}')
+    with pytest.raises(ValueError, match='"exclude" to be a list'):
         read_prompts(path)

@@ -49,9 +49,12 @@ def _texts(prompt: str, tokenizer: Any, **how: Any) -> list[str]:
     [
         ("a red fire truck and two small blue benches", ["a red fire truck", "two small blue benches"]),
         ("A photo of a running dog, behind the old house!", ["A photo", "a running dog", "the old house"]),
-        ("the  red\tcar; the car", ["the  red\tcar", "the car"]),
-        ("a (red:1.2) car and [a] blue++ bench", ["a (red:1.2) car", "a] blue++ bench"]),
-        ("(a red)1.3 car", ["a red)1.3 car"]),
+        ("the  red\tcar; the car", ["the red car", "the car"]),
+        ("a (red:1.2) car and [a] blue++ bench", ["a red car", "a blue bench"]),
+        ("(a red)1.3 car, a dark-- (old house)-, a [blue bench]0.8", ["a red car", "a dark old house", "a blue bench"]),
+        ('("a red car", "a blue bench").and(), a cat.swap("dog")', ["a red car", "a blue bench", "a cat", "dog"]),
+        ("cats in front of houses, a cup on the left side of a box", ["cats", "houses", "a cup", "a box"]),
+        ("the front of the house, a black-and-white cat", ["the front", "the house", "a black-and-white cat"]),
         ("the red and the blue", ["the red", "the blue"]),
         ("run quickly!", []),
         ("", []),
@@ -116,16 +119,23 @@ def test_beyond_the_tokenizers_length(tokenizer: Any) -> None:
 def test_given_phrases(tokenizer: Any) -> None:
     prompt = "the red car and the Red  car, a carpet"
     found = find_phrases(prompt, tokenizer, phrases=["red car", "Red car", "carpet"])
-    assert [(p.start, p.text) for p in found] == [(4, "red car"), (20, "Red  car"), (32, "carpet")]
+    assert [(p.start, p.text) for p in found] == [(4, "red car"), (20, "Red car"), (32, "carpet")]
+    weighted = find_phrases("a (red:1.2) car", tokenizer, phrases=["red car"])
+    assert weighted[0].text == "red car" and weighted == find_phrases(
+        "a (red:1.2) car", tokenizer, phrases=["(red:1.2) car"]
+    )
+    assert [w.text for w in weighted[0].words] == ["red", "car"]
+    assert [p.start for p in find_phrases(prompt, tokenizer, phrases=["red car (2)", "carpet (1)"])] == [20, 32]
     assert find_phrases(prompt, tokenizer, phrases=[]) == []
     for phrases, words in (
         (["rde car"], "did you mean 'red car'"),
         (["carpet", "carpet"], "once more"),
         (["car p"], "'car p'"),
+        (["carpet (2)"], r"'carpet \(2\)' is not in the prompt"),
     ):
         with pytest.raises(ValueError, match=words):
             find_phrases(prompt, tokenizer, phrases=phrases)
-    for bad in (["", "a"], [3], [None]):
+    for bad in (["", "a"], [3], [None], ["()"]):
         with pytest.raises(ValueError, match="expected some words"):
             find_phrases(prompt, tokenizer, phrases=bad)
     with pytest.raises(TypeError, match="a list of str"):
