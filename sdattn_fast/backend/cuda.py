@@ -1,24 +1,98 @@
-"""The C++/CUDA backend: not written yet. It says so, here and in `sdattn_fast.backends()`."""
+"""The CUDA backend: `csrc/cuda` through the compiled module `_cuda`; NVIDIA GPUs from Ampere on, forward only.
+
+The kernels take addresses and strides; this file checks what they can serve, allocates the results and hands tensors
+over, on torch's current stream. Nothing else is allocated and nobody waits, so calls may be captured in a CUDA graph.
+(`smooth` copies the weights of a sigma that is new to a device, and waits for that, once.)
+"""
 
 from __future__ import annotations
 
+import contextlib
+import functools
+from typing import Any
+
+import torch
 from torch import Tensor
 
 from ..plan import Plan, RowPlan
+from ..reference import gaussian_kernel
 
-_WHY = "the C++/CUDA backend is not part of this version; use 'triton' on a GPU"
+__all__ = ["availability", "not_supported_reasons", "attention", "folded_refusal", "smooth", "info"]
+
+_MOST = 256  # N, D and Dv
+_OLDEST = (8, 0)
+_DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+_DRIVERS = {12: "525", 13: "580"}  # the first that serves a major version of the runtime
+
+
+def _load() -> tuple[Any, str | None]:
+    try:
+        from .. import _cuda  # type: ignore[attr-defined]
+    except ImportError as error:
+        return None, (
+            f"the CUDA kernels are not built ({error}); `pip install -e .` builds them where it finds nvcc: on the PATH, "
+            "in CUDA_HOME, or from pip install 'nvidia-cuda-nvcc==13.*' (SDATTN_FAST_CUDA=1 says what is missing)"
+        )
+    return _cuda, None
+
+
+_cuda, _why_not = _load()
+_device_type = "cuda"  # tests put a module in _cuda's place that emulates a GPU, and "cpu" here
 
 
 def availability() -> str | None:
-    """Always the reason why not."""
-    return _WHY
+    """None where the kernels can run on the current device, else the reason and how to mend it."""
+    if _cuda is None:
+        return _why_not
+    if _device_type == "cpu":
+        return None
+    if torch.version.hip is not None:
+        return "torch is built for ROCm, and these kernels are CUDA's; use 'triton'"
+    driver, runtime = _cuda.info()["driver"], _cuda.info()["runtime"]
+    if driver // 1000 < runtime // 1000:
+        have = f"the driver here serves CUDA {_version(driver)}" if driver else "there is no NVIDIA driver here"
+        least = _DRIVERS.get(runtime // 1000)
+        wanted = f"driver {least} or newer" if least else "a newer driver"
+        return f"{have}, and the kernels were built with CUDA {_version(runtime)}, which wants {wanted}"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device (is it a CPU build, or CUDA_VISIBLE_DEVICES empty?)"
+    return _refusal_of_device(torch.cuda.current_device())
 
 
 def not_supported_reasons(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, plan: Plan, needs_grad: bool
 ) -> list[str]:
-    """Always the one reason."""
-    return [_WHY]
+    """What of this call the kernels do not serve; looks at shapes, strides, dtypes and devices alone."""
+    reasons = []
+    for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias)):
+        if x is None:
+            continue
+        if x.device.type != _device_type:
+            reasons.append(f"{name} is on {x.device}, not on a {_device_type} device")
+        elif x.device != query.device:
+            reasons.append(f"{name} is on {x.device} and query on {query.device}")
+        if name == "bias":
+            continue
+        if x.dtype not in _DTYPES:
+            reasons.append(f"{name} is {x.dtype}, not float32, float16 or bfloat16")
+        elif x.dtype != query.dtype:
+            reasons.append(f"{name} is {x.dtype} and query {query.dtype}")
+        if x.shape[3] > 1 and x.stride(3) != 1:
+            reasons.append(f"{name}'s last dimension is not contiguous")
+    if query.device.type == "cuda" and not reasons:
+        refusal = _refusal_of_device(query.device.index)
+        reasons += [] if refusal is None else [refusal]
+    if key.shape[2] > _MOST:
+        reasons.append(f"{key.shape[2]} tokens, more than {_MOST}")
+    if query.shape[3] > _MOST or value.shape[3] > _MOST:
+        reasons.append(f"head dimension {max(query.shape[3], value.shape[3])}, more than {_MOST}")
+    if query.shape[3] == 0:
+        reasons.append("head dimension 0")
+    if plan.picture is not None:
+        reasons.append("the program looks over the picture, and the CUDA kernels at rows alone")
+    if needs_grad:
+        reasons.append("gradients are asked for, and there is no backward kernel")
+    return reasons
 
 
 def attention(
@@ -31,10 +105,162 @@ def attention(
     return_bits: bool = False,
     keep_layout: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Raises ValueError."""
-    raise ValueError(f"backend: {_WHY}")
+    """Steps 1 to 6 and 8 for every row, in one launch.
+
+    keep_layout: where the heads of a pixel lie side by side in the query, as after `view(B, M, H, D).transpose(1, 2)`,
+    they do so in out, so that the way back is a view; otherwise, and by default, out is contiguous.
+
+    Returns:
+        out (B, H, M, Dv) in the value's dtype; maps, float32, (B, T, M) or (B, H, T, M), None without capture; bits,
+        int32 (B, H, M, ceil(N / 32)), None unless asked: bit n % 32 of word n // 32 says that entry n survived steps 4
+        and 5.
+
+    Raises: RuntimeError with CUDA's words where the launch fails.
+    """
+    b, h, m, d = query.shape
+    n, dv = key.shape[2], value.shape[3]
+    on: dict[str, Any] = {"device": query.device}
+    if keep_layout and query.stride(1) < query.stride(2):
+        out = torch.empty((b, m, h, dv), dtype=value.dtype, **on).transpose(1, 2)
+    else:
+        out = torch.empty((b, h, m, dv), dtype=value.dtype, **on)
+    maps = bits = None
+    count = 0 if rows.capture_tokens is None else rows.capture_tokens.shape[0]
+    if rows.capture_tokens is not None:
+        maps = torch.empty((b, count, m) if rows.capture_mean else (b, h, count, m), dtype=torch.float32, **on)
+    if return_bits:
+        bits = torch.empty((b, h, m, (n + 31) // 32), dtype=torch.int32, **on)
+    if b * h * m == 0 or n == 0:
+        # No row, or rows over no token: what there is of the results is zero.
+        return out.zero_(), None if maps is None else maps.zero_(), bits
+    if bias is not None:
+        bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, m, n)
+    with _on(query.device):
+        _cuda.attention(
+            (b, h, m, n, d, dv),
+            _DTYPES[query.dtype],
+            scale,
+            _handle(query),
+            _handle(key),
+            _handle(value),
+            _handle(out),
+            _handle(bias),
+            0 if bias is None else _DTYPES[bias.dtype],
+            _address(maps),
+            _address(bits),
+            _row_program(rows),
+            _address(rows.seed),
+            rows.max_content,
+            rows.max_drop,
+            _stream(query.device),
+        )
+    return out, maps, bits
+
+
+def folded_refusal(x: Tensor, plan: Plan) -> str | None:
+    """Why a folded layer on rows like x (B, M, C) is not served: always."""
+    return "there is no folded kernel in CUDA C++"
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None) -> Tensor:
-    """Raises ValueError."""
-    raise ValueError(f"backend: {_WHY}")
+    """A new tensor: x (B, H, height * width, C) convolved `times` times with the Gaussian over the grid where `where`,
+    a (B, H) bool, says so (None: everywhere), else copied. `scipy.ndimage.gaussian_filter`'s radius and edges."""
+    b, h, _, c = x.shape
+    radius = int(4.0 * sigma + 0.5)
+    if x.numel() == 0 or times == 0 or radius == 0:
+        return x.clone(memory_format=torch.contiguous_format)
+    kept = x.dtype
+    # Several times are one filter: what lies between them is not rounded.
+    x = x.to(torch.float32) if times > 1 or kept not in _DTYPES else x
+    if where is not None:
+        where = where.to(torch.uint8).expand(b, h).contiguous()
+    weights = _gaussian(sigma, x.device)
+    with _on(x.device):
+        for _ in range(times):
+            x = x.contiguous()
+            out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+            sizes, to = (b, h, *grid, c), out.data_ptr()
+            stream = _stream(x.device)
+            _cuda.smooth(
+                sizes, _DTYPES[x.dtype], x.data_ptr(), to, _address(where), weights.data_ptr(), radius, stream
+            )
+            x = out
+    return x.to(kept)
+
+
+def info() -> dict[str, object]:
+    """The versions of CUDA that the kernels were built with ("runtime") and that the driver serves ("driver", 0 without
+    one), 13000 for 13.0, and "architectures", "8.0 8.6 ... 12.0+PTX"; empty where the kernels are not built."""
+    return {} if _cuda is None else _cuda.info()
+
+
+@functools.cache
+def _refusal_of_device(index: int) -> str | None:
+    have = torch.cuda.get_device_capability(index)
+    what = f"{torch.cuda.get_device_name(index)} has compute capability {have[0]}.{have[1]}"
+    if have < _OLDEST:
+        return f"{what}, and the kernels want {_OLDEST[0]}.{_OLDEST[1]} or more"
+    built_for = _cuda.info()["architectures"]
+    if not any(_serves(name, have) for name in built_for.split()):
+        return f"{what}, and the kernels were built for {built_for}; build with TORCH_CUDA_ARCH_LIST={have[0]}.{have[1]}"
+    return None
+
+
+def _serves(built_for: str, have: tuple[int, int]) -> bool:
+    """Whether code for "8.6", "9.0a", "10.0f" or "12.0+PTX" runs on this device. Binaries run on the same major version
+    from their minor one on, PTX on everything newer; "a" is for one device alone and "f" for one major version."""
+    name, ptx = built_for.removesuffix("+PTX"), built_for.endswith("+PTX")
+    major, minor = (int(part) for part in name.rstrip("af").split("."))
+    if name.endswith("a"):
+        return have == (major, minor)
+    if ptx and not name.endswith("f") and have >= (major, minor):
+        return True
+    return have[0] == major and have[1] >= minor
+
+
+def _version(number: int) -> str:
+    return f"{number // 1000}.{number % 1000 // 10}"
+
+
+@functools.lru_cache(maxsize=64)
+def _gaussian(sigma: float, device: torch.device) -> Tensor:
+    return gaussian_kernel(sigma, dtype=torch.float32).to(device)
+
+
+def _on(device: torch.device) -> Any:
+    """Launches go to the current device, which need not be the tensors'."""
+    if device.type == "cpu" or device.index == torch.cuda.current_device():
+        return contextlib.nullcontext()
+    return torch.cuda.device(device)
+
+
+def _stream(device: torch.device) -> int:
+    return 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+
+
+def _row_program(rows: RowPlan) -> tuple[Any, ...]:
+    programmed = rows.content is not None and rows.max_content > 0
+    return (
+        _address(rows.content) if programmed else 0,
+        _address(rows.gate),
+        1 if rows.gate is None else rows.gate.shape[1],
+        _address(rows.phrases),
+        _address(rows.drop),
+        rows.random_ratio,
+        0,  # the seed is read on the device
+        rows.threshold,
+        rows.renormalize,
+        _address(rows.head_mode),
+        _address(rows.capture_tokens),
+        0 if rows.capture_tokens is None else rows.capture_tokens.shape[0],
+        rows.capture_final,
+        rows.capture_mean,
+    )
+
+
+def _handle(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride())
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()

@@ -1,5 +1,6 @@
-"""The rows kernel against the definition in float64. Not collected by itself: tests/backend/test_triton.py runs it in a
-process of its own under TRITON_INTERPRET=1, and benchmarks/on_gpu.sh runs it as it is on a GPU, bfloat16 included.
+"""The rows kernels against the definition in float64. Not collected by itself: tests/backend/test_triton.py and
+test_cuda.py run it in processes of their own, under Triton's interpreter and on an emulated machine, and
+benchmarks/on_gpu.sh runs it for both backends on a GPU.
 
 A rounding error flips a near-tie, so there are two comparisons: given the kernel's own selection, the results agree
 with float64; and the selection is float64's, except where its margin is under the rounding error.
@@ -8,21 +9,18 @@ with float64; and the selection is float64's, except where its margin is under t
 from __future__ import annotations
 
 import math
-import os
 from types import SimpleNamespace
 
 import pytest
 import torch
+from tested_backend import DEVICE, EMULATED, INTERPRETED, NAME, backend
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
-from sdattn_fast.backend import triton as backend
 from sdattn_fast.plan import TokenSide, make_plan
 from sdattn_fast.reference import _gate, _phrase_mean, _renormalise, _softmax, philox_uniform, reference_attention
 
-INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
-DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 NEAR = 2e-5  # relative: a margin that float32 may lose
-# Three TF32 products, on a GPU, are not quite a float32 one.
+# Three TF32 products are not quite a float32 one.
 EPS = {torch.float32: 1e-6 if INTERPRETED else 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
 
 

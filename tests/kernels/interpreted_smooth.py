@@ -2,16 +2,11 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-
-from sdattn_fast.backend import triton as backend
-
-DEVICE = torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+from tested_backend import DEVICE, backend
 
 
 def by_scipy(x, grid, sigma, times, where):
