@@ -16,31 +16,43 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "tests/support"))
 
 import triton
 from compiled_kernels import CASES, compiling
-from kernel_figures import TABLE, cuda_extension, cuda_rows, table, worse
+from kernel_figures import (
+    BYTES_PER_SECOND,
+    HERTZ,
+    MULTIPROCESSORS,
+    SCHEDULERS,
+    SLACK,
+    TABLE,
+    cuda_extension,
+    cuda_rows,
+    table,
+    worse,
+)
 
 COLUMNS = {
-    "registers": "registers", "stack": "stack", "local": "local", "shared": "shared", "slots": "slots",
+    "registers": "registers", "stack": "stack", "local": "local", "shared": "shared", "slots": "slots", "plain": "plain",
     "per logit": "a logit", "in the loop": "in the loop", "of memory time": "of memory",
 }  # fmt: skip
 HEAD = """# What the kernels take
 
-Read from the machine code that a compiler made, with {compilers}; nothing was run, and no time is in here.
-`python benchmarks/kernel_table.py` prints this page and `--write` keeps it. `docs/kernels.json` has the same figures, and
-the tests fail where a kernel takes more of anything (of slots, {slack:.0f} % more), or is not in it.
+Read from the machine code that {compilers} made; nothing was run, and no time is in here.
+`python benchmarks/kernel_table.py` prints this page, `--write` keeps it. `docs/kernels.json` has the same figures, and
+the tests fail where a kernel takes more of anything (of slots, over {slack:.0f} % more), or is not in it.
 
-- registers a thread; bytes of stack a thread, and loads and stores of local memory, which are spills (on AMD stack may
-  be another thing); bytes of shared memory a block (of the CUDA kernels what is static, a launch adds to it).
+- registers: of a thread. stack: bytes of a thread; local: loads and stores of a thread's own memory. Both are spills.
+  shared: bytes of a block; of CUDA kernels what is static, a launch adds to it.
 - matrix: the tensor cores' instructions in the code, those in a loop once.
-- slots: instructions that one warp issues from first to last. Each counts once, times the turns of the loops around it:
-  a `for` over constants makes as many as it says; any other, such as the one over a prompt's phrases, counts one; both
-  sides of a branch count, a call's slow path does not. Of the CRF, and of CUDA kernels, which look at run time for what
-  a call wants, it is one turn of the main loop: the smallest that has all matrix instructions.
-- a logit: slots over the logits of one lane, {tokens} tokens a row and no padding counted. In the loop: the same of one
-  turn of the loop over tiles of rows alone, what a program does first left out.
-- of memory: these slots at {schedulers} a cycle on each of {multiprocessors} multiprocessors at {ghz:.3f} GHz, as a share
-  of the time that queries and results take at {bandwidth:.1f} TB/s, an H200's figures. Under 1 memory is the bound and
-  issuing is hidden, if both overlap wholly; over 1 instructions are. The prompt's keys and values, latency, and what
-  conflicts of shared memory cost are not in it.
+- slots: instructions that one warp issues, from first to last. Each counts once, times the turns of the loops around it:
+  a `for` over constants makes as many as it says, any other, such as the one over a prompt's phrases, one. Both sides of
+  a branch count; what is called, slow paths of divisions, does not. Of the CRF it is one turn of its loop over pixels.
+- a logit: slots over the logits of one lane, {tokens} tokens a row, or as many as there are, no padding counted. in the
+  loop: the same of one turn of the loop over tiles of rows, what a program does before it left out.
+- CUDA kernels look at run time for what a call wants. slots: one turn of their loop over tiles, every alternative
+  counted, so more than any call issues. plain: the fewest that plain attention at D = 40 can do with in that loop; "a
+  logit" and "of memory" are of these.
+- of memory: the time to issue the slots, {schedulers} a cycle on each of {multiprocessors} multiprocessors at {ghz:.3f} GHz, over the time that
+  queries and results take at {bandwidth:.1f} TB/s: an H200. Under 1 memory is the bound, over 1 instructions are, if both overlap
+  wholly. Latency, conflicts in shared memory, and the prompt's keys and values are not in it.
 """
 
 
@@ -92,13 +104,13 @@ def changes(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
 
 
 def as_page(figures: dict[str, Any]) -> str:
-    compilers = ", ".join(f"{ {'cuda': 'nvcc'}.get(x, x) } {version}" for x, version in figures["compilers"].items())
+    compilers = " and ".join(f"{ {'cuda': 'nvcc'}.get(x, x) } {version}" for x, version in figures["compilers"].items())
     parts = [head(compilers)]
     for kind, title in (("triton", "Triton"), ("cuda", "CUDA")):
         for target, rows in sorted(figures[kind].items(), key=lambda x: (x[0] != "sm_90", len(x[0]), x[0])):
             used = [x for x in COLUMNS if any(x in row for row in rows.values())]
-            lines = [f"## {title}, {target}", ""]
-            lines += [f"| kernel | matrix | {' | '.join(COLUMNS[x] for x in used)} |", "| --- " * 2 + "| ---: " * len(used) + "|"]
+            lines = [f"## {title}, {target}", "", f"| kernel | matrix | {' | '.join(COLUMNS[x] for x in used)} |"]
+            lines.append("| --- " * 2 + "| ---: " * len(used) + "|")
             for name, row in rows.items():
                 matrix = ", ".join(f"{count} {opcode}" for opcode, count in row["matrix"].items())
                 lines.append(f"| {name} | {matrix} | {' | '.join(str(row.get(x, '')) for x in used)} |")
@@ -107,8 +119,6 @@ def as_page(figures: dict[str, Any]) -> str:
 
 
 def head(compilers: str) -> str:
-    from kernel_figures import BYTES_PER_SECOND, HERTZ, MULTIPROCESSORS, SCHEDULERS, SLACK
-
     return HEAD.format(
         compilers=compilers, slack=100 * (SLACK - 1), tokens=77, schedulers=SCHEDULERS,
         multiprocessors=MULTIPROCESSORS, ghz=HERTZ / 1e9, bandwidth=BYTES_PER_SECOND / 1e12,

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import functools
+import heapq
 import importlib.util
 import re
 import shutil
@@ -81,6 +82,29 @@ class Code:
                     times[i] *= count
         return sum(times.values())
 
+    def least(self, loop: Loop, needs: dict[str, int]) -> int | None:
+        """The fewest instructions of one turn of the loop that issues at least so many of these opcodes, by how they
+        begin: what a call takes that wants nothing else of a kernel with many alternatives. None: there is no such way.
+        """
+        wanted = tuple(needs.values())
+        gains = {i: tuple(self.instructions[i].opcode.startswith(x) for x in needs) for i in loop.inside}
+        start = (loop.first, (0,) * len(wanted))
+        best, todo = {start: 0}, [(0, *start)]
+        while todo:
+            cost, i, have = heapq.heappop(todo)
+            if cost > best[i, have]:
+                continue
+            if cost and i == loop.first and have == wanted:
+                return cost
+            had = tuple(min(x + gain, most) for x, gain, most in zip(have, gains[i], wanted, strict=True))
+            for j in _next(self.instructions, i):
+                # Back at the first with less is no way: it would be another turn.
+                through = j in loop.inside and (j != loop.first or had == wanted)
+                if through and cost + 1 < best.get((j, had), 1 << 60):
+                    best[j, had] = cost + 1
+                    heapq.heappush(todo, (cost + 1, j, had))
+        return None
+
     def main_loop(self) -> Loop | None:
         """The smallest loop that has every matrix instruction, or None."""
         those = {i for i, x in enumerate(self.instructions) if _MATRIX.match(x.opcode)}
@@ -97,6 +121,7 @@ def cubin(path: Path, shared: int | None = None) -> list[Code]:
 
     Raises FileNotFoundError where there is no cuobjdump or nvdisasm.
     """
+    path = path.resolve()
     resources = _run("cuobjdump", "-res-usage", path)
     target, functions = sass(_run("nvdisasm", "-c", "-gi", path))
     found = []
