@@ -58,7 +58,9 @@ the tests fail where a kernel takes more of anything (of slots, over {slack:.0f}
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--write", action="store_true", help="keep the figures in docs/kernels.json and docs/kernels.md")
+    parser.add_argument(
+        "--write", action="store_true", help="keep the figures in docs/kernels.json and docs/kernels.md"
+    )
     options = parser.parse_args()
     old = table() if TABLE.exists() else {"compilers": {}, "triton": {}, "cuda": {}}
     new = measured(old)

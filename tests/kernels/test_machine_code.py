@@ -59,7 +59,12 @@ def test_what_a_listing_says():
 
 
 def test_older_listings_name_their_target_elsewhere():
-    assert of(LISTING.replace("\t.target\tsm_90a", '\t.headerflags\t@"EF_CUDA_SM80 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM80)"')).target == "sm_80"
+    assert (
+        of(
+            LISTING.replace("\t.target\tsm_90a", '\t.headerflags\t@"EF_CUDA_SM80 EF_CUDA_VIRTUAL_SM(EF_CUDA_SM80)"')
+        ).target
+        == "sm_80"
+    )
 
 
 def test_loops_are_natural_ones():

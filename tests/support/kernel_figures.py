@@ -100,7 +100,7 @@ def cuda_rows(binary: Path) -> tuple[str, dict[str, dict[str, Row]]]:
 
 
 # rows_kernel<T, BLOCKS, A, TILES, ...> of half precision and 77 tokens: a warp has 16 * TILES rows of 5 * 16 columns.
-_SHAPE = re.compile(r"rows_kernel<[^<>]*(?:half|bfloat16)[^<>]*, 5, \d+, (\d+)[,>]")
+_SHAPE = re.compile(r"rows_kernel<[\w:]*(?:half|bfloat16)[\w:]*, 5, \d+, (\d+)[,>]")
 _VERSION = re.compile(rb"Cuda compilation tools, release [\d.]+, V([\d.]+)")
 
 
