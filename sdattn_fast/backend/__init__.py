@@ -31,7 +31,14 @@ _said: set[str] = set()
 
 
 def backends() -> dict[str, bool | str]:
-    """Every backend's name -> True where it is available here, else the reason why not and how to mend it."""
+    """Every backend's name -> True where it is available here, else the reason why not and how to mend it.
+
+    Warns where one is available but has not been run on such a device.
+    """
+    for name in NAMES:
+        said = remark(name)
+        if said is not None:
+            warnings.warn(f"sdattn_fast: {name}: {said}", UserWarning, stacklevel=2)
     reasons = {name: unavailable(name) for name in NAMES}
     return {name: True if reason is None else reason for name, reason in reasons.items()}
 
@@ -83,6 +90,11 @@ def unavailable(name: str) -> str | None:
 
 # torch.compile must not trace the look at the machine. The public decorator imports all of torch._dynamo (a second).
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def remark(name: str) -> str | None:
+    """What is to be known of a backend that is available here, or None."""
+    return triton.remark() if name == "triton" and unavailable(name) is None else None
 
 
 def _reasons(

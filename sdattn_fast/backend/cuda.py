@@ -181,9 +181,7 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             sizes, to = (b, h, *grid, c), out.data_ptr()
             stream = _stream(x.device)
-            _cuda.smooth(
-                sizes, _DTYPES[x.dtype], x.data_ptr(), to, _address(where), weights.data_ptr(), radius, stream
-            )
+            _cuda.smooth(sizes, _DTYPES[x.dtype], x.data_ptr(), to, _address(where), weights.data_ptr(), radius, stream)
             x = out
     return x.to(kept)
 
@@ -202,7 +200,9 @@ def _refusal_of_device(index: int) -> str | None:
         return f"{what}, and the kernels want {_OLDEST[0]}.{_OLDEST[1]} or more"
     built_for = _cuda.info()["architectures"]
     if not any(_serves(name, have) for name in built_for.split()):
-        return f"{what}, and the kernels were built for {built_for}; build with TORCH_CUDA_ARCH_LIST={have[0]}.{have[1]}"
+        return (
+            f"{what}, and the kernels were built for {built_for}; build with TORCH_CUDA_ARCH_LIST={have[0]}.{have[1]}"
+        )
     return None
 
 

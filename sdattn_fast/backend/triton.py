@@ -22,7 +22,7 @@ from torch.nn.functional import pad
 from ..plan import HEAD_ZERO, PicturePlan, Plan, RowPlan
 
 __all__ = [
-    "availability", "not_supported_reasons", "attention", "backward", "folded", "pack", "picture_attention", "smooth",
+    "availability", "remark", "not_supported_reasons", "attention", "backward", "folded", "pack", "picture_attention", "smooth",
     "gaussian_attention", "content_first", "interprets",
 ]  # fmt: skip
 
@@ -30,6 +30,7 @@ _MOST = 256  # N, D and Dv
 _BLOCK = 1024  # rows whose probabilities exist at a time
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOG2E = math.log2(math.e)
+_ROCM = "for ROCm the kernels are compiled in the tests (gfx942) but not yet run"
 
 
 def availability() -> str | None:
@@ -39,10 +40,15 @@ def availability() -> str | None:
     if interprets():
         return None
     if not torch.cuda.is_available():
-        return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+        return f"torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests); {_ROCM}"
     if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
         return f"{torch.cuda.get_device_name()} is older than compute capability 8.0, the least the kernels want"
     return None
+
+
+def remark() -> str | None:
+    """What is to be known of these kernels where they are available, or None."""
+    return None if torch.version.hip is None or interprets() else f"{_ROCM}: compare with backend='reference' first"
 
 
 def not_supported_reasons(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -28,7 +29,7 @@ def doctor(
     from rich.table import Table
 
     from .. import __version__, backends
-    from ..backend import cpu
+    from ..backend import cpu, remark
 
     console = Console()
     ground = Table("what", "found", title=f"sdattn_fast {__version__}")
@@ -47,8 +48,11 @@ def doctor(
     table = Table(
         "backend", "available", "why not, and what mends it", title="Backends, as sdattn_fast.backends() says"
     )
-    for name, state in backends().items():
-        table.add_row(name, "yes" if state is True else "no", "" if state is True else str(state))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # the table says it
+        states = backends()
+    for name, state in states.items():
+        table.add_row(name, "yes" if state is True else "no", (remark(name) or "") if state is True else str(state))
     console.print(table)
 
     gaps = Table("what", "why", title="Served by the plain torch reference so far (a named backend raises instead)")

@@ -34,8 +34,23 @@ def test_availability_says_how_to_mend(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
     assert "TRITON_INTERPRET=1" in backend.availability()
+    assert "for ROCm the kernels are compiled in the tests (gfx942) but not yet run" in backend.availability()
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in backend.availability()
+
+
+def test_rocm_is_available_and_said_to_be_unproven(monkeypatch):
+    from sdattn_fast import backend as package
+
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    monkeypatch.setattr(package, "_unavailable", {})
+    with pytest.warns(UserWarning, match="not yet run"):
+        assert package.backends()["triton"] is True
+    monkeypatch.setattr(torch.version, "hip", None)
+    assert package.remark("triton") is None
 
 
 def _reasons(query=None, key=None, value=None, bias=None, needs_grad=False):
