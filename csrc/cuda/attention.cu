@@ -42,7 +42,7 @@ void lay_out(Launch& l, Grid& grid, int size, int limit) {
   l.position = take(2 * l.columns);
   l.leaders = take(2 * l.columns);
   l.phrases = take(2 * l.columns);
-  l.counts = take(8);
+  l.numbers = take(sizeof(rows::Numbers));
   grid.shared_bytes = static_cast<size_t>(next);
 }
 
@@ -71,6 +71,7 @@ int sdattn_cuda_attention(const Call* call, void* stream) {
   const Attention& a = call->attention;
   if (a.B * a.H * a.M == 0) return ok;
   if (a.N < 1 || a.N > max_tokens || a.D < 1 || a.D > max_dim || a.Dv < 1 || a.Dv > max_dim) return bad_size;
+  if (a.M > (int64_t(1) << 30) || a.B * a.H > (int64_t(1) << 30)) return bad_size;
   if (a.picture != nullptr || a.packed != nullptr || a.out_bias != nullptr) return bad_size;
   if (a.dtype != float32 && a.dtype != float16 && a.dtype != bfloat16) return bad_dtype;
   Device device;

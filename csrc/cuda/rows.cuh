@@ -32,7 +32,7 @@ struct Launch {
   bool stream = false;      // keys and values do not fit, and pass through shared memory piece by piece
   bool whole_query = false, whole_key = false, whole_value = false, whole_out = false;  // 16 bytes at a time
   // Offsets in shared memory, in bytes; the keys come first.
-  int32_t values = 0, order = 0, position = 0, gates = 0, slots = 0, leaders = 0, phrases = 0, masks = 0, counts = 0;
+  int32_t values = 0, order = 0, position = 0, gates = 0, slots = 0, leaders = 0, phrases = 0, masks = 0, numbers = 0;
 };
 
 namespace rows {
@@ -49,8 +49,7 @@ enum Kind : int {
 constexpr int phrase_words = 2;  // a lane has at most 64 columns in tile A
 
 // Blocks that a multiprocessor is to hold: what registers allow without spilling.
-template <class T, int BLOCKS, int A>
-constexpr int resident = BLOCKS > 5 ? 2 : sizeof(T) == 4 || A > 2 ? 3 : 4;
+constexpr int resident(int size, int blocks, int a) { return blocks > 5 ? 2 : size == 4 || a > 2 ? 3 : 4; }
 
 template <class T>
 constexpr bool is_float = sizeof(T) == 4;
@@ -76,23 +75,22 @@ SDATTN_DEVICE int count_bits(uint32_t x) {
 // The column of value i of a row in this lane.
 SDATTN_DEVICE int column_of(int i, int lane) { return 8 * (i / 2) + 2 * (lane & 3) + (i & 1); }
 
-// Where a head's columns, rows and results are.
-template <class T>
+// Which head of which entry.
 struct Head {
-  const T *query, *key, *value;
-  T* out;
-  int64_t b;
-  int h;
-  int mode;      // a HeadMode
-  int content;   // columns below are content; 0: plain attention
-  int drop;      // k of step 4
-  int phrases;   // how many
-  float share;   // of this head in a mean over heads
+  int b, h;
+};
+
+// What all threads know of a head. It lies in shared memory and is read where it is used: registers are scarcer.
+struct Numbers {
+  int content;  // columns below are content; 0: plain attention
+  int phrases;  // how many
+  int drop;     // k of step 4
+  float share;  // of this head in a mean over heads, 0 for one that takes no part
 };
 
 template <class T>
-SDATTN_DEVICE const T* at(const Tensor4& x, int64_t b, int64_t h) {
-  return static_cast<const T*>(x.data) + b * x.stride[0] + h * x.stride[1];
+SDATTN_DEVICE T* at(const Tensor4& x, const Head& head) {
+  return static_cast<T*>(x.data) + head.b * x.stride[0] + head.h * x.stride[1];
 }
 
 // Of a call.
@@ -101,10 +99,11 @@ SDATTN_DEVICE bool is_content(const RowProgram& p, int64_t b, int64_t tokens, in
   return token < tokens && p.content[b * tokens + token] != 0;
 }
 
-// Which token is in which column, what its gate, its map's slot and its phrase are. Ends with all of it visible.
+// Which token is in which column, what its gate, its map's slot and its phrase are, and the head's `Numbers`. Ends with
+// all of it visible.
 template <int A, int KIND>
-SDATTN_DEVICE void token_side(const Launch& l, unsigned char* shared, int64_t b, int h, bool programmed, int& content,
-                              int& phrases) {
+SDATTN_DEVICE void token_side(const Launch& l, unsigned char* shared, int b, int h, bool programmed,
+                              bool active) {
   const RowProgram& program = l.call.attention.program;
   const int n = static_cast<int>(l.call.attention.N);
   const int lane = thread_index() & 31, threads = threads_of_block();
@@ -115,7 +114,7 @@ SDATTN_DEVICE void token_side(const Launch& l, unsigned char* shared, int64_t b,
   auto* leaders = reinterpret_cast<int16_t*>(shared + l.leaders);
   auto* first_of = reinterpret_cast<int16_t*>(shared + l.phrases);
   auto* masks = reinterpret_cast<uint32_t*>(shared + l.masks);
-  auto* counts = reinterpret_cast<int32_t*>(shared + l.counts);
+  auto* numbers = reinterpret_cast<Numbers*>(shared + l.numbers);
   const bool fused = programmed && program.phrases != nullptr;
 
   if (thread_index() < 32) {
@@ -146,13 +145,17 @@ SDATTN_DEVICE void token_side(const Launch& l, unsigned char* shared, int64_t b,
       found += count_bits(leading);
     }
     if (lane == 0) {
-      counts[0] = all;
-      counts[1] = found;
+      int heads = 0;
+#pragma unroll 1
+      for (int i = 0; KIND >= equipped && l.mean && i < l.call.attention.H; ++i) {
+        heads += program.head_mode == nullptr || program.head_mode[i] == head_program ? 1 : 0;
+      }
+      const float share = active && heads > 0 ? reciprocal(static_cast<float>(heads)) : 0.0f;
+      *numbers = Numbers{all, found, programmed && program.drop != nullptr ? program.drop[b] : 0, share};
     }
   }
   sync_block();
-  content = counts[0];
-  phrases = counts[1];
+  const int content = numbers->content, phrases = numbers->phrases;
 
 #pragma unroll 1
   for (int column = thread_index(); column < l.columns; column += threads) {
@@ -189,7 +192,7 @@ SDATTN_DEVICE void token_side(const Launch& l, unsigned char* shared, int64_t b,
 
 // `width` bytes of every key from byte `first` on, 16 at a time: a plane of (columns, width).
 template <class T, int KIND>
-SDATTN_DEVICE void load_keys(const Launch& l, const Head<T>& head, const unsigned char* shared, unsigned char* to, int first,
+SDATTN_DEVICE void load_keys(const Launch& l, const Head& head, const unsigned char* shared, unsigned char* to, int first,
                              int width) {
   const auto* position = reinterpret_cast<const int16_t*>(shared + l.position);
   const Attention& a = l.call.attention;
@@ -199,7 +202,7 @@ SDATTN_DEVICE void load_keys(const Launch& l, const Head<T>& head, const unsigne
     const int token = i >> shift, chunk = i & (chunks - 1);
     unsigned char* place = to + position[token] * width + chunk * 16;
     const int element = (first + chunk * 16) / static_cast<int>(sizeof(T));
-    const T* from = head.key + token * a.key.stride[2] + element;
+    const T* from = at<T>(a.key, head) + token * a.key.stride[2] + element;
     constexpr int each = 16 / static_cast<int>(sizeof(T));
     if (token < a.N && (KIND < any_shape || (l.whole_key && element + each <= a.D))) {
       copy_async<16>(place, from);
@@ -229,7 +232,7 @@ SDATTN_DEVICE int value_place(int columns, int column, int u) {
 
 // Columns first .. first + 8 * C - 1 of every value.
 template <class T, int C, int KIND>
-SDATTN_DEVICE void load_values(const Launch& l, const Head<T>& head, const unsigned char* shared, unsigned char* to,
+SDATTN_DEVICE void load_values(const Launch& l, const Head& head, const unsigned char* shared, unsigned char* to,
                                int first) {
   const auto* position = reinterpret_cast<const int16_t*>(shared + l.position);
   const Attention& a = l.call.attention;
@@ -238,7 +241,7 @@ SDATTN_DEVICE void load_values(const Launch& l, const Head<T>& head, const unsig
   for (int i = thread_index(); i < l.columns * chunks; i += threads_of_block()) {
     const int token = i / chunks, chunk = i % chunks, column = position[token];
     const int element = first + chunk * each;
-    const T* from = head.value + token * a.value.stride[2] + element;
+    const T* from = at<T>(a.value, head) + token * a.value.stride[2] + element;
     if (token < a.N && (KIND < any_shape || (l.whole_value && element + each <= a.Dv))) {
       if constexpr (is_float<T>) {
         copy_async<16>(to + value_place<T, C>(l.columns, column, 4 * chunk), from);
@@ -274,12 +277,12 @@ struct Share {
   uint32_t low[WORDS], high[WORDS];
 };
 
-template <int KIND, class T, int WORDS>
-SDATTN_DEVICE void load_row(const Launch& l, const Head<T>& head, int64_t m, int first, uint32_t (&to)[WORDS]) {
+template <class T, int KIND, int WORDS>
+SDATTN_DEVICE void load_row(const Launch& l, const Head& head, int m, int first, uint32_t (&to)[WORDS]) {
   const Attention& a = l.call.attention;
   constexpr int each = 4 * WORDS / static_cast<int>(sizeof(T));
   const int element = first / static_cast<int>(sizeof(T)) + (thread_index() & 3) * each;
-  const T* from = head.query + m * a.query.stride[2] + element;
+  const T* from = at<T>(a.query, head) + m * a.query.stride[2] + element;
   if (KIND < any_shape && m >= a.M) {
 #pragma unroll
     for (int w = 0; w < WORDS; ++w) to[w] = 0;
@@ -304,12 +307,12 @@ SDATTN_DEVICE void load_row(const Launch& l, const Head<T>& head, int64_t m, int
   for (int w = 0; w < WORDS; ++w) to[w] = word_of<T>(&elements[w * (4 / sizeof(T))]);
 }
 
-template <int KIND, class T, int WORDS, int TILES>
-SDATTN_DEVICE void load_share(const Launch& l, const Head<T>& head, int64_t m, int first, Share<WORDS> (&to)[TILES]) {
+template <class T, int KIND, int WORDS, int TILES>
+SDATTN_DEVICE void load_share(const Launch& l, const Head& head, int m, int first, Share<WORDS> (&to)[TILES]) {
 #pragma unroll
   for (int tile = 0; tile < TILES; ++tile) {
-    load_row<KIND>(l, head, m + 16 * tile, first, to[tile].low);
-    load_row<KIND>(l, head, m + 16 * tile + 8, first, to[tile].high);
+    load_row<T, KIND>(l, head, m + 16 * tile, first, to[tile].low);
+    load_row<T, KIND>(l, head, m + 16 * tile + 8, first, to[tile].high);
   }
 }
 
@@ -378,17 +381,25 @@ SDATTN_APART float bias_at(const void* bias, DType dtype, int64_t place) {
 
 // A row.
 
+// What steps 4 and 5 compare: not an array, which would take as many registers again.
+template <int VALUES>
+struct Ranks {
+  const float (&p)[VALUES];
+  int content, lane;
+  SDATTN_DEVICE float operator[](int i) const { return column_of(i, lane) < content ? p[i] : -1.0f; }
+};
+
 // Steps 2 to 6 on one row: unnormalised probabilities, relative to the row's largest; `total` is their sum. Leaves
 // `after`, the factor that makes probabilities of them, and where asked which of tile A survived steps 4 and 5.
 //
 // Every step is the same for p and for a multiple of p, so the division by the softmax's sum is left to the output.
 template <int A, int KIND, int VALUES>
-SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int64_t b, int h, int64_t m, int content,
-                               int drop, int phrases, float total, float (&p)[VALUES], float& after, bool want_kept,
+SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int b, int h, int m, float total, float (&p)[VALUES], float& after, bool want_kept,
                                uint64_t& kept) {
   constexpr int decided = 4 * A;
   const RowProgram& program = l.call.attention.program;
-  const int lane = thread_index() & 31;
+  const auto& numbers = *reinterpret_cast<const Numbers*>(shared + l.numbers);
+  const int lane = thread_index() & 31, content = numbers.content, phrases = numbers.phrases, drop = numbers.drop;
   const auto is = [&](int i) { return column_of(i, lane) < content; };
 
   float mass = 0.0f;
@@ -419,9 +430,6 @@ SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int
   // 4 and 5. An entry goes if rank >= kth or rank <= low. What takes no part ranks -1, under any probability.
   const bool random = KIND >= equipped && program.random_ratio >= 0.0f, suppresses = program.threshold >= 0.0f;
   if (random || drop > 0 || suppresses) {
-    float rank[decided];
-#pragma unroll
-    for (int i = 0; i < decided; ++i) rank[i] = is(i) ? p[i] : -1.0f;
     if (random) {
       const auto* order = reinterpret_cast<const int16_t*>(shared + l.order);
       const uint64_t seed = static_cast<uint64_t>(*l.call.seed);
@@ -432,12 +440,18 @@ SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int
         if (column >= content) continue;
         const float u = philox_uniform(seed, static_cast<uint32_t>(order[column]), static_cast<uint32_t>(m),
                                        static_cast<uint32_t>(h), static_cast<uint32_t>(b));
+        if (u >= program.random_ratio) continue;
+        kept &= ~(uint64_t(1) << j);
 #pragma unroll
-        for (int i = 0; i < decided; ++i) rank[i] = i == j && u < program.random_ratio ? -1.0f : rank[i];
+        for (int i = 0; i < decided; ++i) p[i] = i == j ? 0.0f : p[i];
       }
     }
+    const Ranks<VALUES> rank{p, content, lane};
     float kth = bits_float(0x7f800000), low = -0.5f;
-    if (drop > 0) kth = KIND < any_shape ? kth_largest(rank, drop, static_cast<int>(l.call.max_drop)) : kth_by_bisection(rank, drop);
+    if (drop > 0) {
+      kth = KIND < any_shape ? kth_largest<decided>(rank, drop, static_cast<int>(l.call.max_drop))
+                             : kth_by_bisection<decided>(rank, drop);
+    }
     if (suppresses) {
       float highest = 0.0f;
 #pragma unroll
@@ -445,12 +459,10 @@ SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int
       low = program.threshold * quad_max(highest);
     }
 #pragma unroll
-    for (int i = 0; i < decided; ++i) p[i] = is(i) && (rank[i] >= kth || rank[i] <= low) ? 0.0f : p[i];
-    if (KIND >= equipped && want_kept) {
-#pragma unroll
-      for (int i = 0; i < decided; ++i) {
-        kept &= ~(static_cast<uint64_t>(is(i) && (rank[i] >= kth || rank[i] <= low)) << i);
-      }
+    for (int i = 0; i < decided; ++i) {
+      const bool goes = is(i) && (rank[i] >= kth || rank[i] <= low);
+      if (KIND >= equipped && want_kept) kept &= ~(static_cast<uint64_t>(goes) << i);
+      p[i] = goes ? 0.0f : p[i];
     }
   }
 
@@ -522,7 +534,7 @@ SDATTN_DEVICE void store_bits(const Launch& l, const unsigned char* shared, uint
 
 // Columns first .. first + 8 * C - 1 of the output; values: their planes.
 template <class T, int C, int KIND, int TILES, int BLOCKS>
-SDATTN_DEVICE void multiply_values(const Launch& l, const Head<T>& head, const unsigned char* values, int64_t m, int first,
+SDATTN_DEVICE void multiply_values(const Launch& l, const Head& head, const unsigned char* values, int m, int first,
                                    const uint32_t (&p)[TILES][BLOCKS][is_float<T> ? 8 : 4],
                                    const float (&after)[2 * TILES]) {
   const Attention& a = l.call.attention;
@@ -581,9 +593,9 @@ SDATTN_DEVICE void multiply_values(const Launch& l, const Head<T>& head, const u
   for (int tile = 0; tile < TILES; ++tile) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-      const int64_t row = m + 16 * tile + 8 * half;
+      const int row = m + 16 * tile + 8 * half;
       if (row >= a.M) continue;
-      T* to = head.out + row * a.out.stride[2] + first;
+      T* to = at<T>(a.out, head) + row * a.out.stride[2] + first;
       const float factor = after[2 * tile + half];
       if (KIND < any_shape || (l.whole_out && first + 8 * C <= a.Dv)) {
         if constexpr (is_float<T>) {
@@ -621,9 +633,9 @@ struct Warp {
   static constexpr int values = 4 * BLOCKS;  // of a row, in one lane
 
   const Launch& l;
-  const Head<T>& head;
+  const Head& head;
   unsigned char* shared;
-  int64_t m;  // this lane's first row; it has m, m + 8, m + 16, ...
+  int m;  // this lane's first row; it has m, m + 8, m + 16, ...
   float p[2 * TILES][values];
   float after[2 * TILES];
 
@@ -644,7 +656,7 @@ struct Warp {
       // One width of everything: here the code is to be short.
       for (; done < bytes; done += 32) {
         Share<2> q[TILES];
-        load_share<KIND>(l, head, m, done, q);
+        load_share<T, KIND>(l, head, m, done, q);
         bring_keys(done, 32);
         multiply_keys<T>(l, q, keys, p);
         if (!l.stream) keys += 32 * l.columns;
@@ -652,7 +664,7 @@ struct Warp {
       return scaled();
     }
     for (; done + 64 <= bytes; done += 64) {
-      if (done + 128 <= bytes) load_share<KIND>(l, head, m, done + 64, next);
+      if (done + 128 <= bytes) load_share<T, KIND>(l, head, m, done + 64, next);
       multiply_keys<T>(l, first, keys, p);
       keys += 64 * l.columns;
 #pragma unroll
@@ -660,7 +672,7 @@ struct Warp {
     }
     if ((bytes & 32) != 0) {
       Share<2> q[TILES];
-      load_share<KIND>(l, head, m, done, q);
+      load_share<T, KIND>(l, head, m, done, q);
       multiply_keys<T>(l, q, keys, p);
       keys += 32 * l.columns;
       done += 32;
@@ -668,7 +680,7 @@ struct Warp {
     if constexpr (!is_float<T>) {
       if ((bytes & 16) != 0) {
         Share<1> q[TILES];
-        load_share<KIND>(l, head, m, done, q);
+        load_share<T, KIND>(l, head, m, done, q);
         multiply_keys<T>(l, q, keys, p);
       }
     }
@@ -766,7 +778,7 @@ struct Warp {
   }
 
   // Step 1, steps 2 to 6, the map and the bits.
-  SDATTN_DEVICE void row(float (&x)[values], float& factor, int64_t row) {
+  SDATTN_DEVICE void row(float (&x)[values], float& factor, int row) {
     const Attention& a = l.call.attention;
     float most = x[0], total = 0.0f;
 #pragma unroll
@@ -784,8 +796,8 @@ struct Warp {
     factor = total == 0.0f ? 0.0f : reciprocal(total);
     uint64_t kept = ~uint64_t(0);
     const auto decide = [&] {
-      if (head.content == 0) return;
-      row_program<A, KIND>(l, shared, head.b, head.h, row, head.content, head.drop, head.phrases, total, x, factor,
+      if (numbers().content == 0) return;
+      row_program<A, KIND>(l, shared, head.b, head.h, row, total, x, factor,
                            a.bits != nullptr, kept);
     };
     if constexpr (KIND == bare) {
@@ -803,6 +815,8 @@ struct Warp {
     }
   }
 
+  SDATTN_DEVICE const Numbers& numbers() const { return *reinterpret_cast<const Numbers*>(shared + l.numbers); }
+
   SDATTN_DEVICE void rotate() {
 #pragma unroll
     for (int r = 0; r + 1 < 2 * TILES; ++r) {
@@ -818,25 +832,26 @@ struct Warp {
     }
   }
 
-  SDATTN_DEVICE void map(const float (&x)[values], float factor, int64_t row) {
+  SDATTN_DEVICE void map(const float (&x)[values], float factor, int row) {
     const Attention& a = l.call.attention;
     const int64_t which = l.mean ? head.b : head.b * a.H + head.h;
     float* to = a.maps + which * a.program.capture_count * a.M + row;
     // Heads come in order, and this block alone has these rows: the same sum every time.
-    if (l.mean) factor = head.share > 0.0f ? factor * head.share : 0.0f;
-    if (!l.mean || head.h == 0 || head.share > 0.0f) store_map(l, shared, x, factor, to, l.mean && head.h > 0);
+    const float share = numbers().share;
+    if (l.mean) factor = share > 0.0f ? factor * share : 0.0f;
+    if (!l.mean || head.h == 0 || share > 0.0f) store_map(l, shared, x, factor, to, l.mean && head.h > 0);
   }
 };
 
 // A head that gives zeros, and so do its maps and bits: `count` rows from m on.
-template <int KIND, class T>
-SDATTN_DEVICE void zero_head(const Launch& l, const Head<T>& head, int64_t m, int64_t count) {
+template <class T, int KIND>
+SDATTN_DEVICE void zero_head(const Launch& l, const Head& head, int64_t m, int64_t count) {
   const Attention& a = l.call.attention;
   count = m + count < a.M ? count : a.M - m;
   const int64_t bh = head.b * a.H + head.h, tokens = a.program.capture_count, words = (a.N + 31) / 32;
 #pragma unroll 1
   for (int64_t i = thread_index(); i < count * a.Dv; i += threads_of_block()) {
-    head.out[(m + i / a.Dv) * a.out.stride[2] + i % a.Dv] = from_float<T>(0.0f);
+    at<T>(a.out, head)[(m + i / a.Dv) * a.out.stride[2] + i % a.Dv] = from_float<T>(0.0f);
   }
   if constexpr (KIND == bare) return;
   const bool first_of_mean = l.mean && head.h == 0;
@@ -856,7 +871,7 @@ SDATTN_DEVICE void zero_head(const Launch& l, const Head<T>& head, int64_t m, in
 // BLOCKS: of 16 columns, at most 16; with 5 or fewer they are all there, beyond those that N needs. A: of 16 columns,
 // those of tile A. TILES: of 16 rows, of a warp.
 template <class T, int BLOCKS, int A, int TILES, int KIND>
-SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident<T, BLOCKS, A>)) rows_kernel(const SDATTN_PARAMETER Launch l) {
+SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident(sizeof(T), BLOCKS, A))) rows_kernel(const SDATTN_PARAMETER Launch l) {
   using namespace rows;
   unsigned char* shared = shared_memory();
   const Attention& a = l.call.attention;
@@ -864,32 +879,19 @@ SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident<T, BLOCKS, A>)) 
   const int lane = thread_index() & 31, warp = thread_index() / 32, warps = threads_of_block() / 32;
 
   const int heads = static_cast<int>(a.H), place = block_index() / l.groups, group = block_index() % l.groups;
-  Head<T> head;
+  Head head;
   head.b = KIND >= equipped && l.mean ? place : place / heads;
   const int from = KIND >= equipped && l.mean ? 0 : place % heads, to = KIND >= equipped && l.mean ? heads : from + 1;
-  int active = 0;
-  if (KIND >= equipped && l.mean) {
-#pragma unroll 1
-    for (int h = 0; h < a.H; ++h) active += program.head_mode == nullptr || program.head_mode[h] == head_program ? 1 : 0;
-  }
-
   for (int h = from; h < to; ++h) {
     head.h = h;
-    head.query = at<T>(a.query, head.b, h);
-    head.key = at<T>(a.key, head.b, h);
-    head.value = at<T>(a.value, head.b, h);
-    head.out = const_cast<T*>(at<T>(a.out, head.b, h));
-    head.mode = program.head_mode == nullptr ? head_program : program.head_mode[h];
-    head.share = head.mode == head_program && active > 0 ? 1.0f / static_cast<float>(active) : 0.0f;
-    const bool programmed = program.content != nullptr && head.mode == head_program;
-
-    if (head.mode == head_zero) {
-      zero_head<KIND>(l, head, int64_t(group) * l.tiles * warps * 16 * TILES, l.tiles * warps * 16 * TILES);
+    const int mode = program.head_mode == nullptr ? head_program : program.head_mode[h];
+    const bool programmed = program.content != nullptr && mode == head_program;
+    if (mode == head_zero) {
+      zero_head<T, KIND>(l, head, int64_t(group) * l.tiles * warps * 16 * TILES, l.tiles * warps * 16 * TILES);
       continue;
     }
     sync_block();  // nobody reads the last head's any more
-    token_side<A, KIND>(l, shared, head.b, h, programmed, head.content, head.phrases);
-    head.drop = programmed && program.drop != nullptr ? program.drop[head.b] : 0;
+    token_side<A, KIND>(l, shared, head.b, h, programmed, mode == head_program);
     const bool resident = !(KIND >= any_shape && l.stream);
     if (resident) {
       const int bytes = l.key_bytes;
@@ -924,22 +926,22 @@ SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident<T, BLOCKS, A>)) 
     }
 
     const auto row_of = [&](int tile) {
-      return (static_cast<int64_t>(group * l.tiles + tile) * warps + warp) * (16 * TILES) + (lane >> 2);
+      return ((group * l.tiles + tile) * warps + warp) * (16 * TILES) + (lane >> 2);
     };
     const bool sliced = KIND < any_shape && l.key_bytes >= 64;
     Share<4> first[TILES];
-    if (sliced) load_share<KIND>(l, head, row_of(0), 0, first);
+    if (sliced) load_share<T, KIND>(l, head, row_of(0), 0, first);
     if (resident) {
       wait_copies<0>();
       sync_block();
     }
     for (int tile = 0; tile < l.tiles; ++tile) {
-      const int64_t m = row_of(tile);
+      const int m = row_of(tile);
       if (!(KIND >= any_shape && l.stream) && m - (lane >> 2) >= a.M) break;  // with `stream` every warp brings its part
       Warp<T, BLOCKS, A, TILES, KIND> w{l, head, shared, m};
       w.logits(first);
-      if (sliced && tile + 1 < l.tiles) load_share<KIND>(l, head, row_of(tile + 1), 0, first);
       w.rows();
+      if (sliced && tile + 1 < l.tiles) load_share<T, KIND>(l, head, row_of(tile + 1), 0, first);
       w.output();
     }
   }

@@ -33,36 +33,34 @@ SDATTN_DEVICE void order(float& a, float& b) {
   a = most;
 }
 
-// Batcher's odd-even merge sort, descending. SIZE a power of two.
-template <int SIZE>
+// Batcher's odd-even merge sort, descending. SIZE a power of two. By templates, for loops in loops may not be unrolled,
+// and then the list is in memory.
+template <int SIZE, int P = 1, int K = P>
 SDATTN_DEVICE void sort(float (&x)[SIZE]) {
 #pragma unroll
-  for (int p = 1; p < SIZE; p *= 2) {
-#pragma unroll
-    for (int k = p; k >= 1; k /= 2) {
-#pragma unroll
-      for (int i = 0; i < SIZE - k; ++i) {
-        const bool starts = i % (2 * k) >= k % p && (i - k % p) % (2 * k) < k;
-        if (starts && i / (2 * p) == (i + k) / (2 * p)) order(x[i], x[i + k]);
-      }
-    }
+  for (int i = 0; i < SIZE - K; ++i) {
+    const bool starts = i % (2 * K) >= K % P && (i - K % P) % (2 * K) < K;
+    if (starts && i / (2 * P) == (i + K) / (2 * P)) order(x[i], x[i + K]);
+  }
+  if constexpr (K > 1) {
+    sort<SIZE, P, K / 2>(x);
+  } else if constexpr (2 * P < SIZE) {
+    sort<SIZE, 2 * P>(x);
   }
 }
 
-template <int SIZE>
+template <int SIZE, int K = SIZE / 2>
 SDATTN_DEVICE void sort_bitonic(float (&x)[SIZE]) {
 #pragma unroll
-  for (int k = SIZE / 2; k >= 1; k /= 2) {
-#pragma unroll
-    for (int i = 0; i < SIZE; ++i) {
-      if ((i & k) == 0) order(x[i], x[i + k]);
-    }
+  for (int i = 0; i < SIZE; ++i) {
+    if ((i & K) == 0) order(x[i], x[i + K]);
   }
+  if constexpr (K > 1) sort_bitonic<SIZE, K / 2>(x);
 }
 
 // The largest KEPT entries of the quad's rows, descending, in every lane.
-template <int KEPT, int SIZE>
-SDATTN_DEVICE void largest_of_row(const float (&x)[SIZE], float (&kept)[KEPT]) {
+template <int KEPT, int SIZE, class X>
+SDATTN_DEVICE void largest_of_row(const X& x, float (&kept)[KEPT]) {
   static_assert(SIZE >= KEPT && SIZE % 4 == 0 && KEPT % 4 == 0, "whole lists");
 #pragma unroll
   for (int i = 0; i < KEPT; ++i) kept[i] = x[i];
@@ -89,18 +87,18 @@ SDATTN_DEVICE void largest_of_row(const float (&x)[SIZE], float (&kept)[KEPT]) {
   }
 }
 
-template <int KEPT, int SIZE>
-SDATTN_DEVICE float kth_by_lists(const float (&x)[SIZE], int k) {
+template <int KEPT, int SIZE, class X>
+SDATTN_DEVICE float kth_by_lists(const X& x, int k) {
   float kept[KEPT];
-  largest_of_row(x, kept);
+  largest_of_row<KEPT, SIZE>(x, kept);
   float kth = kept[0];
 #pragma unroll
   for (int i = 1; i < KEPT; ++i) kth = k > i ? kept[i] : kth;
   return kth;
 }
 
-template <int SIZE>
-SDATTN_DEVICE float kth_by_bisection(const float (&x)[SIZE], int k) {
+template <int SIZE, class X>
+SDATTN_DEVICE float kth_by_bisection(const X& x, int k) {
   float most = x[0];
 #pragma unroll
   for (int i = 1; i < SIZE; ++i) most = larger(most, x[i]);
@@ -128,10 +126,10 @@ SDATTN_DEVICE float kth_by_bisection(const float (&x)[SIZE], int k) {
   return smaller(least, shuffle_xor(least, 2));
 }
 
-// x: >= 0, or negative for entries that do not count. 1 <= k <= most, and k entries or more count; `most` is the same
+// x: SIZE floats by index, >= 0, or negative for entries that do not count. 1 <= k <= most, and k entries or more count; `most` is the same
 // for all rows of a launch. A row with a NaN gets some number.
-template <int SIZE>
-SDATTN_DEVICE float kth_largest(const float (&x)[SIZE], int k, int most) {
+template <int SIZE, class X>
+SDATTN_DEVICE float kth_largest(const X& x, int k, int most) {
   if (most == 1) {
     float highest = x[0];
 #pragma unroll
@@ -139,15 +137,15 @@ SDATTN_DEVICE float kth_largest(const float (&x)[SIZE], int k, int most) {
     return quad_max(highest);
   }
   if constexpr (SIZE <= 8) {
-    if (most <= 4) return kth_by_lists<4>(x, k);
+    if (most <= 4) return kth_by_lists<4, SIZE>(x, k);
   }
   if constexpr (SIZE >= 8) {
-    if (most <= 8) return kth_by_lists<8>(x, k);
+    if (most <= 8) return kth_by_lists<8, SIZE>(x, k);
   }
   if constexpr (SIZE == 20) {
-    if (most <= 16) return kth_by_lists<16>(x, k);
+    if (most <= 16) return kth_by_lists<16, SIZE>(x, k);
   }
-  return kth_by_bisection(x, k);
+  return kth_by_bisection<SIZE>(x, k);
 }
 
 }  // namespace sdattn::cuda
