@@ -55,7 +55,8 @@ void spread(Launch& l, Grid& grid, int rows_of_warp, int processors) {
   const auto tiles = [&] { return up(a.M, int64_t(rows_of_warp) * warps) / (int64_t(rows_of_warp) * warps); };
   while (warps > 1 && tiles() * heads < processors) warps /= 2;
   l.tiles = 1;
-  while (!l.mean && l.tiles < 64 && l.tiles * 2 <= tiles() && tiles() / (l.tiles * 2) * heads >= 3 * processors) l.tiles *= 2;
+  const bool walks = !l.mean && grid.kind != rows::any_shape;
+  while (walks && l.tiles * 2 <= tiles() && tiles() / (l.tiles * 2) * heads >= 3 * processors) l.tiles *= 2;
   l.groups = static_cast<int32_t>(up(tiles(), l.tiles) / l.tiles);
   grid.threads = 32 * warps;
   grid.blocks = static_cast<int>(l.groups * heads);

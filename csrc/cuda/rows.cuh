@@ -390,12 +390,12 @@ struct Ranks {
 };
 
 // Steps 2 to 6 on one row: unnormalised probabilities, relative to the row's largest; `total` is their sum. Leaves
-// `after`, the factor that makes probabilities of them, and where asked which of tile A survived steps 4 and 5.
+// `after`, the factor that makes probabilities of them. What steps 4 and 5 take away is -0, what is left +0 at the least.
 //
 // Every step is the same for p and for a multiple of p, so the division by the softmax's sum is left to the output.
 template <int A, int KIND, int VALUES>
-SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int b, int h, int m, float total, float (&p)[VALUES], float& after, bool want_kept,
-                               uint64_t& kept) {
+SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int b, int h, int m, float total,
+                               float (&p)[VALUES], float& after) {
   constexpr int decided = 4 * A;
   const RowProgram& program = l.call.attention.program;
   const auto& numbers = *reinterpret_cast<const Numbers*>(shared + l.numbers);
@@ -441,9 +441,8 @@ SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int
         const float u = philox_uniform(seed, static_cast<uint32_t>(order[column]), static_cast<uint32_t>(m),
                                        static_cast<uint32_t>(h), static_cast<uint32_t>(b));
         if (u >= program.random_ratio) continue;
-        kept &= ~(uint64_t(1) << j);
 #pragma unroll
-        for (int i = 0; i < decided; ++i) p[i] = i == j ? 0.0f : p[i];
+        for (int i = 0; i < decided; ++i) p[i] = i == j ? -0.0f : p[i];
       }
     }
     const Ranks<VALUES> rank{p, content, lane};
@@ -460,9 +459,7 @@ SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int
     }
 #pragma unroll
     for (int i = 0; i < decided; ++i) {
-      const bool goes = is(i) && (rank[i] >= kth || rank[i] <= low);
-      if (KIND >= equipped && want_kept) kept &= ~(static_cast<uint64_t>(goes) << i);
-      p[i] = goes ? 0.0f : p[i];
+      p[i] = is(i) && (rank[i] >= kth || rank[i] <= low) ? -0.0f : p[i];
     }
   }
 
@@ -510,8 +507,9 @@ SDATTN_DEVICE void store_map(const Launch& l, const unsigned char* shared, const
 }
 
 // Which entries survived, 32 tokens a word, in the caller's order of tokens; protected ones always.
-template <int A, int VALUES>
-SDATTN_DEVICE void store_bits(const Launch& l, const unsigned char* shared, uint64_t kept, bool inside, int32_t* to) {
+template <int VALUES>
+SDATTN_DEVICE void store_bits(const Launch& l, const unsigned char* shared, const float (&p)[VALUES], bool inside,
+                              int32_t* to) {
   const auto* order = reinterpret_cast<const int16_t*>(shared + l.order);
   const int lane = thread_index() & 31, n = static_cast<int>(l.call.attention.N);
   for (int word = 0; word < (n + 31) / 32; ++word) {
@@ -521,8 +519,7 @@ SDATTN_DEVICE void store_bits(const Launch& l, const unsigned char* shared, uint
       const int column = column_of(i, lane);
       if (VALUES > 20 && column >= l.columns) break;
       const int token = order[column];
-      const bool stays = i >= 4 * A || (kept >> i & 1) != 0;
-      if (stays && token >= 0 && token / 32 == word) bits |= 1u << (token % 32);
+      if (float_bits(p[i]) != float_bits(-0.0f) && token >= 0 && token / 32 == word) bits |= 1u << (token % 32);
     }
     bits |= shuffle_xor(bits, 1);
     bits |= shuffle_xor(bits, 2);
@@ -794,11 +791,9 @@ struct Warp {
     }
     total = quad_sum(total);
     factor = total == 0.0f ? 0.0f : reciprocal(total);
-    uint64_t kept = ~uint64_t(0);
     const auto decide = [&] {
       if (numbers().content == 0) return;
-      row_program<A, KIND>(l, shared, head.b, head.h, row, total, x, factor,
-                           a.bits != nullptr, kept);
+      row_program<A, KIND>(l, shared, head.b, head.h, row, total, x, factor);
     };
     if constexpr (KIND == bare) {
       decide();
@@ -811,7 +806,7 @@ struct Warp {
     }
     if (a.bits != nullptr) {
       int32_t* to = a.bits + ((head.b * a.H + head.h) * a.M + row) * ((a.N + 31) / 32);
-      store_bits<A, values>(l, shared, kept, row < a.M, to);
+      store_bits(l, shared, x, row < a.M, to);
     }
   }
 
@@ -878,6 +873,7 @@ SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident(sizeof(T), BLOCK
   const RowProgram& program = a.program;
   const int lane = thread_index() & 31, warp = thread_index() / 32, warps = threads_of_block() / 32;
 
+  const int tiles = KIND >= any_shape ? 1 : l.tiles;
   const int heads = static_cast<int>(a.H), place = block_index() / l.groups, group = block_index() % l.groups;
   Head head;
   head.b = KIND >= equipped && l.mean ? place : place / heads;
@@ -887,7 +883,7 @@ SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident(sizeof(T), BLOCK
     const int mode = program.head_mode == nullptr ? head_program : program.head_mode[h];
     const bool programmed = program.content != nullptr && mode == head_program;
     if (mode == head_zero) {
-      zero_head<T, KIND>(l, head, int64_t(group) * l.tiles * warps * 16 * TILES, l.tiles * warps * 16 * TILES);
+      zero_head<T, KIND>(l, head, int64_t(group) * tiles * warps * 16 * TILES, tiles * warps * 16 * TILES);
       continue;
     }
     sync_block();  // nobody reads the last head's any more
@@ -926,7 +922,7 @@ SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident(sizeof(T), BLOCK
     }
 
     const auto row_of = [&](int tile) {
-      return ((group * l.tiles + tile) * warps + warp) * (16 * TILES) + (lane >> 2);
+      return ((group * tiles + tile) * warps + warp) * (16 * TILES) + (lane >> 2);
     };
     const bool sliced = KIND < any_shape && l.key_bytes >= 64;
     Share<4> first[TILES];
@@ -935,13 +931,13 @@ SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident(sizeof(T), BLOCK
       wait_copies<0>();
       sync_block();
     }
-    for (int tile = 0; tile < l.tiles; ++tile) {
+    for (int tile = 0; tile < tiles; ++tile) {
       const int m = row_of(tile);
       if (!(KIND >= any_shape && l.stream) && m - (lane >> 2) >= a.M) break;  // with `stream` every warp brings its part
       Warp<T, BLOCKS, A, TILES, KIND> w{l, head, shared, m};
       w.logits(first);
       w.rows();
-      if (sliced && tile + 1 < l.tiles) load_share<T, KIND>(l, head, row_of(tile + 1), 0, first);
+      if (sliced && tile + 1 < tiles) load_share<T, KIND>(l, head, row_of(tile + 1), 0, first);
       w.output();
     }
   }
