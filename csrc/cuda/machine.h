@@ -134,9 +134,13 @@ SDATTN_DEVICE uint32_t word_of(const T* x) {
   }
 }
 
+// Loads stay after this: where 64 of them come one after the other, all at once would take the registers.
+SDATTN_DEVICE void in_order() { asm volatile("" ::: "memory"); }
+
+// volatile: else what a loop splits anew is split before it, and kept in twice the registers.
 SDATTN_DEVICE uint32_t to_tf32(float x) {
   uint32_t y;
-  asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
+  asm volatile("cvt.rna.tf32.f32 %0, %1;" : "=r"(y) : "f"(x));
   return y;
 }
 

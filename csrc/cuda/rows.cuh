@@ -49,7 +49,9 @@ enum Kind : int {
 constexpr int phrase_words = 2;  // a lane has at most 64 columns in tile A
 
 // Blocks that a multiprocessor is to hold: what registers allow without spilling.
-constexpr int resident(int size, int blocks, int a) { return blocks > 5 ? 2 : size == 4 || a > 2 ? 3 : 4; }
+constexpr int resident(int size, int blocks, int a, int kind) {
+  return blocks > 5 || (size == 4 && kind > bare) ? 2 : size == 4 || a > 2 ? 3 : 4;
+}
 
 template <class T>
 constexpr bool is_float = sizeof(T) == 4;
@@ -316,20 +318,29 @@ SDATTN_DEVICE void load_share(const Launch& l, const Head& head, int m, int firs
   }
 }
 
-// A product of float32 to float32's accuracy by three of TF32.
-SDATTN_DEVICE void multiply_split(float& c0, float& c1, float& c2, float& c3, const uint32_t (&a)[4], uint32_t b0,
-                                  uint32_t b1) {
+// Four float32 of a factor, each as the sum of two TF32.
+struct Split {
   uint32_t high[4], low[4];
+};
+
+SDATTN_DEVICE Split split(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
+  const uint32_t a[4] = {a0, a1, a2, a3};
+  Split s;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
-    high[i] = to_tf32(bits_float(a[i]));
-    low[i] = to_tf32(bits_float(a[i]) - bits_float(high[i]));
+    s.high[i] = to_tf32(bits_float(a[i]));
+    s.low[i] = to_tf32(bits_float(a[i]) - bits_float(s.high[i]));
   }
+  return s;
+}
+
+// A product of float32 to float32's accuracy by three of TF32.
+SDATTN_DEVICE void multiply_split(float& c0, float& c1, float& c2, float& c3, const Split& a, uint32_t b0, uint32_t b1) {
   const uint32_t h0 = to_tf32(bits_float(b0)), h1 = to_tf32(bits_float(b1));
   const uint32_t l0 = to_tf32(bits_float(b0) - bits_float(h0)), l1 = to_tf32(bits_float(b1) - bits_float(h1));
-  mma_tf32(c0, c1, c2, c3, low[0], low[1], low[2], low[3], h0, h1);
-  mma_tf32(c0, c1, c2, c3, high[0], high[1], high[2], high[3], l0, l1);
-  mma_tf32(c0, c1, c2, c3, high[0], high[1], high[2], high[3], h0, h1);
+  mma_tf32(c0, c1, c2, c3, a.low[0], a.low[1], a.low[2], a.low[3], h0, h1);
+  mma_tf32(c0, c1, c2, c3, a.high[0], a.high[1], a.high[2], a.high[3], l0, l1);
+  mma_tf32(c0, c1, c2, c3, a.high[0], a.high[1], a.high[2], a.high[3], h0, h1);
 }
 
 // Adds the product of a piece of the query with the same piece of the keys; keys: the plane.
@@ -337,6 +348,18 @@ template <class T, int WORDS, int TILES, int VALUES>
 SDATTN_DEVICE void multiply_keys(const Launch& l, const Share<WORDS> (&q)[TILES], const unsigned char* keys,
                                  float (&p)[2 * TILES][VALUES]) {
   const int lane = thread_index() & 31;
+  constexpr int splits = is_float<T> ? WORDS / 2 : 1;
+  Split of_query[TILES][splits];
+  if constexpr (is_float<T>) {
+#pragma unroll
+    for (int tile = 0; tile < TILES; ++tile) {
+#pragma unroll
+      for (int w = 0; w < splits; ++w) {
+        const Share<WORDS>& x = q[tile];
+        of_query[tile][w] = split(x.low[2 * w], x.high[2 * w], x.low[2 * w + 1], x.high[2 * w + 1]);
+      }
+    }
+  }
 #pragma unroll
   for (int j = 0; j < VALUES / 2; ++j) {
     if (VALUES > 20 && 8 * j >= l.columns) break;
@@ -360,11 +383,11 @@ SDATTN_DEVICE void multiply_keys(const Launch& l, const Share<WORDS> (&q)[TILES]
       } else {
 #pragma unroll
         for (int w = 0; w < WORDS; w += 2) {
-          const uint32_t a[4] = {q[tile].low[w], q[tile].high[w], q[tile].low[w + 1], q[tile].high[w + 1]};
           if constexpr (is_float<T>) {
-            multiply_split(c0, c1, c2, c3, a, k[w], k[w + 1]);
+            multiply_split(c0, c1, c2, c3, of_query[tile][w / 2], k[w], k[w + 1]);
           } else {
-            mma_k16<T>(c0, c1, c2, c3, a[0], a[1], a[2], a[3], k[w], k[w + 1]);
+            const Share<WORDS>& x = q[tile];
+            mma_k16<T>(c0, c1, c2, c3, x.low[w], x.high[w], x.low[w + 1], x.high[w + 1], k[w], k[w + 1]);
           }
         }
       }
@@ -499,6 +522,7 @@ SDATTN_DEVICE void store_map(const Launch& l, const unsigned char* shared, const
   for (int i = 0; i < VALUES; ++i) {
     const int column = column_of(i, thread_index() & 31);
     if (VALUES > 20 && column >= l.columns) break;
+    in_order();
     const int slot = slots[column];
     if (slot < 0) continue;
     float& here = to[slot * l.call.attention.M];
@@ -518,6 +542,7 @@ SDATTN_DEVICE void store_bits(const Launch& l, const unsigned char* shared, cons
     for (int i = 0; i < VALUES; ++i) {
       const int column = column_of(i, lane);
       if (VALUES > 20 && column >= l.columns) break;
+      in_order();
       const int token = order[column];
       if (float_bits(p[i]) != float_bits(-0.0f) && token >= 0 && token / 32 == word) bits |= 1u << (token % 32);
     }
@@ -548,6 +573,12 @@ SDATTN_DEVICE void multiply_values(const Launch& l, const Head& head, const unsi
     if constexpr (is_float<T>) {
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
+        Split of_row[TILES];
+#pragma unroll
+        for (int tile = 0; tile < TILES; ++tile) {
+          const uint32_t* x = &p[tile][block][4 * half];
+          of_row[tile] = split(x[0], x[1], x[2], x[3]);
+        }
 #pragma unroll
         for (int c = 0; c < C; ++c) {
           const auto* v = reinterpret_cast<const uint32_t*>(values + c * l.columns * 32 + (16 * block + 8 * half) * 32);
@@ -555,9 +586,7 @@ SDATTN_DEVICE void multiply_values(const Launch& l, const Head& head, const unsi
 #pragma unroll
           for (int tile = 0; tile < TILES; ++tile) {
             float(&x)[4] = o[tile][c];
-            const uint32_t(&of)[8] = p[tile][block];
-            const uint32_t rows[4] = {of[4 * half], of[4 * half + 1], of[4 * half + 2], of[4 * half + 3]};
-            multiply_split(x[0], x[1], x[2], x[3], rows, b0, b1);
+            multiply_split(x[0], x[1], x[2], x[3], of_row[tile], b0, b1);
           }
         }
       }
@@ -658,7 +687,7 @@ struct Warp {
         multiply_keys<T>(l, q, keys, p);
         if (!l.stream) keys += 32 * l.columns;
       }
-      return scaled();
+      return;
     }
     for (; done + 64 <= bytes; done += 64) {
       if (done + 128 <= bytes) load_share<T, KIND>(l, head, m, done + 64, next);
@@ -679,27 +708,6 @@ struct Warp {
         Share<1> q[TILES];
         load_share<T, KIND>(l, head, m, done, q);
         multiply_keys<T>(l, q, keys, p);
-      }
-    }
-    scaled();
-  }
-
-  // In units of ln 2, for exp2, with the bias; a bare row takes its scale later.
-  SDATTN_DEVICE void scaled() {
-    if constexpr (KIND == bare) return;
-    const Attention& a = l.call.attention;
-    const auto* order = reinterpret_cast<const int16_t*>(shared + l.order);
-    const int64_t of_head = head.b * a.bias.stride[0] + head.h * a.bias.stride[1];
-#pragma unroll
-    for (int i = 0; i < values; ++i) {
-      const int column = column_of(i, thread_index() & 31);
-      if (column >= a.N) continue;
-#pragma unroll
-      for (int r = 0; r < 2 * TILES; ++r) {
-        p[r][i] *= l.scale;
-        if (a.bias.data == nullptr || m + 8 * r >= a.M) continue;
-        const int64_t place = (m + 8 * r) * a.bias.stride[2] + order[column] * a.bias.stride[3];
-        p[r][i] += bias_at(a.bias.data, a.bias_dtype, of_head + place) * 1.44269504088896340736f;
       }
     }
   }
@@ -777,6 +785,21 @@ struct Warp {
   // Step 1, steps 2 to 6, the map and the bits.
   SDATTN_DEVICE void row(float (&x)[values], float& factor, int row) {
     const Attention& a = l.call.attention;
+    if constexpr (KIND >= equipped) {
+      const auto* order = reinterpret_cast<const int16_t*>(shared + l.order);
+      const int64_t here = head.b * a.bias.stride[0] + head.h * a.bias.stride[1] + row * a.bias.stride[2];
+      const bool biased = a.bias.data != nullptr && row < a.M;
+#pragma unroll
+      for (int i = 0; i < values; ++i) {
+        const int column = column_of(i, thread_index() & 31);
+        if (column >= a.N) continue;
+        x[i] *= l.scale;
+        if (!biased) continue;
+        in_order();
+        const float more = bias_at(a.bias.data, a.bias_dtype, here + order[column] * a.bias.stride[3]);
+        x[i] = fmaf(more, 1.44269504088896340736f, x[i]);
+      }
+    }
     float most = x[0], total = 0.0f;
 #pragma unroll
     for (int i = 1; i < values; ++i) most = larger(most, x[i]);
@@ -866,7 +889,7 @@ SDATTN_DEVICE void zero_head(const Launch& l, const Head& head, int64_t m, int64
 // BLOCKS: of 16 columns, at most 16; with 5 or fewer they are all there, beyond those that N needs. A: of 16 columns,
 // those of tile A. TILES: of 16 rows, of a warp.
 template <class T, int BLOCKS, int A, int TILES, int KIND>
-SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident(sizeof(T), BLOCKS, A))) rows_kernel(const SDATTN_PARAMETER Launch l) {
+SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident(sizeof(T), BLOCKS, A, KIND))) rows_kernel(const SDATTN_PARAMETER Launch l) {
   using namespace rows;
   unsigned char* shared = shared_memory();
   const Attention& a = l.call.attention;

@@ -9,6 +9,7 @@ with float64; and the selection is float64's, except where its margin is under t
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -146,6 +147,11 @@ def check(c, program=Program(), bias=None, scale=None, capture=None, seed=5):
     assert kept[~mask].all()
     rows = unsure.any(-1)
     assert rows.sum() <= 0.1 * rows.numel() + 2, "too many near-ties for the test to mean anything"
+    if NAME == "cuda":
+        # Without bits and maps another kernel serves the call.
+        alone, _, _ = backend.attention(c.q, c.k, value, bias, scale, replace(plan.rows, capture_tokens=None))
+        error = (alone.double() - exact).abs()[~rows]
+        assert not error.numel() or error.max() <= 4 * EPS[dtype] * tall, f"alone, out is off by {error.max():.3g}"
     return out, maps, kept
 
 
@@ -298,7 +304,8 @@ def test_strided_inputs():
     c.q, c.k, c.v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (c.q, c.k, c.v))
     assert torch.equal(check(c, FULL)[0], exact)
     c.q, c.k, c.v = (torch.nn.functional.pad(x, (0, 3))[..., :40] for x in (c.q, c.k, c.v))
-    assert torch.equal(check(c, FULL)[0], exact)
+    # In CUDA another kernel's, which adds up in another order.
+    torch.testing.assert_close(check(c, FULL)[0], exact, rtol=1e-5, atol=1e-6)
     c.k, c.v = (x[:1].expand(2, -1, -1, -1) for x in (c.k, c.v))
     check(c, FULL)
 
