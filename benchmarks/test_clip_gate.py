@@ -118,7 +118,7 @@ def test_a_picture_of_shapes(benchmark):
         pipe(prompt, num_inference_steps=20, guidance_scale=4.0, generator=make, callback_on_step_end=callback)
 
     def gated(decoder: LinearDecoder | None) -> None:
-        with ClipGate(patch, prompt, scorer, threshold=0.3, decoder=decoder) as gate:
+        with ClipGate(patch, prompt, scorer, how="amplify", threshold=0.3, decoder=decoder) as gate:
             draw(gate)
         assert len(gate.scores) == LOOKS
 

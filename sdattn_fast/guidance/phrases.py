@@ -126,7 +126,8 @@ def phrase_ids(
     """What `sdattn_fast.apply(phrases=...)` takes: (tokens,) int64, -1 outside; (P, tokens) of P prompts' lists.
 
     Args:
-        fuse: whose tokens share a phrase's id: "all" its words, "adjective-noun", or "noun", whose pieces are fused.
+        fuse: whose tokens share a phrase's id: "all" its words, which lost objects on the shapes pipeline
+            (docs/evaluation.md); "adjective-noun", which lost none; or "noun", whose pieces are fused.
 
     Raises: ValueError where a phrase has tokens beyond `tokens`.
     """

@@ -61,7 +61,7 @@ def apply(
             ``"down_blocks.0.attentions.0.transformer_blocks.0.attn2"``, with ``"controlnet."`` before a ControlNet's.
         heads: indices of the active heads, valid in every patched layer, or {name or pattern: indices}, where layers
             left out keep all of theirs, or the path of a file that `sdattn-fast heads` wrote. inactive_heads: "plain",
-            or "zero": they give zeros.
+            or "zero": they give zeros, which on the shapes pipeline ruined the pictures (docs/evaluation.md).
         gate: bool, or finite and >= 0; phrases: integer ids >= 0, -1 for none; protected: bool. Each (N,) for all
             prompts, (P, N) for P prompts, (A, N) for the A active entries (prompts times images), or (B, N) for the
             UNet's whole batch; gate also (P or A or B, H, N). Unconditional entries have no use for them.

@@ -98,7 +98,9 @@ def test_scores_are_clips_of_the_preview(linear: bool, pipe: Any, patch: Any, sc
     decoder = LinearDecoder.fit(pipe.vae, pictures) if linear else None
     prompts = ["a red circle", "a blue square and a green star", "run quickly"]
     distractors = ["a yellow triangle", "a cyan star"]
-    with ClipGate(patch, prompts, scorer, distractors=distractors, steps=(4, 5), decoder=decoder) as gate:
+    with ClipGate(
+        patch, prompts, scorer, how="amplify", distractors=distractors, steps=(4, 5), decoder=decoder
+    ) as gate:
         seen = {}
 
         def look(pipe: Any, step: int, t: Any, kept: Any) -> Any:
