@@ -102,7 +102,7 @@ int sdattn_cuda_attention(const Call* call, void* stream) {
                           a.Dv % 8 == 0 && !l.stream;
   const bool alone = a.bias.data == nullptr && a.maps == nullptr && a.bits == nullptr && l.scale > 0.0f && a.N > 64 &&
                      !(a.program.content != nullptr && a.program.random_ratio >= 0.0f);
-  grid.kind = !whole_rows || (grid.wide && !alone) ? rows::any_shape : alone ? rows::bare : rows::equipped;
+  grid.kind = !whole_rows || (grid.wide && (!alone || a.dtype == float32)) ? rows::any_shape : alone ? rows::bare : rows::equipped;
   if (grid.kind == rows::any_shape) {
     l.key_bytes = static_cast<int32_t>(up(a.D * size, 32));
     lay_out(l, grid, size, device.shared_bytes);

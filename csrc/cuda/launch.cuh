@@ -1,4 +1,4 @@
-// The choice among the kernels of one dtype.
+// The choice among the kernels of one dtype. Float32, which few draw in, has fewer of them.
 #pragma once
 
 #include "launch.h"
@@ -19,9 +19,11 @@ int launch_rows(const Launch& l, const Grid& grid, void* stream) {
   using namespace rows;
   if (grid.kind == any_shape) return with(rows_kernel<T, 16, 16, 1, any_shape>);
   if (grid.kind == equipped) return with(rows_kernel<T, 5, 5, 1, equipped>);
-  if (grid.wide) return with(rows_kernel<T, 16, 16, 1, bare>);
-  if (grid.content <= 16) return with(rows_kernel<T, 5, 1, tiles, bare>);
-  return grid.content <= 32 ? with(rows_kernel<T, 5, 2, tiles, bare>) : with(rows_kernel<T, 5, 5, tiles, bare>);
+  if constexpr (!is_float<T>) {
+    if (grid.wide) return with(rows_kernel<T, 16, 16, 1, bare>);
+    if (grid.content > 16 && grid.content <= 32) return with(rows_kernel<T, 5, 2, tiles, bare>);
+  }
+  return grid.content <= 16 ? with(rows_kernel<T, 5, 1, tiles, bare>) : with(rows_kernel<T, 5, 5, tiles, bare>);
 }
 
 }  // namespace sdattn::cuda

@@ -20,7 +20,7 @@
 #include <utility>
 
 #define SDATTN_DEVICE __device__ __forceinline__
-#define SDATTN_APART __device__ __noinline__
+#define SDATTN_APART inline __device__ __noinline__
 #define SDATTN_KERNEL __global__
 #define SDATTN_BOUNDS(threads, blocks) __launch_bounds__(threads, blocks)
 #define SDATTN_PARAMETER __grid_constant__  // of a kernel, const: its address may be taken without a copy

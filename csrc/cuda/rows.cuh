@@ -18,6 +18,10 @@
 #include "machine.h"
 #include "select.cuh"
 
+#if defined(__CUDACC__)
+#pragma nv_diag_suppress 128  // a kernel of one kind never reaches the loops of another
+#endif
+
 namespace sdattn::cuda {
 
 // What the host works out once for a launch.
