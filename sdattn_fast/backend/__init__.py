@@ -1,8 +1,8 @@
 """Backends: "triton", "cuda", "cpu", "reference". Each is one module; none imports another.
 
 A backend module has `availability()`, `not_supported_reasons(...)`, `attention(...)` and `smooth(...)`. This file
-chooses among them: "auto" takes the fastest that serves the call (measured.py: by what was measured on such a device,
-where anything was) and says once when it has to fall back to the reference; a name takes that backend or raises with the reasons why it cannot serve.
+chooses among them: "auto" takes the fastest that serves the call, as measured.py knows it, and says once when it has to
+fall back to the reference; a name takes that backend or raises with the reasons why it cannot serve.
 
 Source: DESIGN.md section 3, "Backends".
 """
@@ -24,7 +24,8 @@ __all__ = ["NAMES", "backends", "choose", "fused"]
 _FUSED: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu}
 NAMES = (*_FUSED, "reference")
 
-# Fastest first, per device type, where measured.py knows no better. The interpreter runs Triton on CPU tensors, for tests: only when asked for by name.
+# Fastest first, per device type, where nothing was measured. The interpreter runs Triton on CPU tensors, for tests: only
+# when asked for by name.
 _AUTO = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 _unavailable: dict[str, str | None] = {}
