@@ -24,8 +24,8 @@ __all__ = ["NAMES", "backends", "choose", "fused"]
 _FUSED: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu}
 NAMES = (*_FUSED, "reference")
 
-# Fastest first, per device type, where nothing was measured. The interpreter runs Triton on CPU tensors, for tests: only
-# when asked for by name.
+# Fastest first, per device type, where nothing was measured. The interpreter runs Triton on CPU tensors, for tests:
+# only when asked for by name.
 _AUTO = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 _unavailable: dict[str, str | None] = {}

@@ -35,8 +35,8 @@ def fastest(
 
 
 # torch.compile must trace neither the reading of a file nor the look at the device.
-for _function in (is_known, fastest):
-    _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+is_known._dynamo_marked_constant = True  # type: ignore[attr-defined]
+fastest._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 @functools.lru_cache(maxsize=4096)
