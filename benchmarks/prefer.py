@@ -20,9 +20,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "sdattn_fast" / "backend" / "measured.json"
 CONTESTANTS = {"triton-full": "triton", "cuda-full": "cuda"}
-ABOUT = (
-    "The fastest backend by device and shape: the full program, in a CUDA graph. benchmarks/prefer.py writes it."
-)
+ABOUT = "The fastest backend by device and shape: the full program, in a CUDA graph. benchmarks/prefer.py writes it."
 
 
 def main(arguments: list[str] | None = None) -> None:
