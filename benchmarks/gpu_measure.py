@@ -207,7 +207,7 @@ def served() -> tuple[list[str], dict[str, str]]:
     """Which of our backends run here; and why the others do not."""
     known = backends()
     here = [name for name in OURS if known[name] is True]
-    return here, {name: str(known[name]) for name in OURS if name not in here}
+    return here, {name: said(known[name]) for name in OURS if name not in here}
 
 
 def sdpa_with(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
@@ -279,8 +279,10 @@ def bytes_moved(layer: Layer, batch: int, dtype: torch.dtype) -> int:
     return 2 * batch * layer.heads * (layer.pixels + TOKENS) * layer.head_dim * dtype.itemsize
 
 
-def said(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+def said(error: object) -> str:
+    """On one line, and without this machine's paths: the figures are kept."""
+    words = re.sub(r"(?<![\w.])/[\w./+-]+", "...", " ".join(str(error).split()))
+    return words[:160] or type(error).__name__
 
 
 def write(options: argparse.Namespace, layer: Layer, rows: list[dict[str, object]]) -> None:

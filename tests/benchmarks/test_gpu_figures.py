@@ -44,8 +44,10 @@ def test_shares_are_of_the_median(gpu_measure):
 
 
 def test_a_backend_that_is_not_there_is_noted(gpu_measure, monkeypatch):
-    monkeypatch.setattr(gpu_measure, "backends", lambda: {"triton": True, "cuda": "not built", "cpu": True})
-    assert gpu_measure.served() == (["triton"], {"cuda": "not built"})
+    monkeypatch.setattr(
+        gpu_measure, "backends", lambda: {"triton": True, "cuda": "not built\n(/home/me/x.py)", "cpu": True}
+    )
+    assert gpu_measure.served() == (["triton"], {"cuda": "not built (...)"})
 
 
 def test_a_result_that_is_off_ends_the_run(gpu_measure):
