@@ -1,10 +1,12 @@
 """Times at the cross-attention shapes of one model, on the current GPU; rows are appended to <results>/<device>.csv.
 
-Ours, every backend of scaled_dot_product_attention, FlexAttention (the gate alone: it can do no more), the definition
-under torch.compile. Contestants take turns, so that a clock that changes changes for all. Two times each: "call", from
-Python, launch overhead included, and "graph", a CUDA graph's replay, the GPU's own time; and "both ways", a call and
-its backward pass from Python, of SDPA, of our full program and of the compiled definition. Before a shape is timed,
-what we compute there is compared with the definition; a shape that disagrees is not timed and ends the run.
+Our backends, "triton-full" and "cuda-full" and so on; every backend of scaled_dot_product_attention; FlexAttention (the
+gate alone: it can do no more); the definition under torch.compile. Contestants take turns, so that a clock that changes
+changes for all. Two times each: "call", from Python, launch overhead included, and "graph", a CUDA graph's replay, the
+GPU's own time; and "both ways", a call and its backward pass from Python, of SDPA, of our full program (in Triton: CUDA
+has no backward kernels) and of the compiled definition. of_sdpa: of what torch chooses by itself; of_best_sdpa: of the
+fastest of its backends in the same run. Before a shape is timed, what we compute there is compared with the definition;
+a shape that disagrees is not timed and ends the run. What is not there is a row "not timed", with the reason.
 """
 
 from __future__ import annotations
@@ -24,10 +26,11 @@ import torch.nn.functional as F
 import triton
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from sdattn_fast import Program, Refinement, SalienceDropout
+from sdattn_fast import Program, Refinement, SalienceDropout, backends
 from sdattn_fast.cli.registry import UNET_LAYERS, Layer
 from sdattn_fast.functional import prepare
 
+OURS = ("triton", "cuda")
 TOKENS, CONTENT = 77, 20
 FULL = Program(SalienceDropout(0.2), Refinement(1, 0.3, 0.0), "content")
 SDPA = {
@@ -38,8 +41,8 @@ SDPA = {
 }
 COLUMNS = (
     "date", "device", "torch", "triton", "cuda", "python", "commit", "model", "batch", "heads", "pixels", "head_dim",
-    "tokens", "content", "dtype", "contestant", "how", "median_us", "p20_us", "p80_us", "of_sdpa", "of_roofline",
-    "note",
+    "tokens", "content", "dtype", "contestant", "how", "median_us", "p20_us", "p80_us", "of_sdpa", "of_best_sdpa",
+    "of_roofline", "note",
 )  # fmt: skip
 
 Call = Callable[[], object]
@@ -87,24 +90,30 @@ def measure(layer: Layer, batch: int, dtype: torch.dtype, bandwidth: float) -> l
         taken = in_turn(timed, rounds=25, inner=inner)
         if how == "graph":
             taken = {name: [t / GRAPH for t in times] for name, times in taken.items()}
-        base = statistics.median(taken["sdpa"]) if "sdpa" in taken else float("nan")
-        for name, times in taken.items():
-            low, *_, high = statistics.quantiles(times, n=5)
-            median = statistics.median(times)
-            micro = {"median_us": median, "p20_us": low, "p80_us": high}
-            shares = {"of_sdpa": f"{median / base:.3f}", "of_roofline": f"{least / median:.3f}"}
-            taken_us = {column: f"{1e6 * seconds:.2f}" for column, seconds in micro.items()}
-            rows.append({"contestant": name, "how": how, **taken_us, **shares})
-    both = in_turn(both_ways(layer, batch, dtype), rounds=15, inner=5)
-    base = statistics.median(both["sdpa"])
-    for name, times in both.items():
-        low, *_, high = statistics.quantiles(times, n=5)
-        median = statistics.median(times)
-        micro = {"median_us": median, "p20_us": low, "p80_us": high}
-        taken_us = {column: f"{1e6 * seconds:.2f}" for column, seconds in micro.items()}
-        rows.append({"contestant": name, "how": "both ways", **taken_us, "of_sdpa": f"{median / base:.3f}"})
+        rows += figures(taken, how, least)
+    rows += figures(in_turn(both_ways(layer, batch, dtype), rounds=15, inner=5), "both ways")
     for name, note in notes.items():
         rows.append({"contestant": name, "how": "not timed", "note": note})
+    return rows
+
+
+def figures(taken: dict[str, list[float]], how: str, least: float | None = None) -> list[dict[str, object]]:
+    """Seconds a call, by contestant, as rows. least: seconds, what memory would allow, of which each is a share."""
+    medians = {name: statistics.median(times) for name, times in taken.items()}
+    of_sdpa = [median for name, median in medians.items() if name.split("-")[0] == "sdpa"]
+    rows: list[dict[str, object]] = []
+    for name, times in taken.items():
+        low, *_, high = statistics.quantiles(times, n=5)
+        row = {"median_us": 1e6 * medians[name], "p20_us": 1e6 * low, "p80_us": 1e6 * high}
+        shares = {}
+        if "sdpa" in medians:
+            shares["of_sdpa"] = medians[name] / medians["sdpa"]
+        if of_sdpa:
+            shares["of_best_sdpa"] = medians[name] / min(of_sdpa)
+        if least is not None:
+            shares["of_roofline"] = least / medians[name]
+        printed = {c: f"{x:.2f}" for c, x in row.items()} | {c: f"{x:.3f}" for c, x in shares.items()}
+        rows.append({"contestant": name, "how": how, **printed})
     return rows
 
 
@@ -132,11 +141,11 @@ def both_ways(layer: Layer, batch: int, dtype: torch.dtype) -> dict[str, Call]:
     definition = prepare(FULL, **side, backend="reference")
     calls = {
         "sdpa": differentiated(F.scaled_dot_product_attention),
-        "ours-full": differentiated(lambda *x: ours(*x)[0]),
+        "triton-full": differentiated(lambda *x: ours(*x)[0]),
         "reference-compiled": differentiated(torch.compile(lambda *x: definition(*x)[0], dynamic=False)),
     }
     exact = differentiated(lambda *x: definition(*x)[0])()
-    for name, mine, true in zip(("query", "key", "value"), calls["ours-full"](), exact, strict=True):
+    for name, mine, true in zip(("query", "key", "value"), calls["triton-full"](), exact, strict=True):
         off = (mine.float() - true.float()).norm() / true.float().norm()
         # Rounding flips near-ties, whose rows then differ.
         if not mine.isfinite().all() or off > 0.05:
@@ -163,25 +172,27 @@ def contestants(layer: Layer, batch: int, dtype: torch.dtype) -> tuple[dict[str,
         return lambda: prepared(q, k, v)[0]
 
     words = {"gate": gate, "phrases": phrases, "protected": protected}
-    ours = {
-        "ours-plain": (Program(), {}),
-        "ours-gate": (Program(renormalize="row"), {"gate": gate}),
-        "ours-no-words": (FULL, {"protected": protected}),
-        "ours-full": (FULL, words),
-        "ours-full-all-content": (FULL, {"gate": gate, "phrases": phrases}),
+    programs = {
+        "plain": (Program(), {}),
+        "gate": (Program(renormalize="row"), {"gate": gate}),
+        "no-words": (FULL, {"protected": protected}),
+        "full": (FULL, words),
+        "full-all-content": (FULL, {"gate": gate, "phrases": phrases}),
     }
-    for name, (what, text) in ours.items():
-        compare(name, program("triton", what, **text)(), program("reference", what, **text)(), dtype)
-
     calls: dict[str, Call] = {"sdpa": lambda: F.scaled_dot_product_attention(q, k, v)}
-    calls |= {name: program("triton", what, **text) for name, (what, text) in ours.items()}
+    here, notes = served()
+    for name, (what, text) in programs.items():
+        exact = program("reference", what, **text)()
+        for backend in here:
+            call = program(backend, what, **text)
+            compare(f"{backend}-{name}", call(), exact, dtype)
+            calls[f"{backend}-{name}"] = call
     for name, backend in SDPA.items():
         calls[name] = sdpa_with(backend, q, k, v)
     calls["flex-gate"] = flex_gate(q, k, v, gate)
     definition = program("reference", FULL, **words)
     calls["reference"] = definition
     calls["reference-compiled"] = torch.compile(definition, dynamic=False)
-    notes = {}
     for name in list(calls):
         try:
             calls[name]()
@@ -190,6 +201,13 @@ def contestants(layer: Layer, batch: int, dtype: torch.dtype) -> tuple[dict[str,
             notes[name] = said(error)
             del calls[name]
     return calls, notes
+
+
+def served() -> tuple[list[str], dict[str, str]]:
+    """Which of our backends run here; and why the others do not."""
+    known = backends()
+    here = [name for name in OURS if known[name] is True]
+    return here, {name: said(known[name]) for name in OURS if name not in here}
 
 
 def sdpa_with(backend: SDPBackend, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> Call:
@@ -261,14 +279,15 @@ def bytes_moved(layer: Layer, batch: int, dtype: torch.dtype) -> int:
     return 2 * batch * layer.heads * (layer.pixels + TOKENS) * layer.head_dim * dtype.itemsize
 
 
-def said(error: Exception) -> str:
-    return " ".join(str(error).split())[:160] or type(error).__name__
+def said(error: object) -> str:
+    """On one line, and without this machine's paths: the figures are kept."""
+    words = re.sub(r"(?<![\w.])/[\w./+-]+", "...", " ".join(str(error).split()))
+    return words[:160] or type(error).__name__
 
 
 def write(options: argparse.Namespace, layer: Layer, rows: list[dict[str, object]]) -> None:
     device = torch.cuda.get_device_name()
     path = options.results / f"{re.sub(r'[^a-z0-9]+', '-', device.lower()).strip('-')}.csv"
-    new = not path.exists()
     ground = {
         "date": datetime.date.today().isoformat(), "device": device, "torch": torch.__version__,
         "triton": triton.__version__, "cuda": torch.version.cuda or torch.version.hip,
@@ -277,14 +296,24 @@ def write(options: argparse.Namespace, layer: Layer, rows: list[dict[str, object
         "pixels": f"{layer.height}x{layer.width}", "head_dim": layer.head_dim, "tokens": TOKENS, "content": CONTENT,
         "dtype": options.dtype,
     }  # fmt: skip
-    options.results.mkdir(parents=True, exist_ok=True)
+    append(path, [{**ground, **row} for row in rows])
+    for row in rows:
+        print(options.model, ground["pixels"], *(f"{row.get(c, '')}" for c in COLUMNS[COLUMNS.index("contestant") :]))
+
+
+def append(path: Path, rows: list[dict[str, object]]) -> None:
+    """Ends the run where the file has other columns than these."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            if tuple(next(csv.reader(file), ())) != COLUMNS:
+                sys.exit(f"{path} has other columns than are measured now: move it away")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, COLUMNS)
         if new:
             writer.writeheader()
-        writer.writerows({**ground, **row} for row in rows)
-    for row in rows:
-        print(options.model, ground["pixels"], *(f"{row.get(c, '')}" for c in COLUMNS[15:]))
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -45,7 +45,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_wheel_holds_all_that_is_needed(built):
     wheel, said = built
     names = set(zipfile.ZipFile(wheel).namelist())
-    assert {"sdattn_fast/kernels/rows.py", "sdattn_fast/lab/shapes/model_index.json", "sdattn_fast/py.typed"} <= names
+    data = {"py.typed", "backend/measured.json", "lab/shapes/model_index.json"}
+    assert {"sdattn_fast/kernels/rows.py", *(f"sdattn_fast/{name}" for name in data)} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"sdattn_fast"}
     with_cuda = "without CUDA code" not in said
     assert modules(wheel) == ({"_core", "_cuda"} if with_cuda else {"_core"})

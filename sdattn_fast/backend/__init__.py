@@ -1,14 +1,15 @@
 """Backends: "triton", "cuda", "cpu", "reference". Each is one module; none imports another.
 
 A backend module has `availability()`, `not_supported_reasons(...)`, `attention(...)` and `smooth(...)`. This file
-chooses among them: "auto" takes the fastest that serves the call and says once when it has to fall back to the
-reference; a name takes that backend or raises with the reasons why it cannot serve.
+chooses among them: "auto" takes the fastest that serves the call, as measured.py knows it, and says once when it has to
+fall back to the reference; a name takes that backend or raises with the reasons why it cannot serve.
 
 Source: DESIGN.md section 3, "Backends".
 """
 
 from __future__ import annotations
 
+import operator
 import os
 import warnings
 from types import ModuleType
@@ -16,14 +17,15 @@ from types import ModuleType
 from torch import Tensor
 
 from ..plan import Plan
-from . import cpu, cuda, triton
+from . import cpu, cuda, measured, triton
 
 __all__ = ["NAMES", "backends", "choose", "fused"]
 
 _FUSED: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu}
 NAMES = (*_FUSED, "reference")
 
-# Fastest first, per device type. The interpreter runs Triton on CPU tensors, for tests: only when asked for by name.
+# Fastest first, per device type, where nothing was measured. The interpreter runs Triton on CPU tensors, for tests:
+# only when asked for by name.
 _AUTO = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
 _unavailable: dict[str, str | None] = {}
@@ -65,13 +67,24 @@ def choose(
             raise ValueError(f"backend: {name!r} cannot serve this call: {'; '.join(reasons)}")
         return name
     refused = []
-    for candidate in _AUTO.get(query.device.type, ()):
+    for candidate in _order(query, key):
         reasons = _reasons(candidate, query, key, value, bias, plan, needs_grad)
         if not reasons:
             return candidate
         refused.append(f"{candidate}: {'; '.join(reasons)}")
     _warn_once("; ".join(refused) or f"no fused backend for device type {query.device.type!r}")
     return "reference"
+
+
+def _order(query: Tensor, key: Tensor) -> tuple[str, ...]:
+    """What "auto" tries, the fastest first."""
+    order = _AUTO.get(query.device.type, ())
+    if len(order) < 2 or not measured.is_known(query.device):
+        return order
+    # index: torch.compile makes a graph a shape, for which the choice is a constant.
+    sizes = [operator.index(size) for size in (*query.shape, key.shape[2])]
+    first = measured.fastest(query.device, query.dtype, *sizes)
+    return order if first not in order else (first, *(name for name in order if name != first))
 
 
 def fused(name: str) -> ModuleType:
