@@ -147,8 +147,8 @@ class Structure:
         preview: "latent": edges and colours of the predicted clean latent; "decoded": of its decoded picture.
         **how: strength, sigma, background, iterations of `refine_latents`.
 
-    With the defaults the words' maps fit their objects better on the shapes pipeline, and the pictures had fewer objects
-    in their colours (docs/evaluation.md).
+    With the defaults the words' maps fit their objects better on the shapes pipeline, and the pictures had fewer
+    objects in their colours (docs/evaluation.md).
 
     Raises: TypeError, ValueError.
     """
