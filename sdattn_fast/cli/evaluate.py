@@ -93,7 +93,7 @@ def evaluate(
     _check_fits(pipe, chosen, program)
     scorer = clip_of(model, clip, pipe.device)
     subject = _subject(read, pictures, scorer, blip, detector, num_inference_steps, guidance_scale, str(pipe.device))
-    with cuts_said_once(pipe, subject.prompts, console.print):
+    with cuts_said_once(pipe, subject.prompts, console):
         if threshold is None and any("threshold" in c.needs for c in every):
             threshold = _calibrated(folder, state, pipe, subject, scorer)
             console.print(f"the CLIP gate's threshold, calibrated: {threshold:.4f}")

@@ -92,7 +92,7 @@ def heads(
 
     seen = []
     with (
-        cuts_said_once(pipe, texts, console.print),
+        cuts_said_once(pipe, texts, console),
         Progress(console=console, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("Drawing", total=len(texts))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ def read_prompts(path: Path, name: str = "prompts") -> list[Prompt]:
     """
     found = []
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
         raise ValueError(f"{name}: expected text in UTF-8 in {path}: {error}") from None
     for number, line in enumerate(lines, 1):
@@ -54,9 +54,9 @@ def read_prompts(path: Path, name: str = "prompts") -> list[Prompt]:
 
 
 @contextlib.contextmanager
-def cuts_said_once(pipe: Any, prompts: Sequence[str], tell: Callable[[str], None]) -> Iterator[None]:
-    """Tells which prompts are longer than the model reads, and keeps diffusers from telling it at every call, with the
-    padding of all the prompts beside them."""
+def cuts_said_once(pipe: Any, prompts: Sequence[str], console: Any) -> Iterator[None]:
+    """Tells rich's console which prompts are longer than the model reads, and keeps diffusers from telling it at every
+    call, with the padding of all the prompts beside them."""
     from ..lab import quiet_loading
 
     most = int(pipe.tokenizer.model_max_length)
@@ -64,7 +64,10 @@ def cuts_said_once(pipe: Any, prompts: Sequence[str], tell: Callable[[str], None
         for prompt in dict.fromkeys(prompts):
             tokens = len(pipe.tokenizer(prompt).input_ids)
             if tokens > most:
-                tell(f"the model reads {most} tokens, and {prompt[:40]!r}... has {tokens}: what is beyond is not drawn")
+                console.print(
+                    f"the model reads {most} tokens, and {prompt[:40]!r}... has {tokens}: what is beyond is not drawn",
+                    markup=False,  # a prompt may have brackets
+                )
         yield
 
 

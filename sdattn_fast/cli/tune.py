@@ -110,7 +110,7 @@ def tune(
     found = tuning.open_study(
         storage or out / "study.db", reward, searched, name=study, model=model, ranking=ranking, heartbeat=heartbeat
     )
-    with cuts_said_once(pipe, [*chosen_on, *reported], console.print):
+    with cuts_said_once(pipe, [*chosen_on, *reported], console):
         _run(console, tuning, found, reward, searched, trials, ranking)
         if judging is None:
             file = tuning.best_program(found, searched, reward, ranking)

@@ -41,8 +41,9 @@ class ClipGate:
         phrases: of the prompt, as texts or as `find_phrases` gives them, None: all it finds; with a list of prompts, a
             list for each.
         how: what happens to phrases under the threshold: "hard", their gate is 0; "soft", it is
-            sigmoid((score - threshold) / temperature) for all; "amplify", it is `strength`. On the shapes pipeline "soft"
-            and "hard" changed no measure of objects, and "amplify" lost some (docs/evaluation.md), so it is no default.
+            sigmoid((score - threshold) / temperature) for all; "amplify", it is `strength`. On the shapes pipeline
+            "soft" and "hard" changed no measure of objects, and "amplify" lost some (docs/evaluation.md), so it is no
+            default.
         threshold: of the cosine less `distractors`' greatest, where there are any; `calibrated_threshold` finds one.
         distractors: texts of what is not there; a phrase counts as seen where it is likelier than all of them.
         steps: the first step after which the gate is set, and the one before which that ends. every: so many steps.

@@ -43,8 +43,8 @@ class Correction:
     Args:
         patch: of a pipeline.
         score: `gradcam.Seen` -> a scalar that is to grow.
-        how: "gradient", "reweight" or "scale". On the shapes pipeline the first drew more wholly right pictures, the second
-            more objects in their colours, and the third noise (docs/evaluation.md).
+        how: "gradient", "reweight" or "scale". On the shapes pipeline the first drew more wholly right pictures, the
+            second more objects in their colours, and the third noise (docs/evaluation.md).
         steps: the first step after which latents are corrected, and the one before which that ends. After the last
             step there is no timestep left, and nothing happens.
         strength: of "gradient", the root mean square of the change; of "reweight", in [0, 1]. The default is what

@@ -281,7 +281,8 @@ def open_study(
                 ),
             )  # fmt: skip
         except (SQLAlchemyError, ImportError) as error:
-            raise OSError(f"storage: cannot open {_without_password(url)}: {error}") from None
+            why = getattr(error, "orig", error)
+            raise OSError(f"storage: cannot open {_without_password(url)}: {why}") from None
     made: dict[str, Any] = {"model": model, "reward": reward.describe(), "space": asdict(space),
             "heads": None if ranking is None else [list(head) for head in ranking.order]}  # fmt: skip
     made = _as_json(made)
@@ -316,6 +317,8 @@ def tune(
     """Run trials until the study, over all its workers, has `trials` that were finished or pruned.
 
     callbacks: called with the study and each trial that ended.
+
+    Raises: OSError where the storage cannot be read or written, as on a full disk; what it had it keeps.
     """
     optuna = _optuna()
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
@@ -337,7 +340,7 @@ def tune(
     if len(study.get_trials(deepcopy=False, states=states)) >= trials:
         return
     enough = optuna.study.MaxTrialsCallback(trials, states=states)
-    with _quiet(optuna):
+    with _quiet(optuna), _told_plainly(optuna):
         study.optimize(objective, callbacks=[*callbacks, enough])
 
 
@@ -503,6 +506,17 @@ def _url(storage: str | Path) -> str:
     path = Path(storage).absolute()
     path.parent.mkdir(parents=True, exist_ok=True)
     return f"sqlite:///{path}"
+
+
+@contextlib.contextmanager
+def _told_plainly(optuna: Any) -> Iterator[None]:
+    """What the database said is why a storage fails; SQLAlchemy adds the statement, and Optuna its own words."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise OSError(f"storage: {getattr(error.__cause__, 'orig', None) or getattr(error, 'orig', error)}") from error
 
 
 def _without_password(url: str) -> str:

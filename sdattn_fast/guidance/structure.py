@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..unet.maps import words_of
 from .crf import PairwiseBilateral, PairwiseGaussian, dense_crf
 from .preview import Preview
 
@@ -140,13 +141,14 @@ class Structure:
     Args:
         patch: of a pipeline, with a capture.
         prompt: whose words' maps are asked; a list where the pipeline draws several prompts.
-        words: the objects among them, None: all; with a list of prompts, a list for each.
+        words: the objects among them, None: all; with a list of prompts, a list for each. Without any, or for a prompt
+            in which the tokenizer knows no word, the latents stay as they are.
         steps: indices of the steps after which latents are refined. before_decoding: after the last step too.
         preview: "latent": edges and colours of the predicted clean latent; "decoded": of its decoded picture.
         **how: strength, sigma, background, iterations of `refine_latents`.
 
-    With the defaults the words' maps fit their objects better on the shapes pipeline, and the pictures had fewer objects in
-    their colours (docs/evaluation.md).
+    With the defaults the words' maps fit their objects better on the shapes pipeline, and the pictures had fewer
+    objects in their colours (docs/evaluation.md).
 
     Raises: TypeError, ValueError.
     """
@@ -182,6 +184,7 @@ class Structure:
             raise TypeError(f"how: expected strength, sigma, background, iterations, got {sorted(unknown)}")
         self.patch = patch
         self.steps, self.before_decoding, self.preview, self.how = set(steps), before_decoding, preview, how
+        self._tokenizer = pipe.tokenizer
         self._preview = Preview(pipe.unet)
 
     def __call__(self, pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -190,15 +193,17 @@ class Structure:
             return inputs
         latents: Tensor = inputs["latents"]
         picture = self._picture(pipe, (latents.shape[2], latents.shape[3]))
-        refined = [
-            refine_latents(latents[i : i + 1].float(), self._maps(i, latents), picture=picture[i : i + 1], **self.how)
-            for i in range(len(latents))
-        ]
+        refined = []
+        for i in range(len(latents)):
+            latent, maps = latents[i : i + 1].float(), self._maps(i, latents)
+            refined.append(refine_latents(latent, maps, picture=picture[i : i + 1], **self.how) if maps else latent)
         return {**inputs, "latents": torch.cat(refined).to(latents.dtype)}
 
     def _maps(self, entry: int, latents: Tensor) -> dict[str, Tensor]:
         """The maps of one entry's words, (1, height, width). A pipeline's entries are its prompts, each repeated."""
         place = entry * len(self.prompts) // len(latents)
+        if not (self.words[place] if self.words is not None else words_of(self._tokenizer, self.prompts[place])):
+            return {}
         maps = self.patch.maps.per_word(self.prompts[place], (latents.shape[2], latents.shape[3]))
         words: list[str] = list(maps if self.words is None else self.words[place])
         missing = [word for word in words if word not in maps]

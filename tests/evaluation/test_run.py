@@ -127,12 +127,12 @@ def test_runs_resume_and_processes_share(
     whole = made("whole")
     whole.run()
     assert len(drawn) == 6 and not whole.missing()
-    shared = made("shared")
+    shared, other = made("shared"), made("shared")
     with pytest.raises(ValueError, match=r"6 batches of .* are not drawn"):
         shared.results()
     shared.run(0, 2)
     assert shared.missing() == 3
-    made("shared").run(1, 2)
+    other.run(1, 2)
     assert sorted(drawn[6:]) == sorted(drawn[:6])
     # NaN is no equal of itself.
     assert json.dumps(shared.results()) == json.dumps(whole.results())

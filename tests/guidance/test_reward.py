@@ -241,6 +241,27 @@ def test_a_study_survives_kill_9(tmp_path):
     assert retried.state.name in ("COMPLETE", "PRUNED") and retried.params == trials[number].params
 
 
+def test_a_full_disk_is_said_and_what_was_done_stays(study, tmp_path):
+    """SQLite may have as many pages as it has now, which is what a full disk is to it."""
+    from sqlalchemy import event
+
+    def cap(connection, record, proxy):
+        pages = connection.execute("PRAGMA page_count").fetchone()[0]
+        connection.execute(f"PRAGMA max_page_count = {pages}")
+
+    tune(study, Pretended(), SPACE, 2)
+    before = [(t.number, t.value) for t in study.trials]
+    pool = study._storage._backend.engine.pool
+    event.listen(pool, "checkout", cap)
+    with pytest.raises(OSError, match="storage: database or disk is full"):
+        tune(study, Pretended(prompts=200), SPACE, 60)
+    event.remove(pool, "checkout", cap)
+    again = open_study(tmp_path / "study.db", Pretended(), SPACE)
+    assert [(t.number, t.value) for t in again.trials][:2] == before
+    tune(again, Pretended(), SPACE, 6)
+    assert sum(state in ("COMPLETE", "PRUNED") for state in states(again)) >= 6
+
+
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_workers_share_a_postgresql_study(postgresql, tmp_path):
     with worker(postgresql, 10, 5, 0.1, tmp_path / "0") as one, worker(postgresql, 10, 5, 0.1, tmp_path / "1") as two:

@@ -57,3 +57,14 @@ def test_several_prompts(build: Callable[[str], Any], draw: Any) -> None:
         for wrong_words in ("car", [["car"]]):
             with pytest.raises(TypeError, match="words: expected"):
                 Structure(patch, prompts, words=wrong_words)
+
+
+@pytest.mark.parametrize("prompt, words", [("a red car", []), ("绿色的圆圈", None), ("", None)])
+def test_without_words_nothing_is_smoothed(
+    prompt: str, words: list[str] | None, build: Callable[[str], Any], draw: Any
+) -> None:
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        stock = draw(pipe, prompt)
+        with Structure(patch, prompt, words=words) as structure:
+            assert np.array_equal(draw(pipe, prompt, callback_on_step_end=structure), stock)
