@@ -30,8 +30,8 @@ from kernel_figures import (
 )
 
 COLUMNS = {
-    "registers": "registers", "stack": "stack", "local": "local", "shared": "shared", "slots": "slots", "plain": "plain",
-    "per logit": "a logit", "in the loop": "in the loop", "of memory time": "of memory",
+    "registers": "registers", "stack": "stack", "local": "local", "shared": "shared", "slots": "slots",
+    "plain": "plain",    "per logit": "a logit", "in the loop": "in the loop", "of memory time": "of memory",
 }  # fmt: skip
 HEAD = """# What the kernels take
 
@@ -42,16 +42,17 @@ the tests fail where a kernel takes more of anything (of slots, over {slack:.0f}
 - registers: of a thread. stack: bytes of a thread; local: loads and stores of a thread's own memory. Both are spills.
   shared: bytes of a block; of CUDA kernels what is static, a launch adds to it.
 - matrix: the tensor cores' instructions in the code, those in a loop once.
-- slots: instructions that one warp issues, from first to last. Each counts once, times the turns of the loops around it:
-  a `for` over constants makes as many as it says, any other, such as the one over a prompt's phrases, one. Both sides of
+- slots: instructions that one warp issues, from first to last. Each counts once, times the turns of the loops around
+  it: a `for` over constants makes as many as it says, any other, such as the one over a prompt's phrases, one. Both sides of
   a branch count; what is called, slow paths of divisions, does not. Of the CRF it is one turn of its loop over pixels.
 - a logit: slots over the logits of one lane, {tokens} tokens a row, or as many as there are, no padding counted. in the
   loop: the same of one turn of the loop over tiles of rows, what a program does before it left out.
 - CUDA kernels look at run time for what a call wants. slots: one turn of their loop over tiles, every alternative
   counted, so more than any call issues. plain: the fewest that plain attention at D = 40 can do with in that loop; "a
   logit" and "of memory" are of these.
-- of memory: the time to issue the slots, {schedulers} a cycle on each of {multiprocessors} multiprocessors at {ghz:.3f} GHz, over the time that
-  queries and results take at {bandwidth:.1f} TB/s: an H200. Under 1 memory is the bound, over 1 instructions are, if both overlap
+- of memory: the time to issue the slots, {schedulers} a cycle on each of {multiprocessors} multiprocessors
+  at {ghz:.3f} GHz, over the time that queries and results take at {bandwidth:.1f} TB/s: an H200.
+  Under 1 memory is the bound, over 1 instructions are, if both overlap
   wholly. Latency, conflicts in shared memory, and the prompt's keys and values are not in it.
 """
 

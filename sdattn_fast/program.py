@@ -25,8 +25,8 @@ class SalienceDropout:
         mode: "topk" drops every entry at least as large as the k-th largest, so ties go together; "random" drops an
             entry where ``u < ratio``, ``u`` from Philox4x32-10 with the call's seed.
 
-    The defaults are as published. With them and ``renormalize="content"`` the shapes pipeline lost objects; mode "random"
-    made no difference (docs/evaluation.md).
+    The defaults are as published. With them and ``renormalize="content"`` the shapes pipeline lost objects; mode
+    "random" made no difference (docs/evaluation.md).
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range.
@@ -57,8 +57,8 @@ class Refinement:
         sigma: standard deviation of the Gaussian, in pixels of the layer's grid, >= 0; 0: no smoothing.
         axis: the maximum is taken over the row's content ("token") or over the token's map ("space").
 
-    The defaults, with ``renormalize="content"``, made no difference to the objects of the shapes pipeline, on either axis;
-    over tokens the maps of words got worse (docs/evaluation.md).
+    The defaults, with ``renormalize="content"``, made no difference to the objects of the shapes pipeline, on either
+    axis; over tokens the maps of words got worse (docs/evaluation.md).
 
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range.
@@ -88,8 +88,8 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Program:
-    """What to do to every row. ``Program()`` is plain attention, and no program alone drew better pictures than it on the
-    shapes pipeline (docs/evaluation.md).
+    """What to do to every row. ``Program()`` is plain attention, and no program alone drew better pictures than it on
+    the shapes pipeline (docs/evaluation.md).
 
     Args:
         dropout: a `SalienceDropout`, or None.

@@ -22,8 +22,8 @@ from torch.nn.functional import pad
 from ..plan import HEAD_ZERO, PicturePlan, Plan, RowPlan
 
 __all__ = [
-    "availability", "remark", "not_supported_reasons", "attention", "backward", "folded", "pack", "picture_attention", "smooth",
-    "gaussian_attention", "content_first", "interprets",
+    "availability", "remark", "not_supported_reasons", "attention", "backward", "folded", "pack", "picture_attention",
+    "smooth", "gaussian_attention", "content_first", "interprets",
 ]  # fmt: skip
 
 _MOST = 256  # N, D and Dv

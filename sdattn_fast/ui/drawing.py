@@ -116,22 +116,23 @@ def _timed(pipe: Any, asked: Asked, callback: Any, tell: Callable[[float], None]
         tell((step + 1) / asked.steps)
         return kept if callback is None else callback(pipe, step, timestep, kept)
 
+    drawn: dict[str, Any] = {}
+
     def draw() -> None:
-        nonlocal picture, seconds
         start = time.perf_counter()
-        picture = pipe(
+        drawn["picture"] = pipe(
             asked.prompt, negative_prompt=asked.negative_prompt or None, num_inference_steps=asked.steps,
             guidance_scale=asked.guidance_scale, generator=torch.Generator().manual_seed(asked.seed),
             callback_on_step_end=after,
         ).images[0]  # fmt: skip
-        seconds = time.perf_counter() - start  # the picture is on the CPU: the device has nothing left to do
+        drawn["seconds"] = time.perf_counter() - start  # the picture is on the CPU: the device has nothing left to do
 
-    picture, seconds, mib = None, 0.0, None
+    mib = None
     if _on_cuda(pipe):
         mib = peak_mib(draw, "cuda")
     else:
         draw()
-    return picture, seconds, mib
+    return drawn["picture"], drawn["seconds"], mib
 
 
 def _judged(side: Side, asked: Asked, scorer: ClipScorer | None, shapes: bool) -> Side:

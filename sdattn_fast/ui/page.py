@@ -53,7 +53,7 @@ LAUNCH: dict[str, Any] = {
 }
 
 
-_WIDTHS = ["85px", "85px", "105px", "110px", "95px", "75px", "auto"]  # of the table's columns
+_WIDTHS: list[str | int] = ["85px", "85px", "105px", "110px", "95px", "75px", "auto"]  # of the table's columns
 
 
 @dataclass(frozen=True)

@@ -62,7 +62,9 @@ def test_channels_of_every_alignment(c, offset, dtype):
     x = torch.randn(2 * 70 * c + offset, device=DEVICE).to(dtype)[offset:].view(1, 2, 70, c)
     eps = torch.finfo(dtype).eps
     got = backend.smooth(x, (5, 14), 0.8, 1, None)
-    torch.testing.assert_close(got.double(), by_scipy(x, (5, 14), 0.8, 1, None), rtol=max(eps, 1e-5), atol=eps / 4 + 2e-6)
+    torch.testing.assert_close(
+        got.double(), by_scipy(x, (5, 14), 0.8, 1, None), rtol=max(eps, 1e-5), atol=eps / 4 + 2e-6
+    )
 
 
 def test_a_nan_stays_within_the_radius():

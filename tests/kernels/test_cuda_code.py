@@ -28,7 +28,7 @@ def built():
 
 
 def test_no_kernel_spills(built):
-    """But the one for any shape, which has 256 columns of two rows in registers, the slow way out: a few dozen bytes."""
+    """But the one for any shape, which has 256 columns of two rows in registers: it is the slow way out."""
     spilling = {
         f"{target} {name}": row
         for target, rows in built[1].items()

@@ -1,4 +1,4 @@
-"""The reader of machine code, on listings whose loops and counts are plain to see, and on what nvcc makes of a kernel."""
+"""The reader of machine code, on listings whose loops and counts are plain to see, and on what nvcc makes."""
 
 from __future__ import annotations
 
