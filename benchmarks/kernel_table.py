@@ -43,8 +43,9 @@ the tests fail where a kernel takes more of anything (of slots, over {slack:.0f}
   shared: bytes of a block; of CUDA kernels what is static, a launch adds to it.
 - matrix: the tensor cores' instructions in the code, those in a loop once.
 - slots: instructions that one warp issues, from first to last. Each counts once, times the turns of the loops around
-  it: a `for` over constants makes as many as it says, any other, such as the one over a prompt's phrases, one. Both sides of
-  a branch count; what is called, slow paths of divisions, does not. Of the CRF it is one turn of its loop over pixels.
+  it: a `for` over constants makes as many as it says, any other, such as the one over a prompt's phrases, one. Both
+  sides of a branch count; what is called, slow paths of divisions, does not. Of the CRF it is one turn of its loop over
+  pixels.
 - a logit: slots over the logits of one lane, {tokens} tokens a row, or as many as there are, no padding counted. in the
   loop: the same of one turn of the loop over tiles of rows, what a program does before it left out.
 - CUDA kernels look at run time for what a call wants. slots: one turn of their loop over tiles, every alternative
@@ -62,9 +63,10 @@ def main() -> None:
     parser.add_argument(
         "--write", action="store_true", help="keep the figures in docs/kernels.json and docs/kernels.md"
     )
+    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels alone, Triton's figures as they were")
     options = parser.parse_args()
     old = table() if TABLE.exists() else {"compilers": {}, "triton": {}, "cuda": {}}
-    new = measured(old)
+    new = measured(old, {} if options.cuda else CASES)
     page = as_page(new)
     print(page)
     print("\n".join(changes(new, old)) or "as in docs/kernels.json")
@@ -73,13 +75,15 @@ def main() -> None:
         TABLE.with_suffix(".md").write_text(page)
 
 
-def measured(old: dict[str, Any]) -> dict[str, Any]:
-    """The table of what is here; where no CUDA extension is built, its part is the old one."""
+def measured(old: dict[str, Any], cases: dict[str, Any]) -> dict[str, Any]:
+    """The table of what is here; without cases, and where no CUDA extension is built, a part is the old one."""
     new: dict[str, Any] = {"compilers": {"triton": triton.__version__}, "triton": {}, "cuda": old["cuda"]}
-    with compiling(CASES.values()) as found:
-        for i, (label, case) in enumerate(CASES.items(), 1):
+    if not cases:
+        new["compilers"], new["triton"] = dict(old["compilers"]), old["triton"]
+    with compiling(cases.values()) as found:
+        for i, (label, case) in enumerate(cases.items(), 1):
             new["triton"].setdefault(case.architecture, {})[case.title] = found[label].result()[1]
-            print(f"\r{i} of {len(CASES)}: {label:60}", end="", file=sys.stderr, flush=True)
+            print(f"\r{i} of {len(cases)}: {label:60}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     binary = cuda_extension()
     if binary is not None:

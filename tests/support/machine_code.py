@@ -11,12 +11,14 @@ import ast
 import functools
 import heapq
 import importlib.util
+import os
 import re
 import shutil
 import subprocess
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,7 +37,7 @@ class Instruction:
     target: int | None = None
     always: bool = False
 
-    @property
+    @functools.cached_property
     def opcode(self) -> str:
         return re.sub(r"^@!?\w+\s+", "", self.text).split()[0]
 
@@ -142,7 +144,8 @@ def of_sass(name: str, target: str, code: Sequence[Instruction], registers: int,
 def extension(path: Path, folder: Path) -> list[Code]:
     """The kernels of every cubin that nvcc put into an object file or a shared library; cubins are left in `folder`."""
     _run("cuobjdump", "-xelf", "all", path.resolve(), cwd=folder)
-    return [code for one in sorted(folder.glob("*.cubin")) for code in cubin(one)]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        return [code for codes in pool.map(cubin, sorted(folder.glob("*.cubin"))) for code in codes]
 
 
 def amdgcn(assembly: str, target: str, shared: int) -> Code:
@@ -269,11 +272,12 @@ def _loops(code: Sequence[Instruction]) -> list[Loop]:
     """By dominators: an edge back to where every way here has led through. A jump back from code that was merely put
     out of the way is none."""
     reachable = _reachable(code)
-    first = sorted({0} | {j for i in reachable if code[i].target is not None or code[i].always for j in _next(code, i)})
-    starts = [i for i in first if i in set(reachable)]
+    first = {0} | {j for i in reachable if code[i].target is not None or code[i].always for j in _next(code, i)}
+    leaders = first & set(reachable)
+    starts = sorted(leaders)
     block = {}
     for i in reachable:
-        block[i] = i if i in set(starts) else block[i - 1]
+        block[i] = i if i in leaders else block[i - 1]
     before: dict[int, set[int]] = {b: set() for b in starts}
     last = {b: i for i, b in block.items()}
     for b, i in last.items():
