@@ -538,7 +538,8 @@ SDATTN_DEVICE void store_map(const Launch& l, const unsigned char* shared, const
 template <int VALUES>
 SDATTN_DEVICE void store_bits(const Launch& l, const unsigned char* shared, const float (&p)[VALUES], bool inside,
                               int32_t* to) {
-  const auto* order = reinterpret_cast<const int16_t*>(shared + l.order);
+  // volatile: else ptxas keeps all of it in registers from one word to the next, and spills.
+  const auto* order = reinterpret_cast<const volatile int16_t*>(shared + l.order);
   const int lane = thread_index() & 31, n = static_cast<int>(l.call.attention.N);
   for (int word = 0; word < (n + 31) / 32; ++word) {
     uint32_t bits = 0;

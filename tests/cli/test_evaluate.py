@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import build, parts, tokenizer, tokenizer_2  # noqa: F401
 
 pytest.importorskip("textblob")
@@ -28,6 +29,15 @@ def run(capsys):
         return exit.value.code, out, err
 
     return run
+
+
+@pytest.fixture
+def one_thread():
+    """Sums in one order: to the bit what a process of one thread gives."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def test_the_shapes_world(run, tmp_path: Path) -> None:
@@ -82,7 +92,7 @@ def test_a_model_and_prompts_of_ones_own(run, tmp_path: Path, build: Callable[[s
     assert code == 2 and "expected at least one prompt" in err and err.count("\n") == 1
 
 
-def test_two_processes_give_what_one_gives(run, tmp_path: Path) -> None:
+def test_two_processes_give_what_one_gives(run, tmp_path: Path, one_thread: None) -> None:
     asked = ("--pictures", "3", "--batch", "1", "--steps", "1", "--no-cost", "--device", "cpu", "--only", "gate, hard")
     assert run(*asked, "--folder", str(tmp_path / "one"))[0] == 0
     with socket.socket() as free:

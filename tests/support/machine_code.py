@@ -90,11 +90,11 @@ class Code:
         """
         wanted = tuple(needs.values())
         gains = {i: tuple(self.instructions[i].opcode.startswith(x) for x in needs) for i in loop.inside}
-        start = (loop.first, (0,) * len(wanted))
-        best, todo = {start: 0}, [(0, *start)]
+        best: dict[tuple[int, tuple[int, ...]], int] = {}
+        todo = [(0, loop.first, (0,) * len(wanted))]
         while todo:
             cost, i, have = heapq.heappop(todo)
-            if cost > best[i, have]:
+            if cost > best.get((i, have), cost):
                 continue
             if cost and i == loop.first and have == wanted:
                 return cost
