@@ -31,8 +31,7 @@ def _load() -> tuple[Any, str | None]:
     except ImportError as error:
         return None, (
             f"the CUDA kernels are not built ({error}); `pip install -e .` builds them where it finds nvcc: on the "
-            "PATH, "
-            "in CUDA_HOME, or from pip install 'nvidia-cuda-nvcc==13.*' (SDATTN_FAST_CUDA=1 says what is missing)"
+            "PATH, in CUDA_HOME, or from pip install 'nvidia-cuda-nvcc==13.*' (SDATTN_FAST_CUDA=1 says what is missing)"
         )
     return _cuda, None
 
