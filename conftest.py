@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 
@@ -11,6 +12,10 @@ ROOT = Path(__file__).parent
 
 # `python -m pytest` puts the root on sys.path, where the folder kernels/ would hide the PyPI package of that name.
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
+
+# Tests side by side (`make test`: pytest-xdist) share the cores, where each would take all.
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // workers)))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -239,7 +239,7 @@ def test_beside_a_run_it_leaves_no_trace(pipe) -> None:
         ({"unet": "unet"}, "unet: expected a UNet or a Patch, got str"),
         ({"program": Program(refine=Refinement(3, 0.2))}, "backend: relevance comes from a fused backward kernel"),
     ],
-    ids=str,
+    ids=lambda x: x if isinstance(x, str) else "-".join(x),
 )
 def test_bad_input(unet, changes, said) -> None:
     x, t, text = inputs()

@@ -57,14 +57,15 @@ def _few_processors(monkeypatch):
 
 
 def _cases():
-    """The interpreter is slow: there, smaller ones, and a third of them in half precision."""
+    """The interpreter is slow: there, smaller ones, and a sixth of them in half precision."""
     for i, case in enumerate(CASES):
         b, h, m, *more = case.shape
-        if INTERPRETED:
-            case = replace(case, shape=(b, min(h, 2), min(m, 70), *more))
         for dtype in DTYPES:
-            if not INTERPRETED or dtype == torch.float32 or i % 3 == 2:
-                yield pytest.param(case, dtype, id=f"{case}-{dtype}")
+            if INTERPRETED and dtype != torch.float32 and i % 6 != 2:
+                continue
+            if INTERPRETED:  # three tiles of rows
+                case = replace(case, shape=(b, min(h, 2), min(m, 35 if dtype == torch.float32 else 70), *more))
+            yield pytest.param(case, dtype, id=f"{case}-{dtype}")
 
 
 @pytest.mark.parametrize("case, dtype", _cases())

@@ -311,7 +311,7 @@ def test_strided_inputs():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("which", ["q", "k", "v", "qkv"])
+@pytest.mark.parametrize("which", ["qkv"] if INTERPRETED else ["q", "k", "v", "qkv"])  # there addresses mean nothing
 def test_inputs_that_start_anywhere(which, dtype):
     """One element past an aligned address, or rows an odd stride apart: nothing may be read 16 bytes at a time."""
     exact, _, _ = check(case(h=2, d=40, m=20, dtype=dtype), FULL)

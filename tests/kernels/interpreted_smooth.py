@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.ndimage
 import torch
-from tested_backend import DEVICE, backend
+from tested_backend import DEVICE, INTERPRETED, backend
 
 
 def by_scipy(x, grid, sigma, times, where):
@@ -57,7 +57,7 @@ def test_a_radius_larger_than_the_picture(grid):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("offset", [0, 1])
-@pytest.mark.parametrize("c", [8, 40, 72, 160, 33])
+@pytest.mark.parametrize("c", [33] if INTERPRETED else [8, 40, 72, 160, 33])  # there addresses mean nothing
 def test_channels_of_every_alignment(c, offset, dtype):
     x = torch.randn(2 * 70 * c + offset, device=DEVICE).to(dtype)[offset:].view(1, 2, 70, c)
     eps = torch.finfo(dtype).eps
