@@ -31,7 +31,7 @@ from kernel_figures import (
 
 COLUMNS = {
     "registers": "registers", "stack": "stack", "local": "local", "shared": "shared", "slots": "slots",
-    "plain": "plain",    "per logit": "a logit", "in the loop": "in the loop", "of memory time": "of memory",
+    "plain": "plain", "per logit": "a logit", "in the loop": "in the loop", "of memory time": "of memory",
 }  # fmt: skip
 HEAD = """# What the kernels take
 

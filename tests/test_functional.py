@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from torch import library
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
@@ -203,7 +204,7 @@ def test_custom_ops_pass_opcheck():
         rows.threshold, rows.renormalize, rows.head_mode, rows.capture_tokens, rows.capture_final, rows.capture_mean,
         rows.max_content, rows.max_drop, True, None, None, None, "cpu",
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.sdattn_fast.rows.default, arguments)
+    library.opcheck(torch.ops.sdattn_fast.rows.default, arguments)
     over = (2, 0.8, 0.3, True, None, 3, 4, "cpu")
-    torch.library.opcheck(torch.ops.sdattn_fast.picture.default, (*arguments[:-5], *over))
-    torch.library.opcheck(torch.ops.sdattn_fast.smooth.default, (query, 3, 4, 0.8, 1, None, "cpu"))
+    library.opcheck(torch.ops.sdattn_fast.picture.default, (*arguments[:-5], *over))
+    library.opcheck(torch.ops.sdattn_fast.smooth.default, (query, 3, 4, 0.8, 1, None, "cpu"))

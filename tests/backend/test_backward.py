@@ -18,7 +18,7 @@ from given_decisions import (
     stored_relevance,
     through_autograd,
 )  # fmt: skip
-from torch import Tensor
+from torch import Tensor, library
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
 from sdattn_fast import reference as definition
@@ -290,7 +290,7 @@ def test_ops_pass_opcheck():
         rows.threshold, rows.renormalize, rows.head_mode, rows.capture_tokens, rows.capture_final, rows.capture_mean,
         rows.max_content, rows.max_drop, True, sink, tokens, heads, "cpu",
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.sdattn_fast.rows.default, forward)
+    library.opcheck(torch.ops.sdattn_fast.rows.default, forward)
     out, maps, bits = torch.ops.sdattn_fast.rows(*forward)
     backward = (
         torch.randn_like(out), torch.randn_like(maps), bits, [True] * 6, query, key, value, bias, 0.3, rows.content,
@@ -298,8 +298,8 @@ def test_ops_pass_opcheck():
         rows.capture_mean, rows.max_content, tokens, heads, "cpu",
     )  # fmt: skip
     detached = [x.detach() if isinstance(x, Tensor) else x for x in backward]
-    torch.library.opcheck(torch.ops.sdattn_fast.rows_backward.default, tuple(detached))
-    torch.library.opcheck(torch.ops.sdattn_fast.smooth.default, (query, 3, 4, 0.8, 1, None, "cpu"))
+    library.opcheck(torch.ops.sdattn_fast.rows_backward.default, tuple(detached))
+    library.opcheck(torch.ops.sdattn_fast.smooth.default, (query, 3, 4, 0.8, 1, None, "cpu"))
 
 
 # What it costs, and what it must not do.

@@ -305,7 +305,8 @@ def test_strided_inputs():
     assert torch.equal(check(c, FULL)[0], exact)
     c.q, c.k, c.v = (torch.nn.functional.pad(x, (0, 3))[..., :40] for x in (c.q, c.k, c.v))
     # In CUDA another kernel's, which adds up in another order.
-    torch.testing.assert_close(check(c, FULL)[0], exact, rtol=1e-5, atol=1e-6)
+    near = dict(rtol=1e-5, atol=1e-6) if NAME == "cuda" else dict(rtol=0, atol=0)
+    torch.testing.assert_close(check(c, FULL)[0], exact, **near)
     c.k, c.v = (x[:1].expand(2, -1, -1, -1) for x in (c.k, c.v))
     check(c, FULL)
 

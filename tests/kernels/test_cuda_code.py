@@ -10,7 +10,7 @@ import pytest
 from kernel_figures import cuda_extension, cuda_rows, table, worse
 
 MEND = "`python benchmarks/kernel_table.py` shows what changed, and with --write accepts it"
-WIDE = 192  # bytes of stack
+WIDE = {"half_t": 16, "bfloat16_t": 16, "float": 136}  # bytes of stack, of the kernels for more than 80 tokens
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,15 @@ def built():
 
 def test_no_kernel_spills(built):
     """But those for more than 80 tokens, which hold two rows of 256 columns in 128 registers."""
+
+    def most(name):
+        return WIDE[name.partition("<")[2].partition(",")[0]] if ", 16, 16, " in name else 0
+
     spilling = {
         f"{target} {name}": row
         for target, rows in built[1].items()
         for name, row in rows.items()
-        if row["stack"] > (WIDE if ", 16, 16, " in name else 0)
+        if row["stack"] > most(name) or (row["local"] and not most(name))
     }
     assert spilling == {}
 
