@@ -60,7 +60,10 @@ def backward_kernel(
     content, gate, leader, _ = _token_side(
         Content, Gate, Phrases, None, b, h, mode, HeadMode is not None, gate_b, gate_h, col_a, in_a, N, NA, 0
     )
-    here, weight = _maps_of_head(GradMaps, HeadMode, b, h, mode, M, T, H, MEAN)
+    weight = _weight_of_maps(HeadMode, mode, H, MEAN)
+    here = GradMaps
+    if GradMaps is not None:
+        here = GradMaps + _maps_of_head(b, h, M, T, H, MEAN)
 
     if not STREAM:
         ka = _slice(Key, col_a, in_a, k_n * UNIT, 0, C, D)
@@ -196,7 +199,10 @@ def shared_kernel(
         content, gate, leader, _ = _token_side(
             Content, Gate, Phrases, None, b, h, mode, HeadMode is not None, gate_b, gate_h, col_a, in_a, N, NA, 0
         )
-        here, weight = _maps_of_head(GradMaps, HeadMode, b, h, mode, M, T, H, MEAN)
+        weight = _weight_of_maps(HeadMode, mode, H, MEAN)
+        here = GradMaps
+        if GradMaps is not None:
+            here = GradMaps + _maps_of_head(b, h, M, T, H, MEAN)
         query = Query + b * (q_b * UNIT) + h * (q_h * UNIT)
         key = Key + b * (k_b * UNIT) + h * (k_h * UNIT)
         value = Value + b * (v_b * UNIT) + h * (v_h * UNIT)
@@ -379,21 +385,23 @@ def _kept(Bits, at_row, in_m, cols, inside, N: tl.constexpr):
 
 
 @triton.jit
-def _maps_of_head(Maps, HeadMode, b, h, mode, M, T, H: tl.constexpr, MEAN: tl.constexpr):
-    """Where the gradients of this head's captured maps are, and their weight: its share of a mean."""
+def _maps_of_head(b, h, M, T, H: tl.constexpr, MEAN: tl.constexpr):
+    """How many elements into the gradients of the captured maps this head's begin; b and h are int64."""
+    return b * T * M if MEAN else (b * H + h) * T * M
+
+
+@triton.jit
+def _weight_of_maps(HeadMode, mode, H: tl.constexpr, MEAN: tl.constexpr):
+    """The share of a head in the captured maps: 1 where each head has its own, else its share of the mean."""
     weight = 1.0
-    if Maps is not None:
-        if MEAN:
-            Maps += b * T * M
-            weight = 1.0 / H
-            if HeadMode is not None:
-                heads = 0
-                for head in range(H):
-                    heads += (tl.load(HeadMode + head) == 0).to(tl.int32)
-                weight = tl.where(mode == 0, 1.0 / tl.maximum(heads, 1).to(tl.float32), 0.0)
-        else:
-            Maps += (b * H + h) * T * M
-    return Maps, weight
+    if MEAN:
+        weight = 1.0 / H
+        if HeadMode is not None:
+            heads = 0
+            for head in range(H):
+                heads += (tl.load(HeadMode + head) == 0).to(tl.int32)
+            weight = tl.where(mode == 0, 1.0 / tl.maximum(heads, 1).to(tl.float32), 0.0)
+    return weight
 
 
 @triton.jit

@@ -62,7 +62,7 @@ def row_program(
     if NMS:
         low = threshold * tl.max(tl.where((rank < kth[:, None]) & (rank > 0.0), rank, 0.0), 1)
     kept = tl.full(p.shape, 1, tl.int1)
-    if RANDOM or DROP > 0 or NMS:
+    if (RANDOM or DROP > 0) or NMS:
         kept = (((rank >= kth[:, None]) | (rank <= low[:, None])) & c) == 0
         p = tl.where(kept, p, 0.0)
 
@@ -94,8 +94,8 @@ def philox_uniform(Seed, cols, rows, h, b):
     """u in [0, 1) of step 4, mode "random", (rows, columns)."""
     seed = tl.load(Seed)
     n, m = tl.broadcast(cols.to(tl.int32)[None, :], rows.to(tl.int32)[:, None])
-    words = tl.philox(seed, n, m, n * 0 + h.to(tl.int32), n * 0 + b.to(tl.int32))
-    return (words[0] >> 8).to(tl.float32) * 5.9604644775390625e-08
+    word, _, _, _ = tl.philox(seed, n, m, n * 0 + h.to(tl.int32), n * 0 + b.to(tl.int32))
+    return (word >> 8).to(tl.float32) * 5.9604644775390625e-08
 
 
 @triton.jit

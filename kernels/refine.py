@@ -66,7 +66,7 @@ def picture_kernel(
         p, _, total = softmax_parts(p, p, 0)
         p = p * tl.where(total == 0, 0.0, 1.0 / total)[:, None]
         mass = tl.sum(tl.where(c, p, 0.0), 1)
-        if Slots is not None and not FINAL and (STAGE == "begin" or STAGE == "last"):
+        if (Slots is not None and not FINAL) and (STAGE == "begin" or STAGE == "last"):
             _store_maps(Maps + bh * T * M, Slots, p, rows, in_m, cols, in_n, mode, M)
         if Gate is not None:
             p *= tl.load(Gate + b * gate_b + h * gate_h + cols, mask=content, other=1.0)[None, :]
@@ -84,7 +84,7 @@ def picture_kernel(
         if FIRST and STAGE != "count":
             mass = tl.load(Mass + bh * M + rows, mask=in_m, other=0.0)
 
-    if Kth is not None and STAGE != "count" and STAGE != "begin":
+    if Kth is not None and (STAGE != "count" and STAGE != "begin"):
         bound = tl.load(Kth + bh * N + cols, mask=in_n, other=float("inf"))
         p = tl.where(c & (p >= bound[None, :]), 0.0, p)
 

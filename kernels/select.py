@@ -49,52 +49,69 @@ def _bisect(x, k):
     return kth.to(tl.float32, bitcast=True)
 
 
-# The largest 2, 4, 8 of the last dimension, each a tensor without it, in descending order. `size` >= 4.
+# The largest 2, 4, 8 of the last dimension, each a tensor without it, in descending order. `size`: a power of two,
+# 4 to 64. The dimension is halved until it is gone, with a sorted list for each place that is left. These are unrolled
+# loops and not recursion because up to Triton 3.4 a jit function that calls itself does not compile.
 
 
 @triton.jit
 def _top2(x, size: tl.constexpr):
     a, b = _halves(x, size)
-    if size == 2:
-        top = (tl.maximum(a, b), tl.minimum(a, b))
-    else:
-        a0, a1 = _top2(a, size // 2)
-        b0, b1 = _top2(b, size // 2)
-        top = merge2(a0, a1, b0, b1)
-    return top
+    t0, t1 = tl.maximum(a, b), tl.minimum(a, b)
+    for i in tl.static_range(1, 6):
+        if size >> i >= 2:
+            a0, b0 = _halves(t0, size >> i)
+            a1, b1 = _halves(t1, size >> i)
+            t0, t1 = merge2(a0, a1, b0, b1)
+    return t0, t1
+
+
+@triton.jit
+def _sorted4(x, size: tl.constexpr):
+    """Four at a time, sorted: each a quarter of the last dimension."""
+    a, b = _halves(x, size)
+    a0, b0 = _halves(tl.maximum(a, b), size // 2)
+    a1, b1 = _halves(tl.minimum(a, b), size // 2)
+    return bitonic4(a0, a1, b1, b0)
 
 
 @triton.jit
 def _top4(x, size: tl.constexpr):
-    a, b = _halves(x, size)
-    if size == 4:
-        a0, a1 = _top2(a, 2)
-        b0, b1 = _top2(b, 2)
-        top = bitonic4(a0, a1, b1, b0)
-    else:
-        a0, a1, a2, a3 = _top4(a, size // 2)
-        b0, b1, b2, b3 = _top4(b, size // 2)
-        top = merge4(a0, a1, a2, a3, b0, b1, b2, b3)
-    return top
+    t0, t1, t2, t3 = _sorted4(x, size)
+    for i in tl.static_range(2, 6):
+        if size >> i >= 2:
+            a0, b0 = _halves(t0, size >> i)
+            a1, b1 = _halves(t1, size >> i)
+            a2, b2 = _halves(t2, size >> i)
+            a3, b3 = _halves(t3, size >> i)
+            t0, t1, t2, t3 = merge4(a0, a1, a2, a3, b0, b1, b2, b3)
+    return t0, t1, t2, t3
 
 
 @triton.jit
 def _top8(x, size: tl.constexpr):
+    t0, t1, t2, t3 = _sorted4(x, size)
     if size == 4:
-        a0, a1, a2, a3 = _top4(x, 4)
-        none = tl.full(a0.shape, -1.0, tl.float32)
-        top = (a0, a1, a2, a3, none, none, none, none)
+        t4 = tl.full(t0.shape, -1.0, tl.float32)
+        t5, t6, t7 = t4, t4, t4
     else:
-        a, b = _halves(x, size)
-        if size == 8:
-            a0, a1, a2, a3 = _top4(a, 4)
-            b0, b1, b2, b3 = _top4(b, 4)
-            top = bitonic8(a0, a1, a2, a3, b3, b2, b1, b0)
-        else:
-            a0, a1, a2, a3, a4, a5, a6, a7 = _top8(a, size // 2)
-            b0, b1, b2, b3, b4, b5, b6, b7 = _top8(b, size // 2)
-            top = merge8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7)
-    return top
+        a0, b0 = _halves(t0, size // 4)
+        a1, b1 = _halves(t1, size // 4)
+        a2, b2 = _halves(t2, size // 4)
+        a3, b3 = _halves(t3, size // 4)
+        t0, t1, t2, t3, t4, t5, t6, t7 = bitonic8(a0, a1, a2, a3, b3, b2, b1, b0)
+    for i in tl.static_range(3, 6):
+        if size >> i >= 2:
+            a0, b0 = _halves(t0, size >> i)
+            a1, b1 = _halves(t1, size >> i)
+            a2, b2 = _halves(t2, size >> i)
+            a3, b3 = _halves(t3, size >> i)
+            a4, b4 = _halves(t4, size >> i)
+            a5, b5 = _halves(t5, size >> i)
+            a6, b6 = _halves(t6, size >> i)
+            a7, b7 = _halves(t7, size >> i)
+            t0, t1, t2, t3, t4, t5, t6, t7 = merge8(a0, a1, a2, a3, a4, a5, a6, a7, b0, b1, b2, b3, b4, b5, b6, b7)
+    return t0, t1, t2, t3, t4, t5, t6, t7
 
 
 @triton.jit

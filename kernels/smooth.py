@@ -22,7 +22,8 @@ def smooth_kernel(
     bh = (place // (blocks * CHANNELS)).to(tl.int64)
     c = (place // blocks) % CHANNELS * BC + tl.arange(0, BC)
     m = (place % blocks).to(tl.int64) * BP + tl.arange(0, BP)
-    pixels = height.to(tl.int64) * width
+    # Not height.to: an argument that is 1 is a constant of Python's, which has no such method.
+    pixels = (tl.zeros((), tl.int64) + height) * width
     inside = (m < pixels)[:, None] & (c < C)[None, :]
     X += bh // H * x_b + bh % H * x_h
     source = X + c[None, :].to(tl.int64) * x_c

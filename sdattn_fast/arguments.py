@@ -14,7 +14,24 @@ from torch import Tensor
 from .plan import TokenSide
 from .program import Capture, Program
 
-__all__ = ["check_products", "check_bias", "check_scale", "check_grid", "check_seed", "check_program", "token_side"]
+__all__ = [
+    "check_products", "check_bias", "check_scale", "check_grid", "check_seed", "check_program", "token_side", "indexed",
+]  # fmt: skip
+
+
+def indexed(device: torch.device | str) -> torch.device:
+    """The device as tensors on it name it: "cuda" is the current one, "cuda:0" say; a CPU has no index.
+
+    Raises: TypeError, RuntimeError (torch's own, for a name it does not know).
+    """
+    if not isinstance(device, (torch.device, str)):
+        raise TypeError(f"device: expected a torch.device or its name, got {_type(device)}")
+    device = torch.device(device)
+    if device.type in ("cpu", "meta"):
+        return torch.device(device.type)
+    if device.index is not None:
+        return device
+    return torch.device(device.type, torch.get_device_module(device.type).current_device())
 
 
 def check_products(query: Any, key: Any, value: Any) -> None:
@@ -116,7 +133,7 @@ def token_side(
     batch: int,
     heads_count: int,
     tokens: int,
-    device: torch.device,
+    device: torch.device | str,
     gate: Any = None,
     phrases: Any = None,
     protected: Any = None,
@@ -132,6 +149,7 @@ def token_side(
     Raises: TypeError, ValueError.
     """
     b, h, n = batch, heads_count, tokens
+    device = indexed(device)
     if gate is not None:
         gate = _gate(gate, b, h, n, device)
     if phrases is not None:

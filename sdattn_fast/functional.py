@@ -9,10 +9,11 @@ import torch
 from torch import Tensor
 
 from .arguments import check_bias, check_grid, check_products, check_program, check_scale, check_seed, token_side
-from .backend import NAMES, autograd, choose, cpu, fused, op, triton, unavailable
+from .backend import NAMES, KernelRefused, autograd, choose, cpu, fused, op, pass_over, triton, unavailable
 from .plan import Plan, TokenSide, fold_into_value, make_plan
-from .program import Capture, Program
+from .program import Capture, Program, Refinement
 from .reference import reference_attention
+from .streams import MadeOn
 
 __all__ = ["semantic_attention", "prepare", "Prepared"]
 
@@ -93,7 +94,7 @@ def prepare(
     batch: int,
     heads_count: int,
     tokens: int,
-    device: torch.device,
+    device: torch.device | str,
     gate: Tensor | None = None,
     phrases: Tensor | None = None,
     protected: Tensor | None = None,
@@ -106,7 +107,8 @@ def prepare(
 ) -> Prepared:
     """Check and lower everything that depends on the text alone, once, for many calls with the same text.
 
-    Arguments are those of `semantic_attention`; batch, heads_count and tokens are B, H and N.
+    Arguments are those of `semantic_attention`; batch, heads_count and tokens are B, H and N. device: where the inputs
+    will be; "cuda" is the current GPU.
 
     Raises: TypeError, ValueError, as `semantic_attention`.
     """
@@ -143,6 +145,7 @@ class FoldedText:
     scale: float
     token_bias: Tensor | None
     out_bias: Tensor | None
+    made: MadeOn
 
     def tensors(self) -> list[Tensor]:
         return [x for x in (*self.packed.tensors(), self.token_bias, self.out_bias) if x is not None]
@@ -177,18 +180,37 @@ class Prepared:
         as `semantic_attention`."""
         self._check(query, key, value, bias, scale, grid, seed)
         needs_grad = self._needs_grad(query, key, value, bias, None if relevance is None else relevance.sink)
-        name = choose(self.backend, query, key, value, bias, self.plan, needs_grad)
-        scale = query.shape[3] ** -0.5 if scale is None and query.shape[3] else (scale or 1.0)
+        # Not `scale or ...`: 0 is a scale, under which every token weighs the same.
+        scale = (query.shape[3] ** -0.5 if query.shape[3] else 1.0) if scale is None else scale
         key_of_random = self._seed(seed, query.device)
-        if name == "reference":
-            if relevance is not None:
-                raise ValueError(
-                    "backend: relevance comes from a fused backward kernel, and the reference serves this call"
+        while True:
+            name = choose(self.backend, query, key, value, bias, self.plan, needs_grad)
+            if name == "reference":
+                if relevance is not None:
+                    raise ValueError(
+                        "backend: relevance comes from a fused backward kernel, and the reference serves this call"
+                    )
+                return self._on_reference(query, key, value, bias, scale, grid, key_of_random)
+            folded = self.fold_value(value) if folded_value is None else folded_value
+            differentiable = needs_grad or autograd.transforming()
+            try:
+                return self._on_fused(
+                    name, query, key, folded, bias, scale, grid, key_of_random, differentiable, relevance
                 )
-            return self._on_reference(query, key, value, bias, scale, grid, key_of_random)
-        value = self.fold_value(value) if folded_value is None else folded_value
-        needs_grad = needs_grad or autograd.transforming()
-        return self._on_fused(name, query, key, value, bias, scale, grid, key_of_random, needs_grad, relevance)
+            except KernelRefused as error:
+                # Under torch.compile the choice is a constant of the graph.
+                if self.backend != "auto" or torch.compiler.is_compiling():
+                    raise
+                assert self.plan is not None
+                pass_over(error, query, key, value, self.plan, needs_grad)
+
+    def tensors(self) -> list[Tensor]:
+        """What the call keeps on its device: the token side's tensors and the plan's."""
+        parts = (self.side, *(() if self.plan is None else (self.plan.rows, self.plan.picture, self.plan)))
+        values = [value for part in parts if part is not None for value in vars(part).values()]
+        # The permutation of columns, and what else a backend keeps with a plan, are pairs of a version and a tensor.
+        values += [inner for value in values if isinstance(value, tuple) for inner in value]
+        return [x for x in values if isinstance(x, Tensor)]
 
     def fold_refusal(self, x: Tensor) -> str | None:
         """Why no kernel serves a folded layer with this program on rows like x, or None."""
@@ -197,7 +219,7 @@ class Prepared:
             return f"backend {name!r} has no folded kernel"
         if self.plan is None or self.plan.picture is not None:
             return "the program looks over the picture, and the folded kernel at rows alone"
-        refusal = unavailable(name) or fused(name).folded_refusal(x, self.plan)
+        refusal = unavailable(name, x.device) or fused(name).folded_refusal(x, self.plan)
         if refusal is not None:
             return refusal
         if torch.is_autocast_enabled(x.device.type):
@@ -247,7 +269,7 @@ class Prepared:
         if name != "cpu" and out_bias is not None:
             out_bias = out_bias.to(key.dtype)  # what it was before it was widened
         packed = fused(name).pack(key, value, self.plan.rows)
-        return FoldedText(name, packed, shared_query, summed, scale, token_bias, out_bias)
+        return FoldedText(name, packed, shared_query, summed, scale, token_bias, out_bias, MadeOn(key.device))
 
     def call_folded(
         self,
@@ -262,6 +284,7 @@ class Prepared:
         heads are summed, else (B, H, M, Dv)."""
         plan = self.plan
         assert plan is not None
+        text.made.use(text.tensors)
         seed = self._seed(seed, x.device)
         rows = plan.rows if seed is None else replace(plan.rows, seed=seed)
         if text.token_bias is not None:
@@ -335,7 +358,8 @@ class Prepared:
             how = {"backend": name} if compiling else {"keep_layout": True}
             out, maps = attention(query, key, value, bias, scale, rows, plan.picture, grid, **how)
         elif needs_grad:
-            out, maps = autograd.attention(query, key, value, bias, scale, rows, name, relevance)
+            fallback = self._fallback(query, key, value, scale, seed) if self.backend == "auto" else None
+            out, maps = autograd.attention(query, key, value, bias, scale, rows, name, relevance, fallback)
         elif torch.compiler.is_compiling():
             out, maps, _ = op.attention(query, key, value, bias, scale, rows, name)
         else:
@@ -347,6 +371,31 @@ class Prepared:
             if maps is not None and rows.capture_final:
                 maps = _smooth_maps(name, maps, grid, plan, needs_grad)
         return out, maps
+
+    def _fallback(
+        self, query: Tensor, key: Tensor, value: Tensor, scale: float, seed: Tensor | None
+    ) -> autograd.Fallback | None:
+        """For a backward kernel that does not launch: the rows of this call again, on the reference.
+
+        The value has the linear steps in it where they fold; the smoothing of the output is not the rows'.
+        """
+        plan, side = self.plan, self.side
+        if plan is None or torch.compiler.is_compiling():
+            return None
+        refine = self.program.refine
+        threshold = None if refine is None else refine.threshold
+        program = replace(self.program, refine=None if threshold is None else Refinement(1, threshold, 0.0))
+        phrases = None if plan.folded else side.phrases
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gate: Tensor | None):  # type: ignore[no-untyped-def]
+            with torch.autocast(q.device.type, enabled=False):
+                return reference_attention(
+                    q, k, v, program, bias=bias, scale=scale, gate=gate, phrases=phrases, protected=side.protected,
+                    active=side.active, heads=side.heads, inactive_heads=side.inactive_heads,
+                    seed=0 if seed is None else seed, capture=self.capture,
+                )  # fmt: skip
+
+        return autograd.Fallback(attention, lambda error: pass_over(error, query, key, value, plan, True))
 
     def _check(
         self,

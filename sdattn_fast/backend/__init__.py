@@ -1,8 +1,9 @@
 """Backends: "triton", "cuda", "cpu", "reference". Each is one module; none imports another.
 
-A backend module has `availability()`, `not_supported_reasons(...)`, `attention(...)` and `smooth(...)`. This file
+A backend module has `availability(device)`, `not_supported_reasons(...)`, `attention(...)` and `smooth(...)`. This file
 chooses among them: "auto" takes the fastest that serves the call, as measured.py knows it, and says once when it has to
-fall back to the reference; a name takes that backend or raises with the reasons why it cannot serve.
+fall back to the reference; a name takes that backend or raises with the reasons why it cannot serve. A kernel that does
+not compile or launch after all (refusal.py) is a reason from then on for calls like that one.
 
 Source: DESIGN.md section 3, "Backends".
 """
@@ -13,13 +14,19 @@ import operator
 import os
 import warnings
 from types import ModuleType
+from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..plan import Plan
 from . import cpu, cuda, measured, triton
+from .refusal import KernelRefused
 
-__all__ = ["NAMES", "backends", "choose", "fused"]
+__all__ = [
+    "NAMES", "KernelRefused", "backends", "choose", "failure", "fused", "pass_over", "remark", "remember_failure",
+    "unavailable", "warn_once",
+]  # fmt: skip
 
 _FUSED: dict[str, ModuleType] = {"triton": triton, "cuda": cuda, "cpu": cpu}
 NAMES = (*_FUSED, "reference")
@@ -28,14 +35,16 @@ NAMES = (*_FUSED, "reference")
 # only when asked for by name.
 _AUTO = {"cuda": ("triton", "cuda"), "cpu": ("cpu",)}
 
-_unavailable: dict[str, str | None] = {}
+_unavailable: dict[tuple[str, torch.device | None], str | None] = {}
+_failures: dict[tuple[Any, ...], str] = {}  # kind of call -> which kernel did not compile or launch, and why
 _said: set[str] = set()
 
 
 def backends() -> dict[str, bool | str]:
-    """Every backend's name -> True where it is available here, else the reason why not and how to mend it.
+    """Every backend's name -> True where it is available, else the reason why not and how to fix it.
 
-    Warns where one is available but has not been run on such a device.
+    On a machine with several GPUs this is about torch's current one; a call is served by what its own device allows.
+    Warns where a backend is available but has not been run on such a device.
     """
     for name in NAMES:
         said = remark(name)
@@ -66,13 +75,22 @@ def choose(
         if reasons:
             raise ValueError(f"backend: {name!r} cannot serve this call: {'; '.join(reasons)}")
         return name
-    refused = []
+    passed_over = []
+    failed = ""
     for candidate in _order(query, key):
-        reasons = _reasons(candidate, query, key, value, bias, plan, needs_grad)
+        kind = _kind(candidate, query, key, value, plan, needs_grad) if _failures else None
+        broken = None if kind is None else failure(*kind)
+        reasons = [broken] if broken else _reasons(candidate, query, key, value, bias, plan, needs_grad)
         if not reasons:
+            if failed:
+                warn_once(f"backend {candidate!r} serves calls like this one, because {failed}.")
             return candidate
-        refused.append(f"{candidate}: {'; '.join(reasons)}")
-    _warn_once("; ".join(refused) or f"no fused backend for device type {query.device.type!r}")
+        passed_over.append(f"{candidate}: {'; '.join(reasons)}")
+        failed = passed_over[-1] if broken else failed
+    because = "; ".join(passed_over) or f"no fused backend for device type {query.device.type!r}"
+    warn_once(
+        f"the plain torch reference serves this call, slowly, because {because}. backend='reference' silences this."
+    )
     return "reference"
 
 
@@ -92,22 +110,49 @@ def fused(name: str) -> ModuleType:
     return _FUSED[name]
 
 
-def unavailable(name: str) -> str | None:
-    """Why a backend is not available on this machine, or None."""
+def unavailable(name: str, device: torch.device | None = None) -> str | None:
+    """Why a backend is not available on a device (None: on torch's current GPU, if it is about GPUs), or None."""
     if name == "reference":
         return None
-    if os.environ.get("TRITON_INTERPRET") or name not in _unavailable:
-        _unavailable[name] = _FUSED[name].availability()
-    return _unavailable[name]
+    if device is None and name != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", torch.cuda.current_device())
+    if os.environ.get("TRITON_INTERPRET") or (name, device) not in _unavailable:
+        _unavailable[name, device] = _FUSED[name].availability(device)
+    return _unavailable[name, device]
 
 
 # torch.compile must not trace the look at the machine. The public decorator imports all of torch._dynamo (a second).
 unavailable._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def remark(name: str) -> str | None:
-    """What is to be known of a backend that is available here, or None."""
-    return triton.remark() if name == "triton" and unavailable(name) is None else None
+def remark(name: str, device: torch.device | None = None) -> str | None:
+    """What is to be known of a backend that is available on a device, or None."""
+    return triton.remark(device) if name == "triton" and unavailable(name, device) is None else None
+
+
+def pass_over(error: KernelRefused, query: Tensor, key: Tensor, value: Tensor, plan: Plan, needs_grad: bool) -> None:
+    """From here on "auto" passes over the backend that raised the error, for calls like this one."""
+    remember_failure(error, *_kind(error.backend, query, key, value, plan, needs_grad))
+
+
+def remember_failure(error: KernelRefused, *kind: Any) -> None:
+    """Calls of this kind are not tried again: a compiler that failed once would fail, for seconds, at every step."""
+    _failures[kind] = f"it could not launch {error.reason}"
+
+
+def failure(*kind: Any) -> str | None:
+    """Why calls of this kind are not tried again, or None."""
+    return _failures.get(kind)
+
+
+failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+def _kind(name: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan | None, needs_grad: bool) -> tuple[Any, ...]:
+    """What a kernel's compilation depends on, roughly: calls of a kind are passed over together."""
+    assert plan is not None
+    sizes = (operator.index(size) for size in (key.shape[2], query.shape[3], value.shape[3]))
+    return name, query.device, query.dtype, *sizes, plan.picture is not None, plan.smoothings > 0, needs_grad
 
 
 def _reasons(
@@ -119,27 +164,16 @@ def _reasons(
     plan: Plan | None,
     needs_grad: bool,
 ) -> list[str]:
-    reason = unavailable(name)
+    reason = unavailable(name, query.device)
     if reason is not None:
         return [reason]
     assert plan is not None
     return _FUSED[name].not_supported_reasons(query, key, value, bias, plan, needs_grad)
 
 
-def _say_once(reason: str) -> None:
-    if reason in _said:
+def warn_once(message: str) -> None:
+    """A UserWarning, the first time that it is said; not while torch.compile traces."""
+    if torch.compiler.is_compiling() or message in _said:
         return
-    _said.add(reason)
-    warnings.warn(
-        f"sdattn_fast: the plain torch reference serves this call, slowly, because {reason}. "
-        "backend='reference' silences this. Said once.",
-        UserWarning,
-        stacklevel=5,
-    )
-
-
-def _warn_once(reason: str) -> None:
-    import torch
-
-    if not torch.compiler.is_compiling():
-        _say_once(reason)
+    _said.add(message)
+    warnings.warn(f"sdattn_fast: {message} Said once.", UserWarning, stacklevel=4)

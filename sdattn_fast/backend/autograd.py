@@ -13,7 +13,7 @@ Source: DESIGN.md section 2, "Gradients".
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -21,9 +21,9 @@ import torch
 from torch import Tensor
 
 from ..plan import RowPlan
-from . import fused, op
+from . import KernelRefused, fused, op
 
-__all__ = ["Relevance", "attention", "smooth", "transforming"]
+__all__ = ["Fallback", "Relevance", "attention", "smooth", "transforming"]
 
 
 @dataclass(frozen=True)
@@ -39,6 +39,18 @@ class Relevance:
     heads: Tensor | None = None
 
 
+@dataclass(frozen=True)
+class Fallback:
+    """What "auto" does where a backward kernel does not compile or launch: gradients of plain torch operations.
+
+    attention: (query, key, value, bias, gate) -> (out, maps), what the backend's `attention` computed. It decides anew
+    what is dropped, so an entry within rounding of a threshold may fall on the other side. pass_over: takes the error.
+    """
+
+    attention: Callable[..., tuple[Tensor, Tensor | None]]
+    pass_over: Callable[[KernelRefused], None]
+
+
 def attention(
     query: Tensor,
     key: Tensor,
@@ -48,8 +60,12 @@ def attention(
     rows: RowPlan,
     backend: str,
     relevance: Relevance | None = None,
+    fallback: Fallback | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """A fused backend's `attention`, differentiable: out, which lies as the query does, and maps."""
+    """A fused backend's `attention`, differentiable: out, which lies as the query does, and maps.
+
+    Raises: KernelRefused, in the backward pass too where there is no fallback.
+    """
     sink, tokens, heads = (
         (None, None, None) if relevance is None else (relevance.sink, relevance.tokens, relevance.heads)
     )
@@ -62,7 +78,9 @@ def attention(
     # Every tensor by itself: inside torch.func's transforms even what the plan made is wrapped.
     plan = [getattr(rows, name) for name in _PER_ENTRY + _SHARED]
     rows = _with_tensors(rows, [None] * len(plan))
-    out, maps, _ = _Rows.apply(query, key, value, bias, sink, *plan, tokens, heads, scale, rows, decides, backend)
+    out, maps, _ = _Rows.apply(
+        query, key, value, bias, sink, *plan, tokens, heads, scale, rows, decides, backend, fallback
+    )
     return out, maps
 
 
@@ -93,13 +111,13 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def forward(query, key, value, bias, sink, *rest):
-        *plan, _, _, scale, rows, decides, backend = rest
+        *plan, _, _, scale, rows, decides, backend, _ = rest
         rows = _with_tensors(rows, plan)
         return fused(backend).attention(query, key, value, bias, scale, rows, return_bits=decides, keep_layout=True)
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        query, key, value, bias, _, *plan_and_relevance, ctx.scale, ctx.rows, _, ctx.backend = inputs
+        query, key, value, bias, _, *plan_and_relevance, ctx.scale, ctx.rows, _, ctx.backend, ctx.fallback = inputs
         bits = output[2]
         if bits is not None:
             ctx.mark_non_differentiable(bits)
@@ -112,7 +130,14 @@ class _Rows(torch.autograd.Function):
         wanted = (query, key, value, bias, gate, sink)
         if (grad_out is None and grad_maps is None) or not any(wanted):
             return (None,) * (6 + len(none))
-        grads = _RowsBackward.apply(grad_out, grad_maps, *ctx.saved_tensors, ctx.scale, ctx.rows, wanted, ctx.backend)
+        saved = ctx.saved_tensors
+        try:
+            grads = _RowsBackward.apply(grad_out, grad_maps, *saved, ctx.scale, ctx.rows, wanted, ctx.backend)
+        except KernelRefused as error:
+            if ctx.fallback is None or sink or transforming():
+                raise
+            ctx.fallback.pass_over(error)
+            grads = _plain_gradients(ctx.fallback, grad_out, grad_maps, (*saved[:4], saved[5]), wanted[:5])
         query, key, value, bias, gate, sink = grads
         return (query, key, value, bias, sink, gate, *(None for _ in none))
 
@@ -122,6 +147,24 @@ class _Rows(torch.autograd.Function):
         tensors = _folded(info.batch_size, _batch(inputs[0], in_dims[0]), in_dims, inputs[:batched])
         outputs = _Rows.apply(*tensors, *_checked(inputs[batched:], in_dims[batched:], info))
         return _unfolded(info.batch_size, outputs)
+
+
+def _plain_gradients(
+    fallback: Fallback,
+    grad_out: Tensor | None,
+    grad_maps: Tensor | None,
+    inputs: Sequence[Tensor | None],
+    wanted: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Of query, key, value, bias and gate, and None for the relevance."""
+    with torch.enable_grad():
+        leaves = [None if x is None else x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
+        results = fallback.attention(*leaves)
+    pairs = [(y, g) for y, g in zip(results, (grad_out, grad_maps), strict=True) if y is not None and g is not None]
+    to = [x for x, w in zip(leaves, wanted, strict=True) if w and x is not None]
+    found = iter(torch.autograd.grad([y for y, _ in pairs], to, [g for _, g in pairs], materialize_grads=True))
+    grads = [next(found) if w and x is not None else None for x, w in zip(leaves, wanted, strict=True)]
+    return (*grads, None)
 
 
 class _RowsBackward(torch.autograd.Function):

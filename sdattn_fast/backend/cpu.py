@@ -48,7 +48,7 @@ def _load() -> tuple[Any, str | None]:
 _core, _why_not = _load()
 
 
-def availability() -> str | None:
+def availability(device: torch.device | None = None) -> str | None:
     """None where the compiled core is there and runs on this machine, else the reason and how to mend it."""
     return _why_not
 

@@ -2,7 +2,6 @@
 
 The kernels take addresses and strides; this file checks what they can serve, allocates the results and hands tensors
 over, on torch's current stream. Nothing else is allocated and nobody waits, so calls may be captured in a CUDA graph.
-(`smooth` copies the weights of a sigma that is new to a device, and waits for that, once.)
 """
 
 from __future__ import annotations
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from ..plan import Plan, RowPlan
 from ..reference import gaussian_kernel
+from .refusal import launching
 
 __all__ = ["availability", "not_supported_reasons", "attention", "folded_refusal", "smooth", "info"]
 
@@ -40,8 +40,8 @@ _cuda, _why_not = _load()
 _device_type = "cuda"  # tests put a module in _cuda's place that emulates a GPU, and "cpu" here
 
 
-def availability() -> str | None:
-    """None where the kernels can run on the current device, else the reason and how to mend it."""
+def availability(device: torch.device | None = None) -> str | None:
+    """None where the kernels can run on a device, torch's current one by default, else the reason and how to fix it."""
     if _cuda is None:
         return _why_not
     if _device_type == "cpu":
@@ -56,7 +56,8 @@ def availability() -> str | None:
         return f"{have}, and the kernels were built with CUDA {_version(runtime)}, which wants {wanted}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device (is it a CPU build, or CUDA_VISIBLE_DEVICES empty?)"
-    return _refusal_of_device(torch.cuda.current_device())
+    index = None if device is None else device.index
+    return _refusal_of_device(torch.cuda.current_device() if index is None else index)
 
 
 def not_supported_reasons(
@@ -115,7 +116,7 @@ def attention(
         int32 (B, H, M, ceil(N / 32)), None unless asked: bit n % 32 of word n // 32 says that entry n survived steps 4
         and 5.
 
-    Raises: RuntimeError with CUDA's words where the launch fails.
+    Raises: KernelRefused with CUDA's words where the launch fails.
     """
     b, h, m, d = query.shape
     n, dv = key.shape[2], value.shape[3]
@@ -135,7 +136,7 @@ def attention(
         return out.zero_(), None if maps is None else maps.zero_(), bits
     if bias is not None:
         bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, m, n)
-    with _on(query.device):
+    with _on(query.device), launching("cuda", "rows_kernel"):
         _cuda.attention(
             (b, h, m, n, d, dv),
             _DTYPES[query.dtype],
@@ -175,7 +176,7 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
     if where is not None:
         where = where.to(torch.uint8).expand(b, h).contiguous()
     weights = _gaussian(sigma, x.device)
-    with _on(x.device):
+    with _on(x.device), launching("cuda", "smooth_kernel"):
         for _ in range(times):
             x = x.contiguous()
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -222,9 +223,16 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
-@functools.lru_cache(maxsize=64)
 def _gaussian(sigma: float, device: torch.device) -> Tensor:
-    return gaussian_kernel(sigma, dtype=torch.float32).to(device)
+    """Made on the device, so that nobody waits; not kept from a CUDA graph's capture, whose memory is the graph's."""
+    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        return gaussian_kernel(sigma, dtype=torch.float32, device=device)
+    return _kept_gaussian(sigma, device)
+
+
+@functools.lru_cache(maxsize=64)
+def _kept_gaussian(sigma: float, device: torch.device) -> Tensor:
+    return gaussian_kernel(sigma, dtype=torch.float32, device=device)
 
 
 def _on(device: torch.device) -> Any:
@@ -259,7 +267,10 @@ def _row_program(rows: RowPlan) -> tuple[Any, ...]:
 
 
 def _handle(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride())
+    """Address and strides; 0 for a dimension of size 1, whose stride may be anything and says nothing of alignment."""
+    if x is None:
+        return 0, 0, 0, 0, 0
+    return x.data_ptr(), *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
 
 
 def _address(x: Tensor | None) -> int:

@@ -1,4 +1,4 @@
-"""The Triton backend: NVIDIA GPUs from Ampere on, AMD's gfx9; CPU tensors under TRITON_INTERPRET=1, for tests.
+"""The Triton backend: NVIDIA GPUs from Ampere on, AMD's; CPU tensors under TRITON_INTERPRET=1, for tests.
 
 The kernels (sdattn_fast.kernels) see pointers, sizes and strides. This file checks what they serve, allocates, chooses
 tiles and launches. Nothing is tuned at run time: `_tiles` is a table in the shape of a function.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import math
 import os
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -20,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..plan import HEAD_ZERO, PicturePlan, Plan, RowPlan
+from .refusal import launching
 
 __all__ = [
     "availability", "remark", "not_supported_reasons", "attention", "backward", "folded", "pack", "picture_attention",
@@ -30,25 +33,67 @@ _MOST = 256  # N, D and Dv
 _BLOCK = 1024  # rows whose probabilities exist at a time
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _LOG2E = math.log2(math.e)
-_ROCM = "for ROCm the kernels are compiled in the tests (gfx942) but not yet run"
+_OLDEST_TRITON = (3, 2)  # of torch 2.6
+# What `make compile-matrix` compiles for, and where benchmarks/on_gpu.sh passed its tests: nowhere yet.
+COMPILED_FOR = (
+    "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201",
+)  # fmt: skip
+RUN_ON: tuple[str, ...] = ()
 
 
-def availability() -> str | None:
-    """None where the kernels can run here, else the reason and how to mend it."""
+def availability(device: torch.device | None = None) -> str | None:
+    """None where the kernels can run on a device, torch's current one by default, else the reason and how to fix it."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` (torch's CUDA wheels for Linux bring it)"
+    if _version() < _OLDEST_TRITON:
+        return f"triton {_version_text()} is older than 3.2, the oldest that the kernels compile with"
     if interprets():
         return None
     if not torch.cuda.is_available():
-        return f"torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests); {_ROCM}"
-    if torch.version.hip is None and torch.cuda.get_device_capability() < (8, 0):
-        return f"{torch.cuda.get_device_name()} is older than compute capability 8.0, the least the kernels want"
+        return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    return _refusal_of_device(_index(device))
+
+
+def remark(device: torch.device | None = None) -> str | None:
+    """What is to be known of these kernels on a device where they are available, or None."""
+    if interprets():
+        return None
+    architecture = _architecture(_index(device))
+    if architecture in RUN_ON:
+        return None
+    tested = "compiled in the tests" if architecture in COMPILED_FOR else "not even compiled in the tests"
+    return f"for {architecture} the kernels are {tested} but not yet run: compare with backend='reference' first"
+
+
+@functools.cache
+def _refusal_of_device(index: int) -> str | None:
+    if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
+        return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0, the least the kernels want"
     return None
 
 
-def remark() -> str | None:
-    """What is to be known of these kernels where they are available, or None."""
-    return None if torch.version.hip is None or interprets() else f"{_ROCM}: compare with backend='reference' first"
+def _index(device: torch.device | None) -> int:
+    """Of a GPU; None, and "cuda" without a number: torch's current one."""
+    index = None if device is None else device.index
+    return torch.cuda.current_device() if index is None else index
+
+
+def _architecture(index: int) -> str:
+    """ "sm_90" or "gfx942", of one device: cards in a machine may differ, and so do the slices of one card."""
+    properties = torch.cuda.get_device_properties(index)
+    if torch.version.hip is not None:
+        return str(properties.gcnArchName).split(":")[0]
+    return f"sm_{properties.major}{properties.minor}"
+
+
+def _version_text() -> str:
+    return importlib.metadata.version("triton")
+
+
+@functools.cache
+def _version() -> tuple[int, int]:
+    major, minor = re.findall(r"\d+", _version_text())[:2]
+    return int(major), int(minor)
 
 
 def not_supported_reasons(
@@ -123,7 +168,7 @@ def attention(
 
     with _on(query.device):
         programs, arguments, options = rows_call(query, key, value, bias, scale, rows, out, maps, bits)
-        rows_kernel[programs,](*arguments, **options)
+        _launch(rows_kernel, programs, arguments, options)
     return out, maps, bits
 
 
@@ -239,7 +284,7 @@ def folded(
             end = min(first + _BLOCK, m)
             p = torch.empty(_block_shape(packed, summed, end - first), dtype=x.dtype, device=x.device)
             programs, arguments, options = folded_call(x, packed, bias, scale, rows, p, first, end, summed)
-            folded_kernel[programs,](*arguments, **options)
+            _launch(folded_kernel, programs, arguments, options)
             if not summed:
                 part = p @ packed.value
                 if packed.heads is None:
@@ -355,7 +400,7 @@ def _launch_picture(query, key, value, bias, scale, rows, picture, out, maps, st
         programs, arguments, options = picture_call(
             query, key, value, bias, scale, rows, picture, out, maps, stage, p, mass, **how
         )
-        picture_kernel[programs,](*arguments, **options)
+        _launch(picture_kernel, programs, arguments, options)
 
 
 def picture_call(
@@ -394,7 +439,7 @@ def picture_call(
         query, key, value, bias, out, p, mass, maps, rows.content, gate, rows.phrases, rows.drop, rows.seed,
         rows.head_mode, picture.active, slots, histogram, found, kth, highest,
         float(scale) * _LOG2E, float(rows.random_ratio), float(rows.threshold),
-        *query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3],
+        *strides_of(query), *strides_of(key), *strides_of(value), *strides_of(out),
         *((0, 0, 0, 0) if bias is None else bias.stride()),
         0 if gate is None else gate.stride(0), 0 if gate is None or gate.shape[1] == 1 else n,
         m, 0 if maps is None else maps.shape[2], groups,
@@ -419,16 +464,18 @@ def gaussian_attention(features: Tensor, values: Tensor) -> Tensor:
         return out
     with _on(features.device):
         programs, arguments, options = gaussian_call(features, values, out)
-        gaussian_kernel[programs,](*arguments, **options)
+        _launch(gaussian_kernel, programs, arguments, options)
     return out
 
 
 def gaussian_call(features: Tensor, values: Tensor, out: Tensor) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
     """How `gaussian_kernel` is called, as `picture_call` says it."""
     pixels, labels = values.shape
+    # Triton 3.2 never ends on this kernel's products in three TF32 parts, and 3.3 refuses them.
+    precision = "ieee" if _version() < (3, 4) else _precision(features.device)
     arguments = ((features * math.sqrt(0.5 * _LOG2E)).contiguous(), values.contiguous(), out, pixels)
     options = dict(
-        D=features.shape[1], L=labels, BL=_power(labels), BM=64, BN=64, PRECISION=_precision(features.device),
+        D=features.shape[1], L=labels, BL=_power(labels), BM=64, BN=64, PRECISION=precision,
         num_warps=4, num_stages=2,
     )  # fmt: skip
     return -(-pixels // 64), arguments, options
@@ -437,28 +484,35 @@ def gaussian_call(features: Tensor, values: Tensor, out: Tensor) -> tuple[int, t
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None) -> Tensor:
     """A new tensor: x (B, H, height * width, C) convolved `times` times with the Gaussian over the grid where `where`,
     a (B, H) bool, says so (None: everywhere), else copied. `scipy.ndimage.gaussian_filter`'s radius and edges."""
-    b, h, m, c = x.shape
+    b, h = x.shape[:2]
     kept = x.dtype
-    radius = int(4.0 * sigma + 0.5)
-    if x.numel() == 0 or times == 0 or radius == 0:
+    if x.numel() == 0 or times == 0 or _radius(sigma) == 0:
         return x.clone(memory_format=torch.contiguous_format)
     if where is not None:
         where = where.to(torch.uint8).expand(b, h).contiguous()
     from ..kernels import smooth_kernel
 
-    channels = min(128, _power(c))
-    pixels = 1024 // channels
-    blocks = -(-m // pixels)
-    programs = (blocks * -(-c // channels) * b * h,)
     with _on(x.device):
         for i in range(2 * times):
             y = torch.empty(x.shape, dtype=torch.float32 if i + 1 < 2 * times else kept, device=x.device)
-            smooth_kernel[programs](
-                x, y, where, float(sigma), grid[0], grid[1], *x.stride(), h, blocks,
-                C=c, RADIUS=radius, DOWN=i % 2 == 0, BP=pixels, BC=channels, num_warps=4,
-            )  # fmt: skip
+            programs, arguments, options = smooth_call(x, y, where, grid, sigma, down=i % 2 == 0)
+            _launch(smooth_kernel, programs, arguments, options)
             x = y
     return x
+
+
+def smooth_call(
+    x: Tensor, y: Tensor, where: Tensor | None, grid: tuple[int, int], sigma: float, down: bool
+) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+    """How `smooth_kernel` is called for a pass along the height (down) or the width, as `rows_call` says it."""
+    b, h, m, c = x.shape
+    channels = min(128, _power(c))
+    pixels = 1024 // channels
+    blocks = -(-m // pixels)
+    strides = *strides_of(x), x.stride(3)
+    options = dict(C=c, RADIUS=_radius(sigma), DOWN=down, BP=pixels, BC=channels, num_warps=4)
+    arguments = (x, y, where, float(sigma), *grid, *strides, h, blocks)
+    return blocks * -(-c // channels) * b * h, arguments, options
 
 
 def content_first(content: Tensor) -> Tensor:
@@ -550,8 +604,7 @@ def rows_call(
         slots = _kept(rows, "slots", captured, lambda tokens: map_slots(tokens, n))
     gate = rows.gate if programmed else None
     groups = -(-m // (tiles.BM * (1 if mean else tiles.TILES)))
-    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3], *out.stride()[:3])
-    unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in strides))
+    unit, strides = in_units(*strides_of(query), *strides_of(key), *strides_of(value), *strides_of(out))
     if bias is not None:
         bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, m, n)
     arguments = (
@@ -559,7 +612,7 @@ def rows_call(
         order, content, gate, rows.phrases if programmed else None,
         rows.drop if programmed else None, rows.seed if programmed else None, rows.head_mode, slots,
         float(scale) * _LOG2E, float(rows.random_ratio), float(rows.threshold),
-        *(s // unit for s in strides), *((0, 0, 0, 0) if bias is None else bias.stride()),
+        *strides, *((0, 0, 0, 0) if bias is None else bias.stride()),
         0 if gate is None else gate.stride(0), 0 if gate is None or gate.shape[1] == 1 else n,
         m, 0 if maps is None else maps.shape[-2], groups,
     )  # fmt: skip
@@ -598,15 +651,14 @@ def folded_call(
     if bias is not None:
         bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, x.shape[-2], n)
     groups = -(-(end - first) // tiles.BM)
-    x_strides = (x.stride(0), 0, x.stride(1)) if x.dim() == 3 else x.stride()[:3]
+    x_b, x_h, x_m = strides_of(x[:, None] if x.dim() == 3 else x)
     p_b, p_h, p_m = (p.stride(0), p.stride(2), p.stride(1)) if summed else p.stride()[:3]
-    strides = (*x_strides, *packed.key.stride()[:3])
-    unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in strides))
+    unit, strides = in_units(x_b, x_h, x_m, *strides_of(packed.key))
     arguments = (
         x, packed.key, bias, p, order, content, gate, rows.phrases if programmed else None,
         rows.drop if programmed else None, rows.seed if programmed else None, rows.head_mode, packed.heads,
         float(scale) * _LOG2E, float(rows.random_ratio), float(rows.threshold),
-        *(s // unit for s in strides), p_b, p_h, p_m, *((0, 0, 0, 0) if bias is None else bias.stride()),
+        *strides, p_b, p_h, p_m, *((0, 0, 0, 0) if bias is None else bias.stride()),
         0 if gate is None else gate.stride(0), 0 if gate is None or gate.shape[1] == 1 else n,
         first, end, groups,
     )  # fmt: skip
@@ -619,6 +671,25 @@ def folded_call(
     return groups * b * heads, arguments, options
 
 
+def strides_of(x: Tensor) -> tuple[int, int, int]:
+    """The first three strides of x (B, H, M, D), 0 for a dimension of size 1, whose stride says nothing and may be
+    anything: an odd one would keep the compiler from wide loads."""
+    b, h, m = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
+    return b, h, m
+
+
+def in_units(*strides: int) -> tuple[int, tuple[int, ...]]:
+    """(unit, strides / unit): the largest of 8, 4, 2 and 1 that divides them all.
+
+    The kernels multiply the two again, in 32 bits where the stride in units fits, so a stride beyond that is passed as
+    it is, which makes it a 64-bit argument.
+    """
+    if any(s >= 2**31 for s in strides):
+        return 1, strides
+    unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in strides))
+    return unit, tuple(s // unit for s in strides)
+
+
 def _bucket(most: int) -> int:
     """The bound on k that the kernel is compiled for: 0, 1, 2, 4, 8, or 256 for any k."""
     return next(bound for bound in (0, 1, 2, 4, 8, _MOST) if most <= bound)
@@ -627,6 +698,10 @@ def _bucket(most: int) -> int:
 def _precision(device: torch.device) -> str:
     """Of products of float32: three TF32 products, as good as float32, where there is no float32 tensor core."""
     return "tf32x3" if device.type == "cuda" and torch.version.hip is None else "ieee"
+
+
+def _radius(sigma: float) -> int:
+    return int(4.0 * sigma + 0.5)
 
 
 def _power(size: int) -> int:
@@ -660,13 +735,19 @@ def _kept(rows: RowPlan, name: str, source: Tensor, make: Callable[[Tensor], Ten
     return made
 
 
+def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """Compiles the kernel if need be and launches it. Raises: KernelRefused."""
+    with launching("triton", kernel.__name__):
+        kernel[programs,](*arguments, **options)
+
+
 def _on(device: torch.device) -> Any:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _processors(device: torch.device) -> int:
-    return _count_processors(device.index or 0) if device.type == "cuda" else 2
+    return _count_processors(_index(device)) if device.type == "cuda" else 2
 
 
 @functools.cache

@@ -68,7 +68,7 @@ def gradients(
                 from ..kernels import shared_kernel
 
                 programs, arguments, options = shared_call(call, of_rows, relevance, relevance_tokens, relevance_heads)
-                shared_kernel[programs,](*arguments, **options)
+                forward._launch(shared_kernel, programs, arguments, options)
     grad_bias = of_rows
     if of_tokens is not None and bias is not None:
         grad_bias = of_tokens[:, :, None].sum_to_size(bias.shape)
@@ -141,9 +141,7 @@ class _Call:
     def unit(self, *more: Tensor | None) -> tuple[int, tuple[int, ...]]:
         """The unit of strides, and those of query, key, value, the gradient of out and `more`, in it."""
         of = (self.query, self.key, self.value, self.grad_out, *more)
-        strides = [s for x in of for s in ((0, 0, 0) if x is None else x.stride()[:3])]
-        unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in strides))
-        return unit, tuple(s // unit for s in strides)
+        return forward.in_units(*(s for x in of for s in ((0, 0, 0) if x is None else forward.strides_of(x))))
 
 
 def _sums_over_rows(
@@ -161,11 +159,11 @@ def _sums_over_rows(
     gate_sums = torch.zeros((b, h, tiles.groups, n), **on) if of_gate is not None else None
     bias_sums = torch.empty((b, h, tiles.groups, n), **on) if of_tokens is not None else None
     programs, arguments, options = backward_call(call, tiles, of_query, of_key, of_value, sums, gate_sums, bias_sums)
-    backward_kernel[programs,](*arguments, **options)
+    forward._launch(backward_kernel, programs, arguments, options)
     for partial, first, second in ((sums, of_key, of_value), (gate_sums, of_gate, None), (bias_sums, of_tokens, None)):
         if partial is not None:
             programs, arguments, options = sum_call(partial, first, second)
-            sum_kernel[programs,](*arguments, **options)
+            forward._launch(sum_kernel, programs, arguments, options)
 
 
 @dataclass(frozen=True)

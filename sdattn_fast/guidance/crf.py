@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import cpu, triton
+from ..backend import KernelRefused, cpu, failure, remember_failure, triton, unavailable, warn_once
 
 __all__ = ["PairwiseGaussian", "PairwiseBilateral", "dense_crf", "GaussianSums"]
 
@@ -95,8 +95,21 @@ def dense_crf(
     pairwise = (PairwiseGaussian(), PairwiseBilateral()) if pairwise is None else pairwise
     _check(unary, image, pairwise, iterations)
     name = _choose(backend, unary, image)
+    try:
+        return _mean_field(unary, image, pairwise, iterations, name)
+    except KernelRefused as error:
+        if backend != "auto":
+            raise
+        remember_failure(error, name, unary.device, "dense_crf")
+        warn_once(f"the plain torch reference serves dense_crf, because {name} could not launch {error.reason}.")
+        return _mean_field(unary, image, pairwise, iterations, "reference")
+
+
+def _mean_field(
+    unary: Tensor, image: Tensor | None, pairwise: Sequence[PairwiseGaussian], iterations: int, backend: str
+) -> Tensor:
     x = unary.to(torch.promote_types(unary.dtype, torch.float32))
-    terms = [(_filter(term, x, image, name), _compatibility(term, x)) for term in pairwise]
+    terms = [(_filter(term, x, image, backend), _compatibility(term, x)) for term in pairwise]
     q = torch.softmax(-x, 0)
     for _ in range(iterations):
         energy = x
@@ -244,7 +257,7 @@ def _choose(backend: Any, unary: Tensor, image: Tensor | None) -> str:
     if backend == "reference":
         return backend
     name = backend if backend != "auto" else "cpu" if unary.device.type == "cpu" else "triton"
-    why_not = (cpu if name == "cpu" else triton).availability()
+    why_not = unavailable(name, unary.device)
     kind = "cuda" if name == "triton" and not triton.interprets() else "cpu"
     needs_grad = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (unary, image))
     refusals = (
@@ -254,6 +267,8 @@ def _choose(backend: Any, unary: Tensor, image: Tensor | None) -> str:
         (why_not is not None, str(why_not)),
     )
     reasons = [reason for refused, reason in refusals if refused]
+    if backend == "auto" and failure(name, unary.device, "dense_crf"):
+        reasons.append("its kernel could not be launched")
     if reasons and backend != "auto":
         raise ValueError(f"backend: {backend!r} cannot serve this call: {'; '.join(reasons)}")
     return "reference" if reasons else name

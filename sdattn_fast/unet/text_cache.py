@@ -21,7 +21,7 @@ import threading
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -30,6 +30,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 
 from ..functional import FoldedText, Prepared
+from ..streams import MadeOn
 
 __all__ = ["KeyValue", "Served", "TextCache", "Weights"]
 
@@ -91,6 +92,7 @@ class TextCache:
             if not entry.weights.sampled_alike():
                 return key, None
             entry.look = seen.look
+        entry.made.use(lambda: (entry.key, entry.value))
         return key, entry
 
     def keep(self, attn: nn.Module, key: tuple[Any, ...], entry: KeyValue) -> None:
@@ -138,16 +140,22 @@ class KeyValue:
     weights: Weights
     look: int = 0
     served: Served | None = None
+    made: MadeOn = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.made = MadeOn(self.key.device)
 
     def serve(self, prepared: Prepared) -> Served:
         """What is derived for this call. What hangs on the content tokens alone outlives a change of the gate."""
         before = self.served
         if before is not None and before.prepared is prepared:
+            before.made.use(lambda: (before.value_folded,))
             return before
         alike = before is not None and before.prepared.folds_alike(prepared)
         folds = before.folds if before is not None and alike else {}
         # A new object, not a change of the old one, which another thread may be reading.
-        self.served = served = Served(prepared, prepared.fold_value(self.value), folds)
+        value_folded = prepared.fold_value(self.value)
+        self.served = served = Served(prepared, value_folded, folds, MadeOn(self.key.device))
         return served
 
     @property
@@ -167,11 +175,13 @@ class KeyValue:
 
 @dataclass(frozen=True)
 class Served:
-    """value_folded: values with the program's linear steps in them. folds: kind -> `FoldedText`."""
+    """value_folded: values with the program's linear steps in them. folds: kind -> `FoldedText`. made: where the values
+    were."""
 
     prepared: Prepared
     value_folded: Tensor
     folds: dict[str, FoldedText]
+    made: MadeOn
 
 
 class Weights:

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..functional import Prepared, prepare
 from ..program import Program
+from ..streams import MadeOn
 from .settings import Settings
 from .text_cache import TextCache
 
@@ -57,16 +58,19 @@ class TextState:
     rows: Rows | None = None
     step: int | None = None
     cache: dict[tuple[Any, ...], Prepared] = field(default_factory=dict)
+    made_on: dict[tuple[Any, ...], MadeOn] = field(default_factory=dict)  # of what is in cache
     cached: TextCache = field(default_factory=TextCache)
 
     def forget(self) -> None:
         self.cache.clear()
+        self.made_on.clear()
         self.cached.forget()
 
     def see(self, rows: Rows | None) -> None:
         """A new batch of text; what was prepared stays where its rows are of the same classes as before."""
         if not _same(rows, self.rows):
             self.cache.clear()
+            self.made_on.clear()
         self.rows = rows
 
     def needs_protected(self) -> bool:
@@ -98,11 +102,15 @@ class TextState:
         key = (batch, heads_count, tokens, device.type, device.index, heads, captures, program.dropout)
         found = self.cache.get(key) if self.settings.text_cache else None
         if found is not None:
+            made_on = None if torch.compiler.is_compiling() else self.made_on.get(key)
+            if made_on is not None:
+                made_on.use(found.tensors)
             return found
         made = self._prepare(program, batch, heads_count, tokens, device, heads, captures)
         # A gate with a gradient belongs to one graph. Under torch.compile the cache is read and not written.
         gate = self.given.gate
         if not torch.compiler.is_compiling() and not (gate is not None and gate.requires_grad):
+            self.made_on[key] = MadeOn(device)
             self.cache[key] = made
         return made
 

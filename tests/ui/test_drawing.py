@@ -1,4 +1,4 @@
-"""Both pictures: stock first, the pipeline as before whenever the iterator stops; the script draws the very same."""
+"""Both pictures: stock first, the pipeline as before whenever the iterator stops; the script draws the same."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_stock_comes_first_and_what_was_asked_beside_comes_last(shapes: Any, sco
     plain = shapes(
         PROMPT, num_inference_steps=4, guidance_scale=4.0, generator=torch.Generator().manual_seed(3)
     ).images[0]
-    assert np.array_equal(first.stock.picture, plain), "stock is the pipeline as it was"
+    assert_alike(first.stock.picture, plain)
     second, third, last = drawing
     assert processors(shapes) == before
     assert second.patched is not None and not np.array_equal(second.patched.picture, plain)
@@ -116,11 +116,23 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(
     ],
     ids=["everything", "reweight", "random dropout"],
 )
-def test_the_script_draws_the_very_same_picture(
+def test_the_script_draws_the_same_picture(
     asked: Asked, controls: Controls, shapes: Any, scorer: Any, clip: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     *_, last = draw_both(shapes, asked, controls, scorer=scorer, stock_maps=False)
     assert_same(last.patched, script(asked, controls, "shapes", clip), tmp_path, monkeypatch)
+
+
+def test_a_script_that_forgets_a_control_is_noticed(shapes: Any) -> None:
+    """The controls that change the picture least."""
+    controls = replace(EVERYTHING, gate="off")
+    pictures = []
+    for one in (controls, replace(controls, threshold=0.0), replace(controls, sigma=0.0)):
+        *_, last = draw_both(shapes, ASKED, one, stock_maps=False)
+        pictures.append(last.patched.picture)
+    for other in pictures[1:]:
+        with pytest.raises(AssertionError, match="of 255"):
+            assert_alike(other, pictures[0])
 
 
 def test_a_pipeline_of_ones_own(build: Any, tmp_path: Path, monkeypatch: Any) -> None:
@@ -137,8 +149,18 @@ def test_a_pipeline_of_ones_own(build: Any, tmp_path: Path, monkeypatch: Any) ->
 
 
 def assert_same(patched: Any, text: str, folder: Path, monkeypatch: Any) -> None:
+    """Same but for rounding: two drawings in one process get memory at other addresses, for which torch's own
+    operators may take other code, and nothing promises the same bits."""
     (folder / "again.py").write_text(text)
     monkeypatch.chdir(folder)
     found = runpy.run_path(str(folder / "again.py"))
-    assert np.array_equal(Image.open(folder / "picture.png"), patched.picture)
-    assert all(np.array_equal(found["maps"][word], one) for word, one in patched.maps.items())
+    assert_alike(Image.open(folder / "picture.png"), patched.picture)
+    assert found["maps"].keys() >= patched.maps.keys()
+    for word, one in patched.maps.items():
+        assert_alike(found["maps"][word], one)
+
+
+def assert_alike(one: Any, other: Any) -> None:
+    """A control that is forgotten moves more: test_a_script_that_forgets_a_control_is_noticed."""
+    apart = np.abs(np.asarray(one).astype(int) - np.asarray(other).astype(int))
+    assert apart.max() <= 8 and apart.mean() <= 0.05, f"up to {apart.max()} of 255, {apart.mean():.3f} in the mean"

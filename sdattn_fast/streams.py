@@ -1,0 +1,55 @@
+"""Tensors that are kept are made on one CUDA stream and may be read on others: `MadeOn` makes that safe.
+
+Without it, a second stream could read them before they are written, and the allocator, which knows of the first stream
+alone, could give their memory to somebody else while the second one still reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+__all__ = ["MadeOn"]
+
+
+class MadeOn:
+    """The stream that was current on a device when this was made, right after the tensors were; nothing on a CPU.
+
+    Example: ``made = MadeOn(key.device)``, kept beside key and value, and ``made.use(lambda: (key, value))`` before each use.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        self._ready: Any = None
+        self._safe_on: set[int] = set()  # streams by their handle
+        if device.type == "cuda":
+            self._safe_on.add(torch.cuda.current_stream(device).cuda_stream)
+            # An event of a capture means nothing outside it.
+            if not torch.cuda.is_current_stream_capturing():
+                self._ready = torch.cuda.Event()
+                self._ready.record(torch.cuda.current_stream(device))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return MadeOn, (self._device,)  # what is copied with it is written on the stream that is current then
+
+    def use(self, tensors: Callable[[], Iterable[Tensor]]) -> None:
+        """Before the tensors are read on the current stream: it waits, once, for what made them; the host does not.
+
+        tensors: gives them; called only for a stream that is new, since this runs in every layer at every step.
+        """
+        if self._device.type != "cuda":
+            return
+        stream = torch.cuda.current_stream(self._device)
+        if stream.cuda_stream in self._safe_on:
+            return
+        # A stream that is captured may not wait for one that is not; torch.cuda.graph has waited for all of them.
+        capturing = torch.cuda.is_current_stream_capturing()
+        if self._ready is not None and not capturing:
+            stream.wait_event(self._ready)
+        for tensor in tensors():
+            tensor.record_stream(stream)
+        if not capturing:
+            self._safe_on.add(stream.cuda_stream)

@@ -1,0 +1,71 @@
+"""Every launch that a test run makes in Triton's interpreter, as it would be made on an H100: a plugin for pytest.
+
+`pytest -p recorded_launches` with SDATTN_RECORD_LAUNCHES=file appends each new kind of launch to that file, a line of
+JSON each; `compile_launches.py` compiles them. The interpreter hides what a compiler refuses, and tiles and precision
+are others on a GPU, so the arguments are made a second time for one.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+from collections.abc import Callable
+from typing import Any
+from unittest import mock
+
+import torch
+from compile_launches import argument_class
+
+from sdattn_fast.backend import triton as forward
+from sdattn_fast.backend import triton_backward
+
+__all__ = ["MULTIPROCESSORS", "spec"]
+
+MULTIPROCESSORS = 132  # of an H100 and an H200
+_CALLS = {
+    forward: ("rows_call", "folded_call", "picture_call", "gaussian_call", "smooth_call"),
+    triton_backward: ("backward_call", "shared_call", "sum_call"),
+}
+_seen: set[str] = set()
+
+
+def pytest_configure(config: Any) -> None:
+    path = os.environ["SDATTN_RECORD_LAUNCHES"]
+    for module, names in _CALLS.items():
+        for name in names:
+            setattr(module, name, _recording(getattr(module, name), name.replace("_call", "_kernel"), path))
+
+
+def spec(kernel: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
+    """A launch in JSON: tensors are [dtype, address modulo 16], the rest is itself."""
+    tensors = [
+        [str(x.dtype).removeprefix("torch."), x.data_ptr() % 16] if isinstance(x, torch.Tensor) else x
+        for x in arguments
+    ]
+    return {"kernel": kernel, "arguments": tensors, "options": options}
+
+
+def _recording(make: Callable[..., Any], kernel: str, path: str) -> Callable[..., Any]:
+    @functools.wraps(make)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        made = make(*args, **kwargs)
+        with (
+            mock.patch.object(forward, "_processors", lambda device: MULTIPROCESSORS),
+            mock.patch.object(forward, "_precision", lambda device: "tf32x3"),
+        ):
+            again = list(args)
+            if make.__name__ == "backward_call":  # it is handed the tiles that were chosen for the interpreter
+                call, _, _, of_key, of_value, _, of_gate, of_tokens = args
+                walks = of_gate is not None or of_tokens is not None
+                again[1] = triton_backward._tiles(call, of_key is not None or of_value is not None, walks)
+            _, arguments, options = make(*again, **kwargs)
+        launch = spec(kernel, arguments, options)
+        kind = json.dumps({**launch, "arguments": [argument_class(x) for x in launch["arguments"]]})
+        if kind not in _seen:
+            _seen.add(kind)
+            with open(path, "a") as file:
+                file.write(json.dumps(launch) + "\n")
+        return made
+
+    return wrapped
