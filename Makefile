@@ -3,13 +3,13 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench wheel wheels-cu12 wheels-cu13 clean
+.PHONY: demo test lint bench compile-matrix wheel wheels-cu12 wheels-cu13 clean
 
 demo: .venv/installed
 	$(BIN)/sdattn-fast demo
 
 # A file of tests to a core.
-test: .venv/installed
+test: .venv/installed build/triton-3.6.0
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
 
 lint: .venv/installed
@@ -19,6 +19,14 @@ lint: .venv/installed
 
 bench: .venv/installed
 	$(BIN)/pytest --benchmark
+
+# What the tests launch, compiled by every Triton that is allowed, and for every target: 40 minutes on two cores.
+TRITONS := 3.2.0 3.3.1 3.4.0 3.5.1 3.6.0 3.7.0 3.8.0
+compile-matrix: .venv/installed $(TRITONS:%=build/triton-%)
+	$(BIN)/python tests/support/compile_matrix.py $(TRITONS)
+
+build/triton-%: .venv/installed
+	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
 
 # A wheel for this Python, in dist/. Its tag is what this machine's C library allows; manylinux_2_28 comes from below.
 wheel: .venv/installed

@@ -64,6 +64,9 @@ def semantic_attention(
     Raises:
         TypeError, ValueError: naming the argument, what it was and what was expected; ValueError also where a named
         backend cannot serve, with the reasons.
+        backend.KernelRefused, a RuntimeError: where a named backend's kernel does not compile or launch, with the last
+        line of the compiler or driver. "auto" goes on to the next backend, with one warning, except under
+        torch.compile, whose graph has the backend in it, and in `torch.func`'s transforms of a backward pass.
 
     Source: DESIGN.md, section 2.
     """

@@ -18,7 +18,7 @@ __all__ = ["MadeOn"]
 class MadeOn:
     """The stream that was current on a device when this was made, right after the tensors were; nothing on a CPU.
 
-    Example: ``made = MadeOn(key.device)``, kept beside key and value, and ``made.use(lambda: (key, value))`` before each use.
+    Example: ``made = MadeOn(key.device)``, kept beside the key, and ``made.use(lambda: (key,))`` before each use.
     """
 
     def __init__(self, device: torch.device) -> None:

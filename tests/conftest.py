@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -13,6 +15,15 @@ from sdattn_fast import reference as definition
 @pytest.fixture(autouse=True)
 def _seeded() -> None:
     torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def triton_of_torch_2_11() -> Path:
+    """An older Triton that kernels are compiled with, in build/, where `make test` puts it."""
+    folder = Path(__file__).parents[1] / "build/triton-3.6.0"
+    if not (folder / "triton").is_dir():
+        (pytest.fail if os.environ.get("CI") else pytest.skip)(f"{folder} is not there: `make build/triton-3.6.0`")
+    return folder
 
 
 @pytest.fixture(scope="session")

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
+from sdattn_fast.arguments import indexed
+from sdattn_fast.functional import prepare
 
 Q, K, V = torch.randn(2, 3, 12, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 5)
 SMOOTH = Program(refine=Refinement())
@@ -105,3 +107,26 @@ def test_semantic_attention_names_what_is_wrong(error, match, change):
 def test_program_fields_name_what_is_wrong(error, match, make):
     with pytest.raises(error, match=match):
         make()
+
+
+def test_a_gpu_without_a_number_is_the_current_one(monkeypatch):
+    """Tensors say "cuda:1" where a user says "cuda"; a CPU has no number."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert indexed("cuda") == indexed(torch.device("cuda")) == torch.device("cuda", 1)
+    assert indexed("cuda:0") == torch.device("cuda", 0)
+    assert indexed("cpu") == indexed("cpu:0") == Q.device
+    assert indexed("meta") == Q.to("meta").device
+    with pytest.raises(TypeError, match=r"device: expected a torch.device or its name, got int"):
+        indexed(0)
+
+
+def test_a_call_may_be_prepared_for_a_device_by_name():
+    prepared = prepare(Program(), batch=2, heads_count=3, tokens=7, device="cpu:0")
+    torch.testing.assert_close(prepared(Q, K, V)[0], semantic_attention(Q, K, V))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_a_scale_of_zero_is_a_scale(backend):
+    """Every token weighs the same."""
+    out = semantic_attention(Q, K, V, scale=0.0, backend=backend)
+    torch.testing.assert_close(out, V.mean(2, keepdim=True).expand_as(out))

@@ -738,7 +738,8 @@ def _kept(rows: RowPlan, name: str, source: Tensor, make: Callable[[Tensor], Ten
 def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
     """Compiles the kernel if need be and launches it. Raises: KernelRefused."""
     with launching("triton", kernel.__name__):
-        kernel[programs,](*arguments, **options)
+        # Said because Triton 3.10 no longer fuses multiplications and additions by itself.
+        kernel[programs,](*arguments, enable_fp_fusion=True, **options)
 
 
 def _on(device: torch.device) -> Any:

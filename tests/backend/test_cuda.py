@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from sdattn_fast import backend as backends
+from sdattn_fast.backend import KernelRefused
 from sdattn_fast.backend import cuda as backend
 from sdattn_fast.plan import TokenSide, make_plan
 from sdattn_fast.program import Capture, Program, Refinement, SalienceDropout
@@ -32,7 +33,7 @@ def emulated():
     yield backend
     emulated_cuda.emulate()
     backend._cuda, backend._why_not, backend._device_type = kept
-    backends._unavailable.pop("cuda", None)
+    backends._unavailable.clear()
 
 
 def test_the_kernels_on_the_emulated_machine(emulated):
@@ -115,7 +116,7 @@ def test_smoothing_in_little_shared_memory(emulated):
         emulated_cuda.emulate(shared_per_block=shared)
         torch.testing.assert_close(emulated.smooth(x, (3, 200), 30.0, 1, None), exact, rtol=1e-6, atol=1e-6)
     emulated_cuda.emulate(shared_per_block=1024)
-    with pytest.raises(ValueError, match="picture"):
+    with pytest.raises(KernelRefused, match="picture"):
         emulated.smooth(x, (3, 200), 30.0, 1, None)
     emulated_cuda.emulate()
 
@@ -197,6 +198,50 @@ def test_availability_says_how_to_mend(monkeypatch):
     backend._refusal_of_device.cache_clear()
     assert "TORCH_CUDA_ARCH_LIST=12.0" in backend.availability()
     backend._refusal_of_device.cache_clear()
+
+
+def test_availability_is_a_devices(monkeypatch):
+    info = {"runtime": 13000, "driver": 13010, "architectures": "8.0 9.0+PTX"}
+    monkeypatch.setattr(backend, "_device_type", "cuda")
+    monkeypatch.setattr(backend, "_cuda", SimpleNamespace(info=lambda: info))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"Card {index}")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: ((8, 0), (7, 5))[index])
+    monkeypatch.setattr(backends, "_unavailable", {})
+    backend._refusal_of_device.cache_clear()
+    assert backends.unavailable("cuda", torch.device("cuda", 0)) is None
+    assert "Card 1 has compute capability 7.5" in backends.unavailable("cuda", torch.device("cuda", 1))
+    assert backends.unavailable("cuda") is None, "of the current device"
+    backend._refusal_of_device.cache_clear()
+
+
+def test_a_first_smoothing_may_be_captured(monkeypatch):
+    """No copy from the host, and nothing kept that lies in the graph's memory."""
+    meta = torch.device("meta")
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: pytest.fail("a copy") if a == (meta,) else self)
+    backend._kept_gaussian.cache_clear()
+    first = backend._gaussian(0.8, meta)
+    assert first.device == meta and backend._gaussian(0.8, meta) is first
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    made = []
+    monkeypatch.setattr(backend, "gaussian_kernel", lambda sigma, **how: made.append(how["device"]) or object())
+    cuda = torch.device("cuda", 0)
+    assert backend._gaussian(0.8, cuda) is not backend._gaussian(0.8, cuda)
+    assert made == [cuda, cuda]
+    backend._kept_gaussian.cache_clear()
+
+
+def test_strides_of_dimensions_of_one_say_nothing(emulated):
+    """An odd one must not send a call to the slow kernel; what comes out does not hang on it either."""
+    x = torch.randn(1000)
+    q, odd = x.as_strided((1, 2, 5, 16), (160, 80, 16, 1)), x.as_strided((1, 2, 5, 16), (777, 80, 16, 1))
+    assert backend._handle(odd)[1:] == backend._handle(q)[1:] == (0, 80, 16, 1)
+    rows = make_plan(Program(), TokenSide(1, 2, 5, q.device)).rows
+    torch.testing.assert_close(
+        backend.attention(odd, odd, odd, None, 0.25, rows)[0], backend.attention(q, q, q, None, 0.25, rows)[0],
+        rtol=0, atol=0,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

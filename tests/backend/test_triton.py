@@ -2,55 +2,153 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from sdattn_fast import backend as package
+from sdattn_fast.backend import KernelRefused
 from sdattn_fast.backend import triton as backend
 from sdattn_fast.plan import RowPlan, TokenSide, make_plan
 from sdattn_fast.program import Program, SalienceDropout
 
-KERNELS = Path(__file__).parents[1] / "kernels"
+TESTS = Path(__file__).parents[1]
+KERNELS, SUPPORT = TESTS / "kernels", TESTS / "support"
 SIDE = TokenSide(2, 2, 77, torch.device("cpu"))
 
 
-def test_the_kernels_under_the_interpreter():
-    """Everything in tests/kernels/interpreted_*.py, whose failures show here."""
+@pytest.fixture(scope="module")
+def interpreted(tmp_path_factory):
+    """Everything in tests/kernels/interpreted_*.py, in Triton's interpreter: (the run, the file of its launches)."""
     pytest.importorskip("triton")
     files = [str(f) for f in sorted(KERNELS.glob("interpreted_*.py"))]
     assert len(files) == 5
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *files]
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(command, env=environment, cwd=KERNELS, capture_output=True, text=True)
+    launches = tmp_path_factory.mktemp("interpreted") / "launches.jsonl"
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "recorded_launches"]
+    environment = {
+        **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT),
+        "SDATTN_RECORD_LAUNCHES": str(launches),
+    }  # fmt: skip
+    run = subprocess.run([*command, *files], env=environment, cwd=KERNELS, capture_output=True, text=True)
+    return run, launches
+
+
+def test_the_kernels_under_the_interpreter(interpreted):
+    """Failures in interpreted_*.py show here."""
+    run, _ = interpreted
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+
+
+@pytest.mark.parametrize(
+    "version, stage, most",
+    [("installed", "ttir", 200), ("3.6", "ttir", 200), ("3.6", "binary", 30)],
+)
+def test_what_was_interpreted_compiles(version, stage, most, interpreted, request):
+    """For an H100, with the launches that have every kind of argument between them; `make compile-matrix` does all, on
+    every Triton and target. The machine code that the installed Triton makes is tests/kernels/test_compile.py's."""
+    _, launches = interpreted
+    triton = ["--triton", str(request.getfixturevalue("triton_of_torch_2_11"))] if version == "3.6" else []
+    command = [sys.executable, "compile_launches.py", str(launches), "--stage", stage, "--most", str(most), *triton]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    run = subprocess.run(command, env=environment, cwd=SUPPORT, capture_output=True, text=True)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
+    last = json.loads(run.stdout.splitlines()[-1])
+    assert last["failed"] == 0 and last["launches"] >= 30
+    assert version == "installed" or last["triton"].startswith(version)
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """A machine with an A100, a T4 and a card of RDNA 3; the last is there as if torch were built for ROCm."""
+    names = ["A100", "T4", "W7900"]
+    capabilities = [(8, 0), (7, 5), (11, 0)]
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: names[index])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda index: capabilities[index])
+
+    def properties(index):
+        major, minor = capabilities[index]
+        return SimpleNamespace(
+            major=major, minor=minor, gcnArchName="gfx1100:sramecc-", multi_processor_count=index + 1
+        )
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.version, "hip", None)
+    for kept in (backend._refusal_of_device, backend._count_processors):
+        kept.cache_clear()
+    monkeypatch.setattr(package, "_unavailable", {})
+    yield
+    for kept in (backend._refusal_of_device, backend._count_processors):
+        kept.cache_clear()
 
 
 def test_availability_says_how_to_mend(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
     assert "TRITON_INTERPRET=1" in backend.availability()
-    assert "for ROCm the kernels are compiled in the tests (gfx942) but not yet run" in backend.availability()
+    monkeypatch.setattr(backend, "_version", lambda: (3, 1))
+    assert "older than 3.2" in backend.availability()
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in backend.availability()
 
 
-def test_rocm_is_available_and_said_to_be_unproven(monkeypatch):
-    from sdattn_fast import backend as package
+def test_availability_is_a_devices(cards):
+    """And what was found of one is not believed of another."""
+    first, second = torch.device("cuda", 0), torch.device("cuda", 1)
+    assert package.unavailable("triton", first) is None
+    assert "T4 is older than compute capability 8.0" in package.unavailable("triton", second)
+    assert package.unavailable("triton") is None, "of the current device"
+    assert [backend._processors(torch.device("cuda", index)) for index in (0, 1)] == [1, 2]
+    assert backend._processors(torch.device("cuda")) == 1
 
-    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: object())
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.version, "hip", "6.4")
-    monkeypatch.setattr(package, "_unavailable", {})
-    with pytest.warns(UserWarning, match="not yet run"):
+
+def test_what_no_gpu_has_run_says_so(cards, monkeypatch):
+    with pytest.warns(UserWarning, match="for sm_80 the kernels are compiled in the tests but not yet run"):
         assert package.backends()["triton"] is True
-    monkeypatch.setattr(torch.version, "hip", None)
-    assert package.remark("triton") is None
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    remark = package.remark("triton", torch.device("cuda", 2))
+    assert "for gfx1100 the kernels are compiled in the tests but not yet run" in remark
+    monkeypatch.setattr(backend, "COMPILED_FOR", ())
+    assert "not even compiled" in package.remark("triton", torch.device("cuda", 2))
+    monkeypatch.setattr(backend, "RUN_ON", ("gfx1100",))
+    assert package.remark("triton", torch.device("cuda", 2)) is None
+
+
+def test_a_launch_that_fails_is_a_refusal():
+    class Kernel:
+        __name__ = "rows_kernel"
+
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                raise RuntimeError("Triton Error [CUDA]: too many resources requested for launch")
+
+            return launch
+
+    with pytest.raises(KernelRefused, match="'triton' could not launch rows_kernel: RuntimeError: Triton Error"):
+        backend._launch(Kernel(), 1, (), {})
+
+
+def test_strides_of_dimensions_of_one_say_nothing():
+    """An odd stride of a batch of one must not keep the compiler from wide loads."""
+    x = torch.empty(1000).as_strided((1, 2, 5, 16), (777, 80, 16, 1))
+    assert backend.strides_of(x) == (0, 80, 16)
+    assert backend.in_units(*backend.strides_of(x)) == (8, (0, 10, 2))
+    assert backend.in_units(3, 16) == (1, (3, 16))
+
+
+def test_strides_beyond_32_bits_are_not_multiplied_in_32_bits():
+    """In units of 8 such a stride would fit an int32, and the kernel's product with 8 would not."""
+    assert backend.in_units(2**31, 64) == (1, (2**31, 64))
+    unit, strides = backend.in_units(2**31 - 8, 64)
+    assert (unit, strides) == (8, (2**28 - 1, 8))
 
 
 def _reasons(query=None, key=None, value=None, bias=None, needs_grad=False):

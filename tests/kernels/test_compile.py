@@ -13,7 +13,8 @@ triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
 
-from compiled_kernels import CASES, SHARED_KIB, compiling  # noqa: E402
+from compiled_kernels import CASES, compiling  # noqa: E402
+from fake_gpu import SHARED_KIB  # noqa: E402
 from kernel_figures import table, worse  # noqa: E402
 
 MEND = "`python benchmarks/kernel_table.py` shows what changed, and with --write accepts it"

@@ -158,7 +158,7 @@ def _compile(launch: dict[str, Any]) -> tuple[int, str | None]:
     if _start.precision(launch["kernel"]) is not None and "PRECISION" in options:  # type: ignore[attr-defined]
         options = {**options, "PRECISION": _start.precision(launch["kernel"])}  # type: ignore[attr-defined]
     try:
-        kernel.warmup(*arguments, grid=(1,), **options)
+        kernel.warmup(*arguments, grid=(1,), enable_fp_fusion=True, **options)
     except Stop:
         pass
     except Exception as error:

@@ -44,7 +44,6 @@ from sdattn_fast.plan import TokenSide, make_plan
 CUDA = {cc: GPUTarget("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 120)}
 HIP = GPUTarget("hip", "gfx942", 64)
 ALL = (*CUDA.values(), HIP)
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, "gfx942": 64}  # a block may have
 POINTER = {
     torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16", torch.int32: "*i32", torch.int64: "*i64",
     torch.uint8: "*u8",
@@ -124,6 +123,7 @@ def compiling(cases: Iterable[Case]) -> Iterator[dict[str, Future[tuple[Code, Ro
 
 def _compiled(case: Case, call: Call) -> tuple[Code, Row]:
     launch = {"num_warps": call.options["num_warps"], "num_stages": call.options.get("num_stages", 1)}
+    launch["enable_fp_fusion"] = True
     kernel = triton.compile(_source(call), target=case.target, options=launch)
     shared = kernel.metadata.shared
     if case.target.backend == "hip":

@@ -45,7 +45,7 @@ def why_not() -> str | None:
 def use() -> None:
     """From here on `sdattn_fast.backend.cuda` runs on CPU tensors, in this process."""
     cuda._cuda, cuda._why_not, cuda._device_type = _module(), None, "cpu"
-    backends._unavailable.pop("cuda", None)
+    backends._unavailable.clear()
 
 
 def emulate(**properties: int) -> None:

@@ -19,7 +19,7 @@ SHARED_KIB = {
     "gfx90a": 64, "gfx942": 64, "gfx950": 160, "gfx1100": 64, "gfx1201": 64,
 }  # that a block may have  # fmt: skip
 
-launches: list[tuple[str, tuple[int, int, int], tuple[Any, ...]]] = []  # kernel, grid, all arguments
+launches: list[tuple[str, tuple[int, int, int], dict[str, Any]]] = []  # kernel, grid, arguments by their names
 
 
 def target(name: str) -> GPUTarget:
@@ -57,10 +57,11 @@ class _Driver:
 
 class _Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
-        self._count = len(source.fn.arg_names)
+        self._names = source.fn.arg_names
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
-        launches.append((function, (x, y, z), rest[-self._count :]))
+        arguments = dict(zip(self._names, rest[-len(self._names) :], strict=True))
+        launches.append((function, (x, y, z), arguments))
 
 
 def _newer() -> bool:

@@ -23,7 +23,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
 
 import sdattn_fast
-from sdattn_fast import SemanticAttnProcessor
+from sdattn_fast import Program, SalienceDropout, SemanticAttnProcessor
+from sdattn_fast.streams import MadeOn
 from sdattn_fast.unet.text_cache import TEXTS, TextCache, Weights
 
 peft = pytest.importorskip("peft")
@@ -452,6 +453,29 @@ def test_old_storages_are_not_kept_alive(cached: tuple[Any, Any, list[int]]) -> 
     storage = StorageWeakRef(weight.untyped_storage())
     weight.data = weight.data.clone()
     assert storage.expired()
+
+
+@pytest.mark.parametrize("fold", ["never", "always"])
+def test_what_is_kept_is_announced_before_it_is_read_on_another_stream(
+    fold: str, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: set[int] = set()
+    monkeypatch.setattr(MadeOn, "use", lambda self, tensors: announced.update(id(x) for x in tensors()))
+    unet: Any = copy.deepcopy(parts["sd15"])
+    program = Program(SalienceDropout(0.2))
+    patch = sdattn_fast.apply(unet, program, fold=fold, protected=torch.zeros(77, dtype=torch.bool))
+    text = torch.randn(2, 77, 32)
+    with torch.no_grad():
+        for _ in range(2):
+            announced.clear()
+            unet(torch.randn(2, 4, 8, 8), 5, text)
+    layers = list(patch._models[0].text.cached._entries.values())
+    assert layers
+    for entry in (entry for of_layer in layers for entry in of_layer.values()):
+        assert entry.served is not None and entry.served.prepared.plan is not None
+        read = [entry.key, entry.value, entry.served.value_folded, entry.served.prepared.plan.rows.content]
+        read += [x for fold in entry.folds.values() for x in fold.tensors()]
+        assert {id(x) for x in read} <= announced
 
 
 def test_weights_know_their_storages_and_strides() -> None:
