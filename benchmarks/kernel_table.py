@@ -39,6 +39,12 @@ Read from the machine code that {compilers} made; nothing was run, and no time i
 `python benchmarks/kernel_table.py` prints this page, `--write` keeps it. `docs/kernels.json` has the same figures, and
 the tests fail where a kernel takes more of anything (of slots, over {slack:.0f} % more), or is not in it.
 
+What the tests launch also compiles on Triton 3.2, 3.3, 3.4, 3.5, 3.6, 3.7 and 3.8, and for gfx90a, gfx950, gfx1100 and
+gfx1201, of which there are no figures here (`make compile-matrix`). Triton 3.2 never ends on the CRF's products in
+three TF32 parts and 3.3 refuses them, so before 3.4 the CRF multiplies in plain float32. The choice of the k largest,
+for k from 2 to 8, keeps to registers in the layouts of NVIDIA and gfx9; on gfx11 and gfx12 it goes through shared
+memory (tests/kernels/test_layouts.py): as right, and slower.
+
 - registers: of a thread. stack: bytes of a thread; local: loads and stores of a thread's own memory. Both are spills.
   shared: bytes of a block; of CUDA kernels what is static, a launch adds to it.
 - matrix: the tensor cores' instructions in the code, those in a loop once.

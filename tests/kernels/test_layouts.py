@@ -1,0 +1,38 @@
+"""Whether the choice of the k largest stays in registers: kernels/select.py takes a row's columns as a matrix product's
+layout has them on NVIDIA and on AMD's gfx9. Elsewhere it is as right, but moves the columns through shared memory.
+"""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+triton = pytest.importorskip("triton")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+
+import fake_gpu  # noqa: E402
+from compiled_kernels import Case, _source, rows_call  # noqa: E402
+
+from sdattn_fast import Program, SalienceDropout  # noqa: E402
+
+IN_REGISTERS = ("sm_80", "sm_90", "gfx942")
+
+
+def conversions(target, dropped):
+    """Changes of layout in the rows kernel, dropping so many of 12 content tokens."""
+    program = Program(SalienceDropout((dropped + 0.5) / 12))
+    case = Case("rows", "", fake_gpu.target(target), lambda: rows_call(program=program, words=False))
+    call = case.call()
+    assert call.options["DROP"] == {1: 1, 7: 8}[dropped]
+    launch = {"num_warps": call.options["num_warps"], "num_stages": call.options["num_stages"]}
+    kernel = triton.compile(_source(call), target=case.target, options={**launch, "enable_fp_fusion": True})
+    return kernel.asm["ttgir"].count("ttg.convert_layout")
+
+
+@pytest.mark.parametrize("target", [*IN_REGISTERS, "gfx1100"])
+def test_eight_largest_move_no_more_than_the_largest(target, tmp_path, monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
+    more = conversions(target, 7) - conversions(target, 1)
+    assert more == 0 if target in IN_REGISTERS else more > 0
