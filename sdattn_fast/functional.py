@@ -210,10 +210,7 @@ class Prepared:
     def tensors(self) -> list[Tensor]:
         """What the call keeps on its device: the token side's tensors and the plan's."""
         parts = (self.side, *(() if self.plan is None else (self.plan.rows, self.plan.picture, self.plan)))
-        values = [value for part in parts if part is not None for value in vars(part).values()]
-        # The permutation of columns, and what else a backend keeps with a plan, are pairs of a version and a tensor.
-        values += [inner for value in values if isinstance(value, tuple) for inner in value]
-        return [x for x in values if isinstance(x, Tensor)]
+        return [x for part in parts if part is not None for x in vars(part).values() if isinstance(x, Tensor)]
 
     def fold_refusal(self, x: Tensor) -> str | None:
         """Why no kernel serves a folded layer with this program on rows like x, or None."""

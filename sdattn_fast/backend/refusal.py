@@ -21,9 +21,12 @@ class KernelRefused(RuntimeError):
         backend: the backend's name. reason: the kernel's name and the last line that the compiler or driver wrote.
     """
 
-    def __init__(self, backend: str, kernel: str, error: BaseException) -> None:
-        self.backend, self.reason = backend, f"{kernel}: {_last_line(error)}"
-        super().__init__(f"backend: {backend!r} could not launch {self.reason}")
+    def __init__(self, backend: str, reason: str) -> None:
+        super().__init__(backend, reason)
+        self.backend, self.reason = backend, reason
+
+    def __str__(self) -> str:
+        return f"backend: {self.backend!r} could not launch {self.reason}"
 
 
 @contextlib.contextmanager
@@ -34,7 +37,7 @@ def launching(backend: str, kernel: str) -> Iterator[None]:
     except (torch.OutOfMemoryError, KernelRefused):
         raise
     except Exception as error:
-        raise KernelRefused(backend, kernel, error) from error
+        raise KernelRefused(backend, f"{kernel}: {_last_line(error)}") from error
 
 
 def _last_line(error: BaseException) -> str:

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from ..plan import HEAD_ZERO, PicturePlan, Plan, RowPlan
+from ..streams import MadeOn
 from .refusal import launching
 
 __all__ = [
@@ -728,10 +729,11 @@ def _kept(rows: RowPlan, name: str, source: Tensor, make: Callable[[Tensor], Ten
     version = None if source.is_inference() else source._version
     have = rows.__dict__.get(f"_triton_{name}")
     if have is not None and have[0] == version:
+        have[2].use(lambda: (have[1],))
         return have[1]
     made = make(source)
     if not (source.is_cuda and torch.cuda.is_current_stream_capturing()):
-        rows.__dict__[f"_triton_{name}"] = (version, made)
+        rows.__dict__[f"_triton_{name}"] = (version, made, MadeOn(made.device))
     return made
 
 

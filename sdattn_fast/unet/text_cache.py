@@ -22,6 +22,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -46,6 +47,7 @@ class TextCache:
         self._count = 0
         self._looks = 0
         self._texts: OrderedDict[int, Tensor] = OrderedDict()
+        self._texts_made: dict[int, MadeOn] = {}
         self._seen: _Seen | None = None
         self._entries: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], KeyValue]]
         self._entries = weakref.WeakKeyDictionary()
@@ -56,6 +58,7 @@ class TextCache:
     def forget(self) -> None:
         with self._lock:
             self._texts.clear()
+            self._texts_made.clear()
             self._seen = None
             self._entries = weakref.WeakKeyDictionary()
 
@@ -88,11 +91,11 @@ class TextCache:
         entry = self._entries.get(attn, {}).get(key)
         if entry is None or not entry.weights.same_as(weights):
             return key, None
+        entry.made.use(lambda: (entry.key, entry.value, *entry.weights.samples))
         if entry.look != seen.look:
             if not entry.weights.sampled_alike():
                 return key, None
             entry.look = seen.look
-        entry.made.use(lambda: (entry.key, entry.value))
         return key, entry
 
     def keep(self, attn: nn.Module, key: tuple[Any, ...], entry: KeyValue) -> None:
@@ -120,14 +123,17 @@ class TextCache:
             if seen.version == text._version and seen.number in self._texts:
                 return seen.number
         for number, kept in reversed(self._texts.items()):
-            alike = kept.shape == text.shape and kept.dtype == text.dtype and kept.device == text.device
-            if alike and torch.equal(kept, text):
+            if kept.shape != text.shape or kept.dtype != text.dtype or kept.device != text.device:
+                continue
+            self._texts_made[number].use(partial(tuple, [kept]))
+            if torch.equal(kept, text):
                 self._texts.move_to_end(number)
                 return number
         self._count += 1
         self._texts[self._count] = text.detach().clone()
+        self._texts_made[self._count] = MadeOn(text.device)
         if len(self._texts) > TEXTS:
-            self._texts.popitem(last=False)
+            del self._texts_made[self._texts.popitem(last=False)[0]]
         return self._count
 
 

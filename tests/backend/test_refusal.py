@@ -6,6 +6,7 @@ does. Results are held against the reference.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from types import SimpleNamespace
 
@@ -69,6 +70,13 @@ def test_the_error_has_the_compilers_last_line():
     ) as e:
         fails()
     assert isinstance(e.value.__cause__, CompilationError)
+
+
+def test_the_error_goes_from_process_to_process():
+    with pytest.raises(KernelRefused) as raised:
+        fails()
+    again = copy.copy(raised.value)  # by the way that pickle goes
+    assert (str(again), again.backend, again.reason) == (str(raised.value), "broken", raised.value.reason)
 
 
 def test_out_of_memory_is_no_refusal():
