@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-__all__ = ["doctor", "processor_name"]
+__all__ = ["backend_rows", "doctor", "processor_name"]
 
 _PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
 
@@ -28,8 +27,8 @@ def doctor(
     from rich.console import Console
     from rich.table import Table
 
-    from .. import __version__, backends
-    from ..backend import cpu, remark
+    from .. import __version__
+    from ..backend import cpu
 
     console = Console()
     ground = Table("what", "found", title=f"sdattn_fast {__version__}")
@@ -48,11 +47,8 @@ def doctor(
     table = Table(
         "backend", "available", "why not, and what mends it", title="Backends, as sdattn_fast.backends() says"
     )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", UserWarning)  # the table says it
-        states = backends()
-    for name, state in states.items():
-        table.add_row(name, "yes" if state is True else "no", (remark(name) or "") if state is True else str(state))
+    for row in backend_rows():
+        table.add_row(*row)
     console.print(table)
 
     gaps = Table("what", "why", title="Served by the plain torch reference so far (a named backend raises instead)")
@@ -60,6 +56,23 @@ def doctor(
     console.print(gaps)
     if model is not None:
         _print_folds(console, model, dtype, batch)
+
+
+def backend_rows() -> list[tuple[str, str, str]]:
+    """(backend, "yes" or "no", why not or what is to be known); of several GPUs, each by itself."""
+    import torch
+
+    from ..backend import NAMES, remark, unavailable
+
+    count = torch.cuda.device_count()
+    rows = []
+    for name in NAMES:
+        several = count > 1 and name in ("triton", "cuda")
+        for device in [torch.device("cuda", index) for index in range(count)] if several else [None]:
+            reason = unavailable(name, device)
+            what = name if device is None else f"{name} on GPU {device.index}"
+            rows.append((what, "yes" if reason is None else "no", reason or remark(name, device) or ""))
+    return rows
 
 
 def _print_folds(console: Any, model: str, dtype: str, batch: int) -> None:

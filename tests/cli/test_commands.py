@@ -6,6 +6,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from PIL import Image
 
 from sdattn_fast.cli import main
@@ -48,6 +49,20 @@ def test_doctor_names_every_backend_and_why_not(run):
         assert name in out
         if state is not True:
             assert " ".join(str(state).split()[:4]) in flat
+
+
+def test_doctor_asks_of_every_gpu(monkeypatch):
+    from sdattn_fast import backend
+    from sdattn_fast.cli.doctor import backend_rows
+
+    old = torch.device("cuda", 1)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(backend, "unavailable", lambda name, device: "too old" if device == old else None)
+    monkeypatch.setattr(backend, "remark", lambda name, device: "not yet run" if name == "triton" else None)
+    assert backend_rows() == [
+        ("triton on GPU 0", "yes", "not yet run"), ("triton on GPU 1", "no", "too old"),
+        ("cuda on GPU 0", "yes", ""), ("cuda on GPU 1", "no", "too old"), ("cpu", "yes", ""), ("reference", "yes", ""),
+    ]  # fmt: skip
 
 
 def test_doctor_shows_what_is_folded_in_a_model(run, monkeypatch):
