@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -314,27 +315,20 @@ class Prepared:
         scale: float,
         grid: tuple[int, int] | None,
         seed: Tensor | None,
+        **changes: Any,
     ) -> tuple[Tensor, Tensor | None]:
+        """changes: arguments of `reference_attention` that are not as prepared."""
         side = self.side
+        prepared: dict[str, Any] = dict(
+            program=self.program, gate=side.gate, phrases=side.phrases, protected=side.protected, active=side.active,
+            heads=side.heads, inactive_heads=side.inactive_heads, capture=self.capture,
+        )  # fmt: skip
         # Autocast would round the logits, on which decisions hang, to half precision.
         with torch.autocast(query.device.type, enabled=False):
             return reference_attention(
-                query,
-                key,
-                value,
-                self.program,
-                bias=bias,
-                scale=scale,
-                gate=side.gate,
-                phrases=side.phrases,
-                protected=side.protected,
-                active=side.active,
-                heads=side.heads,
-                inactive_heads=side.inactive_heads,
-                grid=grid,
-                seed=0 if seed is None else seed,
-                capture=self.capture,
-            )
+                query, key, value, bias=bias, scale=scale, grid=grid, seed=0 if seed is None else seed,
+                **{**prepared, **changes},
+            )  # fmt: skip
 
     def _on_fused(
         self,
@@ -358,7 +352,8 @@ class Prepared:
             how = {"backend": name} if compiling else {"keep_layout": True}
             out, maps = attention(query, key, value, bias, scale, rows, plan.picture, grid, **how)
         elif needs_grad:
-            fallback = self._fallback(query, key, value, scale, seed) if self.backend == "auto" else None
+            compiling = torch.compiler.is_compiling()
+            fallback = self._fallback(scale, seed) if self.backend == "auto" and not compiling else None
             out, maps = autograd.attention(query, key, value, bias, scale, rows, name, relevance, fallback)
         elif torch.compiler.is_compiling():
             out, maps, _ = op.attention(query, key, value, bias, scale, rows, name)
@@ -372,30 +367,21 @@ class Prepared:
                 maps = _smooth_maps(name, maps, grid, plan, needs_grad)
         return out, maps
 
-    def _fallback(
-        self, query: Tensor, key: Tensor, value: Tensor, scale: float, seed: Tensor | None
-    ) -> autograd.Fallback | None:
+    def _fallback(self, scale: float, seed: Tensor | None) -> autograd.Fallback:
         """For a backward kernel that does not launch: the rows of this call again, on the reference.
 
         The value has the linear steps in it where they fold; the smoothing of the output is not the rows'.
         """
-        plan, side = self.plan, self.side
-        if plan is None or torch.compiler.is_compiling():
-            return None
+        plan = self.plan
+        assert plan is not None
         refine = self.program.refine
         threshold = None if refine is None else refine.threshold
         program = replace(self.program, refine=None if threshold is None else Refinement(1, threshold, 0.0))
-        phrases = None if plan.folded else side.phrases
-
-        def attention(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, gate: Tensor | None):  # type: ignore[no-untyped-def]
-            with torch.autocast(q.device.type, enabled=False):
-                return reference_attention(
-                    q, k, v, program, bias=bias, scale=scale, gate=gate, phrases=phrases, protected=side.protected,
-                    active=side.active, heads=side.heads, inactive_heads=side.inactive_heads,
-                    seed=0 if seed is None else seed, capture=self.capture,
-                )  # fmt: skip
-
-        return autograd.Fallback(attention, lambda error: pass_over(error, query, key, value, plan, True))
+        changes = {"program": program, **({"phrases": None} if plan.folded else {})}
+        return autograd.Fallback(
+            lambda q, k, v, bias, gate: self._on_reference(q, k, v, bias, scale, None, seed, gate=gate, **changes),
+            lambda error, q, k, v: pass_over(error, q, k, v, plan, True),
+        )
 
     def _check(
         self,

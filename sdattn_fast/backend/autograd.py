@@ -44,11 +44,12 @@ class Fallback:
     """What "auto" does where a backward kernel does not compile or launch: gradients of plain torch operations.
 
     attention: (query, key, value, bias, gate) -> (out, maps), what the backend's `attention` computed. It decides anew
-    what is dropped, so an entry within rounding of a threshold may fall on the other side. pass_over: takes the error.
+    what is dropped, so an entry within rounding of a threshold may fall on the other side. pass_over: (error, query,
+    key, value). Neither may hold on to query, key or value: the graph frees them as its backward pass goes.
     """
 
     attention: Callable[..., tuple[Tensor, Tensor | None]]
-    pass_over: Callable[[KernelRefused], None]
+    pass_over: Callable[[KernelRefused, Tensor, Tensor, Tensor], None]
 
 
 def attention(
@@ -136,7 +137,7 @@ class _Rows(torch.autograd.Function):
         except KernelRefused as error:
             if ctx.fallback is None or sink or transforming():
                 raise
-            ctx.fallback.pass_over(error)
+            ctx.fallback.pass_over(error, *saved[:3])
             grads = _plain_gradients(ctx.fallback, grad_out, grad_maps, (*saved[:4], saved[5]), wanted[:5])
         query, key, value, bias, gate, sink = grads
         return (query, key, value, bias, sink, gate, *(None for _ in none))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import importlib.metadata
 import importlib.util
 import math
 import os
@@ -46,12 +45,12 @@ def availability(device: torch.device | None = None) -> str | None:
     """None where the kernels can run on a device, torch's current one by default, else the reason and how to fix it."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` (torch's CUDA wheels for Linux bring it)"
-    if _version() < _OLDEST_TRITON:
-        return f"triton {_version_text()} is older than 3.2, the oldest that the kernels compile with"
     if interprets():
         return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+    if _version() < _OLDEST_TRITON:
+        return f"triton {'.'.join(map(str, _version()))} is older than 3.2, the oldest that the kernels compile with"
     return _refusal_of_device(_index(device))
 
 
@@ -87,13 +86,12 @@ def _architecture(index: int) -> str:
     return f"sm_{properties.major}{properties.minor}"
 
 
-def _version_text() -> str:
-    return importlib.metadata.version("triton")
-
-
 @functools.cache
 def _version() -> tuple[int, int]:
-    major, minor = re.findall(r"\d+", _version_text())[:2]
+    # Not the distribution's metadata: ROCm's wheels and nightly builds bring Triton under other names.
+    import triton
+
+    major, minor = re.findall(r"\d+", triton.__version__)[:2]
     return int(major), int(minor)
 
 

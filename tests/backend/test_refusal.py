@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+import weakref
 from types import SimpleNamespace
 
 import pytest
@@ -140,6 +141,17 @@ def test_a_backward_kernel_alone_may_fail(program, broken):
         torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
     with pytest.raises(KernelRefused):
         gradients(backend="broken")
+
+
+def test_the_graph_frees_its_inputs_as_without_a_fallback():
+    """Layer by layer, while the loss and with it the graph's nodes are still there."""
+    (q, k, v), _ = inputs(requires_grad=True)
+    inner = [x * 1 for x in (q, k, v)]
+    alive = [weakref.ref(x) for x in inner]
+    loss = semantic_attention(*inner, FULL, grid=(3, 4)).sum()
+    del inner
+    loss.backward()
+    assert [x() for x in alive] == [None] * 3 and loss.grad_fn is not None
 
 
 def test_relevance_has_no_plain_gradients(broken):

@@ -94,10 +94,19 @@ def test_availability_says_how_to_mend(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "TRITON_INTERPRET=1" in backend.availability()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(backend, "_version", lambda: (3, 1))
-    assert "older than 3.2" in backend.availability()
+    assert "triton 3.1 is older than 3.2" in backend.availability()
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in backend.availability()
+
+
+def test_triton_may_be_installed_under_another_name(monkeypatch):
+    """ROCm's wheels call it triton-rocm or pytorch-triton-rocm, nightly builds pytorch-triton."""
+    monkeypatch.setattr("triton.__version__", "3.5.1+rocm7")
+    backend._version.cache_clear()
+    assert backend._version() == (3, 5)
+    backend._version.cache_clear()
 
 
 def test_availability_is_a_devices(cards):
