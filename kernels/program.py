@@ -62,7 +62,7 @@ def row_program(
     if NMS:
         low = threshold * tl.max(tl.where((rank < kth[:, None]) & (rank > 0.0), rank, 0.0), 1)
     kept = tl.full(p.shape, 1, tl.int1)
-    if (RANDOM or DROP > 0) or NMS:
+    if (RANDOM or DROP > 0) or NMS:  # in pairs: Triton before 3.4 takes no chain of three
         kept = (((rank >= kth[:, None]) | (rank <= low[:, None])) & c) == 0
         p = tl.where(kept, p, 0.0)
 

@@ -66,6 +66,7 @@ def picture_kernel(
         p, _, total = softmax_parts(p, p, 0)
         p = p * tl.where(total == 0, 0.0, 1.0 / total)[:, None]
         mass = tl.sum(tl.where(c, p, 0.0), 1)
+        # In pairs, here and below: Triton before 3.4 takes no chain of three.
         if (Slots is not None and not FINAL) and (STAGE == "begin" or STAGE == "last"):
             _store_maps(Maps + bh * T * M, Slots, p, rows, in_m, cols, in_n, mode, M)
         if Gate is not None:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from ..plan import Plan
 from . import cpu, cuda, measured, triton
+from .devices import gpu_index
 from .refusal import KernelRefused
 
 __all__ = [
@@ -78,8 +79,8 @@ def choose(
     passed_over = []
     failed = ""
     for candidate in _order(query, key):
-        kind = _kind(candidate, query, key, value, plan, needs_grad) if _failures else None
-        broken = None if kind is None else failure(*kind)
+        # _failures is nearly always empty.
+        broken = failure(*_kind(candidate, query, key, value, plan, needs_grad)) if _failures else None
         reasons = [broken] if broken else _reasons(candidate, query, key, value, bias, plan, needs_grad)
         if not reasons:
             if failed:
@@ -115,7 +116,7 @@ def unavailable(name: str, device: torch.device | None = None) -> str | None:
     if name == "reference":
         return None
     if device is None and name != "cpu" and torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+        device = torch.device("cuda", gpu_index(device))
     if os.environ.get("TRITON_INTERPRET") or (name, device) not in _unavailable:
         _unavailable[name, device] = _FUSED[name].availability(device)
     return _unavailable[name, device]

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..plan import Plan, RowPlan
 from ..reference import gaussian_kernel
+from .devices import gpu_index
 from .refusal import launching
 
 __all__ = ["availability", "not_supported_reasons", "attention", "folded_refusal", "smooth", "info"]
@@ -56,8 +57,7 @@ def availability(device: torch.device | None = None) -> str | None:
         return f"{have}, and the kernels were built with CUDA {_version(runtime)}, which wants {wanted}"
     if not torch.cuda.is_available():
         return "torch sees no CUDA device (is it a CPU build, or CUDA_VISIBLE_DEVICES empty?)"
-    index = None if device is None else device.index
-    return _refusal_of_device(torch.cuda.current_device() if index is None else index)
+    return _refusal_of_device(gpu_index(device))
 
 
 def not_supported_reasons(

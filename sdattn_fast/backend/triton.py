@@ -22,6 +22,7 @@ from torch.nn.functional import pad
 
 from ..plan import HEAD_ZERO, PicturePlan, Plan, RowPlan
 from ..streams import MadeOn
+from .devices import gpu_index
 from .refusal import launching
 
 __all__ = [
@@ -51,14 +52,14 @@ def availability(device: torch.device | None = None) -> str | None:
         return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
     if _version() < _OLDEST_TRITON:
         return f"triton {'.'.join(map(str, _version()))} is older than 3.2, the oldest that the kernels compile with"
-    return _refusal_of_device(_index(device))
+    return _refusal_of_device(gpu_index(device))
 
 
 def remark(device: torch.device | None = None) -> str | None:
     """What is to be known of these kernels on a device where they are available, or None."""
     if interprets():
         return None
-    architecture = _architecture(_index(device))
+    architecture = _architecture(gpu_index(device))
     if architecture in RUN_ON:
         return None
     tested = "compiled in the tests" if architecture in COMPILED_FOR else "not even compiled in the tests"
@@ -70,12 +71,6 @@ def _refusal_of_device(index: int) -> str | None:
     if torch.version.hip is None and torch.cuda.get_device_capability(index) < (8, 0):
         return f"{torch.cuda.get_device_name(index)} is older than compute capability 8.0, the least the kernels want"
     return None
-
-
-def _index(device: torch.device | None) -> int:
-    """Of a GPU; None, and "cuda" without a number: torch's current one."""
-    index = None if device is None else device.index
-    return torch.cuda.current_device() if index is None else index
 
 
 def _architecture(index: int) -> str:
@@ -748,7 +743,7 @@ def _on(device: torch.device) -> Any:
 
 
 def _processors(device: torch.device) -> int:
-    return _count_processors(_index(device)) if device.type == "cuda" else 2
+    return _count_processors(gpu_index(device)) if device.type == "cuda" else 2
 
 
 @functools.cache

@@ -21,8 +21,9 @@ from unittest import mock
 import machine_code
 import torch
 import triton
-from kernel_figures import MULTIPROCESSORS, Row, row
+from kernel_figures import Row, row
 from machine_code import Code
+from recorded_launches import on_an_h100
 from sdattn_fast.kernels import (
     backward_kernel,
     folded_kernel,
@@ -88,10 +89,7 @@ class Case:
 
     def call(self) -> Call:
         precision = "tf32x3" if self.target.backend == "cuda" else "ieee"
-        with (
-            mock.patch.object(backend, "_processors", lambda device: MULTIPROCESSORS),
-            mock.patch.object(backend, "_precision", lambda device: precision),
-        ):
+        with on_an_h100(precision):
             return self.make()
 
 

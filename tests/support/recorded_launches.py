@@ -7,22 +7,23 @@ are others on a GPU, so the arguments are made a second time for one.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
 
 import torch
 from compile_launches import argument_class
+from kernel_figures import MULTIPROCESSORS
 
 from sdattn_fast.backend import triton as forward
 from sdattn_fast.backend import triton_backward
 
-__all__ = ["MULTIPROCESSORS", "spec"]
+__all__ = ["on_an_h100", "spec"]
 
-MULTIPROCESSORS = 132  # of an H100 and an H200
 _CALLS = {
     forward: ("rows_call", "folded_call", "picture_call", "gaussian_call", "smooth_call"),
     triton_backward: ("backward_call", "shared_call", "sum_call"),
@@ -35,6 +36,16 @@ def pytest_configure(config: Any) -> None:
     for module, names in _CALLS.items():
         for name in names:
             setattr(module, name, _recording(getattr(module, name), name.replace("_call", "_kernel"), path))
+
+
+@contextlib.contextmanager
+def on_an_h100(precision: str = "tf32x3") -> Iterator[None]:
+    """Launchers choose tiles and precision as there."""
+    with (
+        mock.patch.object(forward, "_processors", lambda device: MULTIPROCESSORS),
+        mock.patch.object(forward, "_precision", lambda device: precision),
+    ):
+        yield
 
 
 def spec(kernel: str, arguments: tuple[Any, ...], options: dict[str, Any]) -> dict[str, Any]:
@@ -50,10 +61,7 @@ def _recording(make: Callable[..., Any], kernel: str, path: str) -> Callable[...
     @functools.wraps(make)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         made = make(*args, **kwargs)
-        with (
-            mock.patch.object(forward, "_processors", lambda device: MULTIPROCESSORS),
-            mock.patch.object(forward, "_precision", lambda device: "tf32x3"),
-        ):
+        with on_an_h100():
             again = list(args)
             if make.__name__ == "backward_call":  # it is handed the tiles that were chosen for the interpreter
                 call, _, _, of_key, of_value, _, of_gate, of_tokens = args
