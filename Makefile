@@ -3,7 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test lint bench compile-matrix wheel wheels-cu12 wheels-cu13 clean
+.PHONY: demo test lint bench compile-matrix gpu-bundle wheel wheels-cu12 wheels-cu13 clean
 
 demo: .venv/installed
 	$(BIN)/sdattn-fast demo
@@ -27,6 +27,12 @@ compile-matrix: .venv/installed $(TRITONS:%=build/triton-%)
 
 build/triton-%: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
+
+# What benchmarks/on_gpu.sh needs on a bare machine with a GPU: wheels, and the compiled modules for its Python and GPU.
+GPU_PYTHON ?= python3.12
+GPU_ARCHITECTURE ?= 9.0
+gpu-bundle:
+	$(PYTHON) benchmarks/on_gpu/bundle.py --python $(GPU_PYTHON) --architecture $(GPU_ARCHITECTURE)
 
 # A wheel for this Python, in dist/. Its tag is what this machine's C library allows; manylinux_2_28 comes from below.
 wheel: .venv/installed

@@ -4,7 +4,6 @@ Not collected by itself: see interpreted_rows.py.
 
 from __future__ import annotations
 
-import math
 import os
 from dataclasses import replace
 
@@ -23,6 +22,7 @@ from given_decisions import (
     stored_relevance,
     through_autograd,
 )  # fmt: skip
+from poison import poison
 
 from sdattn_fast import Capture, semantic_attention
 from sdattn_fast.backend import autograd
@@ -37,17 +37,7 @@ DTYPES = [torch.float32, torch.float16] if INTERPRETED else [torch.float32, torc
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """What a kernel forgets to write is NaN, or all bits set."""
-
-    def poison(make):
-        def made(*size, **how):
-            x = make(*size, **how)
-            return x.fill_(math.nan if x.is_floating_point() else -1)
-
-        return made
-
-    monkeypatch.setattr(torch, "empty", poison(torch.empty))
-    monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
+    poison(monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from poison import poison
 from tested_backend import DEVICE, EMULATED, INTERPRETED, NAME, backend, emulated_cuda
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
@@ -27,14 +28,7 @@ EPS = {torch.float32: 1e-6 if INTERPRETED else 3e-6, torch.float16: 1e-3, torch.
 
 @pytest.fixture(autouse=True)
 def _poisoned(monkeypatch):
-    """What a kernel forgets to write is NaN, or all bits set."""
-    made = torch.empty
-
-    def empty(*args, **kwargs):
-        x = made(*args, **kwargs)
-        return x.fill_(math.nan if x.is_floating_point() else -1)
-
-    monkeypatch.setattr(backend.torch, "empty", empty)
+    poison(monkeypatch)
 
 
 def case(b=2, h=2, m=33, n=77, d=40, dv=None, dtype=torch.float32, content=12, active=None, seed=0, spread=2.0, **side):

@@ -1,0 +1,127 @@
+"""Runs the phases, keeps the logs, says at the end what became of each item. `benchmarks/on_gpu.sh` starts it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import tarfile
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from . import record
+from .ground import NotRun, why_no
+from .items import Item, beside, phases, wanted
+from .runner import NOT_HERE, as_process, run_phase
+
+NO_DEVICE, RED, NOT_ALL = 3, 1, 4  # the status; 0: every item passed
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m on_gpu")
+    parser.add_argument("--item", help="run one item's function in this process")
+    parser.add_argument("--launch", help="BACKEND/PROGRAM: one call of it, for a profiler")
+    parser.add_argument("--if", dest="backend", help="run the command that follows where this backend is here")
+    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--only", action="append", default=[])
+    parser.add_argument("--again", type=Path)
+    parser.add_argument("--baseline", type=Path)
+    parser.add_argument("--list", action="store_true")
+    options, command = parser.parse_known_args()
+
+    if options.backend:
+        why = why_no(options.backend)
+        if why is not None:
+            print(f"not run: {record.without_paths(' '.join(why.split()))}")
+            return NOT_HERE
+        os.execv(command[0], command)
+    if options.launch:
+        return _launch(*options.launch.split("/"))
+    everything = phases(again=options.again is not None or bool(options.only) or options.item is not None)
+    if options.item:
+        (item,) = [item for phase in everything for item in phase.items if item.name == options.item]
+        return as_process(item)
+    try:
+        chosen = wanted(everything, options.only, options.again)
+    except ValueError as error:
+        parser.error(f"--only: {error}")
+    if options.list:
+        print("\n".join(f"{item.name:44} {item.limit:4} s" for phase in chosen for item in phase.items))
+        return 0
+    if options.baseline:
+        chosen = beside(chosen, options.baseline)
+    return _run(chosen, time.monotonic() + 60 * options.minutes)
+
+
+def _run(chosen: list[Any], until: float) -> int:
+    # Told to end, it still sums up.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    began = len(record.read())
+    try:
+        facts, *others = chosen
+        run_phase(facts, until)
+        if not _passed("facts"):
+            # Something had started CUDA before the fork.
+            run_phase(facts, until, fork=False)
+            if _passed("facts"):
+                print("a fork has no CUDA here: every item starts an interpreter", flush=True)
+        if not _passed("facts"):
+            print("no CUDA device: not measured", file=sys.stderr)
+            return NO_DEVICE
+        fork = not any(r["kind"] == "item" and r["item"] == "facts" and r["status"] != record.PASSED
+                       for r in record.read()[began:])  # fmt: skip
+        for phase in others:
+            print(f"== {phase.name}", flush=True)
+            run_phase(phase, until, fork)
+            _keep_logs()
+    finally:
+        _keep_logs()
+        counts = _summary(record.read()[began:])
+    if counts[record.FAILED] or counts[record.TIMED_OUT]:
+        return RED
+    return NOT_ALL if counts[record.NOT_RUN] else 0
+
+
+def _passed(item: str) -> bool:
+    return record.last_status(record.read())[item]["status"] == record.PASSED
+
+
+def _launch(backend: str, program: str) -> int:
+    from .more import launched
+
+    return as_process(Item("launch", 0, (launched, (backend, program, "sd15-64x64", 2))))
+
+
+def _keep_logs() -> None:
+    logs = Path(os.environ["SDATTN_GPU_STATE"]) / "logs"
+    if logs.is_dir():
+        with tarfile.open(record.path().parent / "logs.tar.gz", "w:gz") as archive:
+            archive.add(logs, "logs")
+
+
+def _summary(records: list[dict[str, Any]]) -> Counter[str]:
+    """Prints the medians that count, then what did not pass; how many items there are of each status."""
+    print("\n== times (median microseconds; share of the best of torch's backends, of stock for a step)")
+    for r in records:
+        if r["kind"] == "figure":
+            share = r.get("of_best_sdpa", r.get("of_stock", ""))
+            version = f" {r['version']}" if "version" in r else ""
+            print(f"{r['item']:30} {r['how']:9} {r['contestant']:22}{version} {r['median_us']:12} {share}")
+    done = record.last_status(records)
+    counts = Counter(r["status"] for r in done.values())
+    print(f"\n== {', '.join(f'{n} {status}' for status, n in counts.items())}; {record.path()}")
+    for name, r in done.items():
+        if r["status"] != record.PASSED:
+            print(f"{r['status']}: {name}: {(r.get('lines') or [''])[0 if r['status'] == record.TIMED_OUT else -1]}")
+    return counts
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except NotRun as why:
+        print(f"not run: {why}")
+        sys.exit(NOT_HERE)

@@ -1,0 +1,89 @@
+"""Times at one cross-attention shape: every contestant's call from Python and its CUDA graph, and what memory it takes.
+
+Before anything is timed, each contestant is compared with the definition (torch's own with attention in float64); one
+that is off, or raises, is "untimed" with the reason, the others are timed, and the item has failed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+
+from sdattn_fast.evaluation.memory import peak_mib
+
+from . import record, timing
+from .contestants import Contestant, inputs, others, ours
+from .ground import DEVICE, DRY, SHAPES, TOKENS, NotRun, describe
+
+__all__ = ["off", "times", "fit"]
+
+
+@torch.no_grad()
+def times(item: str, shape: str, batch: int, dtype: str) -> None:
+    """Figures of one shape. Raises AssertionError, once all is measured, where one of ours was off or raised."""
+    kind = getattr(torch, dtype)
+    of = describe(shape, batch, kind)
+    tensors = inputs(shape, batch, kind)
+    untimed: dict[str, str] = {}
+    everyone = [*others(shape, tensors, untimed), *ours(shape, tensors, untimed)]
+    calls, faults = fit(everyone, untimed)
+    for name, why in untimed.items():
+        record.append("untimed", item=item, contestant=name, why=why, **of)
+        print(f"{item} {name}: not timed: {why}")
+
+    layer = SHAPES[shape]
+    moved = 2 * batch * layer.heads * (layer.pixels + TOKENS) * layer.head_dim * kind.itemsize
+    least = moved / timing.bandwidth()
+    graphs = {}
+    for name, call in calls.items():
+        try:
+            graphs[name] = timing.captured(call)
+        except NotRun as why:
+            record.append("untimed", item=item, contestant=name, how="graph", why=str(why), **of)
+        except Exception as error:
+            torch.cuda.synchronize()
+            why_not = record.without_paths(" ".join(str(error).split()))[:200]
+            record.append("untimed", item=item, contestant=name, how="graph", why=why_not, **of)
+            if not name.startswith("sdpa-"):
+                faults.append(f"{name} in a CUDA graph: {why_not}")
+    if graphs:
+        taken = {name: [t / timing.GRAPH_CALLS for t in ts] for name, ts in timing.in_turn(graphs).items()}
+        timing.write(item, "graph", timing.figures(taken, least), **of)
+    graphs.clear()
+    found = timing.figures(timing.in_turn(calls), least)
+    for name, row in found.items():
+        row["peak_mib"] = round(peak_mib(calls[name], DEVICE), 2)
+    timing.write(item, "call", found, **of)
+    assert not faults, "; ".join(faults)
+
+
+def fit(everyone: Iterable[Contestant], untimed: dict[str, str]) -> tuple[dict[str, timing.Call], list[str]]:
+    """The calls that give what they should; the reasons against the others go to `untimed`, and ours are returned."""
+    calls, faults = {}, []
+    for one in everyone:
+        try:
+            why = off(one.call(), one.exact(), one.near_ties)
+        except Exception as error:
+            why = record.without_paths(f"{type(error).__name__}: {' '.join(str(error).split())}")[:200]
+        if why is None:
+            calls[one.name] = one.call
+            continue
+        untimed[one.name] = why
+        # That torch has no such kernel for a shape is no fault.
+        if not one.name.startswith("sdpa-"):
+            faults.append(f"{one.name}: {why}")
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+    return calls, faults
+
+
+def off(got: torch.Tensor, exact: torch.Tensor, near_ties: float = 1e-3) -> str | None:
+    """What is wrong, or None. near_ties: the share of rows that may disagree; the checks look at those one by one."""
+    if got.shape != exact.shape or not got.isfinite().all():
+        return "not finite, or of another shape"
+    tolerance = 1e-4 if got.dtype == torch.float32 else 16 * torch.finfo(got.dtype).eps
+    rows = ((got.double() - exact).abs() > tolerance * (1 + exact.abs())).any(-1)
+    if rows.double().mean() > (0.1 if DRY else near_ties):
+        return f"disagrees with the definition on {int(rows.sum())} of {rows.numel()} rows"
+    return None

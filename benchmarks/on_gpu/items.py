@@ -1,0 +1,237 @@
+"""What is run, in which order, and how long each may take: first what is most worth knowing, and something of all.
+
+Times are for an H100 with 16 CPU cores; all of it together is nine minutes.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from . import record
+from .ground import DRY, NotRun
+
+__all__ = ["Item", "Phase", "beside", "phases", "run", "wanted"]
+
+ROOT = Path(__file__).resolve().parents[2]
+TESTS = ROOT / "tests" / "kernels"
+
+
+@dataclass(frozen=True)
+class Item:
+    """One thing to run in a process of its own.
+
+    limit: seconds. call: a function and its arguments; or command: a function that gives the command line, and raises
+    NotRun where there is none. environment: beside this process's own. needs: the checks without which it times less.
+    """
+
+    name: str
+    limit: int
+    call: tuple[Callable[..., None], tuple[Any, ...]] | None = None
+    command: Callable[[], list[str]] | None = None
+    environment: dict[str, str] = field(default_factory=dict)
+    needs: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Items that run in their order, so many side by side; when `seconds` are over no further one is started."""
+
+    name: str
+    seconds: int
+    items: list[Item]
+    side_by_side: int = 1
+
+
+def phases(again: bool = False) -> list[Phase]:
+    """All phases. again: also what only a second call runs."""
+    cores = len(os.sched_getaffinity(0))
+    found = [
+        Phase("facts", 20, [Item("facts", 20, (_facts, ()))]),
+        Phase("check", 70, list(_checks()), cores),
+        Phase("times", 110, list(_times("float16"))),
+        Phase("step", 140, [*_steps((("sd15", 2), ("sdxl", 2), ("sd15", 16)))]),
+        Phase("suite", 160, list(_suites(cores)), 2),
+        Phase("sanitize", 60, list(_sanitized()), 8),
+        Phase("more", 120, list(_more())),
+    ]
+    if again:
+        found.append(Phase("profile", 90, list(_profiled())))
+    return found
+
+
+def run(item: Item) -> None:
+    """In this process. Raises what the item's function raises."""
+    assert item.call is not None, "a command is run by the runner"
+    function, arguments = item.call
+    function(*arguments)
+
+
+def _facts() -> None:
+    from .facts import facts
+
+    facts()
+
+
+def _checks() -> Iterable[Item]:
+    from .checks import check, checks
+
+    for backend, kernel, shape in checks():
+        yield Item(f"check/{backend}/{kernel}/{shape}", 120 if DRY else 60, (check, (backend, kernel, shape)))
+
+
+def _times(dtype: str, shapes: Iterable[str] | None = None, batches: Iterable[int] = (2, 16)) -> Iterator[Item]:
+    from .attention import times
+    from .ground import SHAPES
+
+    for shape in shapes or SHAPES:
+        for batch in batches if not DRY else (2,):
+            name = f"times/{dtype}/{shape}/{batch}"
+            needs = _needed(("rows", "smooth"), [shape])
+            yield Item(name, 60 if DRY else 25, (times, (name, shape, batch, dtype)), needs=needs)
+
+
+def _steps(models: Iterable[tuple[str, int]]) -> Iterator[Item]:
+    from .ground import SHAPES
+    from .unet_step import step
+
+    for model, batch in [("sd15", 2)] if DRY else models:
+        name, needs = f"step/{model}/{batch}", _needed(("rows",), [x for x in SHAPES if x.startswith(model)])
+        yield Item(name, 60, (step, (name, model, batch)), needs=needs)
+
+
+def _suites(cores: int) -> Iterator[Item]:
+    """The tests of the kernels, over many processes."""
+    of_triton = [TESTS / f"interpreted_{name}.py" for name in ("rows", "smooth", "refine", "folded", "backward")]
+    for backend, files in (("triton", of_triton), ("cuda", of_triton[:2])):
+        files = files[1:2] if DRY else files
+        share = max(1, cores * (3 if backend == "triton" else 1) // 4)
+        command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "on_gpu.suite"]
+        command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-n", str(share), *map(str, files)]
+        name = "emulated-cuda" if DRY and backend == "cuda" else backend
+        yield Item(f"suite/{backend}", 155, command=_of(backend, command), environment={"SDATTN_TEST_BACKEND": name})
+
+
+SANITIZED = (
+    ("memcheck", "triton", "rows"), ("memcheck", "cuda", "rows"), ("racecheck", "cuda", "rows"),
+    ("memcheck", "cuda", "smooth"), ("memcheck", "triton", "smooth"), ("memcheck", "triton", "backward"),
+    ("memcheck", "triton", "relevance"), ("memcheck", "triton", "gaussian"),
+)  # fmt: skip
+
+
+def _sanitized() -> Iterator[Item]:
+    """Eight small cases under compute-sanitizer, memory as the driver gives it: in torch's large blocks a step past a
+    tensor's end would go unseen."""
+    for tool, backend, kernel in SANITIZED:
+        shape = "any" if kernel in ("relevance", "gaussian") else "sd15-8x8"
+        under = ["--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "on_gpu"]
+        under += ["--item", f"check/{backend}/{kernel}/{shape}"]
+        yield Item(
+            f"sanitize/{tool}/{backend}/{kernel}", 58, command=_tool("compute-sanitizer", under),
+            environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+        )  # fmt: skip
+
+
+def _more() -> Iterator[Item]:
+    from .checks import check
+    from .ground import SHAPES
+    from .more import both_ways, compiled
+
+    first, last = next(iter(SHAPES)), [*SHAPES][-1]
+    for backend in ("triton", "cuda"):
+        if not DRY:  # the interpreter's bfloat16 products are wrong (triton #11584)
+            yield Item(f"check-bfloat16/{backend}/rows/{first}", 30, (check, (backend, "rows", first, "bfloat16")))
+    if not DRY:
+        yield from _times("bfloat16", (first, last), (2,))
+    needs = _needed(("rows", "backward"), [first])
+    yield Item(f"backward/{first}/2", 60, (both_ways, (f"backward/{first}/2", first, 2)), needs=needs)
+    yield Item(f"compiled/{first}/2", 60, (compiled, (f"compiled/{first}/2", first, 2)), needs=needs)
+    if not DRY:
+        yield from _steps([("sdxl", 16)])
+
+
+def _profiled() -> Iterator[Item]:
+    """ncu's report of the kernels that count, at SD 1.5's largest layer."""
+    for backend, program in (("triton", "full"), ("cuda", "full"), ("triton", "readme")):
+        name = f"profile/{backend}/{program}/sd15-64x64"
+        report = Path(os.environ["SDATTN_GPU_RESULTS"]) / f"ncu-{backend}-{program}"
+        under = ["--profile-from-start", "off", "--clock-control", "none", "--set", "full", "-f", "-o", str(report)]
+        under += ["--print-details", "all", sys.executable, "-m", "on_gpu", "--launch", f"{backend}/{program}"]
+        yield Item(name, 60, command=_tool("ncu", under))
+
+
+def _of(backend: str, command: list[str]) -> Callable[[], list[str]]:
+    """The command, where the backend is there: asked in the item's own process, since a first look starts CUDA."""
+
+    def ask() -> list[str]:
+        return [sys.executable, "-m", "on_gpu", "--if", backend, *command]
+
+    return ask
+
+
+def _tool(name: str, arguments: list[str]) -> Callable[[], list[str]]:
+    def find() -> list[str]:
+        if DRY:
+            raise NotRun(f"a dry run has nothing for {name} to look at")
+        path = shutil.which(name) or shutil.which(name, path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
+        if path is None:
+            raise NotRun(f"there is no {name}")
+        return [path, *arguments]
+
+    return find
+
+
+def wanted(all_phases: list[Phase], names: list[str], again: Path | None) -> list[Phase]:
+    """Only items whose names begin with one of `names`; of a second call, those that had not passed in the results
+    `again`; and the checks that these need.
+
+    Facts are always wanted. Raises: ValueError for a name with which no item begins.
+    """
+    every = [item for phase in all_phases for item in phase.items]
+    for name in names:
+        if not any(one.name.startswith(name) for one in every):
+            raise ValueError(f"no item begins with {name!r}; there are: {', '.join(item.name for item in every)}")
+    done = record.last_status(record.read(again)) if again else {}
+
+    def asked(item: Item) -> bool:
+        if names:
+            return any(item.name.startswith(name) for name in names)
+        return item.name not in done or done[item.name]["status"] != record.PASSED
+
+    chosen = {"facts"}.union(*({item.name} | item.needs for item in every if asked(item)))
+    kept = [replace(phase, items=[item for item in phase.items if item.name in chosen]) for phase in all_phases]
+    return [phase for phase in kept if phase.items]
+
+
+def beside(all_phases: list[Phase], package: Path) -> list[Phase]:
+    """The items that time, each in turn with another version of the package, twice: whose figures say "baseline"."""
+    found = []
+    for phase in all_phases:
+        items = []
+        for item in phase.items:
+            if not item.needs:
+                items.append(item)
+                continue
+            ours = os.environ["PYTHONPATH"].split(os.pathsep)
+            other = {"PYTHONPATH": os.pathsep.join([str(package), *ours[1:]]), "SDATTN_GPU_LABEL": "baseline"}
+            for turn in (1, 2):
+                for label, environment in (("baseline", other), ("now", {"SDATTN_GPU_LABEL": "now"})):
+                    command = [sys.executable, "-m", "on_gpu", "--item", item.name]
+                    name = f"{item.name}@{label}-{turn}"
+                    items.append(
+                        Item(name, item.limit, command=lambda command=command: command, environment=environment)
+                    )
+        found.append(replace(phase, items=items, seconds=4 * phase.seconds))
+    return found
+
+
+def _needed(kernels: Iterable[str], shapes: Iterable[str]) -> frozenset[str]:
+    from .checks import KERNELS
+
+    shapes = list(shapes)
+    return frozenset(f"check/{b}/{k}/{shape}" for k in kernels for b in KERNELS[k][0] for shape in shapes)

@@ -1,0 +1,99 @@
+"""What comes after attention and the UNet's step: backward, compiled and FlexAttention, and what ncu looks at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from sdattn_fast.cli.bench import FULL
+from sdattn_fast.functional import prepare
+
+from . import record, timing
+from .checks import failed_check, of_backend
+from .contestants import inputs, prepared
+from .ground import DEVICE, SHAPES, TOKENS, NotRun, describe, text_side
+
+__all__ = ["both_ways", "compiled", "launched"]
+
+
+def both_ways(item: str, shape: str, batch: int) -> None:
+    """A call and its backward pass: SDPA, our full program in Triton, the definition, and the definition compiled."""
+    why = failed_check("triton", ("rows", "backward"), shape)
+    if why:
+        raise NotRun(why)
+    of = describe(shape, batch, torch.float16)
+    tensors = tuple(x.detach().requires_grad_() for x in inputs(shape, batch, torch.float16))
+    grad = torch.randn_like(tensors[0])
+    side = {"batch": batch, "heads_count": SHAPES[shape].heads, "tokens": TOKENS, "device": DEVICE}
+    definition = prepare(FULL(), **side, **text_side(batch), backend="reference")
+    fused = prepare(FULL(), **side, **text_side(batch), backend="triton")
+
+    def differentiated(function: Callable[..., Tensor]) -> timing.Call:
+        return lambda: torch.autograd.grad(function(*tensors), tensors, grad)
+
+    calls = {
+        "sdpa": differentiated(F.scaled_dot_product_attention),
+        "triton-full": differentiated(lambda *x: fused(*x)[0]),
+        "reference": differentiated(lambda *x: definition(*x)[0]),
+        "reference-compiled": differentiated(torch.compile(lambda *x: definition(*x)[0], dynamic=False)),
+    }
+    timing.write(item, "both ways", timing.figures(timing.in_turn(_that_run(item, calls, of))), **of)
+
+
+@torch.no_grad()
+def compiled(item: str, shape: str, batch: int) -> None:
+    """What a compiler makes of it: FlexAttention with the gate alone (it can do no more), the definition compiled."""
+    of = describe(shape, batch, torch.float16)
+    tensors = inputs(shape, batch, torch.float16)
+    whole = prepared("full", shape, tensors, "reference")
+    calls = {
+        "sdpa": lambda: F.scaled_dot_product_attention(*tensors),
+        "flex-gate": _flex_gate(*tensors),
+        "reference": whole,
+        "reference-compiled": torch.compile(whole, dynamic=False),
+    }
+    if failed_check("triton", ("rows",), shape) is None:
+        calls["triton-full"] = prepared("full", shape, tensors, "triton")
+    timing.write(item, "call", timing.figures(timing.in_turn(_that_run(item, calls, of))), **of)
+
+
+@torch.no_grad()
+def launched(backend: str, program: str, shape: str, batch: int) -> None:
+    """One call between cudaProfilerStart and cudaProfilerStop: ncu's --profile-from-start off."""
+    of_backend(backend)
+    call = prepared(program, shape, inputs(shape, batch, torch.float16), backend)
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.start()
+    call()
+    torch.cuda.synchronize()
+    torch.cuda.profiler.stop()
+
+
+def _that_run(item: str, calls: dict[str, timing.Call], of: dict[str, object]) -> dict[str, timing.Call]:
+    found = {}
+    for name, call in calls.items():
+        try:
+            call()
+            found[name] = call
+        except Exception as error:
+            why = record.without_paths(" ".join(str(error).split()))[:200]
+            record.append("untimed", item=item, contestant=name, why=why, **of)
+            print(f"{item} {name}: not timed: {why}")
+    return found
+
+
+def _flex_gate(query: Tensor, key: Tensor, value: Tensor) -> timing.Call:
+    """The gate with the row renormalised, which is what adding its logarithm to the logits does."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    log_gate = text_side(len(query))["gate"].log()
+    attention = torch.compile(flex_attention, dynamic=False)
+
+    def add(score, b, h, m, n):  # type: ignore[no-untyped-def]
+        return score + log_gate[b, n]
+
+    return lambda: attention(query, key, value, score_mod=add)

@@ -1,0 +1,60 @@
+"""The results: one file of JSON lines, written to at once, so that a run that is cut off has lost nothing.
+
+Each line has a "kind": "run" (what was measured on), "item" (passed, failed, timed out or not run), "figure" (one
+contestant's time), "untimed" (a contestant and why it was not timed).
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+__all__ = ["PASSED", "append", "last_lines", "last_status", "path", "read", "without_paths"]
+
+PASSED, FAILED, TIMED_OUT, NOT_RUN = "passed", "failed", "timed out", "not run"
+
+
+def path() -> Path:
+    return Path(os.environ["SDATTN_GPU_RESULTS"]) / "results.jsonl"
+
+
+def append(kind: str, **what: Any) -> None:
+    """One line; several processes may write."""
+    label = os.environ.get("SDATTN_GPU_LABEL")  # of two versions that are timed in turn
+    what = what | {"version": label} if label and kind != "item" else what
+    with path().open("a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.write(json.dumps({"kind": kind, **what}) + "\n")
+
+
+def read(file: Path | None = None) -> list[dict[str, Any]]:
+    """Every whole line: the last one may be cut off."""
+    file = file or path()
+    found = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            continue
+    return found
+
+
+def last_status(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The last record of each item, by its name."""
+    return {record["item"]: record for record in records if record["kind"] == "item"}
+
+
+def last_lines(log: Path, most: int = 15) -> list[str]:
+    """The end of a log, for the results."""
+    lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
+    return [without_paths(line)[:300] for line in lines[-most:]]
+
+
+def without_paths(text: str) -> str:
+    """The results are kept: they do not say where things lie on the machine, but for a file's name."""
+    return re.sub(r"(?<![\w.])/[\w./+-]*/([\w.+-]+)", r"\1", text)

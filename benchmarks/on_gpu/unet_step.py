@@ -1,0 +1,139 @@
+"""A step of a whole UNet with random weights: stock, and patched with each backend; eager, and as one CUDA graph.
+
+All share their weights and take turns. Also: whether a step after the first waits for the GPU anywhere
+(`torch.cuda.set_sync_debug_mode("error")`), the most memory that it takes with and without maps, and a profiler's trace.
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import sdattn_fast
+from sdattn_fast.cli.bench import FULL
+from sdattn_fast.cli.registry import UNET_CONFIGS, build_unet, random_inputs, twin_of
+from sdattn_fast.evaluation.memory import peak_mib
+
+from . import record, timing
+from .checks import failed_check
+from .ground import DEVICE, DRY, SHAPES, NotRun, text_side, why_no
+
+__all__ = ["step"]
+
+# What `apply` is asked beside the backend.
+KINDS: dict[str, dict[str, Any]] = {"": {}, "-maps": {"capture": sdattn_fast.Capture((1, 2, 3))}}
+DRY_CONFIG = {
+    "sample_size": 4, "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 2, "block_out_channels": (32, 64),
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
+    "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
+}  # fmt: skip
+
+
+@torch.no_grad()
+def step(item: str, model: str, batch: int) -> None:
+    """Figures of one model. Raises AssertionError, once all is measured, where something of ours failed."""
+    if DRY:
+        UNET_CONFIGS[model] = DRY_CONFIG
+    torch.manual_seed(0)
+    dtype = torch.float32 if DRY else torch.float16
+    stock = build_unet(model, dtype, DEVICE)
+    inputs = random_inputs(UNET_CONFIGS[model], batch, dtype, DEVICE)
+    of = {"model": model, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
+    faults: list[str] = []
+
+    def fault(name: str, what: str, error: object) -> None:
+        why = record.without_paths(f"{' '.join(str(error).split())}" or type(error).__name__)[:300]
+        record.append("untimed", item=item, contestant=name, how=what, why=why, **of)
+        print(f"{item} {name} {what}: {why}")
+        if not isinstance(error, NotRun):
+            faults.append(f"{name}, {what}: {why}")
+
+    calls: dict[str, timing.Call] = {"stock": lambda: stock(**inputs).sample}
+    exact = stock(**inputs).sample
+    for name, settings, why in _ours(model):
+        if why:
+            record.append("untimed", item=item, contestant=name, why=why, **of)
+            continue
+        try:
+            unet = twin_of(stock)
+            # First, that the patch is put in where it should be: the empty program is stock's attention.
+            with sdattn_fast.apply(unet, **{k: v for k, v in settings.items() if k != "capture"}):
+                got = unet(**inputs).sample
+                assert (got - exact).norm() <= 0.02 * exact.norm(), "the empty program's picture is not stock's"
+            sdattn_fast.apply(unet, FULL(), **text_side(batch), **settings)
+            assert unet(**inputs).sample.isfinite().all(), "not finite"
+            calls[name] = lambda unet=unet: unet(**inputs).sample  # type: ignore[misc]
+        except Exception as error:
+            fault(name, "eager", error)
+
+    def measure(how: str, contestants: dict[str, timing.Call]) -> None:
+        found = timing.figures(timing.in_turn(contestants, rounds=9, sample=0.0), of="stock")
+        for name in found if how == "eager" else ():
+            found[name]["peak_mib"] = round(peak_mib(calls[name], DEVICE), 1)
+        timing.write(item, how, found, **of)
+
+    measure("eager", calls)
+    for name in list(calls):
+        _without_waiting(name, calls[name], fault)
+    graphs = {}
+    for name, call in calls.items():
+        try:
+            graphs[name] = timing.captured(call, 1)
+        except Exception as error:
+            fault(name, "graph", error)
+    if graphs:
+        measure("graph", graphs)
+    _trace(item, calls)
+    assert not faults, "; ".join(faults)
+
+
+def _ours(model: str) -> list[tuple[str, dict[str, Any], str | None]]:
+    """(name, settings for `apply`, why it is not timed) of every patched contestant."""
+    shapes = [name for name in SHAPES if name.startswith(model)]
+    found = []
+    for backend in ("triton", "cuda"):
+        why = why_no(backend)
+        for shape in shapes:
+            why = why or failed_check(backend, ("rows",), shape)
+        for kind, settings in KINDS.items():
+            found.append((backend + kind, {"backend": backend, **settings}, why))
+        if backend == "triton":
+            found.append(("triton-no-text-cache", {"backend": backend, "text_cache": False}, why))
+    return [(name, settings, why and record.without_paths(why)) for name, settings, why in found]
+
+
+def _without_waiting(name: str, call: timing.Call, fault: Any) -> None:
+    if DEVICE.type != "cuda":
+        return
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        call()
+    except Exception as error:
+        fault(name, "without waiting", error)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def _trace(item: str, calls: dict[str, timing.Call]) -> None:
+    """One step of stock and one of Triton's, for https://ui.perfetto.dev."""
+    if DRY:
+        return
+    activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
+    with torch.profiler.profile(activities=activities) as profile:
+        for name in ("stock", "triton"):
+            if name in calls:
+                with torch.profiler.record_function(name):
+                    calls[name]()
+                    torch.cuda.synchronize()
+    path = Path(os.environ["SDATTN_GPU_STATE"]) / "trace.json"
+    profile.export_chrome_trace(str(path))
+    kept = Path(os.environ["SDATTN_GPU_RESULTS"]) / f"trace-{item.split('/')[-1]}.json.gz"
+    with path.open("rb") as plain, gzip.open(kept, "wb") as packed:
+        shutil.copyfileobj(plain, packed)
+    path.unlink()
