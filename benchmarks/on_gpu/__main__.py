@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import importlib
 import os
 import signal
 import sys
 import tarfile
 import time
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from . import record
+from . import contestants, record
 from .ground import NotRun, why_no
 from .items import Item, beside, phases, wanted
 from .runner import NOT_HERE, as_process, run_phase
@@ -60,6 +62,7 @@ def _run(chosen: list[Any], until: float) -> int:
     # Told to end, it still sums up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began = len(record.read())
+    _preload()
     try:
         facts, *others = chosen
         run_phase(facts, until)
@@ -83,6 +86,17 @@ def _run(chosen: list[Any], until: float) -> int:
     if counts[record.FAILED] or counts[record.TIMED_OUT]:
         return RED
     return NOT_ALL if counts[record.NOT_RUN] else 0
+
+
+def _preload() -> None:
+    """Imports once what every fork would import for itself; none of it may start CUDA."""
+    for name in ("pytest", "scipy.ndimage", "triton", "diffusers.models.unets.unet_2d_condition"):
+        try:
+            importlib.import_module(name)
+        except ImportError as error:  # those that need it say so
+            print(f"{name}: {error}", file=sys.stderr)
+    with suppress(ImportError):
+        contestants.attend_and_excite()
 
 
 def _passed(item: str) -> bool:
@@ -110,6 +124,8 @@ def _summary(records: list[dict[str, Any]]) -> Counter[str]:
             share = r.get("of_best_sdpa", r.get("of_stock", ""))
             version = f" {r['version']}" if "version" in r else ""
             print(f"{r['item']:30} {r['how']:9} {r['contestant']:22}{version} {r['median_us']:12} {share}")
+        elif r["kind"] == "untimed" and not DRY:
+            print(f"{r['item']:30} {r.get('how', ''):9} {r['contestant']:22} not timed: {r['why']}")
     done = record.last_status(records)
     counts = Counter(r["status"] for r in done.values())
     print(f"\n== {', '.join(f'{n} {status}' for status, n in counts.items())}; {record.path()}")

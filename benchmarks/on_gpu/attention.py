@@ -13,10 +13,12 @@ import torch
 from sdattn_fast.evaluation.memory import peak_mib
 
 from . import record, timing
-from .contestants import Contestant, inputs, others, ours
-from .ground import DEVICE, DRY, SHAPES, TOKENS, NotRun, describe
+from .checks import off
+from .contestants import Contestant, others, ours
+from .ground import DEVICE, SHAPES, TOKENS, NotRun, describe
+from .programs import inputs
 
-__all__ = ["off", "times", "fit"]
+__all__ = ["fit", "times"]
 
 
 @torch.no_grad()
@@ -35,6 +37,10 @@ def times(item: str, shape: str, batch: int, dtype: str) -> None:
     layer = SHAPES[shape]
     moved = 2 * batch * layer.heads * (layer.pixels + TOKENS) * layer.head_dim * kind.itemsize
     least = moved / timing.bandwidth()
+    found = timing.figures(timing.in_turn(calls), least)
+    for name, row in found.items():
+        row["peak_mib"] = round(peak_mib(calls[name], DEVICE), 2)
+    timing.write(item, "call", found, **of)
     graphs = {}
     for name, call in calls.items():
         try:
@@ -50,11 +56,6 @@ def times(item: str, shape: str, batch: int, dtype: str) -> None:
     if graphs:
         taken = {name: [t / timing.GRAPH_CALLS for t in ts] for name, ts in timing.in_turn(graphs).items()}
         timing.write(item, "graph", timing.figures(taken, least), **of)
-    graphs.clear()
-    found = timing.figures(timing.in_turn(calls), least)
-    for name, row in found.items():
-        row["peak_mib"] = round(peak_mib(calls[name], DEVICE), 2)
-    timing.write(item, "call", found, **of)
     assert not faults, "; ".join(faults)
 
 
@@ -76,14 +77,3 @@ def fit(everyone: Iterable[Contestant], untimed: dict[str, str]) -> tuple[dict[s
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return calls, faults
-
-
-def off(got: torch.Tensor, exact: torch.Tensor, near_ties: float = 1e-3) -> str | None:
-    """What is wrong, or None. near_ties: the share of rows that may disagree; the checks look at those one by one."""
-    if got.shape != exact.shape or not got.isfinite().all():
-        return "not finite, or of another shape"
-    tolerance = 1e-4 if got.dtype == torch.float32 else 16 * torch.finfo(got.dtype).eps
-    rows = ((got.double() - exact).abs() > tolerance * (1 + exact.abs())).any(-1)
-    if rows.double().mean() > (0.1 if DRY else near_ties):
-        return f"disagrees with the definition on {int(rows.sum())} of {rows.numel()} rows"
-    return None

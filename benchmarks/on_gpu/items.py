@@ -53,11 +53,11 @@ def phases(again: bool = False) -> list[Phase]:
     cores = len(os.sched_getaffinity(0))
     found = [
         Phase("facts", 20, [Item("facts", 20, (_facts, ()))]),
-        Phase("check", 70, list(_checks()), cores),
-        Phase("times", 110, list(_times("float16"))),
-        Phase("step", 140, [*_steps((("sd15", 2), ("sdxl", 2), ("sd15", 16)))]),
-        Phase("suite", 160, list(_suites(cores)), 2),
-        Phase("sanitize", 60, list(_sanitized()), 8),
+        Phase("check", 65, list(_checks()), cores),
+        Phase("times", 100, list(_times("float16"))),
+        Phase("step", 125, [*_steps((("sd15", 2), ("sdxl", 2), ("sd15", 16)))]),
+        Phase("suite", 155, list(_suites(cores)), 2),
+        Phase("sanitize", 55, list(_sanitized()), 8),
         Phase("more", 120, list(_more())),
     ]
     if again:
@@ -83,25 +83,31 @@ def _checks() -> Iterable[Item]:
 
     for backend, kernel, shape in checks():
         yield Item(f"check/{backend}/{kernel}/{shape}", 120 if DRY else 60, (check, (backend, kernel, shape)))
+    if DRY:
+        # The way to a launch as it is on a GPU, compiler included, with a driver that launches nowhere.
+        command = [sys.executable, str(ROOT / "tests" / "support" / "launch_path.py"), "sm_90"]
+        yield Item("launch-path/triton", 120, command=lambda: command, environment={"TRITON_INTERPRET": "0"})
 
 
 def _times(dtype: str, shapes: Iterable[str] | None = None, batches: Iterable[int] = (2, 16)) -> Iterator[Item]:
     from .attention import times
     from .ground import SHAPES
+    from .programs import programs
 
     for shape in shapes or SHAPES:
         for batch in batches if not DRY else (2,):
             name = f"times/{dtype}/{shape}/{batch}"
-            needs = _needed(("rows", "smooth"), [shape])
+            needs = _needed([*programs(), "smooth"], [shape])
             yield Item(name, 60 if DRY else 25, (times, (name, shape, batch, dtype)), needs=needs)
 
 
 def _steps(models: Iterable[tuple[str, int]]) -> Iterator[Item]:
     from .ground import SHAPES
+    from .unet_step import NEEDS as STEP_NEEDS
     from .unet_step import step
 
     for model, batch in [("sd15", 2)] if DRY else models:
-        name, needs = f"step/{model}/{batch}", _needed(("rows",), [x for x in SHAPES if x.startswith(model)])
+        name, needs = f"step/{model}/{batch}", _needed(STEP_NEEDS, [x for x in SHAPES if x.startswith(model)])
         yield Item(name, 60, (step, (name, model, batch)), needs=needs)
 
 
@@ -118,7 +124,7 @@ def _suites(cores: int) -> Iterator[Item]:
 
 
 SANITIZED = (
-    ("memcheck", "triton", "rows"), ("memcheck", "cuda", "rows"), ("racecheck", "cuda", "rows"),
+    ("memcheck", "triton", "full"), ("memcheck", "cuda", "full"), ("racecheck", "cuda", "full"),
     ("memcheck", "cuda", "smooth"), ("memcheck", "triton", "smooth"), ("memcheck", "triton", "backward"),
     ("memcheck", "triton", "relevance"), ("memcheck", "triton", "gaussian"),
 )  # fmt: skip
@@ -145,10 +151,10 @@ def _more() -> Iterator[Item]:
     first, last = next(iter(SHAPES)), [*SHAPES][-1]
     for backend in ("triton", "cuda"):
         if not DRY:  # the interpreter's bfloat16 products are wrong (triton #11584)
-            yield Item(f"check-bfloat16/{backend}/rows/{first}", 30, (check, (backend, "rows", first, "bfloat16")))
+            yield Item(f"check-bfloat16/{backend}/full/{first}", 30, (check, (backend, "full", first, "bfloat16")))
     if not DRY:
         yield from _times("bfloat16", (first, last), (2,))
-    needs = _needed(("rows", "backward"), [first])
+    needs = _needed(["full", "backward"], [first])
     yield Item(f"backward/{first}/2", 60, (both_ways, (f"backward/{first}/2", first, 2)), needs=needs)
     yield Item(f"compiled/{first}/2", 60, (compiled, (f"compiled/{first}/2", first, 2)), needs=needs)
     if not DRY:

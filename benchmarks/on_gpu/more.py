@@ -13,15 +13,15 @@ from sdattn_fast.functional import prepare
 
 from . import record, timing
 from .checks import failed_check, of_backend
-from .contestants import inputs, prepared
 from .ground import DEVICE, SHAPES, TOKENS, NotRun, describe, text_side
+from .programs import inputs, prepared
 
 __all__ = ["both_ways", "compiled", "launched"]
 
 
 def both_ways(item: str, shape: str, batch: int) -> None:
     """A call and its backward pass: SDPA, our full program in Triton, the definition, and the definition compiled."""
-    why = failed_check("triton", ("rows", "backward"), shape)
+    why = failed_check("triton", ["full", "backward"], shape)
     if why:
         raise NotRun(why)
     of = describe(shape, batch, torch.float16)
@@ -55,7 +55,7 @@ def compiled(item: str, shape: str, batch: int) -> None:
         "reference": whole,
         "reference-compiled": torch.compile(whole, dynamic=False),
     }
-    if failed_check("triton", ("rows",), shape) is None:
+    if failed_check("triton", ["full"], shape) is None:
         calls["triton-full"] = prepared("full", shape, tensors, "triton")
     timing.write(item, "call", timing.figures(timing.in_turn(_that_run(item, calls, of))), **of)
 

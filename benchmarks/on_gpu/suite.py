@@ -1,4 +1,4 @@
-"""A pytest plugin for tests on a GPU: a worker whose CUDA context is lost ends, so that its other tests run elsewhere."""
+"""A pytest plugin for a GPU: a worker whose CUDA context is lost ends, so that its other tests run in a new one."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A step of a whole UNet with random weights: stock, and patched with each backend; eager, and as one CUDA graph.
 
 All share their weights and take turns. Also: whether a step after the first waits for the GPU anywhere
-(`torch.cuda.set_sync_debug_mode("error")`), the most memory that it takes with and without maps, and a profiler's trace.
+(`torch.cuda.set_sync_debug_mode("error")`), the most memory that it takes with and without maps, a profiler's trace.
 """
 
 from __future__ import annotations
@@ -23,12 +23,14 @@ from . import record, timing
 from .checks import failed_check
 from .ground import DEVICE, DRY, SHAPES, NotRun, text_side, why_no
 
-__all__ = ["step"]
+__all__ = ["NEEDS", "step"]
 
+NEEDS = ["full"] if DRY else ["full", "full-maps"]  # checks, at every shape of the model
 # What `apply` is asked beside the backend.
 KINDS: dict[str, dict[str, Any]] = {"": {}, "-maps": {"capture": sdattn_fast.Capture((1, 2, 3))}}
 DRY_CONFIG = {
-    "sample_size": 4, "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 2, "block_out_channels": (32, 64),
+    "sample_size": 4, "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 2,
+    "block_out_channels": (32, 64),
     "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"),
     "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"),
 }  # fmt: skip
@@ -99,7 +101,7 @@ def _ours(model: str) -> list[tuple[str, dict[str, Any], str | None]]:
     for backend in ("triton", "cuda"):
         why = why_no(backend)
         for shape in shapes:
-            why = why or failed_check(backend, ("rows",), shape)
+            why = why or failed_check(backend, NEEDS, shape)
         for kind, settings in KINDS.items():
             found.append((backend + kind, {"backend": backend, **settings}, why))
         if backend == "triton":
@@ -122,7 +124,7 @@ def _without_waiting(name: str, call: timing.Call, fault: Any) -> None:
 
 def _trace(item: str, calls: dict[str, timing.Call]) -> None:
     """One step of stock and one of Triton's, for https://ui.perfetto.dev."""
-    if DRY:
+    if DRY or item != "step/sd15/2":
         return
     activities = [torch.profiler.ProfilerActivity.CPU, torch.profiler.ProfilerActivity.CUDA]
     with torch.profiler.profile(activities=activities) as profile:
@@ -133,7 +135,7 @@ def _trace(item: str, calls: dict[str, timing.Call]) -> None:
                     torch.cuda.synchronize()
     path = Path(os.environ["SDATTN_GPU_STATE"]) / "trace.json"
     profile.export_chrome_trace(str(path))
-    kept = Path(os.environ["SDATTN_GPU_RESULTS"]) / f"trace-{item.split('/')[-1]}.json.gz"
+    kept = Path(os.environ["SDATTN_GPU_RESULTS"]) / "trace-step-sd15-2.json.gz"
     with path.open("rb") as plain, gzip.open(kept, "wb") as packed:
         shutil.copyfileobj(plain, packed)
     path.unlink()
