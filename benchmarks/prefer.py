@@ -1,17 +1,18 @@
 """Writes sdattn_fast/backend/measured.json, by which "auto" chooses: the fastest backend at each shape measured.
 
-    python benchmarks/prefer.py [benchmarks/results/<device>.csv ...]
+    python benchmarks/prefer.py [benchmarks/results/<device>.jsonl ...]
 
-By default of every table in benchmarks/results that gpu_measure.py wrote. What counts is the GPU's own time ("graph")
-of the full program. Of a shape that was measured several times the last is taken; one at which fewer than two backends
-were timed says nothing. Devices of which no table is given are left as they are.
+By default of every file of results in benchmarks/results that on_gpu.sh wrote. What counts is the GPU's own time
+("graph") of the full program. Of a shape that was measured several times the last is taken; one at which fewer than two
+backends were timed says nothing. Devices of which no results are given are left as they are. Results of a dry run, and
+lines that are no figures of ours, are refused by name.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import json
+import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
@@ -20,48 +21,78 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 FILE = ROOT / "sdattn_fast" / "backend" / "measured.json"
 CONTESTANTS = {"triton-full": "triton", "cuda-full": "cuda"}
+SHAPE = ("dtype", "head_dim", "tokens", "batch", "heads", "pixels")
 ABOUT = "The fastest backend by device and shape: the full program, in a CUDA graph. benchmarks/prefer.py writes it."
 
 
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tables", nargs="*", type=Path, metavar="CSV")
+    parser.add_argument("results", nargs="*", type=Path, metavar="JSONL")
     parser.add_argument("--to", type=Path, default=FILE)
     options = parser.parse_args(arguments)
     found: dict[str, list[dict[str, Any]]] = {}
-    for path in options.tables or sorted((ROOT / "benchmarks" / "results").glob("*.csv")):
-        with path.open(newline="") as file:
-            rows = csv.DictReader(file)
-            if "contestant" in (rows.fieldnames or ()):
-                found |= preferences(rows)
+    for path in options.results or sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")):
+        try:
+            found |= preferences(read(path))
+        except ValueError as error:
+            sys.exit(f"{path}: {error}")
     if not found:
         sys.exit("no shape at which two backends were timed: nothing is written")
     devices = {**json.loads(options.to.read_text())["devices"], **found}
-    options.to.write_text(as_json(devices))
+    # Aside, then renamed: a process that reads it finds the old or the new one, never half of one.
+    aside = options.to.with_name(f"{options.to.name}.{os.getpid()}")
+    aside.write_text(as_json(devices))
+    os.replace(aside, options.to)
     for device, shapes in found.items():
         counts = {name: sum(shape["fastest"] == name for shape in shapes) for name in CONTESTANTS.values()}
         print(f"{device}: {len(shapes)} shapes, {', '.join(f'{name} at {n}' for name, n in counts.items())}")
 
 
-def preferences(rows: Iterable[dict[str, str]]) -> dict[str, list[dict[str, Any]]]:
-    """By device, the shapes at which more than one backend was timed, and the fastest there."""
+def read(path: Path) -> list[dict[str, Any]]:
+    """The lines of a file of results. Raises: ValueError, where one but the last is not JSON: that may be cut off."""
+    lines = path.read_text().splitlines()
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            found.append(json.loads(line))
+        except ValueError:
+            if number < len(lines):
+                raise ValueError(f"line {number} is not JSON") from None
+    return found
+
+
+def preferences(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """By device, the shapes at which more than one backend was timed, and the fastest there.
+
+    Raises: ValueError, for a dry run, for figures with no device before them, and for one that lacks a part.
+    """
+    device = None
     taken: dict[str, dict[tuple[Any, ...], dict[str, float]]] = {}
-    for row in rows:
-        backend = CONTESTANTS.get(row["contestant"])
-        if backend is None or row["how"] != "graph":
+    for record in records:
+        if record["kind"] == "run":
+            if record["dry_run"]:
+                raise ValueError("a dry run, in which nothing was measured")
+            device = record["device"]
+        if record["kind"] != "figure" or record.get("version", "now") != "now":
             continue
-        height, width = map(int, row["pixels"].split("x"))
-        others = (int(row[name]) for name in ("head_dim", "tokens", "batch", "heads"))
-        shape = (row["dtype"], *others, height * width)
-        taken.setdefault(row["device"], {}).setdefault(shape, {})[backend] = float(row["median_us"])
-    found = {}
-    for device, shapes in taken.items():
-        found[device] = [
-            dict(zip(("dtype", "head_dim", "tokens", "batch", "heads", "pixels"), shape, strict=True))
-            | {"fastest": min(times, key=times.__getitem__)}
+        backend = CONTESTANTS.get(record["contestant"])
+        if backend is None or record["how"] != "graph":
+            continue
+        if device is None:
+            raise ValueError('a figure before any "run" line, which says the device')
+        missing = [name for name in (*SHAPE, "median_us") if name not in record]
+        if missing:
+            raise ValueError(f"a figure of {record['contestant']} without {', '.join(missing)}")
+        shape = tuple(record[name] for name in SHAPE)
+        taken.setdefault(device, {}).setdefault(shape, {})[backend] = float(record["median_us"])
+    found = {
+        device: [
+            dict(zip(SHAPE, shape, strict=True)) | {"fastest": min(times, key=times.__getitem__)}
             for shape, times in sorted(shapes.items())
             if len(times) > 1
         ]
+        for device, shapes in taken.items()
+    }
     return {device: shapes for device, shapes in found.items() if shapes}
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from . import contestants, record
-from .ground import NotRun, why_no
+from .ground import DRY, NotRun, why_no
 from .items import Item, beside, phases, wanted
 from .runner import NOT_HERE, as_process, run_phase
 
@@ -62,7 +62,8 @@ def _run(chosen: list[Any], until: float) -> int:
     # Told to end, it still sums up.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
     began = len(record.read())
-    _preload()
+    if len(chosen) > 1:
+        _preload()
     try:
         facts, *others = chosen
         run_phase(facts, until)

@@ -167,7 +167,7 @@ def _profiled() -> Iterator[Item]:
         name = f"profile/{backend}/{program}/sd15-64x64"
         report = Path(os.environ["SDATTN_GPU_RESULTS"]) / f"ncu-{backend}-{program}"
         under = ["--profile-from-start", "off", "--clock-control", "none", "--set", "full", "-f", "-o", str(report)]
-        under += ["--print-details", "all", sys.executable, "-m", "on_gpu", "--launch", f"{backend}/{program}"]
+        under += ["--page", "details", sys.executable, "-m", "on_gpu", "--launch", f"{backend}/{program}"]
         yield Item(name, 60, command=_tool("ncu", under))
 
 

@@ -1,9 +1,8 @@
-"""What benchmarks/gpu_measure.py makes of times, and benchmarks/prefer.py of its tables. The times are made up."""
+"""What benchmarks/on_gpu makes of times and results, and benchmarks/prefer.py of its figures. The times are made up."""
 
 from __future__ import annotations
 
-import csv
-import importlib.util
+import importlib
 import json
 from pathlib import Path
 
@@ -13,102 +12,112 @@ import torch
 FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 
-def script(name):
-    spec = importlib.util.spec_from_file_location(name, FOLDER / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+@pytest.fixture(autouse=True)
+def _importable(monkeypatch):
+    monkeypatch.syspath_prepend(str(FOLDER))
 
 
-prefer = script("prefer")
+@pytest.fixture
+def prefer():
+    return importlib.import_module("prefer")
 
 
-@pytest.fixture(scope="module")
-def gpu_measure():
-    pytest.importorskip("triton")
-    return script("gpu_measure")
-
-
-def test_shares_are_of_the_median(gpu_measure):
+def test_shares_are_of_the_median():
+    figures = importlib.import_module("on_gpu.timing").figures
     times = {"sdpa": [4e-6, 4e-6, 9e-6], "sdpa-flash": [2e-6] * 3, "sdpa-math": [8e-6] * 3, "cuda-full": [3e-6] * 3}
-    rows = {row["contestant"]: row for row in gpu_measure.figures(times, "graph", least=1.5e-6)}
+    rows = figures(times, least=1.5e-6)
     assert rows["cuda-full"] == {
-        "contestant": "cuda-full", "how": "graph", "median_us": "3.00", "p20_us": "3.00", "p80_us": "3.00",
-        "of_sdpa": "0.750", "of_best_sdpa": "1.500", "of_roofline": "0.500",
+        "median_us": 3.0, "p20_us": 3.0, "p80_us": 3.0, "of_sdpa": 0.75, "of_best_sdpa": 1.5, "of_roofline": 0.5,
     }  # fmt: skip
-    assert rows["sdpa-flash"]["of_best_sdpa"] == "1.000" and rows["sdpa"]["median_us"] == "4.00"
-    (row,) = gpu_measure.figures({"cuda-full": [3e-6] * 3}, "call")
-    assert not {"of_sdpa", "of_best_sdpa", "of_roofline"} & set(row)
+    assert rows["sdpa-flash"]["of_best_sdpa"] == 1.0 and rows["sdpa"]["median_us"] == 4.0
+    assert set(figures({"cuda-full": [3e-6] * 3})["cuda-full"]) == {"median_us", "p20_us", "p80_us"}
+    assert figures({"stock": [4e-3] * 3, "triton": [3e-3] * 3}, of="stock")["triton"]["of_stock"] == 0.75
 
 
-def test_a_backend_that_is_not_there_is_noted(gpu_measure, monkeypatch):
-    monkeypatch.setattr(
-        gpu_measure, "backends", lambda: {"triton": True, "cuda": "not built\n(/home/me/x.py)", "cpu": True}
-    )
-    assert gpu_measure.served() == (["triton"], {"cuda": "not built (...)"})
+def test_what_is_off_is_said():
+    off = importlib.import_module("on_gpu.checks").off
+    exact = torch.randn(2, 3, 1000, 40, dtype=torch.float64)
+    assert off((exact + 1e-3).half(), exact) is None
+    wrong = exact.clone()
+    wrong[0, 0, :6] += 1  # a row in a thousand may hang on rounding
+    assert off(wrong.half(), exact) is None
+    wrong[0, 0, 6] += 1
+    assert off(wrong.half(), exact) == "disagrees with the definition on 7 of 6000 rows"
+    assert off(wrong.half(), exact, 0.03) is None
+    wrong = exact.half()
+    wrong[1, 2, 3, 4] = float("nan")
+    assert off(wrong, exact) and off(exact.half()[:, :, :-1], exact)
 
 
-def test_a_result_that_is_off_ends_the_run(gpu_measure):
-    exact = torch.randn(2, 3, 1000, 40)
-    gpu_measure.compare("cuda-full", exact + 1e-3, exact, torch.float16)
-    off = exact.clone()
-    off[0, 0, :6] += 1  # a row in a thousand may hang on rounding
-    gpu_measure.compare("cuda-full", off, exact, torch.float16)
-    off[0, 0, 6] += 1
-    with pytest.raises(SystemExit, match="cuda-full disagrees with the definition on 7 of 6000 rows"):
-        gpu_measure.compare("cuda-full", off, exact, torch.float16)
-    off = exact.clone()
-    off[1, 2, 3, 4] = float("nan")
-    with pytest.raises(SystemExit):
-        gpu_measure.compare("cuda-full", off, exact, torch.float16)
+def test_nothing_is_timed_that_has_not_passed(tmp_path, monkeypatch):
+    checks, record = importlib.import_module("on_gpu.checks"), importlib.import_module("on_gpu.record")
+    monkeypatch.setenv("SDATTN_GPU_RESULTS", str(tmp_path))
+    assert checks.failed_check("cuda", ["full"], "sd15-8x8") == "check/cuda/full/sd15-8x8: not run"
+    for status in ("failed", "passed"):
+        record.append("item", item="check/cuda/full/sd15-8x8", status=status)
+        why = checks.failed_check("cuda", ["full"], "sd15-8x8")
+        assert why == (None if status == "passed" else "check/cuda/full/sd15-8x8: failed")
 
 
-def row(contestant, median, device="Card", pixels="64x64", how="graph", batch=2):
+def test_contestants_agree_where_there_is_no_gpu(monkeypatch):
+    """torch's attention and the stored maps of diffusers' processors compute what they are said to."""
+    pytest.importorskip("diffusers")
+    contestants, ground = importlib.import_module("on_gpu.contestants"), importlib.import_module("on_gpu.ground")
+    programs, off = importlib.import_module("on_gpu.programs"), importlib.import_module("on_gpu.checks").off
+    for module in (ground, contestants, programs):
+        monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
+    untimed = {}
+    tensors = programs.inputs("sd15-8x8", 2, torch.float32)
+    found = {c.name: c for c in contestants.others("sd15-8x8", tensors, untimed)}
+    assert {"sdpa", "attend-and-excite", "hooks"} <= set(found) and not untimed
+    for name in ("sdpa", "attend-and-excite", "hooks"):
+        assert off(found[name].call(), found[name].exact()) is None
+
+
+def run(device="Card", dry_run=False):
+    return {"kind": "run", "device": device, "dry_run": dry_run}
+
+
+def figure(contestant, median, pixels=4096, how="graph", batch=2, **more):
     return {
-        "device": device, "dtype": "float16", "head_dim": 40, "tokens": 77, "batch": batch, "heads": 8,
-        "pixels": pixels, "contestant": contestant, "how": how, "median_us": median,
+        "kind": "figure", "dtype": "float16", "head_dim": 40, "tokens": 77, "batch": batch, "heads": 8,
+        "pixels": pixels, "contestant": contestant, "how": how, "median_us": median, **more,
     }  # fmt: skip
 
 
-def test_rows_are_kept_and_other_columns_refused(gpu_measure, tmp_path):
-    path = tmp_path / "results" / "card.csv"
-    for _ in range(2):
-        gpu_measure.append(path, [row("cuda-full", "3.00")])
-    with path.open(newline="") as file:
-        kept = list(csv.DictReader(file))
-    assert len(kept) == 2 and kept[1]["contestant"] == "cuda-full" and tuple(kept[0]) == gpu_measure.COLUMNS
-    path.write_text("date,device\n")
-    with pytest.raises(SystemExit, match="other columns"):
-        gpu_measure.append(path, [row("cuda-full", "3.00")])
+def written(path, *records):
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
 
 
-def test_what_was_measured_is_preferred(gpu_measure, tmp_path, capsys):
-    rows = [
-        row("triton-full", "5.00"), row("cuda-full", "9.00"),
-        row("cuda-full", "4.00"),  # again, faster
-        row("triton-full", "1.00", how="call"), row("triton-plain", "1.00"), row("sdpa", "1.00"),
-        row("triton-full", "2.00", batch=16), row("cuda-full", "3.00", batch=16),
-        row("triton-full", "1.00", pixels="32x32"),  # alone
-        row("triton-full", "1.00", device="Other"),
-    ]  # fmt: skip
-    gpu_measure.append(tmp_path / "card.csv", rows)
+def test_what_was_measured_is_preferred(prefer, tmp_path, capsys):
+    results = written(
+        tmp_path / "card.jsonl", run(), {"kind": "item", "item": "x", "status": "failed"},
+        figure("triton-full", 5.0), figure("cuda-full", 9.0),
+        figure("cuda-full", 4.0),  # again, faster
+        figure("cuda-full", 1.0, version="baseline"),
+        figure("triton-full", 1.0, how="call"), figure("triton-plain", 1.0), figure("sdpa", 1.0),
+        figure("triton-full", 2.0, batch=16), figure("cuda-full", 3.0, batch=16),
+        figure("triton-full", 1.0, pixels=1024),  # alone
+        run("Other"), figure("triton-full", 1.0),
+    )  # fmt: skip
     to = tmp_path / "measured.json"
     to.write_text(json.dumps({"about": "", "devices": {"Third": [], "Card": []}}))
-    prefer.main([str(tmp_path / "card.csv"), "--to", str(to)])
+    prefer.main([str(results), "--to", str(to)])
     devices = json.loads(to.read_text())["devices"]
     assert set(devices) == {"Card", "Third"}
     assert [(shape["batch"], shape["pixels"], shape["fastest"]) for shape in devices["Card"]] == [
         (2, 4096, "cuda"), (16, 4096, "triton"),
     ]  # fmt: skip
     assert "Card: 2 shapes, triton at 1, cuda at 1" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["card.jsonl", "measured.json"], "nothing is left aside"
 
 
-def test_what_prefer_writes_auto_reads(tmp_path, monkeypatch):
+def test_what_prefer_writes_auto_reads(prefer, tmp_path, monkeypatch):
     from sdattn_fast.backend import measured
 
     to = tmp_path / "measured.json"
-    times = [{k: str(v) for k, v in row(name, t).items()} for name, t in (("triton-full", 5.0), ("cuda-full", 4.0))]
-    to.write_text(prefer.as_json(prefer.preferences(times)))
+    to.write_text(prefer.as_json(prefer.preferences([run(), figure("triton-full", 5.0), figure("cuda-full", 4.0)])))
     monkeypatch.setattr(measured, "FILE", to)
     monkeypatch.setattr(measured, "_name", lambda device: "Card")
     device = torch.device("cuda:0")
@@ -123,9 +132,29 @@ def test_what_prefer_writes_auto_reads(tmp_path, monkeypatch):
         measured._nearest.cache_clear()
 
 
-def test_a_table_with_nothing_to_choose_writes_nothing(gpu_measure, tmp_path):
-    gpu_measure.append(tmp_path / "card.csv", [row("triton-full", "5.00")])
+both = figure("triton-full", 5.0), figure("cuda-full", 4.0)
+
+
+@pytest.mark.parametrize(
+    "records, words",
+    [
+        ([run(), figure("triton-full", 5.0)], "nothing is written"),
+        ([run(dry_run=True), *both], "dry run"),
+        ([*both], 'before any "run" line'),
+        ([run(), *({k: x for k, x in f.items() if k != "heads"} for f in both)], "triton-full without heads"),
+    ],
+)
+def test_results_with_nothing_to_choose_write_nothing(prefer, tmp_path, records, words):
     to = tmp_path / "measured.json"
-    with pytest.raises(SystemExit, match="nothing is written"):
-        prefer.main([str(tmp_path / "card.csv"), "--to", str(to)])
+    with pytest.raises(SystemExit, match=words):
+        prefer.main([str(written(tmp_path / "card.jsonl", *records)), "--to", str(to)])
     assert not to.exists()
+
+
+def test_a_line_that_was_cut_off_is_the_last(prefer, tmp_path):
+    path = written(tmp_path / "card.jsonl", run())
+    path.write_text(path.read_text() + '{"kind": "fig')
+    assert prefer.read(path) == [run()]
+    path.write_text(path.read_text() + '\n{"kind": "run"}\n')
+    with pytest.raises(ValueError, match="line 2 is not JSON"):
+        prefer.read(path)
