@@ -2,15 +2,25 @@
 # goes into .venv, and what is compiled into build/.
 PYTHON ?= python3
 BIN := .venv/bin
+# nvcc takes a minute: CUDA code is compiled where there is a GPU, where SDATTN_FAST_CUDA asks for it, and for the tests.
+export SDATTN_FAST_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
+CUDA_CODE = "CUDA code: $(SDATTN_FAST_CUDA), for $(or $(TORCH_CUDA_ARCH_LIST),all)"
 
-.PHONY: demo test lint bench compile-matrix gpu-bundle wheel wheels-cu12 wheels-cu13 clean
+.PHONY: demo test test-all lint bench compile-matrix gpu-bundle wheel wheels-cu12 wheels-cu13 clean
 
 demo: .venv/installed
 	$(BIN)/sdattn-fast demo
 
-# A file of tests to a core.
-test: .venv/installed build/triton-3.6.0
+# A file of tests to a core. CUDA code is compiled for one architecture, and of many like cases some are taken.
+test test-all: export SDATTN_FAST_CUDA = auto
+test: export TORCH_CUDA_ARCH_LIST = 9.0
+test test-all: .venv/installed build/triton-3.6.0
+	echo $(CUDA_CODE) | cmp -s - .venv/installed || \
+	    { $(BIN)/python -m pip install --quiet --no-deps -e . && echo $(CUDA_CODE) >.venv/installed; }
 	$(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder
+
+# Every case, and CUDA code for every architecture.
+test-all: export SDATTN_TEST_ALL = 1
 
 lint: .venv/installed
 	$(BIN)/ruff check .
@@ -35,6 +45,7 @@ gpu-bundle:
 	$(PYTHON) benchmarks/on_gpu/bundle.py --python $(GPU_PYTHON) --architecture $(GPU_ARCHITECTURE)
 
 # A wheel for this Python, in dist/. Its tag is what this machine's C library allows; manylinux_2_28 comes from below.
+wheel: export SDATTN_FAST_CUDA = auto
 wheel: .venv/installed
 	rm -rf build/wheel
 	$(BIN)/pip wheel --quiet --no-deps -w build/wheel .
@@ -59,7 +70,7 @@ build/cibuildwheel:
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
-	touch $@
+	echo $(CUDA_CODE) >$@
 
 clean:
 	rm -rf .venv build dist *.egg-info sdattn_fast/*.so

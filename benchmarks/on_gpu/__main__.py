@@ -8,13 +8,13 @@ import os
 import signal
 import sys
 import tarfile
-import time
 from collections import Counter
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from . import contestants, record
+from .checks import check
 from .ground import DRY, NotRun, why_no
 from .items import Item, beside, phases, wanted
 from .runner import NOT_HERE, as_process, run_phase
@@ -25,21 +25,25 @@ NO_DEVICE, RED, NOT_ALL = 3, 1, 4  # the status; 0: every item passed
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m on_gpu")
     parser.add_argument("--item", help="run one item's function in this process")
+    parser.add_argument("--check", help="BACKEND/KERNEL/SHAPE: one check in this process, for a sanitizer")
     parser.add_argument("--launch", help="BACKEND/PROGRAM: one call of it, for a profiler")
-    parser.add_argument("--if", dest="backend", help="run the command that follows where this backend is here")
+    parser.add_argument("--if", dest="where", nargs=argparse.REMAINDER, help="BACKEND COMMAND: where BACKEND is here")
     parser.add_argument("--minutes", type=float, default=9)
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--again", type=Path)
     parser.add_argument("--baseline", type=Path)
     parser.add_argument("--list", action="store_true")
-    options, command = parser.parse_known_args()
+    options = parser.parse_args()
 
-    if options.backend:
-        why = why_no(options.backend)
+    if options.where:
+        backend, *command = options.where
+        why = why_no(backend)
         if why is not None:
             print(f"not run: {record.without_paths(' '.join(why.split()))}")
             return NOT_HERE
         os.execv(command[0], command)
+    if options.check:
+        return as_process(Item("check", 0, (check, tuple(options.check.split("/")))))
     if options.launch:
         return _launch(*options.launch.split("/"))
     everything = phases(again=options.again is not None or bool(options.only) or options.item is not None)
@@ -55,7 +59,7 @@ def main() -> int:
         return 0
     if options.baseline:
         chosen = beside(chosen, options.baseline)
-    return _run(chosen, time.monotonic() + 60 * options.minutes)
+    return _run(chosen, float(os.environ["SDATTN_GPU_BEGAN"]) + 60 * options.minutes)
 
 
 def _run(chosen: list[Any], until: float) -> int:
@@ -67,16 +71,15 @@ def _run(chosen: list[Any], until: float) -> int:
     try:
         facts, *others = chosen
         run_phase(facts, until)
-        if not _passed("facts"):
-            # Something had started CUDA before the fork.
-            run_phase(facts, until, fork=False)
-            if _passed("facts"):
+        fork = _facts() != record.FAILED
+        if not fork:
+            # Something may have started CUDA before the fork.
+            run_phase(facts, until, fork)
+            if _facts() == record.PASSED:
                 print("a fork has no CUDA here: every item starts an interpreter", flush=True)
-        if not _passed("facts"):
+        if _facts() == record.FAILED:
             print("no CUDA device: not measured", file=sys.stderr)
             return NO_DEVICE
-        fork = not any(r["kind"] == "item" and r["item"] == "facts" and r["status"] != record.PASSED
-                       for r in record.read()[began:])  # fmt: skip
         for phase in others:
             print(f"== {phase.name}", flush=True)
             run_phase(phase, until, fork)
@@ -94,14 +97,14 @@ def _preload() -> None:
     for name in ("pytest", "scipy.ndimage", "triton", "diffusers.models.unets.unet_2d_condition"):
         try:
             importlib.import_module(name)
-        except ImportError as error:  # those that need it say so
+        except Exception as error:  # those that need it say so; diffusers raises RuntimeError for an import
             print(f"{name}: {error}", file=sys.stderr)
-    with suppress(ImportError):
+    with suppress(Exception):
         contestants.attend_and_excite()
 
 
-def _passed(item: str) -> bool:
-    return record.last_status(record.read())[item]["status"] == record.PASSED
+def _facts() -> str:
+    return str(record.last_status(record.read())["facts"]["status"])
 
 
 def _launch(backend: str, program: str) -> int:

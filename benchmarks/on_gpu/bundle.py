@@ -47,6 +47,7 @@ def main() -> None:
     about = {
         "commit": start.commit(),
         "sources": start.sources(),
+        "package": start.python_sources(),
         "python": version,
         "architecture": options.architecture,
     }

@@ -1,7 +1,8 @@
 """What is timed at a cross-attention shape: ours, torch's attention, and attention that stores its map.
 
-The last is what one has today for such work: diffusers' processor of Attend-and-Excite, and a hook that keeps the mean
-over heads, each with the projections taken out, as they are for all the others.
+The last is what one has today for such work: diffusers' processor of Attend-and-Excite, which makes the map and keeps
+it only where gradients are wanted, and a hook that keeps the mean over heads; both with the projections taken out, as
+they are for all the others. "sdpa-<name>" sets torch's backend at each call, host time that plain "sdpa" has not.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import record
 from .checks import failed_check, near_ties
-from .ground import DEVICE, SHAPES, why_no
+from .ground import DEVICE, LAYERS, why_no
 from .programs import Tensors, defined, prepared, programs, smooths
 from .timing import Call
 
@@ -65,7 +66,7 @@ def others(shape: str, tensors: Tensors, untimed: dict[str, str]) -> Iterator[Co
     try:
         yield Contestant("attend-and-excite", _processed(shape, tensors, attend_and_excite()), exact)
         yield Contestant("hooks", _processed(shape, tensors, None), exact)
-    except ImportError as error:
+    except Exception as error:  # diffusers raises RuntimeError where an import of its own fails
         untimed["attend-and-excite"] = untimed["hooks"] = record.without_paths(str(error))
 
 
@@ -106,7 +107,7 @@ def _processed(shape: str, tensors: Tensors, processor: Any) -> Call:
     """A diffusers attention whose projections give these tensors. processor None: hooked, so that the maps are kept."""
     from diffusers.models.attention_processor import Attention, AttnProcessor
 
-    layer = SHAPES[shape]
+    layer = LAYERS[shape]
     query, key, value = (x.transpose(1, 2).flatten(2) for x in tensors)
     with torch.device(DEVICE):
         attn = Attention(layer.heads * layer.head_dim, None, layer.heads, dim_head=layer.head_dim).to(query.dtype)

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from . import record
-from .ground import DRY, NotRun
+from .ground import DRY, SMALL, NotRun
 
 __all__ = ["Item", "Phase", "beside", "phases", "run", "wanted"]
 
@@ -52,12 +52,12 @@ def phases(again: bool = False) -> list[Phase]:
     """All phases. again: also what only a second call runs."""
     cores = len(os.sched_getaffinity(0))
     found = [
-        Phase("facts", 20, [Item("facts", 20, (_facts, ()))]),
+        Phase("facts", 60, [Item("facts", 60, (_facts, ()))]),
         Phase("check", 65, list(_checks()), cores),
         Phase("times", 100, list(_times("float16"))),
-        Phase("step", 125, [*_steps((("sd15", 2), ("sdxl", 2), ("sd15", 16)))]),
-        Phase("suite", 155, list(_suites(cores)), 2),
-        Phase("sanitize", 55, list(_sanitized()), 8),
+        Phase("step", 100, [*_steps((("sd15", 2), ("sdxl", 2), ("sd15", 16)))]),
+        Phase("suite", 110, list(_suites(cores)), 2),
+        Phase("sanitize", 50, list(_sanitized()), 8),
         Phase("more", 120, list(_more())),
     ]
     if again:
@@ -94,11 +94,11 @@ def _times(dtype: str, shapes: Iterable[str] | None = None, batches: Iterable[in
     from .ground import SHAPES
     from .programs import programs
 
-    for shape in shapes or SHAPES:
-        for batch in batches if not DRY else (2,):
+    for batch in batches if not DRY else (2,):
+        for shape in shapes or SHAPES:
             name = f"times/{dtype}/{shape}/{batch}"
             needs = _needed([*programs(), "smooth"], [shape])
-            yield Item(name, 60 if DRY else 25, (times, (name, shape, batch, dtype)), needs=needs)
+            yield Item(name, 60 if DRY else 40, (times, (name, shape, batch, dtype)), needs=needs)
 
 
 def _steps(models: Iterable[tuple[str, int]]) -> Iterator[Item]:
@@ -116,13 +116,20 @@ def _suites(cores: int) -> Iterator[Item]:
     of_triton = [TESTS / f"interpreted_{name}.py" for name in ("rows", "smooth", "refine", "folded", "backward")]
     for backend, files in (("triton", of_triton), ("cuda", of_triton[:2])):
         files = files[1:2] if DRY else files
-        share = max(1, cores * (3 if backend == "triton" else 1) // 4)
+        # CUDA's compile nothing.
+        share = max(1, cores - 2 if backend == "triton" else 2)
         command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "on_gpu.suite"]
         command += ["--rootdir", str(ROOT), "-c", str(ROOT / "pyproject.toml"), "-n", str(share), *map(str, files)]
         name = "emulated-cuda" if DRY and backend == "cuda" else backend
-        yield Item(f"suite/{backend}", 155, command=_of(backend, command), environment={"SDATTN_TEST_BACKEND": name})
+        yield Item(
+            f"suite/{backend}",
+            110,
+            command=_of(backend, lambda command=command: command),
+            environment={"SDATTN_TEST_BACKEND": name},
+        )
 
 
+TRITON_KERNELS = ("rows", "smooth", "backward", "shared", "sum", "gaussian")
 SANITIZED = (
     ("memcheck", "triton", "full"), ("memcheck", "cuda", "full"), ("racecheck", "cuda", "full"),
     ("memcheck", "cuda", "smooth"), ("memcheck", "triton", "smooth"), ("memcheck", "triton", "backward"),
@@ -133,12 +140,17 @@ SANITIZED = (
 def _sanitized() -> Iterator[Item]:
     """Eight small cases under compute-sanitizer, memory as the driver gives it: in torch's large blocks a step past a
     tensor's end would go unseen."""
-    for tool, backend, kernel in SANITIZED:
-        shape = "any" if kernel in ("relevance", "gaussian") else "sd15-8x8"
-        under = ["--tool", tool, "--error-exitcode", "9", sys.executable, "-m", "on_gpu"]
-        under += ["--item", f"check/{backend}/{kernel}/{shape}"]
+    ours = {"cuda": ("sdattn",), "triton": tuple(f"{name}_kernel" for name in TRITON_KERNELS)}
+    for i, (tool, backend, kernel) in enumerate(SANITIZED):
+        shape = "any" if kernel in ("relevance", "gaussian") else SMALL
+        under = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
+        under += ["--port", str(49200 + 20 * i), "--launch-timeout", "60"]  # side by side
+        # Of libraries neither the kernels nor the calls that fail on purpose.
+        under += [word for name in ours[backend] for word in ("--kernel-name", f"kns={name}")]
+        under += ["--report-api-errors", "no"] if tool == "memcheck" else []
+        under += [sys.executable, "-m", "on_gpu", "--check", f"{backend}/{kernel}/{shape}"]
         yield Item(
-            f"sanitize/{tool}/{backend}/{kernel}", 58, command=_tool("compute-sanitizer", under),
+            f"sanitize/{tool}/{backend}/{kernel}", 50, command=_of(backend, _tool("compute-sanitizer", under)),
             environment={"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
         )  # fmt: skip
 
@@ -168,16 +180,12 @@ def _profiled() -> Iterator[Item]:
         report = Path(os.environ["SDATTN_GPU_RESULTS"]) / f"ncu-{backend}-{program}"
         under = ["--profile-from-start", "off", "--clock-control", "none", "--set", "full", "-f", "-o", str(report)]
         under += ["--page", "details", sys.executable, "-m", "on_gpu", "--launch", f"{backend}/{program}"]
-        yield Item(name, 60, command=_tool("ncu", under))
+        yield Item(name, 60, command=_of(backend, _tool("ncu", under)))
 
 
-def _of(backend: str, command: list[str]) -> Callable[[], list[str]]:
+def _of(backend: str, command: Callable[[], list[str]]) -> Callable[[], list[str]]:
     """The command, where the backend is there: asked in the item's own process, since a first look starts CUDA."""
-
-    def ask() -> list[str]:
-        return [sys.executable, "-m", "on_gpu", "--if", backend, *command]
-
-    return ask
+    return lambda: [sys.executable, "-m", "on_gpu", "--if", backend, *command()]
 
 
 def _tool(name: str, arguments: list[str]) -> Callable[[], list[str]]:

@@ -11,7 +11,7 @@ from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.cli.bench import FULL
 from sdattn_fast.functional import prepare
 
-from .ground import DEVICE, DRY, SHAPES, TOKENS, text_side
+from .ground import DEVICE, DRY, LAYERS, TOKENS, text_side
 from .timing import Call
 
 __all__ = ["Tensors", "defined", "inputs", "prepared", "programs", "smooths"]
@@ -43,7 +43,7 @@ def smooths(program: str) -> bool:
 
 def inputs(shape: str, batch: int, dtype: torch.dtype) -> Tensors:
     """(B, H, M or N, D), as a UNet's projections give them: the heads of a pixel side by side."""
-    layer = SHAPES[shape]
+    layer = LAYERS[shape]
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def randn(tokens: int) -> Tensor:
@@ -53,23 +53,26 @@ def inputs(shape: str, batch: int, dtype: torch.dtype) -> Tensors:
     return randn(layer.pixels), randn(TOKENS), randn(TOKENS)
 
 
-def prepared(program: str, shape: str, tensors: Tensors, backend: str) -> Call:
-    """The call on these tensors, by a backend."""
-    layer, (query, key, value) = SHAPES[shape], tensors
+def prepared(program: str, shape: str, tensors: Tensors, backend: str, maps: bool = False) -> Call:
+    """The call on these tensors, by a backend; gives (B, H, M, D). maps: gives the maps instead, (B, M, tokens)."""
+    layer, (query, key, value) = LAYERS[shape], tensors
     what, how, text = programs()[program]
     side = {"batch": len(query), "heads_count": layer.heads, "tokens": TOKENS, "device": DEVICE}
     ready = prepare(what, **side, **text_side(len(query), **text), **how, backend=backend)
     grid = (layer.height, layer.width)
-    return lambda: _out(ready(query, key, value, grid=grid))
+    if maps:
+        return lambda: _by_pixel(ready(query, key, value, grid=grid)[1])
+    return lambda: ready(query, key, value, grid=grid)[0]
 
 
-def defined(program: str, shape: str, tensors: Tensors) -> Tensor:
+def defined(program: str, shape: str, tensors: Tensors, maps: bool = False) -> Tensor:
     """What the definition makes of it in float64."""
     query, key, value = (x.double() for x in tensors)
-    out = prepared(program, shape, (query, key, value), "reference")()
+    out = prepared(program, shape, (query, key, value), "reference", maps)()
     assert isinstance(out, Tensor)
     return out
 
 
-def _out(result: tuple[Tensor, Tensor | None]) -> Tensor:
-    return result[0]
+def _by_pixel(maps: Tensor | None) -> Tensor:
+    assert maps is not None
+    return maps.transpose(1, 2)

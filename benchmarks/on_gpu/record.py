@@ -57,4 +57,4 @@ def last_lines(log: Path, most: int = 15) -> list[str]:
 
 def without_paths(text: str) -> str:
     """The results are kept: they do not say where things lie on the machine, but for a file's name."""
-    return re.sub(r"(?<![\w.])/[\w./+-]*/([\w.+-]+)", r"\1", text)
+    return re.sub(r"(?<![\w.:/])/[\w./+-]*/([\w.+-]+)", r"\1", text)

@@ -26,6 +26,7 @@ GRACE = 5.0  # seconds between asking a process to end, when pytest sums up, and
 class _Running:
     item: Item
     pid: int
+    process: subprocess.Popen[bytes] | None  # None: a fork
     log: Path
     began: float
     limit: float
@@ -36,21 +37,24 @@ def run_phase(phase: Phase, until: float, fork: bool = True) -> None:
     """Run all items of a phase. until: time.monotonic() when everything is to be over. fork: start items that are
     functions as forks of this process, which must not have touched CUDA; otherwise as new interpreters."""
     over = min(until, time.monotonic() + phase.seconds)
-    waiting, running = list(phase.items), []
-    while waiting or running:
-        while waiting and len(running) < phase.side_by_side:
-            item = waiting.pop(0)
-            left = over - time.monotonic()
-            if left < 1:
-                _write(item, record.NOT_RUN, 0.0, ["no time was left for it"])
-                continue
-            started = _start(item, min(item.limit, left), fork)
-            if started is not None:
-                running.append(started)
-        for one in list(running):
-            if _ended(one):
-                running.remove(one)
-        time.sleep(0.02)
+    waiting = list(phase.items)
+    running: list[_Running] = []
+    try:
+        while waiting or running:
+            while waiting and len(running) < phase.side_by_side:
+                item = waiting.pop(0)
+                left = over - time.monotonic()
+                if left < 1:
+                    _write(item, record.NOT_RUN, 0.0, ["no time was left for it"])
+                    continue
+                started = _start(item, min(item.limit, left), fork)
+                if started is not None:
+                    running.append(started)
+            running = [one for one in running if not _ended(one)]
+            time.sleep(0.02)
+    finally:
+        for one in running:
+            _kill(one.pid, signal.SIGKILL)
 
 
 def as_process(item: Item) -> int:
@@ -71,7 +75,7 @@ def _start(item: Item, limit: float, fork: bool) -> _Running | None:
     log.parent.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     if item.command is None and fork:
-        return _Running(item, _fork(item, log), log, began, limit)
+        return _Running(item, _fork(item, log), None, log, began, limit)
     try:
         command = item.command() if item.command else [sys.executable, "-m", "on_gpu", "--item", item.name]
     except NotRun as why:
@@ -82,7 +86,7 @@ def _start(item: Item, limit: float, fork: bool) -> _Running | None:
             command, stdout=out, stderr=subprocess.STDOUT, start_new_session=True, cwd=os.environ["SDATTN_GPU_STATE"],
             env={**os.environ, **item.environment},
         )  # fmt: skip
-    return _Running(item, process.pid, log, began, limit)
+    return _Running(item, process.pid, process, log, began, limit)
 
 
 def _fork(item: Item, log: Path) -> int:
@@ -106,9 +110,9 @@ def _fork(item: Item, log: Path) -> int:
 
 
 def _ended(one: _Running) -> bool:
-    pid, status = os.waitpid(one.pid, os.WNOHANG)
+    code = _exit_status(one)
     took = time.monotonic() - one.began
-    if pid == 0:
+    if code is None:
         if one.asked is None and took > one.limit:
             one.asked = time.monotonic()
             _kill(one.pid, signal.SIGINT)
@@ -116,7 +120,6 @@ def _ended(one: _Running) -> bool:
             _kill(one.pid, signal.SIGKILL)
         return False
     _kill(one.pid, signal.SIGKILL)  # what it left behind
-    code = os.waitstatus_to_exitcode(status)
     lines = record.last_lines(one.log) if one.log.exists() else []
     if one.asked is not None:
         _write(one.item, record.TIMED_OUT, took, [f"not through after {one.limit:.0f} s", *lines])
@@ -128,6 +131,14 @@ def _ended(one: _Running) -> bool:
         ended = [f"ended by signal {-code}"] if code < 0 else []
         _write(one.item, record.FAILED, took, [*lines, *ended])
     return True
+
+
+def _exit_status(one: _Running) -> int | None:
+    """None while it runs; the negative of a signal that ended it."""
+    if one.process is not None:
+        return one.process.poll()
+    pid, status = os.waitpid(one.pid, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if pid else None
 
 
 def _kill(pid: int, how: signal.Signals) -> None:

@@ -9,12 +9,14 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 
 
 def main() -> None:
+    began = time.monotonic()
     options = parse()
     results, state = options.results.resolve(), options.state.resolve()
     results.mkdir(parents=True, exist_ok=True)
@@ -26,6 +28,8 @@ def main() -> None:
     os.environ |= {
         "PYTHONPATH": os.pathsep.join([*map(str, path), *kept]),
         "PYTHONUNBUFFERED": "1",
+        "PYTHONFAULTHANDLER": "1",
+        "SDATTN_GPU_BEGAN": str(began),
         "SDATTN_GPU_RESULTS": str(results),
         "SDATTN_GPU_STATE": str(state),
         "SDATTN_GPU_COMMIT": commit,
@@ -95,7 +99,8 @@ def prepare(bundle: Path | None, state: Path) -> tuple[Path, str]:
         subprocess.run([*command, "--disable-pip-version-check", "--target", str(state / "site"), *wheels], check=True)
     if bundle is None:
         modules = sorted((ROOT / "sdattn_fast").glob("*.so"))
-    return linked(ROOT, state / "package", modules), about["commit"]
+    changed = "" if about.get("package") in (None, python_sources()) else ", changed since"
+    return linked(ROOT, state / "package", modules), about["commit"] + changed
 
 
 def linked(tree: Path, to: Path, modules: list[Path]) -> Path:
@@ -114,10 +119,17 @@ def linked(tree: Path, to: Path, modules: list[Path]) -> Path:
 
 def sources() -> str:
     """A hash of everything that is compiled."""
+    return _hash([ROOT / "setup.py", *(ROOT / "csrc").rglob("*")])
+
+
+def python_sources() -> str:
+    """A hash of the package's Python and Triton."""
+    return _hash([*(ROOT / "sdattn_fast").rglob("*.py"), *(ROOT / "kernels").rglob("*.py")])
+
+
+def _hash(paths: list[Path]) -> str:
     digest = hashlib.sha256()
-    for path in sorted(
-        [ROOT / "setup.py", *(p for p in (ROOT / "csrc").rglob("*") if p.is_file() and p.suffix != ".pyc")]
-    ):
+    for path in sorted(p for p in paths if p.is_file() and p.suffix != ".pyc"):
         digest.update(f"{path.relative_to(ROOT).as_posix()}\n".encode() + path.read_bytes())
     return digest.hexdigest()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -37,16 +38,23 @@ def captured(call: Call, calls: int = GRAPH_CALLS) -> Call:
     """The replay of a CUDA graph that holds `calls` calls."""
     if DEVICE.type != "cuda":
         raise NotRun("a CPU has no CUDA graphs")
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
+    before, stream = torch.cuda.current_stream(), torch.cuda.Stream()
+    stream.wait_stream(before)
     with torch.cuda.stream(stream):
         for _ in range(3):
             call()
-    torch.cuda.current_stream().wait_stream(stream)
+    before.wait_stream(stream)
     graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(calls):
-            call()
+    try:
+        with torch.cuda.graph(graph):
+            for _ in range(calls):
+                call()
+    except Exception:
+        # torch leaves the capture's stream current and its memory pool open, and the next capture would fail for that.
+        torch.cuda.set_stream(before)
+        with suppress(Exception):
+            torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
+        raise
     return graph.replay
 
 

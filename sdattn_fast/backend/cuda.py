@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..plan import Plan, RowPlan
 from ..reference import gaussian_kernel
+from ..streams import MadeOn
 from .devices import gpu_index
 from .refusal import launching
 
@@ -223,16 +224,20 @@ def _version(number: int) -> str:
     return f"{number // 1000}.{number % 1000 // 10}"
 
 
+# Never given up: a CUDA graph that was captured with one reads it at every replay.
+_gaussians: dict[tuple[float, torch.device], tuple[Tensor, MadeOn]] = {}
+
+
 def _gaussian(sigma: float, device: torch.device) -> Tensor:
     """Made on the device, so that nobody waits; not kept from a CUDA graph's capture, whose memory is the graph's."""
-    if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        return gaussian_kernel(sigma, dtype=torch.float32, device=device)
-    return _kept_gaussian(sigma, device)
-
-
-@functools.lru_cache(maxsize=64)
-def _kept_gaussian(sigma: float, device: torch.device) -> Tensor:
-    return gaussian_kernel(sigma, dtype=torch.float32, device=device)
+    if (sigma, device) not in _gaussians:
+        weights = gaussian_kernel(sigma, dtype=torch.float32, device=device)
+        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            return weights
+        _gaussians[sigma, device] = weights, MadeOn(device)
+    weights, made = _gaussians[sigma, device]
+    made.use(lambda: (weights,))
+    return weights
 
 
 def _on(device: torch.device) -> Any:

@@ -220,7 +220,7 @@ def test_a_first_smoothing_may_be_captured(monkeypatch):
     """No copy from the host, and nothing kept that lies in the graph's memory."""
     meta = torch.device("meta")
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *a, **k: pytest.fail("a copy") if a == (meta,) else self)
-    backend._kept_gaussian.cache_clear()
+    monkeypatch.setattr(backend, "_gaussians", {})
     first = backend._gaussian(0.8, meta)
     assert first.device == meta and backend._gaussian(0.8, meta) is first
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
@@ -229,7 +229,9 @@ def test_a_first_smoothing_may_be_captured(monkeypatch):
     cuda = torch.device("cuda", 0)
     assert backend._gaussian(0.8, cuda) is not backend._gaussian(0.8, cuda)
     assert made == [cuda, cuda]
-    backend._kept_gaussian.cache_clear()
+    kept = object()
+    backend._gaussians[0.8, cuda] = kept, SimpleNamespace(use=lambda tensors: None)
+    assert backend._gaussian(0.8, cuda) is kept and made == [cuda, cuda], "made before, it is not made again"
 
 
 def test_strides_of_dimensions_of_one_say_nothing(emulated):

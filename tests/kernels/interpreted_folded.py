@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from chosen_cases import ALL, pairwise
 from poison import poison
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
@@ -105,10 +106,10 @@ def test_words_entries_and_bias():
         check(case(PROGRAMS[name], phrases=phrases, gate=torch.rand(2, 3, 77, generator=generator).to(DEVICE)))
 
 
-@pytest.mark.parametrize("summed", [True, False])
-@pytest.mark.parametrize("inactive", ["plain", "zero"])
-@pytest.mark.parametrize("heads", [[0, 2], [1], []])
-@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize(
+    "shared, heads, inactive, summed",
+    pairwise([True, False], [[0, 2], [1], []], ["plain", "zero"], [True, False], whole=ALL or not INTERPRETED),
+)
 def test_heads(shared, heads, inactive, summed):
     c = case(PROGRAMS["random"], heads=heads, inactive_heads=inactive, shared=shared)
     check(c, summed)

@@ -14,6 +14,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from chosen_cases import ALL, pairwise
 from poison import poison
 from tested_backend import DEVICE, EMULATED, INTERPRETED, NAME, backend, emulated_cuda
 
@@ -182,17 +183,27 @@ def test_bfloat16(d):
     check(case(d=d, dtype=torch.bfloat16), FULL)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-@pytest.mark.parametrize("ratio", [0.0, 0.09, 0.17, 0.3, 0.6, 0.8, 1.0])
-@pytest.mark.parametrize("content", [12, 30, None])
+@pytest.mark.parametrize(
+    "ratio, content, dtype",
+    pairwise(
+        [0.0, 0.09, 0.17, 0.3, 0.6, 0.8, 1.0],
+        [12, 30, None],
+        [torch.float32, torch.float16],
+        whole=ALL or not INTERPRETED,
+    ),
+)
 def test_dropout_of_any_k(ratio, content, dtype):
     """k of 0 to 77 passes through every way of selecting."""
     check(case(b=2, h=1, m=20, content=content, dtype=dtype), Program(SalienceDropout(ratio)))
 
 
-@pytest.mark.parametrize("renormalize", ["none", "content", "row"])
-@pytest.mark.parametrize("threshold", [None, 0.0, 0.7, 0.99])
-@pytest.mark.parametrize("dropout", [None, SalienceDropout(0.2), SalienceDropout(0.4, mode="random")])
+@pytest.mark.parametrize(
+    "renormalize, threshold, dropout",
+    pairwise(
+        ["none", "content", "row"], [None, 0.0, 0.7, 0.99],
+        [None, SalienceDropout(0.2), SalienceDropout(0.4, mode="random")], whole=ALL or not INTERPRETED,
+    ),
+)  # fmt: skip
 def test_every_program(renormalize, threshold, dropout):
     check(case(h=1, m=20, d=16), Program(dropout, Refinement(1, threshold, 0.0), renormalize))
 
@@ -242,9 +253,10 @@ def test_phrase_members_tie():
     assert not kept[0, :, :, 4:6].any() and (kept[0].sum(-1) == 75).all()
 
 
-@pytest.mark.parametrize("inactive_heads", ["plain", "zero"])
-@pytest.mark.parametrize("reduce", ["mean", "none"])
-@pytest.mark.parametrize("stage", ["softmax", "final"])
+@pytest.mark.parametrize(
+    "inactive_heads, reduce, stage",
+    pairwise(["plain", "zero"], ["mean", "none"], ["softmax", "final"], whole=ALL or not INTERPRETED),
+)
 def test_heads_entries_and_capture(inactive_heads, reduce, stage):
     c = case(
         b=3, h=3, m=20, d=16, active=torch.tensor([True, False, True]), heads=torch.tensor([True, False, True]),

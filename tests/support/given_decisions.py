@@ -46,6 +46,7 @@ class Case:
         return "-".join(str(w) for w in words if w)
 
 
+SIZES = 9  # so many of the cases are about sizes
 CASES = [
     # Sizes: every tile of lanes and columns, chunks of rows, D != Dv.
     Case((1, 1, 1, 1, 1, 1)),
