@@ -42,31 +42,38 @@ def main() -> None:
     (to / "modules").mkdir(parents=True)
     for module in modules:
         shutil.copy(module, to / "modules")
-    version = subprocess.run([python, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
     download(python, options.wheel, to / "wheels")
     about = {
         "commit": start.commit(),
         "sources": start.sources(),
         "package": start.python_sources(),
-        "python": version,
+        "python": version(python),
         "architecture": options.architecture,
     }
     (to / "about.json").write_text(json.dumps(about, indent=1) + "\n")
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file()) / 2**20
     for path in sorted(to.rglob("*.*")):
         print(f"{path.stat().st_size / 2**20:7.1f} MiB  {path.relative_to(to)}")
-    print(f"{size:7.1f} MiB in all, for CPython {version} and compute capability {options.architecture}: {to}")
+    print(f"{size:7.1f} MiB in all, for CPython {version(python)} and compute capability {options.architecture}: {to}")
     if size > MOST_MIB:
         sys.exit(f"more than {MOST_MIB} MiB")
 
 
 def environment(python: str, work: Path) -> Path:
     """A venv of that Python with what the build needs."""
+    try:
+        version(python)
+    except (OSError, subprocess.CalledProcessError):
+        sys.exit(f"--python: {python} does not run here")
     own = work / "venv" / "bin" / "python"
-    if not own.exists():
-        subprocess.run([python, "-m", "venv", work / "venv"], check=True)
+    if not own.exists() or version(own) != version(python):
+        subprocess.run([python, "-m", "venv", "--clear", work / "venv"], check=True)
     subprocess.run([own, "-m", "pip", "install", "--quiet", *NEEDED], check=True)
     return own
+
+
+def version(python: str | Path) -> str:
+    return subprocess.run([python, "--version"], capture_output=True, text=True, check=True).stdout.split()[1]
 
 
 def compiled(python: Path, architecture: str, work: Path) -> list[Path]:

@@ -85,21 +85,27 @@ def parse() -> argparse.Namespace:
 
 
 def prepare(bundle: Path | None, state: Path) -> tuple[Path, str]:
-    """Installs the bundle's wheels and links this tree's package with the bundle's compiled modules, or with those that
-    an editable install left in the tree. Gives the folder for sys.path and the commit."""
-    modules = [] if bundle is None else sorted((bundle / "modules").glob("*.so"))
-    about = json.loads((bundle / "about.json").read_text()) if bundle else {"commit": commit()}
-    if bundle is not None and about["sources"] != sources():
-        print(f"on_gpu.sh: {bundle} was compiled from other sources: its compiled modules are left out; "
-              "`make gpu-bundle` makes it anew", file=sys.stderr)  # fmt: skip
-        modules = []
-    wheels = [] if bundle is None else sorted(map(str, (bundle / "wheels").glob("*.whl")))
+    """Installs the bundle's wheels and links this tree's package with the bundle's compiled modules. Where there is no
+    bundle, or one of another Python or other sources, with those that an editable install left in the tree. Gives the
+    folder for sys.path and the commit."""
+    own = sorted((ROOT / "sdattn_fast").glob("*.so"))
+    if bundle is None:
+        return linked(ROOT, state / "package", own), commit()
+    about = json.loads((bundle / "about.json").read_text())
+    made_for, here = about["python"].split(".")[:2], [str(number) for number in sys.version_info[:2]]
+    wrong = ""
+    if made_for != here:
+        wrong = f"it is for Python {'.'.join(made_for)}, and this is {'.'.join(here)}"
+    elif about.get("sources") != sources():
+        wrong = "it was compiled from other sources; `make gpu-bundle` makes it anew"
+    if wrong:
+        print(f"on_gpu.sh: the compiled modules of {bundle} are left out: {wrong}", file=sys.stderr)
+    wheels = sorted(map(str, (bundle / "wheels").glob("*.whl"))) if made_for == here else []
     if wheels and not (state / "site").is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
         subprocess.run([*command, "--disable-pip-version-check", "--target", str(state / "site"), *wheels], check=True)
-    if bundle is None:
-        modules = sorted((ROOT / "sdattn_fast").glob("*.so"))
-    changed = "" if about.get("package") in (None, python_sources()) else ", changed since"
+    modules = own if wrong else sorted((bundle / "modules").glob("*.so"))
+    changed = "" if about.get("package") == python_sources() else ", changed since"
     return linked(ROOT, state / "package", modules), about["commit"] + changed
 
 

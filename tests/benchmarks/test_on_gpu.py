@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -204,9 +205,13 @@ def test_a_bundle_of_other_sources_is_left_out(tmp_path, capsys):
     bundle = tmp_path / "bundle"
     (bundle / "modules").mkdir(parents=True)
     (bundle / "modules" / "_core.so").touch()
-    for sources, there in ((start.sources(), True), ("other", False)):
-        (bundle / "about.json").write_text(json.dumps({"commit": "abc", "sources": sources}))
+    good = {"commit": "abc", "sources": start.sources(), "package": start.python_sources()}
+    good["python"] = platform.python_version()
+    for wrong, words in (({}, ""), ({"sources": "0"}, "other sources"), ({"python": "3.9.1"}, "it is for Python 3.9")):
+        (bundle / "about.json").write_text(json.dumps(good | wrong))
         package, commit = start.prepare(bundle, tmp_path / "state")
-        assert commit == "abc" and (package / "sdattn_fast" / "_core.so").exists() == there
-        assert ("other sources" in capsys.readouterr().err) != there
+        assert commit == "abc" and (package / "sdattn_fast" / "_core.so").exists() == (not wrong)
+        assert words in capsys.readouterr().err
         assert (package / "sdattn_fast" / "kernels" / "rows.py").exists()
+    (bundle / "about.json").write_text(json.dumps(good | {"package": "0"}))
+    assert start.prepare(bundle, tmp_path / "state")[1] == "abc, changed since"
