@@ -10,6 +10,7 @@ import sys
 import tarfile
 from collections import Counter
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,11 @@ def main() -> int:
         backend, *command = options.where
         why = why_no(backend)
         if why is not None:
-            print(f"not run: {record.without_paths(' '.join(why.split()))}")
+            print(f"not run: {record.reason(why)}")
             return NOT_HERE
         os.execv(command[0], command)
     if options.check:
-        return as_process(Item("check", 0, (check, tuple(options.check.split("/")))))
+        return as_process(Item("check", 0, partial(check, *options.check.split("/"))))
     if options.launch:
         return _launch(*options.launch.split("/"))
     everything = phases(again=options.again is not None or bool(options.only) or options.item is not None)
@@ -110,7 +111,7 @@ def _facts() -> str:
 def _launch(backend: str, program: str) -> int:
     from .more import launched
 
-    return as_process(Item("launch", 0, (launched, (backend, program, "sd15-64x64", 2))))
+    return as_process(Item("launch", 0, partial(launched, backend, program, "sd15-64x64", 2)))
 
 
 def _keep_logs() -> None:

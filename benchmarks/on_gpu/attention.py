@@ -18,7 +18,7 @@ from .contestants import Contestant, others, ours
 from .ground import DEVICE, LAYERS, TOKENS, NotRun, describe
 from .programs import inputs
 
-__all__ = ["fit", "times"]
+__all__ = ["times"]
 
 
 @torch.no_grad()
@@ -29,10 +29,9 @@ def times(item: str, shape: str, batch: int, dtype: str) -> None:
     tensors = inputs(shape, batch, kind)
     untimed: dict[str, str] = {}
     everyone = [*others(shape, tensors, untimed), *ours(shape, tensors, untimed)]
-    calls, faults = fit(everyone, untimed)
+    calls, faults = _fit(everyone, untimed)
     for name, why in untimed.items():
-        record.append("untimed", item=item, contestant=name, why=why, **of)
-        print(f"{item} {name}: not timed: {why}")
+        record.untimed(item, name, why, **of)
 
     layer = LAYERS[shape]
     moved = 2 * batch * layer.heads * (layer.pixels + TOKENS) * layer.head_dim * kind.itemsize
@@ -43,33 +42,27 @@ def times(item: str, shape: str, batch: int, dtype: str) -> None:
     for name, row in found.items():
         row["peak_mib"] = round(peak_mib(calls[name], DEVICE), 2)
     timing.write(item, "call", found, **of)
-    graphs = {}
-    # Ours first: a capture that fails may cost those after it.
-    for name, call in sorted(calls.items(), key=lambda pair: pair[0].startswith("sdpa")):
-        try:
-            graphs[name] = timing.captured(call)
-        except NotRun as why:
-            record.append("untimed", item=item, contestant=name, how="graph", why=str(why), **of)
-        except Exception as error:
-            torch.cuda.synchronize()
-            why_not = record.without_paths(" ".join(str(error).split()))[:200]
-            record.append("untimed", item=item, contestant=name, how="graph", why=why_not, **of)
-            if not name.startswith("sdpa-"):
-                faults.append(f"{name} in a CUDA graph: {why_not}")
+
+    def failed(name: str, error: Exception) -> None:
+        why = record.untimed(item, name, error, "graph", **of)
+        if not (isinstance(error, NotRun) or name.startswith("sdpa-")):
+            faults.append(f"{name} in a CUDA graph: {why}")
+
+    graphs = timing.graphs(calls, failed)
     if graphs:
         taken = {name: [t / timing.GRAPH_CALLS for t in ts] for name, ts in timing.in_turn(graphs).items()}
         timing.write(item, "graph", timing.figures(taken, least), **of)
     assert not faults, "; ".join(faults)
 
 
-def fit(everyone: Iterable[Contestant], untimed: dict[str, str]) -> tuple[dict[str, timing.Call], list[str]]:
+def _fit(everyone: Iterable[Contestant], untimed: dict[str, str]) -> tuple[dict[str, timing.Call], list[str]]:
     """The calls that give what they should; the reasons against the others go to `untimed`, and ours are returned."""
     calls, faults = {}, []
     for one in everyone:
         try:
             why = off(one.call(), one.exact(), one.near_ties)
         except Exception as error:
-            why = record.without_paths(f"{type(error).__name__}: {' '.join(str(error).split())}")[:200]
+            why = record.reason(error)
         if why is None:
             calls[one.name] = one.call
             continue

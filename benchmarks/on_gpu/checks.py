@@ -6,13 +6,9 @@ costs its own check.
 
 from __future__ import annotations
 
-import importlib.util
 import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from pathlib import Path
-from types import ModuleType
-from typing import Any
 
 import torch
 
@@ -20,9 +16,9 @@ from . import record
 from .ground import DEVICE, DRY, LAYERS, SHAPES, TOKENS, NotRun, text_side, why_no
 from .programs import defined, inputs, prepared, programs, smooths
 
-__all__ = ["KERNELS", "check", "checks", "failed_check", "near_ties", "of_backend", "off"]
+__all__ = ["KERNELS", "NEAR_TIES", "check", "checks", "failed_check", "near_ties", "of_backend", "off"]
 
-ROOT = Path(__file__).resolve().parents[2]
+NEAR_TIES = 1e-3  # the share of rows that rounding may decide otherwise
 
 
 def checks() -> Iterator[tuple[str, str, str]]:
@@ -61,11 +57,11 @@ def of_backend(backend: str) -> None:
     """Has the modules in tests/kernels/ test this backend, in this process from here on. Raises: NotRun."""
     why = why_no(backend)
     if why is not None:
-        raise NotRun(record.without_paths(why))
+        raise NotRun(record.reason(why))
     os.environ["SDATTN_TEST_BACKEND"] = "emulated-cuda" if DRY and backend == "cuda" else backend
 
 
-def off(got: torch.Tensor, exact: torch.Tensor, allowed: float = 1e-3) -> str | None:
+def off(got: torch.Tensor, exact: torch.Tensor, allowed: float = NEAR_TIES) -> str | None:
     """What is wrong, or None. allowed: the share of rows that may disagree, see `near_ties`."""
     if got.shape != exact.shape or not got.isfinite().all():
         return "not finite, or of another shape"
@@ -77,8 +73,8 @@ def off(got: torch.Tensor, exact: torch.Tensor, allowed: float = 1e-3) -> str | 
 
 
 def near_ties(program: str) -> float:
-    """The share of rows that rounding may decide otherwise; smoothing carries one into its neighbours."""
-    return 0.03 if smooths(program) else 1e-3
+    """The share of a program's rows that may be decided otherwise: smoothing carries one into its neighbours."""
+    return 0.03 if smooths(program) else NEAR_TIES
 
 
 def _program(name: str, shape: str, dtype: torch.dtype) -> None:
@@ -127,7 +123,9 @@ def _backward(shape: str, dtype: torch.dtype) -> None:
 
 
 def _picture(shape: str, dtype: torch.dtype) -> None:
-    """A pixel that hangs on a near-tie is left out, as tests/conftest.py finds them."""
+    """A pixel that hangs on a near-tie is left out."""
+    from unsure_rows import unsure_rows
+
     from sdattn_fast import Program, Refinement, SalienceDropout, semantic_attention
     from sdattn_fast.reference import reference_attention
 
@@ -138,8 +136,7 @@ def _picture(shape: str, dtype: torch.dtype) -> None:
     side = {"grid": (layer.height, layer.width), "protected": protected.to(DEVICE)}
     got = semantic_attention(q, k, v, program, **side, backend="triton")
     exact, _ = reference_attention(q.double(), k.double(), v.double(), program, **side)
-    rows = _conftest()._unsure_rows
-    unsure = rows(q.double().cpu(), k.double().cpu(), program, grid=side["grid"], protected=protected).to(DEVICE)
+    unsure = unsure_rows(q.double().cpu(), k.double().cpu(), program, grid=side["grid"], protected=protected).to(DEVICE)
     assert unsure.float().mean() < 0.3, "too many near-ties for the check to mean anything"
     tolerance = 4 * torch.finfo(dtype).eps
     assert got.isfinite().all()
@@ -177,11 +174,3 @@ KERNELS: dict[str, tuple[tuple[str, ...], bool, Callable[[str, torch.dtype], Non
     "relevance": (("triton",), False, _relevance),
     "gaussian": (("triton",), False, _gaussian),
 }
-
-
-def _conftest() -> ModuleType | Any:
-    spec = importlib.util.spec_from_file_location("tests_conftest", ROOT / "tests" / "conftest.py")
-    assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from . import record
-from .checks import failed_check, near_ties
+from .checks import NEAR_TIES, failed_check, near_ties
 from .ground import DEVICE, LAYERS, why_no
 from .programs import Tensors, defined, prepared, programs, smooths
 from .timing import Call
@@ -40,7 +40,7 @@ class Contestant:
     name: str
     call: Call
     exact: Call
-    near_ties: float = 1e-3
+    near_ties: float = NEAR_TIES
 
 
 def ours(shape: str, tensors: Tensors, untimed: dict[str, str]) -> Iterator[Contestant]:
@@ -50,7 +50,7 @@ def ours(shape: str, tensors: Tensors, untimed: dict[str, str]) -> Iterator[Cont
         for name in programs():
             unfit = why or failed_check(backend, [name, "smooth"] if smooths(name) else [name], shape)
             if unfit:
-                untimed[f"{backend}-{name}"] = record.without_paths(unfit)
+                untimed[f"{backend}-{name}"] = unfit
                 continue
             call = prepared(name, shape, tensors, backend)
             yield Contestant(f"{backend}-{name}", call, partial(defined, name, shape, tensors), near_ties(name))
@@ -67,7 +67,7 @@ def others(shape: str, tensors: Tensors, untimed: dict[str, str]) -> Iterator[Co
         yield Contestant("attend-and-excite", _processed(shape, tensors, attend_and_excite()), exact)
         yield Contestant("hooks", _processed(shape, tensors, None), exact)
     except Exception as error:  # diffusers raises RuntimeError where an import of its own fails
-        untimed["attend-and-excite"] = untimed["hooks"] = record.without_paths(str(error))
+        untimed["attend-and-excite"] = untimed["hooks"] = record.reason(error)
 
 
 def _in_float64(tensors: Tensors) -> Tensor:

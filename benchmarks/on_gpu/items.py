@@ -10,13 +10,13 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 from . import record
 from .ground import DRY, SMALL, NotRun
 
-__all__ = ["Item", "Phase", "beside", "phases", "run", "wanted"]
+__all__ = ["Item", "Phase", "beside", "phases", "wanted"]
 
 ROOT = Path(__file__).resolve().parents[2]
 TESTS = ROOT / "tests" / "kernels"
@@ -26,13 +26,13 @@ TESTS = ROOT / "tests" / "kernels"
 class Item:
     """One thing to run in a process of its own.
 
-    limit: seconds. call: a function and its arguments; or command: a function that gives the command line, and raises
+    limit: seconds. call: what to call; or command: a function that gives the command line, and raises
     NotRun where there is none. environment: beside this process's own. needs: the checks without which it times less.
     """
 
     name: str
     limit: int
-    call: tuple[Callable[..., None], tuple[Any, ...]] | None = None
+    call: Callable[[], object] | None = None
     command: Callable[[], list[str]] | None = None
     environment: dict[str, str] = field(default_factory=dict)
     needs: frozenset[str] = frozenset()
@@ -52,7 +52,7 @@ def phases(again: bool = False) -> list[Phase]:
     """All phases. again: also what only a second call runs."""
     cores = len(os.sched_getaffinity(0))
     found = [
-        Phase("facts", 60, [Item("facts", 60, (_facts, ()))]),
+        Phase("facts", 60, [Item("facts", 60, _facts)]),
         Phase("check", 65, list(_checks()), cores),
         Phase("times", 100, list(_times("float16"))),
         Phase("step", 100, [*_steps((("sd15", 2), ("sdxl", 2), ("sd15", 16)))]),
@@ -65,13 +65,6 @@ def phases(again: bool = False) -> list[Phase]:
     return found
 
 
-def run(item: Item) -> None:
-    """In this process. Raises what the item's function raises."""
-    assert item.call is not None, "a command is run by the runner"
-    function, arguments = item.call
-    function(*arguments)
-
-
 def _facts() -> None:
     from .facts import facts
 
@@ -82,7 +75,7 @@ def _checks() -> Iterable[Item]:
     from .checks import check, checks
 
     for backend, kernel, shape in checks():
-        yield Item(f"check/{backend}/{kernel}/{shape}", 120 if DRY else 60, (check, (backend, kernel, shape)))
+        yield Item(f"check/{backend}/{kernel}/{shape}", 120 if DRY else 60, partial(check, backend, kernel, shape))
     if DRY:
         # The way to a launch as it is on a GPU, compiler included, with a driver that launches nowhere.
         command = [sys.executable, str(ROOT / "tests" / "support" / "launch_path.py"), "sm_90"]
@@ -98,7 +91,7 @@ def _times(dtype: str, shapes: Iterable[str] | None = None, batches: Iterable[in
         for shape in shapes or SHAPES:
             name = f"times/{dtype}/{shape}/{batch}"
             needs = _needed([*programs(), "smooth"], [shape])
-            yield Item(name, 60 if DRY else 40, (times, (name, shape, batch, dtype)), needs=needs)
+            yield Item(name, 60 if DRY else 40, partial(times, name, shape, batch, dtype), needs=needs)
 
 
 def _steps(models: Iterable[tuple[str, int]]) -> Iterator[Item]:
@@ -108,7 +101,7 @@ def _steps(models: Iterable[tuple[str, int]]) -> Iterator[Item]:
 
     for model, batch in [("sd15", 2)] if DRY else models:
         name, needs = f"step/{model}/{batch}", _needed(STEP_NEEDS, [x for x in SHAPES if x.startswith(model)])
-        yield Item(name, 60, (step, (name, model, batch)), needs=needs)
+        yield Item(name, 60, partial(step, name, model, batch), needs=needs)
 
 
 def _suites(cores: int) -> Iterator[Item]:
@@ -163,12 +156,12 @@ def _more() -> Iterator[Item]:
     first, last = next(iter(SHAPES)), [*SHAPES][-1]
     for backend in ("triton", "cuda"):
         if not DRY:  # the interpreter's bfloat16 products are wrong (triton #11584)
-            yield Item(f"check-bfloat16/{backend}/full/{first}", 30, (check, (backend, "full", first, "bfloat16")))
+            yield Item(f"check-bfloat16/{backend}/full/{first}", 30, partial(check, backend, "full", first, "bfloat16"))
     if not DRY:
         yield from _times("bfloat16", (first, last), (2,))
     needs = _needed(["full", "backward"], [first])
-    yield Item(f"backward/{first}/2", 60, (both_ways, (f"backward/{first}/2", first, 2)), needs=needs)
-    yield Item(f"compiled/{first}/2", 60, (compiled, (f"compiled/{first}/2", first, 2)), needs=needs)
+    yield Item(f"backward/{first}/2", 60, partial(both_ways, f"backward/{first}/2", first, 2), needs=needs)
+    yield Item(f"compiled/{first}/2", 60, partial(compiled, f"compiled/{first}/2", first, 2), needs=needs)
     if not DRY:
         yield from _steps([("sdxl", 16)])
 

@@ -90,9 +90,7 @@ def _that_run(item: str, calls: dict[str, timing.Call], of: dict[str, Any]) -> d
             call()
             found[name] = call
         except Exception as error:
-            why = record.without_paths(" ".join(str(error).split()))[:200]
-            record.append("untimed", item=item, contestant=name, why=why, **of)
-            print(f"{item} {name}: not timed: {why}")
+            record.untimed(item, name, error, **of)
     return found
 
 

@@ -14,7 +14,9 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["PASSED", "append", "last_lines", "last_status", "path", "read", "without_paths"]
+from .ground import NotRun
+
+__all__ = ["PASSED", "append", "last_lines", "last_status", "path", "read", "reason", "untimed", "without_paths"]
 
 PASSED, FAILED, TIMED_OUT, NOT_RUN = "passed", "failed", "timed out", "not run"
 
@@ -53,6 +55,22 @@ def last_lines(log: Path, most: int = 15) -> list[str]:
     """The end of a log, for the results."""
     lines = [line.rstrip() for line in log.read_text(errors="replace").splitlines() if line.strip()]
     return [without_paths(line)[:300] for line in lines[-most:]]
+
+
+def untimed(item: str, contestant: str, why: object, how: str = "", **of: Any) -> str:
+    """Write down and print why a contestant was not timed, or not in this way; the reason in one line."""
+    said = reason(why)
+    append("untimed", item=item, contestant=contestant, how=how, why=said, **of)
+    print(f"{item} {how} {contestant}: not timed: {said}")
+    return said
+
+
+def reason(why: object, most: int = 300) -> str:
+    """An error, or words, in one line."""
+    words = " ".join(str(why).split())
+    if isinstance(why, Exception) and not isinstance(why, NotRun):
+        words = f"{type(why).__name__}: {words}"
+    return without_paths(words)[:most]
 
 
 def without_paths(text: str) -> str:

@@ -22,8 +22,7 @@ def main() -> None:
     results.mkdir(parents=True, exist_ok=True)
     state.mkdir(parents=True, exist_ok=True)
     package, commit = prepare(options.bundle, state)
-    path = [package, *(state / name for name in ("site",) if (state / name).is_dir())]
-    path += [ROOT / "benchmarks", ROOT / "tests" / "support", ROOT / "tests" / "kernels"]
+    path = [package, state / "site", ROOT / "benchmarks", ROOT / "tests" / "support", ROOT / "tests" / "kernels"]
     kept = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     os.environ |= {
         "PYTHONPATH": os.pathsep.join([*map(str, path), *kept]),

@@ -13,7 +13,7 @@ import torch
 from . import record
 from .ground import DEVICE, DRY, NotRun
 
-__all__ = ["Call", "GRAPH_CALLS", "bandwidth", "captured", "figures", "in_turn", "write"]
+__all__ = ["Call", "GRAPH_CALLS", "bandwidth", "captured", "figures", "graphs", "in_turn", "write"]
 
 Call = Callable[[], object]
 GRAPH_CALLS = 20  # in a graph, so that its launch does not count
@@ -56,6 +56,22 @@ def captured(call: Call, calls: int = GRAPH_CALLS) -> Call:
             torch._C._cuda_endAllocateToPool(torch.cuda.current_device(), graph.pool())
         raise
     return graph.replay
+
+
+def graphs(
+    calls: dict[str, Call], failed: Callable[[str, Exception], object], held: int = GRAPH_CALLS
+) -> dict[str, Call]:
+    """The replays of graphs of `held` calls; (name, error) of the others goes to `failed`. Of torch's and stock last,
+    since a capture that fails may cost those after it."""
+    found = {}
+    for name in sorted(calls, key=lambda name: name.startswith(("sdpa", "stock"))):
+        try:
+            found[name] = captured(calls[name], held)
+        except Exception as error:
+            if DEVICE.type == "cuda":
+                torch.cuda.synchronize()
+            failed(name, error)
+    return found
 
 
 def figures(taken: dict[str, list[float]], least: float | None = None, of: str = "sdpa") -> dict[str, dict[str, Any]]:

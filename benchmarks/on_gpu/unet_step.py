@@ -50,9 +50,7 @@ def step(item: str, model: str, batch: int) -> None:
     heavy = model == "sdxl" and batch > 2
 
     def fault(name: str, what: str, error: object) -> None:
-        why = record.without_paths(f"{' '.join(str(error).split())}" or type(error).__name__)[:300]
-        record.append("untimed", item=item, contestant=name, how=what, why=why, **of)
-        print(f"{item} {name} {what}: {why}")
+        why = record.untimed(item, name, error, what, **of)
         if not isinstance(error, NotRun):
             faults.append(f"{name}, {what}: {why}")
 
@@ -60,7 +58,7 @@ def step(item: str, model: str, batch: int) -> None:
     exact = stock(**inputs).sample
     for name, settings, why in _ours(model):
         if why or (heavy and name not in ("triton", "cuda")):
-            record.append("untimed", item=item, contestant=name, why=why or "left out at this size", **of)
+            record.untimed(item, name, why or "left out at this size", **of)
             continue
         try:
             unet = twin_of(stock)
@@ -82,16 +80,10 @@ def step(item: str, model: str, batch: int) -> None:
 
     measure("eager", calls)
     waits = {name for name in calls if _waits(name, calls[name], fault)}
-    graphs = {}
-    # Ours first: a capture that fails may cost those after it.
-    for name, call in sorted(calls.items(), key=lambda pair: pair[0] == "stock"):
-        if name in waits:
-            fault(name, "graph", NotRun("what waits for the GPU cannot be captured"))
-            continue
-        try:
-            graphs[name] = timing.captured(call, 1)
-        except Exception as error:
-            fault(name, "graph", error)
+    for name in waits:
+        fault(name, "graph", NotRun("what waits for the GPU cannot be captured"))
+    may = {name: call for name, call in calls.items() if name not in waits}
+    graphs = timing.graphs(may, lambda name, error: fault(name, "graph", error), 1)
     if graphs:
         measure("graph", graphs)
     _trace(item, calls)
@@ -110,7 +102,7 @@ def _ours(model: str) -> list[tuple[str, dict[str, Any], str | None]]:
             found.append((backend + kind, {"backend": backend, **settings}, why))
         if backend == "triton":
             found.append(("triton-no-text-cache", {"backend": backend, "text_cache": False}, why))
-    return [(name, settings, why and record.without_paths(why)) for name, settings, why in found]
+    return found
 
 
 def _waits(name: str, call: timing.Call, fault: Any) -> bool:

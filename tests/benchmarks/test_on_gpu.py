@@ -77,12 +77,12 @@ def is_not_here(): raise NotRun("the CUDA kernels are not built")
 def no_tool(): raise NotRun("there is no ncu")
 
 runner.GRACE = 0.5
-items = [Item(f.__name__, 1, (f, ())) for f in (passes, fails, dies, hangs, is_not_here)]
+items = [Item(f.__name__, 1, f) for f in (passes, fails, dies, hangs, is_not_here)]
 items.append(Item("no_tool", 5, command=no_tool))
 command = [sys.executable, "-c", "import os; print(os.environ['X'])"]
 items.append(Item("command", 5, command=lambda: command, environment={"X": "3 passed"}))
 runner.run_phase(Phase("some", 60, items, int(sys.argv[1])), time.monotonic() + 60)
-runner.run_phase(Phase("late", 60, [Item("late", 5, (passes, ()))]), time.monotonic())
+runner.run_phase(Phase("late", 60, [Item("late", 5, passes)]), time.monotonic())
 """
 
 

@@ -18,6 +18,7 @@ from sdattn_fast.functional import prepare
 from sdattn_fast.reference import reference_attention
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+WHOLE = ALL or not INTERPRETED
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
 DTYPES = [torch.float16] if INTERPRETED else [torch.float16, torch.bfloat16]
 EPS = {torch.float16: 2e-3, torch.bfloat16: 1.6e-2}  # of P and of the output, each rounded once
@@ -108,7 +109,7 @@ def test_words_entries_and_bias():
 
 @pytest.mark.parametrize(
     "shared, heads, inactive, summed",
-    pairwise([True, False], [[0, 2], [1], []], ["plain", "zero"], [True, False], whole=ALL or not INTERPRETED),
+    pairwise([True, False], [[0, 2], [1], []], ["plain", "zero"], [True, False], whole=WHOLE),
 )
 def test_heads(shared, heads, inactive, summed):
     c = case(PROGRAMS["random"], heads=heads, inactive_heads=inactive, shared=shared)

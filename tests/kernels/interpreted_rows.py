@@ -22,6 +22,7 @@ from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.plan import TokenSide, make_plan
 from sdattn_fast.reference import _gate, _phrase_mean, _renormalise, _softmax, philox_uniform, reference_attention
 
+WHOLE = ALL or not INTERPRETED
 NEAR = 2e-5  # relative: a margin that float32 may lose
 # Three TF32 products are not quite a float32 one.
 EPS = {torch.float32: 1e-6 if INTERPRETED else 3e-6, torch.float16: 1e-3, torch.bfloat16: 8e-3}
@@ -189,7 +190,7 @@ def test_bfloat16(d):
         [0.0, 0.09, 0.17, 0.3, 0.6, 0.8, 1.0],
         [12, 30, None],
         [torch.float32, torch.float16],
-        whole=ALL or not INTERPRETED,
+        whole=WHOLE,
     ),
 )
 def test_dropout_of_any_k(ratio, content, dtype):
@@ -201,7 +202,7 @@ def test_dropout_of_any_k(ratio, content, dtype):
     "renormalize, threshold, dropout",
     pairwise(
         ["none", "content", "row"], [None, 0.0, 0.7, 0.99],
-        [None, SalienceDropout(0.2), SalienceDropout(0.4, mode="random")], whole=ALL or not INTERPRETED,
+        [None, SalienceDropout(0.2), SalienceDropout(0.4, mode="random")], whole=WHOLE,
     ),
 )  # fmt: skip
 def test_every_program(renormalize, threshold, dropout):
@@ -255,7 +256,7 @@ def test_phrase_members_tie():
 
 @pytest.mark.parametrize(
     "inactive_heads, reduce, stage",
-    pairwise(["plain", "zero"], ["mean", "none"], ["softmax", "final"], whole=ALL or not INTERPRETED),
+    pairwise(["plain", "zero"], ["mean", "none"], ["softmax", "final"], whole=WHOLE),
 )
 def test_heads_entries_and_capture(inactive_heads, reduce, stage):
     c = case(
