@@ -29,7 +29,7 @@ def main() -> int:
     parser.add_argument("--check", help="BACKEND/KERNEL/SHAPE: one check in this process, for a sanitizer")
     parser.add_argument("--launch", help="BACKEND/PROGRAM: one call of it, for a profiler")
     parser.add_argument("--if", dest="where", nargs=argparse.REMAINDER, help="BACKEND COMMAND: where BACKEND is here")
-    parser.add_argument("--minutes", type=float, default=9)
+    parser.add_argument("--minutes", type=float)
     parser.add_argument("--only", action="append", default=[])
     parser.add_argument("--again", type=Path)
     parser.add_argument("--baseline", type=Path)

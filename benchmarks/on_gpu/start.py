@@ -59,7 +59,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--state", type=Path, default=folder / "state", help="caches and logs; default: $SDATTN_GPU/state"
     )
-    parser.add_argument("--minutes", type=float, default=9, help="when all is to be over; default: 9")
+    parser.add_argument("--minutes", type=float, help="when all is to be over; default: 9, and 60 of a dry run")
     parser.add_argument(
         "--only", action="append", default=[], metavar="NAME", help="only items that begin so; repeatable"
     )
@@ -78,6 +78,8 @@ def parse() -> argparse.Namespace:
         given = getattr(options, name)
         if given is not None and not given.exists():
             parser.error(f"--{name}: {given} does not exist")
+    if options.minutes is None:
+        options.minutes = 60 if options.dry_run else 9
     if options.baseline and not options.only:
         parser.error("--baseline: say with --only which items to time beside it")
     return options
