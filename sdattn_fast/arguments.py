@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .plan import TokenSide
 from .program import Capture, Program
+from .streams import to_device
 
 __all__ = [
     "check_products", "check_bias", "check_scale", "check_grid", "check_seed", "check_program", "token_side", "indexed",
@@ -205,7 +206,7 @@ def _heads(heads: Any, count: int, device: torch.device) -> Tensor:
     if len(set(chosen)) != len(chosen):
         raise ValueError(f"heads: expected each index once, got {heads!r}")
     mask = [i in set(chosen) for i in range(count)]
-    return torch.tensor(mask, dtype=torch.bool, device=device)
+    return to_device(torch.tensor(mask, dtype=torch.bool), device)
 
 
 def _tensor(name: str, x: Any, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from .arguments import check_bias, check_grid, check_products, check_program, check_scale, check_seed, token_side
 from .backend import NAMES, KernelRefused, autograd, choose, cpu, fused, op, pass_over, triton, unavailable
-from .plan import Plan, TokenSide, fold_into_value, make_plan
+from .plan import Plan, TokenSide, fold_into_value, make_plan, plan_on, side_on
 from .program import Capture, Program, Refinement
 from .reference import reference_attention
-from .streams import MadeOn
+from .streams import MadeOn, to_device
 
 __all__ = ["semantic_attention", "prepare", "Prepared"]
 
@@ -157,7 +157,10 @@ class FoldedText:
 
 @dataclass(frozen=True)
 class Prepared:
-    """A lowered call: everything but the tensors that change from step to step. Made by `prepare`."""
+    """A lowered call: everything but the tensors that change from step to step. Made by `prepare`.
+
+    at_home: the call that `to` was asked of, whose numbers can be looked at without waiting; None: this one.
+    """
 
     program: Program
     side: TokenSide
@@ -165,6 +168,7 @@ class Prepared:
     capture: Capture | None
     backend: str
     seed: int | Tensor | None
+    at_home: Prepared | None = None
 
     def __call__(
         self,
@@ -208,6 +212,33 @@ class Prepared:
                 assert self.plan is not None
                 pass_over(error, query, key, value, self.plan, needs_grad)
 
+    def to(self, device: torch.device) -> Prepared:
+        """The same call for inputs on another device. From the CPU to a GPU nobody waits."""
+        if device == self.side.device:
+            return self
+        plan = None if self.plan is None else plan_on(self.plan, device)
+        side = side_on(self.side, device) if plan is None else plan.side
+        seed = to_device(self.seed, device) if isinstance(self.seed, Tensor) else self.seed
+        return replace(self, side=side, plan=plan, seed=seed, at_home=self.home)
+
+    def with_gate(self, gate: Tensor) -> Prepared:
+        """The same call with other numbers in its gate, which had the same shape, (B, N) or (B, H, N), and a floating
+        dtype; they are not looked at."""
+        gate = gate.to(torch.promote_types(gate.dtype, torch.float32))
+        gate = gate[:, None, :] if gate.dim() == 2 else gate
+        side, plan = replace(self.side, gate=gate), self.plan
+        if plan is not None:
+            rows = plan.rows
+            rows = rows if rows.gate is None else replace(rows, gate=gate.to(torch.float32).contiguous())
+            plan = replace(plan, rows=rows, side=side)
+        return replace(self, side=side, plan=plan, at_home=self.home)
+
+    @property
+    def home(self) -> Prepared:
+        """This call where its numbers can be looked at without waiting, if there is such a place; the gate may be
+        another's."""
+        return self if self.at_home is None else self.at_home
+
     def tensors(self) -> list[Tensor]:
         """What the call keeps on its device: the token side's tensors and the plan's."""
         parts = (self.side, *(() if self.plan is None else (self.plan.rows, self.plan.picture, self.plan)))
@@ -234,10 +265,10 @@ class Prepared:
     def folds_alike(self, other: Prepared) -> bool:
         """Whether `fold` gives for the other call what it gives for this one: same content tokens and heads, no linear
         steps."""
-        if self.plan is None or other.plan is None or self.plan.folded or other.plan.folded:
+        mine, theirs = self.home.plan, other.home.plan
+        if mine is None or theirs is None or mine.folded or theirs.folded:
             return False
-        mine, theirs = self.plan.rows, other.plan.rows
-        return _equal(mine.content, theirs.content) and _equal(mine.head_mode, theirs.head_mode)
+        return _equal(mine.rows.content, theirs.rows.content) and _equal(mine.rows.head_mode, theirs.rows.head_mode)
 
     def may_sum_heads(self) -> bool:
         """Whether what follows p @ value treats all heads of an entry alike, so that they may be summed before it."""
@@ -269,7 +300,7 @@ class Prepared:
         name = self._folding_backend(key.device)
         if name != "cpu" and out_bias is not None:
             out_bias = out_bias.to(key.dtype)  # what it was before it was widened
-        packed = fused(name).pack(key, value, self.plan.rows)
+        packed = fused(name).pack(key, value, self.plan.rows, self._heads_there())
         return FoldedText(name, packed, shared_query, summed, scale, token_bias, out_bias, MadeOn(key.device))
 
     def call_folded(
@@ -302,6 +333,13 @@ class Prepared:
             if maps is not None and rows.capture_final:
                 maps = _smooth_maps(name, maps, grid, plan)
         return out, maps
+
+    def _heads_there(self) -> list[int] | None:
+        """The heads that do not give zeros; None: all."""
+        side = self.home.side
+        if side.heads is None or side.inactive_heads != "zero" or bool(side.heads.all()):
+            return None
+        return side.heads.nonzero()[:, 0].tolist()
 
     def _folding_backend(self, device: torch.device) -> str:
         return self.backend if self.backend != "auto" else "cpu" if device.type == "cpu" else "triton"
@@ -418,7 +456,9 @@ class Prepared:
         seed = self.seed if seed is None else seed
         if seed is None:
             return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
-        return torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(1)
+        if isinstance(seed, int):
+            seed = torch.tensor([seed], dtype=torch.int64)
+        return to_device(seed, device).reshape(1)
 
 
 def _equal(x: Tensor | None, y: Tensor | None) -> bool:

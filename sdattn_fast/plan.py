@@ -9,14 +9,16 @@ Source: DESIGN.md section 1, fact 3 (linear steps fold away) and section 2 (the 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from .program import Capture, Program
+from .streams import to_device
 
-__all__ = ["TokenSide", "RowPlan", "PicturePlan", "Plan", "make_plan", "fold_into_value"]
+__all__ = ["TokenSide", "RowPlan", "PicturePlan", "Plan", "make_plan", "plan_on", "side_on", "fold_into_value"]
 
 RENORMALIZE = {"none": 0, "content": 1, "row": 2}
 HEAD_PROGRAM, HEAD_PLAIN, HEAD_ZERO = 0, 1, 2
@@ -59,6 +61,7 @@ class RowPlan:
     capture_tokens: (T,) int32 or None. capture_final: map after step 6, else after step 1. capture_mean: mean over the
         heads of mode 0, (B, T, M); else every head, (B, H, T, M).
     max_content, max_drop: bounds, known to the host, on content tokens per entry and on `drop`.
+    derived: what backends make of these tensors and keep, by name; plans that differ in the seed alone share it.
     """
 
     content: Tensor | None = None
@@ -75,6 +78,7 @@ class RowPlan:
     capture_mean: bool = True
     max_content: int = 0
     max_drop: int = 0
+    derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def decides(self) -> bool:
@@ -141,6 +145,27 @@ def make_plan(program: Program, side: TokenSide, capture: Capture | None = None)
         smoothings = program.refine.steps if alone and not again else 1
     sigma = program.refine.sigma if program.refine is not None and smoothings else 0.0
     return Plan(folded, rows, picture, side, sigma, smoothings, _where_program(side) if smoothings else None)
+
+
+def plan_on(plan: Plan, device: torch.device) -> Plan:
+    """The plan for inputs on another device."""
+    return replace(
+        plan,
+        rows=replace(_tensors_on(plan.rows, device), derived={}),
+        picture=None if plan.picture is None else _tensors_on(plan.picture, device),
+        side=side_on(plan.side, device),
+        smoothed=None if plan.smoothed is None else to_device(plan.smoothed, device),
+    )
+
+
+def side_on(side: TokenSide, device: torch.device) -> TokenSide:
+    """The token side of inputs on another device."""
+    return replace(_tensors_on(side, device), device=device)
+
+
+def _tensors_on(part: Any, device: torch.device) -> Any:
+    tensors = {name: x for name, x in vars(part).items() if isinstance(x, Tensor)}
+    return replace(part, **{name: to_device(x, device) for name, x in tensors.items()})
 
 
 def _picture_plan(program: Program, side: TokenSide) -> PicturePlan | None:
@@ -270,7 +295,7 @@ def _capture_plan(rows: RowPlan, side: TokenSide, capture: Capture | None) -> Ro
     tokens = range(side.tokens) if capture.tokens is None else capture.tokens
     return replace(
         rows,
-        capture_tokens=torch.tensor(list(tokens), dtype=torch.int32, device=side.device),
+        capture_tokens=to_device(torch.tensor(list(tokens), dtype=torch.int32), side.device),
         capture_final=capture.stage == "final",
         capture_mean=capture.reduce == "mean",
     )

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .program import Capture, Program
+from .streams import to_device
 
 __all__ = ["reference_attention", "row_program", "philox_uniform", "gaussian_kernel"]
 
@@ -249,7 +250,7 @@ def _convolve_reflected(maps: Tensor, kernel: Tensor, dim: int) -> Tensor:
 
 def _captured(p: Tensor, capture: Capture, is_head: Tensor) -> Tensor:
     tokens = list(range(p.shape[-1])) if capture.tokens is None else list(capture.tokens)
-    maps = p[..., tokens].to(torch.float32).transpose(-1, -2)
+    maps = p[..., to_device(torch.tensor(tokens, dtype=torch.int64), p.device)].to(torch.float32).transpose(-1, -2)
     if capture.reduce == "none":
         return maps
     weight = is_head.to(torch.float32)

@@ -1,8 +1,4 @@
-"""Tensors that are kept are made on one CUDA stream and may be read on others: `MadeOn` makes that safe.
-
-Without it, a second stream could read them before they are written, and the allocator, which knows of the first stream
-alone, could give their memory to somebody else while the second one still reads it.
-"""
+"""A GPU works behind the host: `to_device` sends it tensors, and `MadeOn` lets several of its streams share them."""
 
 from __future__ import annotations
 
@@ -12,11 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MadeOn"]
+__all__ = ["MadeOn", "to_device"]
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """x on a device; from the CPU to a GPU without waiting for what the GPU still has to do, unless x wants a gradient.
+
+    Pinned, because of pageable memory CUDA says that the driver may wait for the stream. The pinned copy is torch's,
+    which gives its memory to nobody before the GPU has read it.
+
+    Raises: RuntimeError while a CUDA graph is captured, which would read the CPU's memory again at every replay.
+    """
+    if device.type != "cuda" or x.device.type != "cpu" or torch.compiler.is_compiling():
+        return x.to(device)
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            "sdattn_fast: a CUDA graph is captured, and something is still to be sent to the GPU. Run the same call "
+            "once before the capture, with text_cache=True and a timestep on the GPU"
+        )
+    return x.to(device) if x.requires_grad else x.pin_memory().to(device, non_blocking=True)
 
 
 class MadeOn:
     """The stream that was current on a device when this was made, right after the tensors were; nothing on a CPU.
+
+    Without it, a second stream could read kept tensors before they are written, and the allocator, which knows of the
+    first stream alone, could give their memory to somebody else while the second one still reads it.
 
     Example: ``made = MadeOn(key.device)``, kept beside the key, and ``made.use(lambda: (key,))`` before each use.
     """

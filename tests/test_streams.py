@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sdattn_fast.streams import MadeOn
+from sdattn_fast.streams import MadeOn, to_device
 
 CUDA = torch.device("cuda", 0)
 
@@ -77,3 +77,11 @@ def test_a_copy_belongs_to_the_stream_that_made_the_copy(gpu):
 def test_a_cpu_has_no_streams(monkeypatch):
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: pytest.fail("no CUDA here"))
     MadeOn(torch.device("cpu")).use(lambda: pytest.fail("nothing to record"))
+
+
+def test_nothing_is_sent_in_a_capture(gpu):
+    """A replay would read the CPU's memory, which is somebody else's by then."""
+    gpu.capturing = True
+    with pytest.raises(RuntimeError, match="Run the same call once before the capture"):
+        to_device(torch.zeros(2), CUDA)
+    assert to_device(torch.zeros(2), torch.device("meta")).is_meta

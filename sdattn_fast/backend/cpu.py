@@ -177,8 +177,9 @@ def folded_refusal(x: Tensor, plan: Plan) -> str | None:
     return None
 
 
-def pack(key: Tensor, value: Tensor, rows: RowPlan) -> Packed:
-    """Lay out key (B, H, N, D) and value (B, H, N, Dv) for many calls of `folded` with this plan's content tokens."""
+def pack(key: Tensor, value: Tensor, rows: RowPlan, heads_there: list[int] | None = None) -> Packed:
+    """Lay out key (B, H, N, D) and value (B, H, N, Dv) for many calls of `folded` with this plan's content tokens.
+    heads_there: which do not give zeros; the kernel sees that by itself."""
     b, h, n, d = key.shape
     sizes, dtype = (b, h, 0, n, d, value.shape[3]), _DTYPES[key.dtype]
     data = torch.empty(_core.cpu_packed_bytes(sizes, dtype) + 64, dtype=torch.uint8)

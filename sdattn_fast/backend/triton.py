@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..plan import HEAD_ZERO, PicturePlan, Plan, RowPlan
-from ..streams import MadeOn
+from ..plan import PicturePlan, Plan, RowPlan
+from ..streams import MadeOn, to_device
 from .devices import gpu_index
 from .refusal import launching
 
@@ -228,13 +228,13 @@ def folded_refusal(x: Tensor, plan: Plan) -> str | None:
     return None
 
 
-def pack(key: Tensor, value: Tensor, rows: RowPlan) -> Packed:
-    """Bring key (B, H, N, D) and value (B, H, N, Dv) into the kernel's order, for many calls of `folded`."""
+def pack(key: Tensor, value: Tensor, rows: RowPlan, heads_there: list[int] | None = None) -> Packed:
+    """Bring key (B, H, N, D) and value (B, H, N, Dv) into the kernel's order, for many calls of `folded`. heads_there:
+    those that do not give zeros, None for all; the others cost nothing."""
     b, h, n, d = key.shape
     dv, heads = value.shape[3], None
-    if rows.head_mode is not None and bool((rows.head_mode == HEAD_ZERO).any()):
-        # Heads that give zeros are not there and cost nothing.
-        heads = (rows.head_mode != HEAD_ZERO).nonzero()[:, 0]
+    if heads_there is not None:
+        heads = to_device(torch.tensor(heads_there, dtype=torch.long), key.device)
         key, value = key[:, heads], value[:, heads]
     if rows.content is not None:
         order = content_first(rows.content).long()[:, None, :, None].expand(-1, key.shape[1], -1, -1)
@@ -714,20 +714,28 @@ def _split(size: int) -> tuple[int, int]:
 
 
 def _kept(rows: RowPlan, name: str, source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """A small tensor derived from a RowPlan's, kept with that very plan: in eager use one plan serves a whole prompt.
+    """A small tensor derived from a RowPlan's, kept with the plan: in eager use one plan serves a whole prompt.
 
-    Made anew where the source was written to since, and never kept from a CUDA graph's capture, whose memory is the
-    graph's own. Custom ops make a new RowPlan each call, so nothing is ever kept under torch.compile.
+    Made anew where the source is another or was written to since, and never kept from a CUDA graph's capture, whose
+    memory is the graph's own. Custom ops make a new RowPlan each call, so nothing is ever kept under torch.compile.
     """
     version = None if source.is_inference() else source._version
-    have = rows.__dict__.get(f"_triton_{name}")
-    if have is not None and have[0] == version:
-        have[2].use(lambda: (have[1],))
-        return have[1]
+    have = rows.derived.get(name)
+    if have is not None and have.source is source and have.version == version:
+        have.made_on.use(lambda: (have.made,))
+        return have.made
     made = make(source)
     if not (source.is_cuda and torch.cuda.is_current_stream_capturing()):
-        rows.__dict__[f"_triton_{name}"] = (version, made, MadeOn(made.device))
+        rows.derived[name] = _Derived(source, version, made, MadeOn(made.device))
     return made
+
+
+@dataclass(frozen=True)
+class _Derived:
+    source: Tensor
+    version: int | None
+    made: Tensor
+    made_on: MadeOn
 
 
 def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

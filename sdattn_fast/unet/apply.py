@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-import weakref
-import zlib
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..files import ProgramFile, load_heads
 from ..program import Capture, Program
+from .before_forward import PatchedModel, before_forward
 from .ip_adapter import ip_adapter_processor, is_ip_adapter
 from .layers import LAYER, Layer, cross_attention_layers, heads_of_layers, select_layers, watch_grids
 from .maps import MapKeeper, Maps
@@ -124,7 +121,7 @@ def apply(
             for name, attn in cross_attention_layers(model, prefix)
             if name in wanted
         ]
-        patched.append(_Model(model, outer, text, mine))
+        patched.append(PatchedModel(model, outer, text, mine))
     if memory is not None and not memory.watches:
         memory = None
     layers_kept = None
@@ -145,7 +142,7 @@ class Patch:
         self,
         settings: Settings,
         given: Given,
-        models: list[_Model],
+        models: list[PatchedModel],
         layers: list[Layer],
         memory: PromptMemory | None,
         layers_kept: Sequence[str] | None = None,
@@ -198,14 +195,15 @@ class Patch:
         checked = {name: checked_token_input(name, x) for name, x in inputs.items()}
         for name, x in checked.items():
             setattr(self._given, name, x)
-        # What was plain attention may not be so any more, and its text was not asked for then: look again.
-        self.refresh()
+        for model in self._models:
+            model.text.forget_prepared()
 
     def refresh(self) -> None:
         """Forget everything derived from text; it is derived anew at the next step."""
         for model in self._models:
-            model.seen = None
             model.text.forget()
+        if self._memory is not None:
+            self._memory.forget_found()
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -250,7 +248,7 @@ class Patch:
                 setattr(layer.attn, LAYER, layer)
                 self._place(layer)
             if model.layers:
-                self._handles += _before_forward(model, _ModelHook(self, model))
+                self._handles += before_forward(model, self)
                 self._handles += watch_grids(model.module, model.layers)
         if self._memory is not None:
             self._memory.install()
@@ -305,139 +303,6 @@ def _from_files(
     return program, layers, load_heads(heads)[0] if isinstance(heads, (str, Path)) else heads, inactive_heads
 
 
-class _Model:
-    """A UNet or ControlNet of a patch, and the text that it saw last."""
-
-    def __init__(self, module: nn.Module, outer: nn.Module, text: TextState, layers: list[Layer]) -> None:
-        self.module = module
-        self.outer = outer
-        self.text = text
-        self.layers = layers
-        self.seen: tuple[weakref.ref[Tensor], int, int] | None = None
-        self.keys = torch.tensor([zlib.crc32(layer.name.encode()) for layer in layers], dtype=torch.int64)
-
-
-def _before_forward(model: _Model, hook: _ModelHook) -> list[Any]:
-    """Run the hook before every forward of a model, outside the graph where the model was compiled; the handles.
-
-    torch.compile's wrapper and `module.compile()` both trace the hooks of the module inside, and with fullgraph=True
-    they must not meet this one. So it goes around the compiled call, with one inside that is silent while traced.
-    """
-    module, outer = model.module, model.outer
-    if outer is not module:
-        inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
-        return [outer.register_forward_pre_hook(hook, with_kwargs=True), inside]
-    compiled_call = module._compiled_call_impl
-    if compiled_call is None:
-        return [module.register_forward_pre_hook(hook, with_kwargs=True)]
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        hook(module, args, kwargs)
-        return compiled_call(*args, **kwargs)
-
-    module._compiled_call_impl = call
-    inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
-    return [_CompiledCall(module, call, compiled_call), inside]
-
-
-def _silent_in_graphs(hook: _ModelHook) -> Callable[..., None]:
-    def inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
-            hook(module, args, kwargs)
-
-    return inner
-
-
-@dataclass
-class _CompiledCall:
-    """A handle, like a hook's."""
-
-    module: nn.Module
-    ours: Callable[..., Any]
-    theirs: Callable[..., Any]
-
-    def remove(self) -> None:
-        if self.module._compiled_call_impl is self.ours:
-            self.module._compiled_call_impl = self.theirs
-
-
-class _ModelHook:
-    """Before a UNet or ControlNet runs: look at its text, mix its seeds, see that our processors are in place."""
-
-    # Eager even in a compiled UNet: looking rows up by value is Python's work, once per prompt.
-    _torchdynamo_disable = True
-
-    def __init__(self, patch: Patch, model: _Model) -> None:
-        self.patch = patch
-        self.model = model
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        patch, model = self.patch, self.model
-        patch._keep_in_place(model.layers)
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
-        scheduled = not isinstance(patch._settings.dropout_when, str)
-        if patch._keeper is not None or scheduled:
-            step = patch._steps.begin(model.module, timestep, 0 if patch._memory is None else patch._memory.encoded)
-            if patch._keeper is not None:
-                x = kwargs.get("sample", args[0] if args else None)
-                patch._keeper.begin_step(model.module, model.layers, x, step)
-            if scheduled:
-                model.text.step = patch.step if module.training else step
-        for layer in model.layers:
-            layer.grid = None
-        text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-        if isinstance(text, Tensor) and text.dim() == 3:
-            self._look_at(text)
-            if patch._settings.text_cache:
-                model.text.cached.look(text)
-        seed = patch._settings.seed
-        if seed is not None:
-            seeds = _mixed_seeds(seed, timestep, model.keys, text.device if isinstance(text, Tensor) else None)
-            for layer, one in zip(model.layers, seeds.split(1), strict=True):
-                layer.seed = one
-
-    def _look_at(self, text: Tensor) -> None:
-        patch, model = self.patch, self.model
-        # Inference tensors have no version, so their edits cannot be seen: look again.
-        version = -1 if text.is_inference() else text._version
-        encoded = 0 if patch._memory is None else patch._memory.encoded
-        if model.seen is not None:
-            tensor, then, prompts = model.seen
-            if tensor() is text and then == version != -1 and prompts == encoded:
-                self._prepare(text)
-                return
-        rows = None if patch._memory is None else patch._memory.find(text)
-        told = patch._given.active is not None and (
-            patch._given.protected is not None or not model.text.needs_protected()
-        )
-        if patch._memory is not None and rows is None and not told and model.text.needs_active():
-            raise ValueError(
-                f"encoder_hidden_states: its rows {tuple(text.shape)} are not what this pipeline's encode_prompt "
-                "returned, so prompts and unconditional entries cannot be told apart. Pass active=, bool "
-                f"({text.shape[0]},), True for prompts, and protected=, bool ({text.shape[1]},), True for BOS, EOS and "
-                "padding, to sdattn_fast.apply or patch.update; or apply to the pipeline that encodes the text"
-            )
-        model.text.see(rows)
-        model.seen = (weakref.ref(text), version, encoded)
-        self._prepare(text)
-
-    def _prepare(self, text: Tensor) -> None:
-        """Ahead of the layers, so that a compiled block finds its call prepared."""
-        gate = self.patch._given.gate
-        if not self.patch._settings.text_cache or (gate is not None and gate.requires_grad):
-            return
-        try:
-            for layer in self.model.layers:
-                heads_count = int(layer.attn.heads)
-                self.model.text.prepared(
-                    text.shape[0], heads_count, text.shape[1], text.device, layer.heads, layer.captures,
-                    layer.attn.training,
-                )  # fmt: skip
-        except ValueError:
-            # Video models multiply the batch inside: what does not fit here may fit there. If not, the layer says so.
-            return
-
-
 def _with_weights_of_their_own(found: Sequence[tuple[str, Any]]) -> set[str]:
     """Layers whose processor was trained (Custom Diffusion): ours in its place would compute something else."""
     theirs = {
@@ -487,23 +352,3 @@ def _unwrapped(model: nn.Module) -> nn.Module:
             model = model.module
         else:
             return model
-
-
-def _mixed_seeds(seed: int, timestep: Any, keys: Tensor, device: torch.device | None) -> Tensor:
-    """(layers,) int64 in [0, 2**63): seed, timestep and layer through splitmix64's finaliser, on the device, without a
-    look at the timestep. The same step of the same prompt has the same seeds again, whatever ran in between."""
-    if isinstance(timestep, Tensor):
-        step = timestep.detach().reshape(-1)[:1].to(device=device, dtype=torch.float32)
-    else:
-        step = torch.tensor([float(timestep)], dtype=torch.float32, device=device)
-    # Schedulers with fractional timesteps exist: their bits count, not their floor.
-    bits = step.view(torch.int32).to(torch.int64)
-    x = (keys.to(bits.device) << 32) ^ bits ^ seed
-    for shift, factor in ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15)):
-        x = (x ^ _shifted(x, shift)) * factor
-    return (x ^ _shifted(x, 31)) & (2**63 - 1)
-
-
-def _shifted(x: Tensor, by: int) -> Tensor:
-    """Shift right without the sign, which torch's int64 drags along."""
-    return (x >> by) & ((1 << (64 - by)) - 1)

@@ -131,7 +131,7 @@ def fold_text(attn: Any, kind: str, key: Tensor, value: Tensor, prepared: Prepar
 
 
 def _affine(module: Any, width: int, device: torch.device) -> tuple[Tensor, Tensor | None]:
-    """x @ weight + bias of a linear module: weight (width, out), bias (out,), float32; bias None where it is zero.
+    """x @ weight + bias of a linear module: weight (width, out), bias (out,), float32; bias None where there is none.
 
     Where it is more than a Linear, with an adapter around it, it runs on the unit vectors, its parameters widened and
     its bias out of the way, so that nothing is rounded beside it.
@@ -144,7 +144,7 @@ def _affine(module: Any, width: int, device: torch.device) -> tuple[Tensor, Tens
     with torch.no_grad():
         weight = functional_call(module, no_bias, torch.eye(width, device=device))
         bias = functional_call(module, wide, torch.zeros(1, width, device=device))[0]
-    return weight, bias if bool(bias.any()) else None
+    return weight, bias if any(name.endswith("bias") for name in wide) else None
 
 
 def _rates(dtype: torch.dtype) -> Rates:

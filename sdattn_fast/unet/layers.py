@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ..backend.autograd import Relevance
+from ..streams import to_device
 from .settings import checked_heads
 from .text_state import TextState
 
@@ -38,8 +39,9 @@ class Layer:
 
     heads: the active ones, None for all. grid: (height, width) of the forward in progress. seed: (1,) int64, layer and
     timestep mixed in. captures: whether it keeps maps in this step. captured: maps (B, T, M) or (B, H, T, M), which
-    entries are active, the grid. bias: (B or 1, 1, M, N), added to the logits. asks: tokens (T,) int32 and heads (H,)
-    uint8 or None, whose relevance the backward pass is to add up; sink: (B, T, M), whose gradient it will be.
+    entries are active ((B,) bool on the CPU, None for all), the grid. bias: (B or 1, 1, M, N), added to the logits.
+    asks: tokens (T,) int32 and heads (H,) uint8 or None, whose relevance the backward pass is to add up; sink:
+    (B, T, M), whose gradient it will be.
     """
 
     name: str
@@ -62,7 +64,7 @@ class Layer:
             return None
         tokens, heads = self.asks
         self.sink = torch.zeros((), device=device, requires_grad=True).expand(batch, tokens.shape[0], pixels)
-        return Relevance(self.sink, tokens.to(device), None if heads is None else heads.to(device))
+        return Relevance(self.sink, to_device(tokens, device), None if heads is None else to_device(heads, device))
 
 
 def is_served(attn: Any) -> bool:

@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -186,10 +187,11 @@ class MapKeeper:
         self._sums: dict[str, tuple[Tensor, int]] = {}
         self._key: dict[tuple[int, int, int], set[str]] = {}
 
-    def begin_step(self, model: nn.Module, layers: Sequence[Layer], x: Any, step: int) -> None:
-        """Before a model's forward: take in what the step before left, say which layers keep their maps in this one."""
+    def begin_step(self, model: nn.Module, layers: Sequence[Layer], x: Any, step: int, new_run: bool) -> None:
+        """Before a model's forward: take in what the step before left, say which layers keep their maps in this one.
+        new_run: what was taken in before is another picture's."""
         self._absorb(layers)
-        if step == 0:
+        if new_run:
             for layer in layers:
                 self._sums.pop(layer.name, None)
         names = self._layers(model, layers, x)
@@ -329,7 +331,17 @@ def _picture(layer: Layer) -> Tensor | None:
     maps, active, grid = layer.captured
     if grid is None:
         raise ValueError(f"maps: layer {layer.name!r} ran outside a block that knows its height and width")
-    return (maps if active is None else maps[active]).unflatten(-1, grid)
+    return _entries(maps, active).unflatten(-1, grid)
+
+
+def _entries(maps: Tensor, active: Tensor | None) -> Tensor:
+    """Those that a bool (B,) on the CPU names; by slices, since an index would be sent to the maps' device."""
+    if active is None:
+        return maps
+    chosen = active.nonzero()[:, 0].tolist()
+    if chosen and chosen[-1] - chosen[0] + 1 == len(chosen):
+        return maps[chosen[0] : chosen[-1] + 1]
+    return torch.stack([maps[i] for i in chosen]) if chosen else maps[:0]
 
 
 def _save(tensors: Mapping[str, Tensor], path: str | Path, metadata: dict[str, str]) -> None:

@@ -252,7 +252,7 @@ def _cross_attention(
             relevance=relevance,
         )  # fmt: skip
     if maps is not None and layer is not None:
-        layer.captured = (maps, prepared.side.active, grid)
+        layer.captured = (maps, prepared.home.side.active, grid)
     if folded is not None and folded.summed:
         return out
     return _project_out(attn, out, x if query is None else query, add_image)

@@ -10,9 +10,14 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from .places import Place, looking_is_free
+
 __all__ = ["StepCounter"]
+
+_MOST = 65536  # bytes that are read to learn a schedule's timesteps; schedules have 8000 at most
 
 
 class StepCounter:
@@ -20,14 +25,15 @@ class StepCounter:
 
     def __init__(self) -> None:
         self._runs: dict[int, tuple[int, int, float]] = {}  # of a model: the prompts encoded, steps done, last timestep
+        self._times = _Timesteps()
 
     def begin(self, model: nn.Module, timestep: Any, encoded: int) -> int:
         """The index of the step that begins, 0 where a run begins. encoded: how often the pipeline encoded prompts."""
         then, steps, last = self._runs.get(id(model), (-1, 0, -math.inf))
-        if isinstance(timestep, Tensor) and timestep.device.type != "cpu" and encoded:
-            time = last  # the pipeline says where a run begins; to look at the device would halt it at every step
+        if isinstance(timestep, Tensor) and not looking_is_free(timestep.device) and encoded:
+            time = last  # the pipeline says where a run begins
         else:
-            time = float(timestep.reshape(-1)[0]) if isinstance(timestep, Tensor) else float(timestep)
+            time = self._times.of(timestep)
         if then != encoded or time > last:
             steps = 0
         self._runs[id(model)] = (encoded, steps + 1, time)
@@ -41,3 +47,28 @@ class StepCounter:
             yield
         finally:
             self._runs = runs
+
+
+class _Timesteps:
+    """Reads timesteps, those of a GPU once a schedule: a loop hands out one element after the other of a tensor."""
+
+    def __init__(self) -> None:
+        self._place: Place | None = None
+        self._dtype: torch.dtype | None = None
+        self._numbers: list[float] = []
+
+    def of(self, timestep: Any) -> float:
+        if not isinstance(timestep, Tensor):
+            return float(timestep)
+        first = timestep.detach().reshape(-1)[:1]
+        if looking_is_free(timestep.device):
+            return float(first)
+        size = first.untyped_storage().nbytes()
+        if size > _MOST:
+            return float(first)
+        place = Place(first)
+        if self._place is None or not self._place.same_memory(place) or self._dtype != first.dtype:
+            count = size // first.element_size()
+            self._numbers = torch.as_strided(first, (count,), (1,), 0).tolist()
+            self._place, self._dtype = place, first.dtype
+        return float(self._numbers[first.storage_offset()])

@@ -2,12 +2,13 @@
 moves.
 
 That is the text, the weights they went through and torch's modes. Each is looked at before every use:
-- text: the same tensor and version, or else the same values. On a CPU the values are compared even for the same
-  tensor, once a forward, since a write through `.data` leaves no trace in the version.
+- text: on a CPU the values, once a forward. Elsewhere, where a look at values would wait for the device, the memory:
+  the same, and not written to since (`Place`), whichever tensor or view comes with it. A write through `.data` leaves
+  no trace there: that is what `Patch.refresh` is for. Text made in inference mode, whose writes torch does not count,
+  is new at every forward.
 - weights: the same parameters, versions, storages and strides; PEFT's active and merged adapters and their scaling;
-  and a strided sample of the numbers themselves, for writes through `.data`: on a CPU at every forward; elsewhere,
-  where a look would wait for the device, at every new text tensor. A single number changed that way can slip through,
-  and, off the CPU, any number where the very same text tensor follows: that is what `Patch.refresh` is for.
+  and, on a CPU, a strided sample of the numbers at every forward, for writes through `.data`. A single number changed
+  that way can slip through, and, off the CPU, any number until the text changes: `Patch.refresh` again.
 - modes: autocast and inference mode.
 Where any of it cannot be known (a module of an unknown kind, hooks on it or on all modules, DataParallel's replicas,
 inference tensors, gradients), nothing is kept.
@@ -22,7 +23,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import torch
@@ -32,6 +32,7 @@ from torch.nn.modules import module as torch_module
 
 from ..functional import FoldedText, Prepared
 from ..streams import MadeOn
+from .places import Place, looking_is_free, version_of
 
 __all__ = ["KeyValue", "Served", "TextCache", "Weights"]
 
@@ -46,8 +47,7 @@ class TextCache:
         self._lock = threading.Lock()
         self._count = 0
         self._looks = 0
-        self._texts: OrderedDict[int, Tensor] = OrderedDict()
-        self._texts_made: dict[int, MadeOn] = {}
+        self._texts: OrderedDict[int, Tensor | Place] = OrderedDict()  # a copy where looking is free
         self._seen: _Seen | None = None
         self._entries: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], KeyValue]]
         self._entries = weakref.WeakKeyDictionary()
@@ -58,23 +58,20 @@ class TextCache:
     def forget(self) -> None:
         with self._lock:
             self._texts.clear()
-            self._texts_made.clear()
             self._seen = None
             self._entries = weakref.WeakKeyDictionary()
 
     def look(self, text: Tensor) -> _Seen | None:
-        """Give a text its number, a new one for values that were not seen lately; None where it may not be kept.
+        """Give a text its number, a new one for a text that was not seen lately; None where it may not be kept.
 
         Called before a forward: until the next call, the same tensor object is taken for the same text.
         """
         if text.requires_grad and torch.is_grad_enabled():
             return None
         with self._lock:
-            number, before = self._number(text), self._seen
-            again = before is not None and before.number == number and before.text() is text
-            if text.device.type == "cpu" or not again:
-                self._looks += 1
-            self._seen = _Seen(weakref.ref(text), _version(text), number, self._looks)
+            number = self._number(text)
+            self._looks += 1
+            self._seen = _Seen(weakref.ref(text), version_of(text), number, self._looks)
             return self._seen
 
     def find(self, attn: nn.Module, text: Tensor, weights: Weights) -> tuple[tuple[Any, ...], KeyValue | None] | None:
@@ -83,7 +80,7 @@ class TextCache:
         None where nothing may be kept.
         """
         seen = self._seen  # read once: another thread may look at its own text meanwhile
-        if seen is None or seen.text() is not text or seen.version != _version(text):
+        if seen is None or seen.text() is not text or seen.version != version_of(text):
             seen = self.look(text)
         if seen is None:
             return None
@@ -91,9 +88,9 @@ class TextCache:
         entry = self._entries.get(attn, {}).get(key)
         if entry is None or not entry.weights.same_as(weights):
             return key, None
-        entry.made.use(lambda: (entry.key, entry.value, *entry.weights.samples))
+        entry.made.use(lambda: (entry.key, entry.value))
         if entry.look != seen.look:
-            if not entry.weights.sampled_alike():
+            if looking_is_free(text.device) and not entry.weights.sampled_alike():
                 return key, None
             entry.look = seen.look
         return key, entry
@@ -115,25 +112,20 @@ class TextCache:
     def bytes(self) -> int:
         """Of everything kept."""
         kept = [t for of_layer in list(self._entries.values()) for e in of_layer.values() for t in e.tensors()]
-        return sum(t.numel() * t.element_size() for t in [*kept, *self._texts.values()])
+        texts = [t for t in self._texts.values() if isinstance(t, Tensor)]
+        return sum(t.numel() * t.element_size() for t in [*kept, *texts])
 
     def _number(self, text: Tensor) -> int:
-        seen = self._seen
-        if seen is not None and seen.text() is text and seen.version is not None and text.device.type != "cpu":
-            if seen.version == text._version and seen.number in self._texts:
-                return seen.number
+        free = looking_is_free(text.device)
+        place = None if free else Place(text)
         for number, kept in reversed(self._texts.items()):
-            if kept.shape != text.shape or kept.dtype != text.dtype or kept.device != text.device:
-                continue
-            self._texts_made[number].use(partial(tuple, [kept]))
-            if torch.equal(kept, text):
+            if _same_values(kept, text) if isinstance(kept, Tensor) else kept == place:
                 self._texts.move_to_end(number)
                 return number
         self._count += 1
-        self._texts[self._count] = text.detach().clone()
-        self._texts_made[self._count] = MadeOn(text.device)
+        self._texts[self._count] = text.detach().clone() if place is None else place
         if len(self._texts) > TEXTS:
-            del self._texts_made[self._texts.popitem(last=False)[0]]
+            self._texts.popitem(last=False)
         return self._count
 
 
@@ -239,8 +231,9 @@ class Weights:
         )
 
     def sample(self) -> None:
-        """Remember some of the numbers, and keep the storages' names from being given again."""
-        self.samples = [_sampled(p).clone() for p in self.parameters]
+        """Remember some of the numbers, where looking is free, and keep the storages' names from being given again."""
+        if all(looking_is_free(p.device) for p in self.parameters):
+            self.samples = [_sampled(p).clone() for p in self.parameters]
         self.storages = [StorageWeakRef(p.untyped_storage()) for p in self.parameters]
 
     def sampled_alike(self) -> bool:
@@ -249,7 +242,7 @@ class Weights:
 
 @dataclass(frozen=True)
 class _Seen:
-    """The tensor looked at last: how many new tensors there were up to it is `look`."""
+    """The tensor looked at last, and which look it was."""
 
     text: weakref.ref[Tensor]
     version: int | None
@@ -257,8 +250,9 @@ class _Seen:
     look: int
 
 
-def _version(text: Tensor) -> int | None:
-    return None if text.is_inference() else text._version
+def _same_values(kept: Tensor, text: Tensor) -> bool:
+    alike = kept.shape == text.shape and kept.dtype == text.dtype and kept.device == text.device
+    return alike and torch.equal(kept, text)
 
 
 def _place(p: Tensor) -> tuple[Any, ...]:

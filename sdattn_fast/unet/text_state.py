@@ -9,6 +9,8 @@ Source: DESIGN.md section 1, fact 1 (text is stationary), and section 5 (where t
 
 from __future__ import annotations
 
+import functools
+from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,9 +19,9 @@ from torch import Tensor
 
 from ..functional import Prepared, prepare
 from ..program import Program
-from ..streams import MadeOn
+from ..streams import MadeOn, to_device
 from .settings import Settings
-from .text_cache import TextCache
+from .text_cache import TEXTS, TextCache
 
 __all__ = ["Given", "Rows", "TextState", "checked_token_input"]
 
@@ -31,17 +33,23 @@ class Rows:
     """What the pipeline knows of a batch of text.
 
     prompt: for every batch entry the index of its prompt, -1 for an unconditional entry. prompts: how many there are.
-    protected: (B, N) bool on the text's device; None where the tokens of a prompt are unknown.
+    protected: (B, N) bool on the CPU; None where the tokens of a prompt are unknown.
     """
 
     prompt: list[int]
     prompts: int
     protected: Tensor | None
 
+    @functools.cached_property
+    def key(self) -> tuple[Any, ...]:
+        """Equal for rows that are alike."""
+        protected = self.protected
+        return tuple(self.prompt), None if protected is None else (*protected.shape, protected.numpy().tobytes())
+
 
 @dataclass
 class Given:
-    """What the user said of the tokens; checked copies, or None."""
+    """What the user said of the tokens: checked copies on the CPU, but for a gate that wants a gradient; or None."""
 
     gate: Tensor | None = None
     phrases: Tensor | None = None
@@ -51,27 +59,36 @@ class Given:
 
 @dataclass
 class TextState:
-    """One model's text: the latest batch's rows, and the calls prepared for it. step: of a schedule of dropout."""
+    """One model's text: the latest batch's rows, and the calls prepared for it. step: of a schedule of dropout.
+
+    Everything is worked out on the CPU, where numbers may be looked at, and then sent to the device of the text.
+    """
 
     settings: Settings
     given: Given
     rows: Rows | None = None
     step: int | None = None
-    cache: dict[tuple[Any, ...], Prepared] = field(default_factory=dict)
-    made_on: dict[tuple[Any, ...], MadeOn] = field(default_factory=dict)  # of what is in cache
+    cache: dict[tuple[Any, ...], Ready] = field(default_factory=dict)  # for `rows`
+    caches: OrderedDict[tuple[Any, ...] | None, dict[tuple[Any, ...], Ready]] = field(default_factory=OrderedDict)
     cached: TextCache = field(default_factory=TextCache)
 
     def forget(self) -> None:
-        self.cache.clear()
-        self.made_on.clear()
+        self.forget_prepared()
         self.cached.forget()
+
+    def forget_prepared(self) -> None:
+        """What hangs on the user's inputs, but not the keys and values."""
+        self.cache = {}
+        self.caches.clear()
 
     def see(self, rows: Rows | None) -> None:
         """A new batch of text; what was prepared stays where its rows are of the same classes as before."""
-        if not _same(rows, self.rows):
-            self.cache.clear()
-            self.made_on.clear()
         self.rows = rows
+        key = None if rows is None else rows.key
+        self.cache = self.caches.setdefault(key, {})
+        self.caches.move_to_end(key)
+        if len(self.caches) > TEXTS:
+            self.caches.popitem(last=False)
 
     def needs_protected(self) -> bool:
         """Whether it matters which tokens are content: plain attention has no use for it."""
@@ -100,29 +117,36 @@ class TextState:
         """
         program = self.settings.program_at(self.step, training)
         key = (batch, heads_count, tokens, device.type, device.index, heads, captures, program.dropout)
-        found = self.cache.get(key) if self.settings.text_cache else None
-        if found is not None:
-            made_on = None if torch.compiler.is_compiling() else self.made_on.get(key)
-            if made_on is not None:
-                made_on.use(found.tensors)
-            return found
-        made = self._prepare(program, batch, heads_count, tokens, device, heads, captures)
-        # A gate with a gradient belongs to one graph. Under torch.compile the cache is read and not written.
+        compiling = torch.compiler.is_compiling()
+        ready = self.cache.get(key) if self.settings.text_cache else None
+        if ready is None:
+            made = self._prepare(program, batch, heads_count, tokens, heads, captures)
+            ready = Ready(made.to(device), None if compiling else MadeOn(device))
+            if not compiling:  # the cache is read there and not written
+                # What a schedule had for the steps before is not asked for again.
+                for old in list(self.cache):
+                    if old[-1] != program.dropout:
+                        self.cache.pop(old, None)
+                self.cache[key] = ready
+        elif ready.made is not None and not compiling:
+            ready.made.use(ready.prepared.tensors)
         gate = self.given.gate
-        if not torch.compiler.is_compiling() and not (gate is not None and gate.requires_grad):
-            self.made_on[key] = MadeOn(device)
-            self.cache[key] = made
-        return made
+        if gate is None or not gate.requires_grad:
+            return ready.prepared
+        # It belongs to one graph.
+        whole = self._expand("gate", self._prompt_of_entries(batch), batch, tokens, device)
+        assert whole is not None
+        return ready.prepared.with_gate(whole)
 
-    def active(self, batch: int, device: torch.device) -> Tensor | None:
-        """(B,) bool, None for all."""
+    def active(self, batch: int) -> Tensor | None:
+        """(B,) bool on the CPU, None for all."""
         if self.given.active is not None:
             if tuple(self.given.active.shape) != (batch,):
                 raise ValueError(
                     f"active: expected shape ({batch},), the UNet's batch with its unconditional entries, "
                     f"got {tuple(self.given.active.shape)}"
                 )
-            return self.given.active.to(device)
+            return self.given.active
         if self.rows is None:
             return None
         if len(self.rows.prompt) != batch:
@@ -133,7 +157,7 @@ class TextState:
                     "pass active= and protected= for that batch to sdattn_fast.apply or patch.update"
                 )
             return None
-        return torch.tensor([p >= 0 for p in self.rows.prompt], dtype=torch.bool, device=device)
+        return torch.tensor([p >= 0 for p in self.rows.prompt], dtype=torch.bool)
 
     def _prepare(
         self,
@@ -141,24 +165,27 @@ class TextState:
         batch: int,
         heads_count: int,
         tokens: int,
-        device: torch.device,
         heads: tuple[int, ...] | None,
         captures: bool,
     ) -> Prepared:
+        """On the CPU; a gate that wants a gradient is left for later, and of its shape here."""
         s = self.settings
-        active = self.active(batch, device)
+        active = self.active(batch)
         prompt = self._prompt_of_entries(batch)
-        protected = self._expand("protected", prompt, batch, tokens, device)
+        gate = self._expand("gate", prompt, batch, tokens)
+        if gate is not None and gate.requires_grad:
+            gate = torch.ones(gate.shape)
+        protected = self._expand("protected", prompt, batch, tokens)
         if protected is None and self.rows is not None and self.needs_protected():
-            protected = self._found_protected(batch, tokens, device)
+            protected = self._found_protected(batch, tokens)
         return prepare(
             program,
             batch=batch,
             heads_count=heads_count,
             tokens=tokens,
-            device=device,
-            gate=self._expand("gate", prompt, batch, tokens, device),
-            phrases=self._expand("phrases", prompt, batch, tokens, device),
+            device=_CPU,
+            gate=gate,
+            phrases=self._expand("phrases", prompt, batch, tokens),
             protected=protected,
             active=active,
             heads=heads,
@@ -167,7 +194,7 @@ class TextState:
             backend=s.backend,
         )
 
-    def _found_protected(self, batch: int, tokens: int, device: torch.device) -> Tensor:
+    def _found_protected(self, batch: int, tokens: int) -> Tensor:
         rows = self.rows
         assert rows is not None
         if rows.protected is None:
@@ -181,7 +208,7 @@ class TextState:
                 f"protected: the pipeline encoded {tuple(rows.protected.shape)} (batch, tokens), this layer sees "
                 f"({batch}, {tokens}); pass protected= and active= to apply or patch.update"
             )
-        return rows.protected.to(device)
+        return rows.protected
 
     def _prompt_of_entries(self, batch: int) -> list[int]:
         """The prompt of every batch entry; the user's `active` wins over what the pipeline knows."""
@@ -192,14 +219,17 @@ class TextState:
             return self.rows.prompt
         return list(range(batch))
 
-    def _expand(self, name: str, prompt: list[int], batch: int, tokens: int, device: torch.device) -> Tensor | None:
-        """A user's tensor, brought from its prompts to the UNet's batch."""
+    def _expand(
+        self, name: str, prompt: list[int], batch: int, tokens: int, device: torch.device | None = None
+    ) -> Tensor | None:
+        """A user's tensor, brought from its prompts to the UNet's batch. device: where to, by default where it is."""
         x: Tensor | None = getattr(self.given, name)
         if x is None:
             return None
         if x.dim() == 1:
             x = x[None]
-        x = x.to(device)
+        device = x.device if device is None else device
+        x = to_device(x, device)
         entries = [b for b, p in enumerate(prompt) if p >= 0]
         prompts = max([p + 1 for p in prompt], default=0)
         lead = x.shape[0]
@@ -211,30 +241,32 @@ class TextState:
         if lead == batch:
             return x
         # Unconditional entries are plain attention, whatever stands in their place.
-        whole = _NEUTRAL[name].to(dtype=x.dtype, device=device).expand(batch, *x.shape[1:]).clone()
+        whole = torch.full((batch, *x.shape[1:]), _NEUTRAL[name], dtype=x.dtype, device=device)
         if lead == 1:
             source = [0] * len(entries)
         elif lead == prompts:
             source = [prompt[b] for b in entries]
         else:
             source = list(range(lead))
-        to, of = (torch.tensor(i, dtype=torch.long, device=device) for i in (entries, source))
+        to, of = (to_device(torch.tensor(i, dtype=torch.long), device) for i in (entries, source))
         return whole.index_copy(0, to, x[of])
 
 
-def _same(rows: Rows | None, other: Rows | None) -> bool:
-    if rows is None or other is None:
-        return rows is other
-    if (rows.protected is None) != (other.protected is None) or rows.prompt != other.prompt:
-        return False
-    return rows.protected is None or (other.protected is not None and torch.equal(rows.protected, other.protected))
+@dataclass(frozen=True)
+class Ready:
+    """A call, and where its tensors were made."""
+
+    prepared: Prepared
+    made: MadeOn | None
 
 
-_NEUTRAL = {"gate": torch.tensor(1), "phrases": torch.tensor(-1), "protected": torch.tensor(True)}
+_CPU = torch.device("cpu")
+_NEUTRAL = {"gate": 1, "phrases": -1, "protected": True}
 
 
 def checked_token_input(name: str, x: Any) -> Tensor | None:
-    """A copy of a user's gate, phrases, protected or active, checked as far as it can be before a batch is seen.
+    """A copy of a user's gate, phrases, protected or active, checked as far as it can be before a batch is seen; on the
+    CPU, but for a gate that wants a gradient, which stays where it is and in its graph.
 
     gate: bool, or floating, finite and >= 0, (N,), (P or B, N) or (P or B, H, N). phrases: integer, >= -1, and
     protected: bool, (N,) or (P or B, N). active: bool (B,).
@@ -252,12 +284,13 @@ def checked_token_input(name: str, x: Any) -> Tensor | None:
         raise TypeError(f"{name}: expected dtype torch.bool, got {x.dtype}")
     if name == "phrases" and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
         raise TypeError(f"phrases: expected an integer dtype, got {x.dtype}")
-    if name == "phrases" and x.numel() and int(x.min()) < -1:
-        raise ValueError(f"phrases: expected ids >= 0, or -1 for none, got {int(x.min())}")
+    values = x.detach().to("cpu", copy=True)
+    if name == "phrases" and x.numel() and int(values.min()) < -1:
+        raise ValueError(f"phrases: expected ids >= 0, or -1 for none, got {int(values.min())}")
     if name == "gate" and x.dtype != torch.bool:
         if not x.is_floating_point():
             raise TypeError(f"gate: expected bool or a floating dtype, got {x.dtype}")
-        bad = ~(torch.isfinite(x) & (x >= 0))
+        bad = ~(torch.isfinite(values) & (values >= 0))
         if bool(bad.any()):
-            raise ValueError(f"gate: expected finite numbers >= 0, got {x[bad][0].item()}")
-    return x.clone()
+            raise ValueError(f"gate: expected finite numbers >= 0, got {values[bad][0].item()}")
+    return x.clone() if x.requires_grad else values

@@ -14,12 +14,15 @@ import functools
 import inspect
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..streams import to_device
+from .places import Place, looking_is_free
+from .text_cache import TEXTS
 from .text_state import Rows
 
 __all__ = ["PromptMemory", "protected_tokens"]
@@ -35,6 +38,8 @@ class PromptMemory:
         self.pipe = pipe
         self.calls: deque[_Encoded] = deque(maxlen=_REMEMBERED_CALLS)
         self.encoded = 0
+        # A UNet and a ControlNet may take turns with two texts each.
+        self._found: deque[tuple[Place, int, Rows | None]] = deque(maxlen=2 * TEXTS)
         self._name = next((n for n in ("encode_prompt", "_encode_prompt") if callable(getattr(pipe, n, None))), None)
         self._replaced: Any = None
         self._wrapper: Any = None
@@ -70,61 +75,55 @@ class PromptMemory:
 
     def forget(self) -> None:
         self.calls.clear()
+        self._found.clear()
         self.encoded += 1
 
+    def forget_found(self) -> None:
+        """Look texts up anew."""
+        self._found.clear()
+
     def find(self, text: Tensor) -> Rows | None:
-        """The rows of encoder_hidden_states (B, N, E), looked up by value; None where one of them matches nothing."""
-        rows: list[tuple[_Encoded, int] | None] = [None] * text.shape[0]
-        for call in self.calls:
-            places = call.places(text)
-            for entry, found in enumerate(places):
-                if rows[entry] is None and found is not None:
-                    rows[entry] = (call, found)
-            if all(row is not None for row in rows):
-                break
-        if any(row is None for row in rows):
-            return None
-        found_rows = [row for row in rows if row is not None]
-        # Prompts are counted over all calls that the batch is made of; usually there is one.
-        offset: dict[int, int] = {}
-        prompts = 0
-        for call, place in found_rows:
-            if id(call) not in offset and call.prompt[place] >= 0:
-                offset[id(call)] = prompts
-                prompts += call.prompts
-        prompt = [offset[id(c)] + c.prompt[i] if c.prompt[i] >= 0 else -1 for c, i in found_rows]
-        return Rows(prompt, prompts, _stacked([c.protected[i] for c, i in found_rows], prompt, text.shape[1]))
+        """The rows of encoder_hidden_states (B, N, E), looked up by value; None where one of them matches nothing.
+
+        A GPU is waited for once a text, or, where it is not of the latest call, twice; not again while the text and
+        what was encoded stay what they are.
+        """
+        place = Place(text)
+        for looked_up, encoded, rows in self._found:
+            if looked_up == place and encoded == self.encoded:
+                return rows
+        rows = self._find(text)
+        self._found.append((place, self.encoded, rows))
+        return rows
+
+    def _find(self, text: Tensor) -> Rows | None:
+        calls = [call for call in self.calls if text.dim() == 3 and call.embeds.shape[1:] == text.shape[1:]]
+        latest = calls[:1] if calls and calls[0].protected is not None else []
+        for candidates in (latest, calls):
+            rows = _look_up(text, candidates) if candidates else None
+            if rows is not None:
+                return rows
+        return None
 
     def _remember(self, result: Any, heard: _Listener, given: Tensor | None) -> None:
         positive, negative = _split(result, heard, given is not None)
         if positive is None or positive.dim() != 3:
             return
         count = positive.shape[0]
-        protected: list[Tensor | None]
-        ids = heard.protected_of_prompts() if given is None else None
-        known = ids if given is None else given
+        protected = heard.protected_of_prompts() if given is None else None
+        known = protected if given is None else given
         prompts = count if known is None else known.shape[0]
         if not prompts or count % prompts:
             prompts = count
-        if ids is not None and len(ids) == prompts and ids.shape[1] == positive.shape[1]:
-            protected = [ids[row // (count // prompts)] for row in range(count)]
-        else:
-            protected = [self._known_tokens(row) for row in positive]
+        if protected is not None and protected.shape != (prompts, positive.shape[1]):
+            protected = None
         prompt = [row // (count // prompts) for row in range(count)]
         embeds = positive.detach()
         if negative is not None and negative.dim() == 3 and negative.shape[1:] == positive.shape[1:]:
             embeds = torch.cat([embeds, negative.detach().to(embeds)])
             prompt += [-1] * negative.shape[0]
-            protected += [None] * negative.shape[0]
         self.encoded += 1
         self.calls.appendleft(_Encoded(embeds, prompt, prompts, protected))
-
-    def _known_tokens(self, row: Tensor) -> Tensor | None:
-        for call in self.calls:
-            (place,) = call.places(row[None])
-            if place is not None and call.protected[place] is not None:
-                return call.protected[place]
-        return None
 
 
 def protected_tokens(ids: Tensor, bos: int | None, eos: int | None) -> Tensor:
@@ -140,27 +139,33 @@ def protected_tokens(ids: Tensor, bos: int | None, eos: int | None) -> Tensor:
 
 @dataclass(eq=False)
 class _Encoded:
-    """One call of encode_prompt: its rows (R, N, E), positives first; per row the prompt's index (-1: negative) and the
-    protected tokens, where known."""
+    """One call of encode_prompt.
+
+    embeds: its rows (R, N, E), positives first. prompt: of each row the prompt's index, -1 for a negative one.
+    protected: (prompts, N) bool, of prompts that were given as words, on the encoder's device until they are read.
+    learnt: of prompts that were given as embeds, row -> (N,) bool, from the call that made them.
+    """
 
     embeds: Tensor
     prompt: list[int]
     prompts: int
-    protected: list[Tensor | None]
+    protected: Tensor | None
+    learnt: dict[int, Tensor] = field(default_factory=dict)
 
-    def places(self, text: Tensor) -> list[int | None]:
-        """For every row of text (B, N, E) the row here that equals it, prompts before negatives. Of several equal ones
-        the entries take turns, so that a list of equal prompts still has each its own gate."""
-        if text.dim() != 3 or text.shape[1:] != self.embeds.shape[1:]:
-            return [None] * text.shape[0]
-        here = self.embeds.to(dtype=text.dtype, device=text.device)
+    def protected_in(self, row: int) -> Tensor | None:
+        """(N,) bool of a prompt's row; None where its tokens are unknown."""
+        if self.prompt[row] < 0:
+            return None
+        return self.learnt.get(row) if self.protected is None else self.protected[self.prompt[row]]
+
+    def places(self, equal: list[list[bool]]) -> list[int | None]:
+        """For every row of a text the row here that equals it, prompts before negatives. Of several equal ones the
+        entries take turns, so that a list of equal prompts still has each its own gate. equal: by text row and row."""
         turns: dict[tuple[int, ...], int] = {}
         found: list[int | None] = []
-        for row in text.detach():
-            # NaN equals NaN here: a text encoder that overflowed is no reason for a message about prompts.
-            equal = ((here == row) | ((here != here) & (row != row))).flatten(1).all(-1).tolist()
-            alike = tuple(i for i, yes in enumerate(equal) if yes and self.prompt[i] >= 0)
-            alike = alike or tuple(i for i, yes in enumerate(equal) if yes)
+        for of_row in equal:
+            alike = tuple(i for i, yes in enumerate(of_row) if yes and self.prompt[i] >= 0)
+            alike = alike or tuple(i for i, yes in enumerate(of_row) if yes)
             if not alike:
                 found.append(None)
                 continue
@@ -168,6 +173,62 @@ class _Encoded:
             turns[alike] = turn + 1
             found.append(alike[turn % len(alike)])
         return found
+
+
+def _look_up(text: Tensor, calls: list[_Encoded]) -> Rows | None:
+    """The rows of a text (B, N, E) among those of calls, the newest first, as `PromptMemory.find`."""
+    equal = _read(text, calls)
+    rows: list[tuple[_Encoded, int] | None] = [None] * text.shape[0]
+    for call, of_call in zip(calls, equal, strict=True):
+        for entry, place in enumerate(call.places(of_call)):
+            if rows[entry] is None and place is not None:
+                rows[entry] = (call, place)
+    found = [row for row in rows if row is not None]
+    if len(found) < len(rows):
+        return None
+    for entry, (call, place) in enumerate(found):
+        if call.prompt[place] >= 0 and call.protected_in(place) is None:
+            others = (
+                other.protected_in(i)
+                for other, of_other in zip(calls, equal, strict=True)
+                for i, yes in enumerate(of_other[entry])
+                if yes
+            )
+            known = next((one for one in others if one is not None), None)
+            if known is not None:
+                call.learnt[place] = known
+    # Prompts are counted over all calls that the batch is made of; usually there is one.
+    offset: dict[int, int] = {}
+    prompts = 0
+    for call, place in found:
+        if id(call) not in offset and call.prompt[place] >= 0:
+            offset[id(call)] = prompts
+            prompts += call.prompts
+    prompt = [offset[id(c)] + c.prompt[i] if c.prompt[i] >= 0 else -1 for c, i in found]
+    return Rows(prompt, prompts, _stacked([c.protected_in(i) for c, i in found], prompt, text.shape[1]))
+
+
+def _read(text: Tensor, calls: list[_Encoded]) -> list[list[list[bool]]]:
+    """Which rows equal which: by call, row of the text (B, N, E) and row of the call. The calls' protected tokens are
+    brought to the CPU with it, so that a GPU is waited for once."""
+    here = torch.cat([to_device(call.embeds, text.device).to(text.dtype) for call in calls])
+    nan = here != here
+    # NaN equals NaN here: a text encoder that overflowed is no reason for a message about prompts.
+    equal = [((here == row) | (nan & (row != row))).flatten(1).all(-1) for row in text.detach()]
+    away = [call for call in calls if call.protected is not None and not looking_is_free(call.protected.device)]
+    tokens = [call.protected.to(text.device) for call in away if call.protected is not None]
+    bits = torch.cat([x.flatten() for x in (*equal, *tokens)]).cpu()
+    sizes = [len(here)] * len(equal) + [x.numel() for x in tokens]
+    parts = bits.split(sizes)
+    for call, shape, part in zip(away, [x.shape for x in tokens], parts[len(equal) :], strict=True):
+        call.protected = part.view(shape)
+    of_rows = [part.tolist() for part in parts[: len(equal)]]
+    found, start = [], 0
+    for call in calls:
+        end = start + len(call.embeds)
+        found.append([of_row[start:end] for of_row in of_rows])
+        start = end
+    return found
 
 
 class _Listener:
@@ -192,17 +253,18 @@ class _Listener:
             handle.remove()
 
     def protected_of_prompts(self) -> Tensor | None:
-        """(P, N) of the first text each encoder was given; with two encoders, where both tokenisations say so."""
+        """(P, N) bool of the first text each encoder was given, where its ids lie; with two encoders, where both
+        tokenisations say so."""
         protected: Tensor | None = None
         for name, calls in self.ids.items():
             tokenizer = getattr(self.pipe, name.replace("text_encoder", "tokenizer"), None)
             eos = getattr(tokenizer, "eos_token_id", None)
             if eos is None:
                 return None
-            one = protected_tokens(calls[0], getattr(tokenizer, "bos_token_id", None), eos).cpu()
+            one = protected_tokens(calls[0], getattr(tokenizer, "bos_token_id", None), eos)
             if protected is not None and protected.shape != one.shape:
                 return None
-            protected = one if protected is None else protected & one
+            protected = one if protected is None else protected & to_device(one, protected.device)
         return protected
 
     def _hook(self, name: str) -> Callable[..., None]:
@@ -227,13 +289,22 @@ def _split(result: Any, heard: _Listener, embeds_given: bool) -> tuple[Tensor | 
     # InstructPix2Pix returns one tensor. Which rows are negative shows by what the text encoder gave for them.
     outputs = [out for (out,) in heard.outputs]
     prompts, negatives = ([], outputs) if embeds_given else (outputs[:1], outputs[1:])
-    is_negative = [_among(row, negatives) and not _among(row, prompts) for row in result]
-    where = torch.tensor(is_negative, device=result.device)
-    return result[~where], result[where] if any(is_negative) else None
+    flags = torch.stack([_among(result, negatives), _among(result, prompts)], dim=1).tolist()
+    is_negative = [of_negatives and not of_prompts for of_negatives, of_prompts in flags]
+    # By slices: an index would be sent to the device.
+    positive = [row for row, negative in zip(result, is_negative, strict=True) if not negative]
+    negative = [row for row, negative in zip(result, is_negative, strict=True) if negative]
+    return torch.stack(positive) if positive else result[:0], torch.stack(negative) if negative else None
 
 
-def _among(row: Tensor, outputs: list[Tensor]) -> bool:
-    return any(out.shape[1:] == row.shape and bool((out.to(row) == row).flatten(1).all(-1).any()) for out in outputs)
+def _among(rows: Tensor, outputs: list[Tensor]) -> Tensor:
+    """(R,) bool: which of the rows (R, N, E) are rows of the outputs."""
+    found = torch.zeros(len(rows), dtype=torch.bool, device=rows.device)
+    for out in outputs:
+        if out.shape[1:] == rows.shape[1:]:
+            equal = [(out.to(row) == row).flatten(1).all(-1).any() for row in rows]
+            found = found | torch.stack(equal)
+    return found
 
 
 def _stacked(protected: list[Tensor | None], prompt: list[int], tokens: int) -> Tensor | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -204,10 +205,12 @@ def test_the_seed_makes_random_dropout_repeat(build: Callable[[str], Any], draw:
 
 
 def test_a_mixed_seed_is_splitmix64() -> None:
-    from sdattn_fast.unet.apply import _mixed_seeds
+    from sdattn_fast.unet.seeds import LayerSeeds
 
-    keys = torch.tensor([0, 2**32 - 1, 12345])
-    seeds = _mixed_seeds(2**63 - 1, torch.tensor(981), keys, None)
+    names = ["mid_block.attn2", "", "a"]
+    keys = [zlib.crc32(name.encode()) for name in names]
+    assert keys[1] == 0 and max(keys) >= 2**31, "with a key's top bit, which int64 must not take for a sign"
+    seeds = LayerSeeds(names).at(2**63 - 1, torch.tensor(981), torch.device("cpu"))
 
     def mixed(key: int) -> int:
         word = 2**64 - 1
@@ -216,7 +219,8 @@ def test_a_mixed_seed_is_splitmix64() -> None:
         x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
         return (x ^ (x >> 31)) & (2**63 - 1)
 
-    assert seeds.tolist() == [mixed(int(key)) for key in keys]
+    assert seeds.tolist() == [mixed(key) for key in keys]
+    assert LayerSeeds(names).at(2**63 - 1, 981, torch.device("cpu")).equal(seeds)
 
 
 def test_models_that_are_not_served(build: Callable[[str], Any]) -> None:

@@ -193,7 +193,7 @@ def test_gates_for_prompts_images_or_the_whole_batch(
     with sdattn_fast.apply(pipe, DROPOUT, gate=gate) as patch:
         # Equal prompts keep their own gates.
         draw(pipe, ["cat", "cat"], num_images_per_prompt=2, num_inference_steps=1)
-        side = next(iter(patch._models[0].text.cache.values())).side
+        side = next(iter(patch._models[0].text.cache.values())).prepared.side
     assert side.gate[:, 0, 1].tolist() == expected
 
 
@@ -215,7 +215,7 @@ def test_a_gate_of_no_fitting_shape(build: Callable[[str], Any], draw: Any) -> N
 
 def _seen(patch: Any, model: int = 0) -> tuple[list[bool], list[int]]:
     """(active, number of content tokens of each active entry) of the calls that were prepared."""
-    (side, *_) = [prepared.side for prepared in patch._models[model].text.cache.values()]
+    (side, *_) = [ready.prepared.side for ready in patch._models[model].text.cache.values()]
     active: Tensor = torch.ones(side.batch, dtype=torch.bool) if side.active is None else side.active
     protected = torch.zeros(side.batch, side.tokens, dtype=torch.bool) if side.protected is None else side.protected
     return active.tolist(), ((~protected).sum(-1) * active).tolist()

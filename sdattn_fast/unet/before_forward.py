@@ -1,0 +1,148 @@
+"""What happens before a patched model runs: its step is counted, its text looked up, its calls prepared, seeds mixed.
+
+All that needs Python and no layer is done here, once a forward, and outside the graph of a compiled model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from .layers import Layer
+from .seeds import LayerSeeds
+from .text_state import TextState
+
+if TYPE_CHECKING:
+    from .apply import Patch
+
+__all__ = ["PatchedModel", "before_forward"]
+
+
+class PatchedModel:
+    """A UNet or ControlNet of a patch."""
+
+    def __init__(self, module: nn.Module, outer: nn.Module, text: TextState, layers: list[Layer]) -> None:
+        self.module = module
+        self.outer = outer
+        self.text = text
+        self.layers = layers
+        self.seeds = LayerSeeds([layer.name for layer in layers])
+
+
+def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
+    """Have a patch look at every forward of a model before it begins, outside the graph where the model was compiled;
+    the handles.
+
+    torch.compile's wrapper and `module.compile()` both trace the hooks of the module inside, and with fullgraph=True
+    they must not meet this one. So it goes around the compiled call, with one inside that is silent while traced.
+    """
+    hook, module, outer = _ModelHook(patch, model), model.module, model.outer
+    if outer is not module:
+        inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
+        return [outer.register_forward_pre_hook(hook, with_kwargs=True), inside]
+    compiled_call = module._compiled_call_impl
+    if compiled_call is None:
+        return [module.register_forward_pre_hook(hook, with_kwargs=True)]
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        hook(module, args, kwargs)
+        return compiled_call(*args, **kwargs)
+
+    module._compiled_call_impl = call
+    inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
+    return [_CompiledCall(module, call, compiled_call), inside]
+
+
+def _silent_in_graphs(hook: _ModelHook) -> Callable[..., None]:
+    def inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not torch.compiler.is_compiling():
+            hook(module, args, kwargs)
+
+    return inner
+
+
+@dataclass
+class _CompiledCall:
+    """A handle, like a hook's."""
+
+    module: nn.Module
+    ours: Callable[..., Any]
+    theirs: Callable[..., Any]
+
+    def remove(self) -> None:
+        if self.module._compiled_call_impl is self.ours:
+            self.module._compiled_call_impl = self.theirs
+
+
+class _ModelHook:
+    """Before a UNet or ControlNet runs: look at its text, mix its seeds, see that our processors are in place."""
+
+    # Eager even in a compiled UNet: looking rows up by value is Python's work, once per prompt.
+    _torchdynamo_disable = True
+
+    def __init__(self, patch: Patch, model: PatchedModel) -> None:
+        self.patch = patch
+        self.model = model
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        patch, model = self.patch, self.model
+        patch._keep_in_place(model.layers)
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
+        scheduled = not isinstance(patch._settings.dropout_when, str)
+        # A training loop draws its timesteps at random: they say nothing of a step, and `Patch.step` does.
+        training, step = model.module.training, patch.step
+        if not training and (patch._keeper is not None or scheduled):
+            step = patch._steps.begin(model.module, timestep, 0 if patch._memory is None else patch._memory.encoded)
+        if patch._keeper is not None:
+            x = kwargs.get("sample", args[0] if args else None)
+            patch._keeper.begin_step(model.module, model.layers, x, step or 0, new_run=training or step == 0)
+        if scheduled:
+            model.text.step = step
+        for layer in model.layers:
+            layer.grid = None
+        text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        if isinstance(text, Tensor) and text.dim() == 3:
+            self._look_at(text)
+            if patch._settings.text_cache:
+                model.text.cached.look(text)
+        seed = patch._settings.seed
+        if seed is not None:
+            device = text.device if isinstance(text, Tensor) else torch.device("cpu")
+            seeds = model.seeds.at(seed, timestep, device)
+            for layer, one in zip(model.layers, seeds.split(1), strict=True):
+                layer.seed = one
+
+    def _look_at(self, text: Tensor) -> None:
+        patch, model = self.patch, self.model
+        rows = None if patch._memory is None else patch._memory.find(text)
+        told = patch._given.active is not None and (
+            patch._given.protected is not None or not model.text.needs_protected()
+        )
+        if patch._memory is not None and rows is None and not told and model.text.needs_active():
+            raise ValueError(
+                f"encoder_hidden_states: its rows {tuple(text.shape)} are not what this pipeline's encode_prompt "
+                "returned, so prompts and unconditional entries cannot be told apart. Pass active=, bool "
+                f"({text.shape[0]},), True for prompts, and protected=, bool ({text.shape[1]},), True for BOS, EOS and "
+                "padding, to sdattn_fast.apply or patch.update; or apply to the pipeline that encodes the text"
+            )
+        model.text.see(rows)
+        self._prepare(text)
+
+    def _prepare(self, text: Tensor) -> None:
+        """Ahead of the layers, so that a compiled block finds its call prepared."""
+        if not self.patch._settings.text_cache:
+            return
+        try:
+            for layer in self.model.layers:
+                heads_count = int(layer.attn.heads)
+                self.model.text.prepared(
+                    text.shape[0], heads_count, text.shape[1], text.device, layer.heads, layer.captures,
+                    layer.attn.training,
+                )  # fmt: skip
+        except ValueError:
+            # Video models multiply the batch inside: what does not fit here may fit there. If not, the layer says so.
+            return

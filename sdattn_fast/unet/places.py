@@ -1,0 +1,73 @@
+"""`Place`: where a tensor's numbers lie and which writing of them these are, so that a tensor that comes again, or as
+another view of the same memory, is known without a look at its numbers. A look would make the host wait for a GPU.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.multiprocessing.reductions import StorageWeakRef
+
+__all__ = ["Place", "looking_is_free", "version_of"]
+
+
+class Place:
+    """A tensor's memory, as it is now.
+
+    Two places are equal where the memory is the same, alive since, and was not written to in between, as far as torch
+    counts: writes through `.data`, and from outside torch, leave no trace. A tensor made in inference mode counts no
+    writes, so its place equals no other, not even its own of later.
+    """
+
+    __slots__ = ("_storage", "_version", "_view")
+
+    def __init__(self, x: Tensor) -> None:
+        # A storage's name recurs as soon as it is freed, but not while a weak reference to it lives.
+        self._storage = StorageWeakRef(x.untyped_storage())
+        self._version = version_of(x)
+        self._view: tuple[Any, ...] = (
+            x.storage_offset(),
+            x.shape,
+            x.stride(),
+            x.dtype,
+            x.device,
+            x.is_conj(),
+            x.is_neg(),
+        )
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Place):
+            return NotImplemented
+        return self.same_memory(other) and self._view == other._view
+
+    __hash__ = None  # type: ignore[assignment]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nowhere, ()  # a copy of a model has other memory, and a weak reference must not be copied
+
+    def same_memory(self, other: Place) -> bool:
+        """Whether both are views of the same memory, with the same numbers in it."""
+        return (
+            self._version is not None
+            and self._version == other._version
+            and self._storage.cdata == other._storage.cdata
+            and not self._storage.expired()
+        )
+
+
+def _nowhere() -> Place:
+    place = Place.__new__(Place)
+    place._version = None
+    return place
+
+
+def version_of(x: Tensor) -> int | None:
+    """How often x was written to in place; None where torch does not count it, in inference mode."""
+    return None if x.is_inference() else x._version
+
+
+def looking_is_free(device: torch.device) -> bool:
+    """Whether numbers can be read without waiting for a device to come to them."""
+    return device.type == "cpu"

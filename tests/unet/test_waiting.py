@@ -1,0 +1,23 @@
+"""No step waits for a GPU: waiting_steps.py, in a process of its own, on a GPU that is not there."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="benchmarks/on_gpu.sh asks the GPU itself")
+def test_no_step_waits() -> None:
+    """Failures in waiting_steps.py show here."""
+    pytest.importorskip("triton")
+    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "waiting_steps.py"]
+    environment = {**os.environ, "PYTHONPATH": str(HERE.parent / "support"), "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True)
+    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
