@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
-from torch.utils._pytree import tree_leaves, tree_map
 
 __all__ = ["GPU", "switched_on", "waits"]
 
@@ -79,7 +79,7 @@ class _Mode(TorchDispatchMode):
 
 def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     name = func._schema.name.removeprefix("aten::")
-    inputs = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    inputs = _tensors((args, *kwargs.values()))
     from_gpu = any(isinstance(x, OnGPU) for x in inputs)
     device = kwargs.get("device")
     to_gpu = torch.device(device).type == "cuda" if device is not None else from_gpu
@@ -89,26 +89,45 @@ def _run(func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
         return copy
     _note(name, args, kwargs, inputs, from_gpu, to_gpu)
     inner = {k: torch.device("cpu") if k == "device" and v is not None else v for k, v in kwargs.items()}
-    plain_args, plain_kwargs = tree_map(_plain, (args, inner))
-    out = func(*plain_args, **plain_kwargs)
+    out = func(*_each(_plain, args), **{k: _each(_plain, x) for k, x in inner.items()})
     if name == "_to_copy" and from_gpu != to_gpu:
         out = out.clone()
-    if not to_gpu or not any(isinstance(x, Tensor) for x in tree_leaves(out)):
+    if not to_gpu or not _tensors(out):
         return out
-    wrapped = tree_map(lambda x: OnGPU(x) if isinstance(x, Tensor) else x, out)
-    return return_and_correct_aliasing(func, args, kwargs, wrapped) if from_gpu else wrapped
+    wrapped = _each(OnGPU, out)
+    return return_and_correct_aliasing(func, args, kwargs, wrapped) if from_gpu and _aliases(func) else wrapped
 
 
-def _plain(x: Any) -> Any:
+def _each(change: Callable[[Tensor], Any], x: Any) -> Any:
+    """Change every tensor in nested tuples and lists; torch's own, for any structure, takes most of the time here."""
+    if isinstance(x, Tensor):
+        return change(x)
+    return type(x)(_each(change, one) for one in x) if type(x) in (tuple, list) else x
+
+
+def _tensors(x: Any) -> list[Tensor]:
+    found: list[Tensor] = []
+    _each(found.append, x)
+    return found
+
+
+@functools.cache
+def _aliases(func: Any) -> bool:
+    """Whether what comes out may be a view of what went in, or that itself."""
+    return any(argument.alias_info is not None for argument in func._schema.arguments)
+
+
+def _plain(x: Tensor) -> Tensor:
     return x.data_ if isinstance(x, OnGPU) else x
 
 
 def _note(name: str, args: Any, kwargs: Any, inputs: list[Tensor], from_gpu: bool, to_gpu: bool) -> None:
-    bool_index = name in ("index", "index_put_", "index_put") and any(
-        isinstance(x, OnGPU) and x.dtype in (torch.bool, torch.uint8) for x in tree_leaves(args[1])
+    # A mask is counted, and an index on the CPU is sent.
+    dear_index = name in ("index", "index_put_", "index_put") and any(
+        x.dtype in (torch.bool, torch.uint8) or not isinstance(x, OnGPU) for x in _tensors(args[1])
     )
     sized_by_numbers = name == "repeat_interleave" and kwargs.get("output_size") is None
-    reads = from_gpu and (name in _READS or bool_index or sized_by_numbers)
+    reads = from_gpu and (name in _READS or dear_index or sized_by_numbers)
     asynchronous = False
     if name == "_to_copy":
         crosses = from_gpu != to_gpu

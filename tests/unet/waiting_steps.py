@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
+import absent_gpu
 import pytest
 import torch
 from absent_gpu import GPU, switched_on, waits
@@ -98,14 +100,42 @@ def by_step(step: Callable[[int], Any], steps: int = 3) -> list[list[str]]:
     return found
 
 
-def test_the_gpu_that_is_not_there_sees_what_waits() -> None:
-    """Called by our own code, as a plan on a GPU is made, which looks at its content tokens."""
-    x = torch.rand(2, N).to(GPU)
-    gate = x.to(torch.float32)
+WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "item": lambda x: x.sum().item(),
+    "float": lambda x: float(x[0]),
+    "bool": lambda x: 1 if x.any() else 0,
+    "tolist": lambda x: x.tolist(),
+    "equal": lambda x: torch.equal(x, x),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "mask on the CPU": lambda x: x[torch.tensor([True, False, True])],
+    "list of indices": lambda x: x[[0, 2]],
+    "cpu": lambda x: x.cpu(),
+    "cpu, later": lambda x: x.to("cpu", non_blocking=True),
+    "to": lambda x: torch.ones(3).to(x.device),
+    "to, pageable": lambda x: torch.ones(3).to(x.device, non_blocking=True),
+    "tensor": lambda x: torch.tensor([1, 2], device=x.device),
+    "copy_": lambda x: x.copy_(torch.ones(3)),
+    "repeats": lambda x: x.repeat_interleave(x.to(torch.int64) + 1),
+}
+NO_WAITS: dict[str, Callable[[torch.Tensor], Any]] = {
+    "sum": lambda x: (x * 2 + 1).sum(),
+    "view": lambda x: x[1:].view(2, 1).expand(2, 4),
+    "index": lambda x: x.index_select(0, x.argsort()),
+    "where": lambda x: torch.where(x > 0, x, 0.0),
+    "dtype": lambda x: x.to(torch.float16),
+    "made there": lambda x: torch.zeros(3, device=x.device),
+    "pinned": lambda x: torch.ones(3).pin_memory().to(x.device, non_blocking=True),
+}
+
+
+@pytest.mark.parametrize("what", [*WAITS, *NO_WAITS])
+def test_the_gpu_that_is_not_there_sees_what_waits(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    x = torch.rand(3).to(GPU)
     assert not waits, "what a test does is not counted"
-    sdattn_fast.functional.prepare(DROPS, batch=2, heads_count=2, tokens=N, device=GPU, gate=gate)
-    assert [one.split(" at ")[0] for one in waits] == ["_local_scalar_dense", "_local_scalar_dense"]
-    assert waits[0].endswith("in _gate") and waits[1].endswith("in _row_steps")
+    monkeypatch.setattr(absent_gpu, "_PACKAGE", str(Path(__file__).parent))
+    (WAITS | NO_WAITS)[what](x)
+    assert bool(waits) == (what in WAITS), waits
 
 
 @pytest.mark.parametrize(
