@@ -25,6 +25,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode, return_and_correct_aliasing
 
+import sdattn_fast
+
 __all__ = ["GPU", "switched_on", "waits"]
 
 GPU = torch.device("cuda:0")
@@ -40,7 +42,7 @@ _READS = {
     "unique_dim",
     "bincount",
 }
-_PACKAGE = str(Path(__file__).parents[2] / "sdattn_fast")
+_PACKAGE = str(Path(sdattn_fast.__file__).parent)
 _pinned: set[int] = set()  # storages
 
 
