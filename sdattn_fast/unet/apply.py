@@ -176,8 +176,8 @@ class Patch:
         the steps and layers are those of `Capture`, by default all steps of the key layers.
 
         Also ``maps.upsample(size)``, ``maps.per_word(prompt)``, ``maps.overlay(image, prompt)``, ``maps.save(path)``.
-        Where gradients are on, they are the latest step's and part of its graph. Raises: ValueError if `apply` was not
-        given `capture`.
+        Where gradients are on, they are the latest step's and part of its graph; in train mode, a forward with them is
+        a run by itself, at `Patch.step` (None: 0). Raises: ValueError if `apply` was not given `capture`.
         """
         if self._keeper is None:
             raise ValueError("maps: expected apply(..., capture=sdattn_fast.Capture(...)), got no capture")

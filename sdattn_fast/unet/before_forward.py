@@ -93,15 +93,16 @@ class _ModelHook:
         patch._keep_in_place(model.layers)
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
         scheduled = not isinstance(patch._settings.dropout_when, str)
-        # A training loop draws its timesteps at random: they say nothing of a step, and `Patch.step` does.
         training, step = model.module.training, patch.step
-        if not training and (patch._keeper is not None or scheduled):
+        # A training loop draws its timesteps at random: they say nothing of a step, and `Patch.step` does.
+        alone = training and (torch.is_grad_enabled() or step is not None)
+        if not alone and (patch._keeper is not None or scheduled):
             step = patch._steps.begin(model.module, timestep, 0 if patch._memory is None else patch._memory.encoded)
         if patch._keeper is not None:
             x = kwargs.get("sample", args[0] if args else None)
-            patch._keeper.begin_step(model.module, model.layers, x, step or 0, new_run=training or step == 0)
+            patch._keeper.begin_step(model.module, model.layers, x, step or 0, new_run=alone or step == 0)
         if scheduled:
-            model.text.step = step
+            model.text.step = patch.step if training else step
         for layer in model.layers:
             layer.grid = None
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)

@@ -1,5 +1,5 @@
-"""`Place`: where a tensor's numbers lie and which writing of them these are, so that a tensor that comes again, or as
-another view of the same memory, is known without a look at its numbers. A look would make the host wait for a GPU.
+"""Whether a tensor is one that was seen before: `Seen` asks its numbers where looking is free, else its `Place`, where
+they lie and which writing of them these are. A look at the numbers would make the host wait for a GPU.
 """
 
 from __future__ import annotations
@@ -10,7 +10,24 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Place", "looking_is_free", "version_of"]
+__all__ = ["Place", "Seen", "looking_is_free", "version_of"]
+
+
+class Seen:
+    """A tensor that was seen; nothing of it is kept but, where looking is free, a copy."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._what = x.detach().clone() if looking_is_free(x.device) else Place(x)
+
+    def again(self, x: Tensor) -> bool:
+        """Whether x is the same: equal, or the same memory, not written to since, by any tensor or view."""
+        kept = self._what
+        return _equal(kept, x) if isinstance(kept, Tensor) else kept == Place(x)
+
+    @property
+    def bytes(self) -> int:
+        """Of the copy."""
+        return self._what.nbytes if isinstance(self._what, Tensor) else 0
 
 
 class Place:
@@ -18,24 +35,20 @@ class Place:
 
     Two places are equal where the memory is the same, alive since, and was not written to in between, as far as torch
     counts: writes through `.data`, and from outside torch, leave no trace. A tensor made in inference mode counts no
-    writes, so its place equals no other, not even its own of later.
+    writes, so its place equals no other, not even its own of later; nor do tensors inside torch.func's transforms.
     """
 
     __slots__ = ("_storage", "_version", "_view")
 
     def __init__(self, x: Tensor) -> None:
-        # A storage's name recurs as soon as it is freed, but not while a weak reference to it lives.
-        self._storage = StorageWeakRef(x.untyped_storage())
         self._version = version_of(x)
-        self._view: tuple[Any, ...] = (
-            x.storage_offset(),
-            x.shape,
-            x.stride(),
-            x.dtype,
-            x.device,
-            x.is_conj(),
-            x.is_neg(),
-        )
+        try:
+            # A storage's name recurs as soon as it is freed, but not while a weak reference to it lives.
+            self._storage = StorageWeakRef(x.untyped_storage())
+        except NotImplementedError:  # one of torch.func's wrappers
+            self._version = None
+        layout = x.storage_offset(), x.shape, x.stride()
+        self._view = (*layout, x.dtype, x.device, x.is_conj(), x.is_neg())
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Place):
@@ -61,6 +74,11 @@ def _nowhere() -> Place:
     place = Place.__new__(Place)
     place._version = None
     return place
+
+
+def _equal(kept: Tensor, x: Tensor) -> bool:
+    alike = kept.shape == x.shape and kept.dtype == x.dtype and kept.device == x.device
+    return alike and torch.equal(kept, x)
 
 
 def version_of(x: Tensor) -> int | None:

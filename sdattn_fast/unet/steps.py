@@ -63,12 +63,11 @@ class _Timesteps:
         first = timestep.detach().reshape(-1)[:1]
         if looking_is_free(timestep.device):
             return float(first)
-        size = first.untyped_storage().nbytes()
-        if size > _MOST:
-            return float(first)
         place = Place(first)
+        if place != place or first.untyped_storage().nbytes() > _MOST:  # nothing to know it by, or not worth it
+            return float(first)
         if self._place is None or not self._place.same_memory(place) or self._dtype != first.dtype:
-            count = size // first.element_size()
+            count = first.untyped_storage().nbytes() // first.element_size()
             self._numbers = torch.as_strided(first, (count,), (1,), 0).tolist()
             self._place, self._dtype = place, first.dtype
         return float(self._numbers[first.storage_offset()])

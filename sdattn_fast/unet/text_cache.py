@@ -32,7 +32,7 @@ from torch.nn.modules import module as torch_module
 
 from ..functional import FoldedText, Prepared
 from ..streams import MadeOn
-from .places import Place, looking_is_free, version_of
+from .places import Seen, looking_is_free, version_of
 
 __all__ = ["KeyValue", "Served", "TextCache", "Weights"]
 
@@ -47,8 +47,8 @@ class TextCache:
         self._lock = threading.Lock()
         self._count = 0
         self._looks = 0
-        self._texts: OrderedDict[int, Tensor | Place] = OrderedDict()  # a copy where looking is free
-        self._seen: _Seen | None = None
+        self._texts: OrderedDict[int, Seen] = OrderedDict()
+        self._looked_at: _Looked | None = None
         self._entries: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], KeyValue]]
         self._entries = weakref.WeakKeyDictionary()
 
@@ -58,10 +58,10 @@ class TextCache:
     def forget(self) -> None:
         with self._lock:
             self._texts.clear()
-            self._seen = None
+            self._looked_at = None
             self._entries = weakref.WeakKeyDictionary()
 
-    def look(self, text: Tensor) -> _Seen | None:
+    def look(self, text: Tensor) -> _Looked | None:
         """Give a text its number, a new one for a text that was not seen lately; None where it may not be kept.
 
         Called before a forward: until the next call, the same tensor object is taken for the same text.
@@ -71,15 +71,15 @@ class TextCache:
         with self._lock:
             number = self._number(text)
             self._looks += 1
-            self._seen = _Seen(weakref.ref(text), version_of(text), number, self._looks)
-            return self._seen
+            self._looked_at = _Looked(weakref.ref(text), version_of(text), number, self._looks)
+            return self._looked_at
 
     def find(self, attn: nn.Module, text: Tensor, weights: Weights) -> tuple[tuple[Any, ...], KeyValue | None] | None:
         """What a layer made of a text: (key, entry), entry None where it has to be made and handed to `keep`.
 
         None where nothing may be kept.
         """
-        seen = self._seen  # read once: another thread may look at its own text meanwhile
+        seen = self._looked_at  # read once: another thread may look at its own text meanwhile
         if seen is None or seen.text() is not text or seen.version != version_of(text):
             seen = self.look(text)
         if seen is None:
@@ -112,18 +112,15 @@ class TextCache:
     def bytes(self) -> int:
         """Of everything kept."""
         kept = [t for of_layer in list(self._entries.values()) for e in of_layer.values() for t in e.tensors()]
-        texts = [t for t in self._texts.values() if isinstance(t, Tensor)]
-        return sum(t.numel() * t.element_size() for t in [*kept, *texts])
+        return sum(t.nbytes for t in kept) + sum(seen.bytes for seen in self._texts.values())
 
     def _number(self, text: Tensor) -> int:
-        free = looking_is_free(text.device)
-        place = None if free else Place(text)
-        for number, kept in reversed(self._texts.items()):
-            if _same_values(kept, text) if isinstance(kept, Tensor) else kept == place:
+        for number, seen in reversed(self._texts.items()):
+            if seen.again(text):
                 self._texts.move_to_end(number)
                 return number
         self._count += 1
-        self._texts[self._count] = text.detach().clone() if place is None else place
+        self._texts[self._count] = Seen(text)
         if len(self._texts) > TEXTS:
             self._texts.popitem(last=False)
         return self._count
@@ -153,7 +150,10 @@ class KeyValue:
         folds = before.folds if before is not None and alike else {}
         # A new object, not a change of the old one, which another thread may be reading.
         value_folded = prepared.fold_value(self.value)
-        self.served = served = Served(prepared, value_folded, folds, MadeOn(self.key.device))
+        served = Served(prepared, value_folded, folds, MadeOn(self.key.device))
+        gate = prepared.side.gate
+        if gate is None or not gate.requires_grad:  # or its graph would stay
+            self.served = served
         return served
 
     @property
@@ -241,18 +241,13 @@ class Weights:
 
 
 @dataclass(frozen=True)
-class _Seen:
+class _Looked:
     """The tensor looked at last, and which look it was."""
 
     text: weakref.ref[Tensor]
     version: int | None
     number: int
     look: int
-
-
-def _same_values(kept: Tensor, text: Tensor) -> bool:
-    alike = kept.shape == text.shape and kept.dtype == text.dtype and kept.device == text.device
-    return alike and torch.equal(kept, text)
 
 
 def _place(p: Tensor) -> tuple[Any, ...]:

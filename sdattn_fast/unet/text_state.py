@@ -9,8 +9,8 @@ Source: DESIGN.md section 1, fact 1 (text is stationary), and section 5 (where t
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections import OrderedDict
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,7 +69,8 @@ class TextState:
     rows: Rows | None = None
     step: int | None = None
     cache: dict[tuple[Any, ...], Ready] = field(default_factory=dict)  # for `rows`
-    caches: OrderedDict[tuple[Any, ...] | None, dict[tuple[Any, ...], Ready]] = field(default_factory=OrderedDict)
+    # Of the rows seen lately, the latest last. Replaced as a whole, never changed: other threads may be reading it.
+    caches: tuple[tuple[Any, dict[tuple[Any, ...], Ready]], ...] = ()
     cached: TextCache = field(default_factory=TextCache)
 
     def forget(self) -> None:
@@ -79,16 +80,17 @@ class TextState:
     def forget_prepared(self) -> None:
         """What hangs on the user's inputs, but not the keys and values."""
         self.cache = {}
-        self.caches.clear()
+        self.caches = ()
 
     def see(self, rows: Rows | None) -> None:
         """A new batch of text; what was prepared stays where its rows are of the same classes as before."""
         self.rows = rows
         key = None if rows is None else rows.key
-        self.cache = self.caches.setdefault(key, {})
-        self.caches.move_to_end(key)
-        if len(self.caches) > TEXTS:
-            self.caches.popitem(last=False)
+        cache = next((cache for of, cache in self.caches if of == key), None)
+        cache = {} if cache is None else cache
+        others = [one for one in self.caches if one[0] != key]
+        self.caches = (*others[1 - TEXTS :], (key, cache))
+        self.cache = cache
 
     def needs_protected(self) -> bool:
         """Whether it matters which tokens are content: plain attention has no use for it."""
@@ -120,8 +122,11 @@ class TextState:
         compiling = torch.compiler.is_compiling()
         ready = self.cache.get(key) if self.settings.text_cache else None
         if ready is None:
-            made = self._prepare(program, batch, heads_count, tokens, heads, captures)
-            ready = Ready(made.to(device), None if compiling else MadeOn(device))
+            # What is made in inference mode cannot be part of a graph later.
+            as_usual = contextlib.nullcontext() if compiling else torch.inference_mode(False)
+            with as_usual:
+                made = self._prepare(program, batch, heads_count, tokens, heads, captures)
+                ready = Ready(made.to(device), None if compiling else MadeOn(device))
             if not compiling:  # the cache is read there and not written
                 # What a schedule had for the steps before is not asked for again.
                 for old in list(self.cache):
@@ -136,7 +141,7 @@ class TextState:
         # It belongs to one graph.
         whole = self._expand("gate", self._prompt_of_entries(batch), batch, tokens, device)
         assert whole is not None
-        return ready.prepared.with_gate(whole)
+        return ready.prepared.with_gate(whole if torch.is_grad_enabled() else whole.detach())
 
     def active(self, batch: int) -> Tensor | None:
         """(B,) bool on the CPU, None for all."""
@@ -208,7 +213,7 @@ class TextState:
                 f"protected: the pipeline encoded {tuple(rows.protected.shape)} (batch, tokens), this layer sees "
                 f"({batch}, {tokens}); pass protected= and active= to apply or patch.update"
             )
-        return rows.protected
+        return rows.protected.clone() if rows.protected.is_inference() else rows.protected
 
     def _prompt_of_entries(self, batch: int) -> list[int]:
         """The prompt of every batch entry; the user's `active` wins over what the pipeline knows."""
@@ -284,7 +289,8 @@ def checked_token_input(name: str, x: Any) -> Tensor | None:
         raise TypeError(f"{name}: expected dtype torch.bool, got {x.dtype}")
     if name == "phrases" and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
         raise TypeError(f"phrases: expected an integer dtype, got {x.dtype}")
-    values = x.detach().to("cpu", copy=True)
+    with torch.inference_mode(False):  # what is made in inference mode cannot be part of a graph later
+        values = x.detach().to("cpu", copy=True)
     if name == "phrases" and x.numel() and int(values.min()) < -1:
         raise ValueError(f"phrases: expected ids >= 0, or -1 for none, got {int(values.min())}")
     if name == "gate" and x.dtype != torch.bool:
@@ -293,4 +299,5 @@ def checked_token_input(name: str, x: Any) -> Tensor | None:
         bad = ~(torch.isfinite(values) & (values >= 0))
         if bool(bad.any()):
             raise ValueError(f"gate: expected finite numbers >= 0, got {values[bad][0].item()}")
-    return x.clone() if x.requires_grad else values
+    copy = x.clone()
+    return copy if copy.requires_grad else values

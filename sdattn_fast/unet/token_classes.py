@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ..streams import to_device
-from .places import Place, looking_is_free
+from .places import Seen, looking_is_free
 from .text_cache import TEXTS
 from .text_state import Rows
 
@@ -38,8 +38,8 @@ class PromptMemory:
         self.pipe = pipe
         self.calls: deque[_Encoded] = deque(maxlen=_REMEMBERED_CALLS)
         self.encoded = 0
-        # A UNet and a ControlNet may take turns with two texts each.
-        self._found: deque[tuple[Place, int, Rows | None]] = deque(maxlen=2 * TEXTS)
+        # Replaced as a whole, never changed: other threads may be reading it.
+        self._found: tuple[tuple[Seen, int, Rows | None], ...] = ()
         self._name = next((n for n in ("encode_prompt", "_encode_prompt") if callable(getattr(pipe, n, None))), None)
         self._replaced: Any = None
         self._wrapper: Any = None
@@ -75,12 +75,12 @@ class PromptMemory:
 
     def forget(self) -> None:
         self.calls.clear()
-        self._found.clear()
+        self._found = ()
         self.encoded += 1
 
     def forget_found(self) -> None:
         """Look texts up anew."""
-        self._found.clear()
+        self._found = ()
 
     def find(self, text: Tensor) -> Rows | None:
         """The rows of encoder_hidden_states (B, N, E), looked up by value; None where one of them matches nothing.
@@ -88,12 +88,13 @@ class PromptMemory:
         A GPU is waited for once a text, or, where it is not of the latest call, twice; not again while the text and
         what was encoded stay what they are.
         """
-        place = Place(text)
-        for looked_up, encoded, rows in self._found:
-            if looked_up == place and encoded == self.encoded:
+        encoded = self.encoded
+        for seen, then, rows in self._found:
+            if then == encoded and seen.again(text):
                 return rows
         rows = self._find(text)
-        self._found.append((place, self.encoded, rows))
+        # A UNet and a ControlNet may take turns with two texts each.
+        self._found = (*self._found, (Seen(text), encoded, rows))[-2 * TEXTS :]
         return rows
 
     def _find(self, text: Tensor) -> Rows | None:

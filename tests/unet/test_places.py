@@ -63,3 +63,13 @@ def test_a_copy_is_nowhere(copied) -> None:
         del other
         gc.collect()
     assert place == Place(x)
+
+
+def test_inside_transforms_there_are_no_places() -> None:
+    def twice(x: torch.Tensor) -> torch.Tensor:
+        assert Place(x) != Place(x)
+        return 2 * x
+
+    x = torch.randn(2, 3)
+    torch.testing.assert_close(torch.func.vmap(twice)(x), 2 * x)
+    torch.testing.assert_close(torch.func.grad(lambda x: twice(x).sum())(x), torch.full_like(x, 2.0))

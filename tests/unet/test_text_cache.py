@@ -319,8 +319,9 @@ def dear(monkeypatch: pytest.MonkeyPatch) -> None:
     def look(*tensors: Tensor) -> bool:
         raise AssertionError("a look at the numbers of a text")
 
-    monkeypatch.setattr("sdattn_fast.unet.text_cache.looking_is_free", lambda device: False)
-    monkeypatch.setattr("sdattn_fast.unet.text_cache._same_values", look)
+    for module in ("places", "text_cache"):
+        monkeypatch.setattr(f"sdattn_fast.unet.{module}.looking_is_free", lambda device: False)
+    monkeypatch.setattr("sdattn_fast.unet.places._equal", look)
     monkeypatch.setattr(Weights, "sampled_alike", look)
 
 

@@ -209,6 +209,16 @@ def test_training(asked: str, backend: str, unet: Any) -> None:
     assert not any(found), found
 
 
+@pytest.mark.parametrize("program", [DROPS, PLAIN], ids=["drops", "plain"])
+@torch.no_grad()
+def test_a_learnt_gate_is_tried(program: Program, unet: Any) -> None:
+    x, times, text = noise(), schedule(3), words()
+    gate = torch.nn.Parameter(torch.rand(N).to(GPU))
+    with sdattn_fast.apply(unet, program, backend="reference", gate=gate, protected=torch.arange(N) > 9):
+        found = by_step(lambda i: unet(x, times[i], encoder_hidden_states=text))
+    assert not any(found), found
+
+
 @pytest.mark.parametrize("program", [DROPS, RANDOM, Program(renormalize="row")], ids=["drops", "random", "renormalize"])
 def test_a_backward_pass(program: Program) -> None:
     """Its nodes, called as torch's engine would."""
