@@ -300,7 +300,7 @@ class Prepared:
         name = self._folding_backend(key.device)
         if name != "cpu" and out_bias is not None:
             out_bias = out_bias.to(key.dtype)  # what it was before it was widened
-        packed = fused(name).pack(key, value, self.plan.rows, self._heads_there())
+        packed = fused(name).pack(key, value, self.plan.rows, self.heads_there())
         return FoldedText(name, packed, shared_query, summed, scale, token_bias, out_bias, MadeOn(key.device))
 
     def call_folded(
@@ -334,7 +334,7 @@ class Prepared:
                 maps = _smooth_maps(name, maps, grid, plan)
         return out, maps
 
-    def _heads_there(self) -> list[int] | None:
+    def heads_there(self) -> list[int] | None:
         """The heads that do not give zeros; None: all."""
         side = self.home.side
         if side.heads is None or side.inactive_heads != "zero" or bool(side.heads.all()):

@@ -1,4 +1,4 @@
-"""A GPU works behind the host: `to_device` sends it tensors, and `MadeOn` lets several of its streams share them."""
+"""A GPU works behind the host: `to_device` sends it tensors; `MadeOn` and `Kept` let its streams share them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["MadeOn", "to_device"]
+__all__ = ["Kept", "MadeOn", "to_device"]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -70,3 +70,16 @@ class MadeOn:
             tensor.record_stream(stream)
         if not capturing:
             self._safe_on.add(stream.cuda_stream)
+
+
+class Kept:
+    """One tensor, just made, that is kept for use on any stream."""
+
+    def __init__(self, x: Tensor) -> None:
+        self._x = x
+        self._made = MadeOn(x.device)
+
+    def get(self) -> Tensor:
+        """The tensor, for the current stream."""
+        self._made.use(lambda: (self._x,))
+        return self._x

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ..plan import Plan, RowPlan
 from ..reference import gaussian_kernel
-from ..streams import MadeOn
+from ..streams import Kept
 from .devices import gpu_index
 from .refusal import launching
 
@@ -225,7 +225,7 @@ def _version(number: int) -> str:
 
 
 # Never given up: a CUDA graph that was captured with one reads it at every replay.
-_gaussians: dict[tuple[float, torch.device], tuple[Tensor, MadeOn]] = {}
+_gaussians: dict[tuple[float, torch.device], Kept] = {}
 
 
 def _gaussian(sigma: float, device: torch.device) -> Tensor:
@@ -234,10 +234,8 @@ def _gaussian(sigma: float, device: torch.device) -> Tensor:
         weights = gaussian_kernel(sigma, dtype=torch.float32, device=device)
         if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             return weights
-        _gaussians[sigma, device] = weights, MadeOn(device)
-    weights, made = _gaussians[sigma, device]
-    made.use(lambda: (weights,))
-    return weights
+        _gaussians[sigma, device] = Kept(weights)
+    return _gaussians[sigma, device].get()
 
 
 def _on(device: torch.device) -> Any:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from ..places import version_of
 from ..plan import PicturePlan, Plan, RowPlan
-from ..streams import MadeOn, to_device
+from ..streams import Kept, to_device
 from .devices import gpu_index
 from .refusal import launching
 
@@ -719,14 +720,13 @@ def _kept(rows: RowPlan, name: str, source: Tensor, make: Callable[[Tensor], Ten
     Made anew where the source is another or was written to since, and never kept from a CUDA graph's capture, whose
     memory is the graph's own. Custom ops make a new RowPlan each call, so nothing is ever kept under torch.compile.
     """
-    version = None if source.is_inference() else source._version
+    version = version_of(source)
     have = rows.derived.get(name)
     if have is not None and have.source is source and have.version == version:
-        have.made_on.use(lambda: (have.made,))
-        return have.made
+        return have.kept.get()
     made = make(source)
     if not (source.is_cuda and torch.cuda.is_current_stream_capturing()):
-        rows.derived[name] = _Derived(source, version, made, MadeOn(made.device))
+        rows.derived[name] = _Derived(source, version, Kept(made))
     return made
 
 
@@ -734,8 +734,7 @@ def _kept(rows: RowPlan, name: str, source: Tensor, make: Callable[[Tensor], Ten
 class _Derived:
     source: Tensor
     version: int | None
-    made: Tensor
-    made_on: MadeOn
+    kept: Kept
 
 
 def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:

@@ -140,7 +140,7 @@ class _ModelHook:
         try:
             for layer in self.model.layers:
                 heads_count = int(layer.attn.heads)
-                self.model.text.prepared(
+                self.model.text.ready(
                     text.shape[0], heads_count, text.shape[1], text.device, layer.heads, layer.captures,
                     layer.attn.training,
                 )  # fmt: skip

@@ -93,9 +93,8 @@ def seconds_of(shape: Shape, kind: str) -> float:
 
 def shape_of(attn: Any, key: Tensor, x: Tensor, prepared: Prepared) -> Shape:
     """The shape of a layer's call on x (B, M, C) with keys (B, H, N, D)."""
-    side = prepared.side
-    zero = side.heads is not None and side.inactive_heads == "zero"
-    heads = int(side.heads.sum()) if zero and side.heads is not None else key.shape[1]
+    there = prepared.heads_there()
+    heads = key.shape[1] if there is None else len(there)
     return Shape(
         x.shape[0], x.shape[1], heads, key.shape[2], key.shape[3], int(attn.query_dim), key.shape[1] * key.shape[3],
         int(attn.out_dim), x.dtype,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..streams import MadeOn, to_device
+from ..streams import Kept, to_device
 
 __all__ = ["LayerSeeds"]
 
@@ -20,7 +20,7 @@ class LayerSeeds:
 
     def __init__(self, names: Sequence[str]) -> None:
         keys = torch.tensor([zlib.crc32(name.encode()) for name in names], dtype=torch.int64)
-        self._keys = {keys.device: (keys, MadeOn(keys.device))}
+        self._keys = {keys.device: Kept(keys)}
 
     def at(self, seed: int, timestep: Any, device: torch.device) -> Tensor:
         """(layers,) int64 in [0, 2**63), on the device. timestep: a number, or a tensor whose first one counts."""
@@ -37,11 +37,8 @@ class LayerSeeds:
 
     def _keys_on(self, device: torch.device) -> Tensor:
         if device not in self._keys:
-            on_device = to_device(self._keys[torch.device("cpu")][0], device)
-            self._keys[device] = on_device, MadeOn(device)
-        keys, made = self._keys[device]
-        made.use(lambda: (keys,))
-        return keys
+            self._keys[device] = Kept(to_device(self._keys[torch.device("cpu")].get(), device))
+        return self._keys[device].get()
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .places import Place, looking_is_free
+from ..places import Place, looking_is_free
 
 __all__ = ["StepCounter"]
 
@@ -64,7 +64,7 @@ class _Timesteps:
         if looking_is_free(timestep.device):
             return float(first)
         place = Place(first)
-        if place != place or first.untyped_storage().nbytes() > _MOST:  # nothing to know it by, or not worth it
+        if not place.lasts or first.untyped_storage().nbytes() > _MOST:
             return float(first)
         if self._place is None or not self._place.same_memory(place) or self._dtype != first.dtype:
             count = first.untyped_storage().nbytes() // first.element_size()

@@ -31,8 +31,8 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 
 from ..functional import FoldedText, Prepared
+from ..places import Known, looking_is_free, version_of
 from ..streams import MadeOn
-from .places import Seen, looking_is_free, version_of
 
 __all__ = ["KeyValue", "Served", "TextCache", "Weights"]
 
@@ -47,7 +47,7 @@ class TextCache:
         self._lock = threading.Lock()
         self._count = 0
         self._looks = 0
-        self._texts: OrderedDict[int, Seen] = OrderedDict()
+        self._texts: OrderedDict[int, Known] = OrderedDict()
         self._looked_at: _Looked | None = None
         self._entries: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], KeyValue]]
         self._entries = weakref.WeakKeyDictionary()
@@ -112,15 +112,15 @@ class TextCache:
     def bytes(self) -> int:
         """Of everything kept."""
         kept = [t for of_layer in list(self._entries.values()) for e in of_layer.values() for t in e.tensors()]
-        return sum(t.nbytes for t in kept) + sum(seen.bytes for seen in self._texts.values())
+        return sum(t.nbytes for t in kept) + sum(known.bytes for known in self._texts.values())
 
     def _number(self, text: Tensor) -> int:
-        for number, seen in reversed(self._texts.items()):
-            if seen.again(text):
+        for number, known in reversed(self._texts.items()):
+            if known.is_same(text):
                 self._texts.move_to_end(number)
                 return number
         self._count += 1
-        self._texts[self._count] = Seen(text)
+        self._texts[self._count] = Known(text)
         if len(self._texts) > TEXTS:
             self._texts.popitem(last=False)
         return self._count

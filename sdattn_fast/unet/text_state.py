@@ -117,6 +117,26 @@ class TextState:
 
         Raises: ValueError where a token input does not fit the batch, or is missing.
         """
+        prepared = self.ready(batch, heads_count, tokens, device, heads, captures, training)
+        gate = self.given.gate
+        if gate is None or not gate.requires_grad:
+            return prepared
+        # It belongs to one graph.
+        whole = self._expand("gate", to_device(gate, device), self._prompt_of_entries(batch), batch, tokens)
+        assert whole is not None
+        return prepared.with_gate(whole if torch.is_grad_enabled() else whole.detach())
+
+    def ready(
+        self,
+        batch: int,
+        heads_count: int,
+        tokens: int,
+        device: torch.device,
+        heads: tuple[int, ...] | None,
+        captures: bool,
+        training: bool,
+    ) -> Prepared:
+        """As `prepared`, all but the numbers of a gate that wants a gradient."""
         program = self.settings.program_at(self.step, training)
         key = (batch, heads_count, tokens, device.type, device.index, heads, captures, program.dropout)
         compiling = torch.compiler.is_compiling()
@@ -135,13 +155,7 @@ class TextState:
                 self.cache[key] = ready
         elif ready.made is not None and not compiling:
             ready.made.use(ready.prepared.tensors)
-        gate = self.given.gate
-        if gate is None or not gate.requires_grad:
-            return ready.prepared
-        # It belongs to one graph.
-        whole = self._expand("gate", self._prompt_of_entries(batch), batch, tokens, device)
-        assert whole is not None
-        return ready.prepared.with_gate(whole if torch.is_grad_enabled() else whole.detach())
+        return ready.prepared
 
     def active(self, batch: int) -> Tensor | None:
         """(B,) bool on the CPU, None for all."""
@@ -174,13 +188,12 @@ class TextState:
         captures: bool,
     ) -> Prepared:
         """On the CPU; a gate that wants a gradient is left for later, and of its shape here."""
-        s = self.settings
+        s, gate = self.settings, self.given.gate
         active = self.active(batch)
         prompt = self._prompt_of_entries(batch)
-        gate = self._expand("gate", prompt, batch, tokens)
         if gate is not None and gate.requires_grad:
             gate = torch.ones(gate.shape)
-        protected = self._expand("protected", prompt, batch, tokens)
+        protected = self._expand("protected", self.given.protected, prompt, batch, tokens)
         if protected is None and self.rows is not None and self.needs_protected():
             protected = self._found_protected(batch, tokens)
         return prepare(
@@ -189,8 +202,8 @@ class TextState:
             heads_count=heads_count,
             tokens=tokens,
             device=_CPU,
-            gate=gate,
-            phrases=self._expand("phrases", prompt, batch, tokens),
+            gate=self._expand("gate", gate, prompt, batch, tokens),
+            phrases=self._expand("phrases", self.given.phrases, prompt, batch, tokens),
             protected=protected,
             active=active,
             heads=heads,
@@ -224,36 +237,30 @@ class TextState:
             return self.rows.prompt
         return list(range(batch))
 
-    def _expand(
-        self, name: str, prompt: list[int], batch: int, tokens: int, device: torch.device | None = None
-    ) -> Tensor | None:
-        """A user's tensor, brought from its prompts to the UNet's batch. device: where to, by default where it is."""
-        x: Tensor | None = getattr(self.given, name)
-        if x is None:
+    def _expand(self, name: str, given: Tensor | None, prompt: list[int], batch: int, tokens: int) -> Tensor | None:
+        """A user's tensor, brought from its prompts to the UNet's batch, where it is."""
+        if given is None:
             return None
-        if x.dim() == 1:
-            x = x[None]
-        device = x.device if device is None else device
-        x = to_device(x, device)
+        x = given[None] if given.dim() == 1 else given
         entries = [b for b, p in enumerate(prompt) if p >= 0]
         prompts = max([p + 1 for p in prompt], default=0)
         lead = x.shape[0]
         if x.shape[-1] != tokens or lead not in (1, prompts, len(entries), batch):
             raise ValueError(
                 f"{name}: expected ({tokens},), ({prompts}, {tokens}) for the prompts or ({batch}, {tokens}) for the "
-                f"UNet's batch, got {tuple(getattr(self.given, name).shape)}"
+                f"UNet's batch, got {tuple(given.shape)}"
             )
         if lead == batch:
             return x
         # Unconditional entries are plain attention, whatever stands in their place.
-        whole = torch.full((batch, *x.shape[1:]), _NEUTRAL[name], dtype=x.dtype, device=device)
+        whole = torch.full((batch, *x.shape[1:]), _NEUTRAL[name], dtype=x.dtype, device=x.device)
         if lead == 1:
             source = [0] * len(entries)
         elif lead == prompts:
             source = [prompt[b] for b in entries]
         else:
             source = list(range(lead))
-        to, of = (to_device(torch.tensor(i, dtype=torch.long), device) for i in (entries, source))
+        to, of = (to_device(torch.tensor(i, dtype=torch.long), x.device) for i in (entries, source))
         return whole.index_copy(0, to, x[of])
 
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..places import Known, looking_is_free
 from ..streams import to_device
-from .places import Seen, looking_is_free
 from .text_cache import TEXTS
 from .text_state import Rows
 
@@ -39,7 +39,7 @@ class PromptMemory:
         self.calls: deque[_Encoded] = deque(maxlen=_REMEMBERED_CALLS)
         self.encoded = 0
         # Replaced as a whole, never changed: other threads may be reading it.
-        self._found: tuple[tuple[Seen, int, Rows | None], ...] = ()
+        self._found: tuple[tuple[Known, int, Rows | None], ...] = ()
         self._name = next((n for n in ("encode_prompt", "_encode_prompt") if callable(getattr(pipe, n, None))), None)
         self._replaced: Any = None
         self._wrapper: Any = None
@@ -75,7 +75,7 @@ class PromptMemory:
 
     def forget(self) -> None:
         self.calls.clear()
-        self._found = ()
+        self.forget_found()
         self.encoded += 1
 
     def forget_found(self) -> None:
@@ -89,12 +89,12 @@ class PromptMemory:
         what was encoded stay what they are.
         """
         encoded = self.encoded
-        for seen, then, rows in self._found:
-            if then == encoded and seen.again(text):
+        for known, then, rows in self._found:
+            if then == encoded and known.is_same(text):
                 return rows
         rows = self._find(text)
         # A UNet and a ControlNet may take turns with two texts each.
-        self._found = (*self._found, (Seen(text), encoded, rows))[-2 * TEXTS :]
+        self._found = (*self._found, (Known(text), encoded, rows))[-2 * TEXTS :]
         return rows
 
     def _find(self, text: Tensor) -> Rows | None:

@@ -8,13 +8,13 @@ float64 except in rows whose margin is below rounding error, which are counted.
 from __future__ import annotations
 
 import multiprocessing
-import threading
 from dataclasses import dataclass, field
 
 import numpy
 import pytest
 import scipy.ndimage
 import torch
+from side_by_side import side_by_side
 from torch import Tensor
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
@@ -289,14 +289,10 @@ def test_several_python_threads():
     expected = cpu.attention(query, key, value, None, 0.2, rows)[0]
     same = []
 
-    def work():
+    def work(_):
         same.extend(torch.equal(cpu.attention(query, key, value, None, 0.2, rows)[0], expected) for _ in range(20))
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
-    for t in threads:
-        t.start()
-    for t in threads:
-        t.join()
+    side_by_side(work, range(4))
     assert len(same) == 80 and all(same)
 
 

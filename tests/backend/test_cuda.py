@@ -230,7 +230,7 @@ def test_a_first_smoothing_may_be_captured(monkeypatch):
     assert backend._gaussian(0.8, cuda) is not backend._gaussian(0.8, cuda)
     assert made == [cuda, cuda]
     kept = object()
-    backend._gaussians[0.8, cuda] = kept, SimpleNamespace(use=lambda tensors: None)
+    backend._gaussians[0.8, cuda] = SimpleNamespace(get=lambda: kept)
     assert backend._gaussian(0.8, cuda) is kept and made == [cuda, cuda], "made before, it is not made again"
 
 

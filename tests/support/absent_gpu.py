@@ -185,7 +185,7 @@ def switched_on() -> Iterator[None]:
 
 def _guard() -> None:
     torch._C._ensureCUDADeviceGuardSet()  # suffices where torch was built with CUDA
-    if torch.version.cuda is not None:
+    if torch.backends.cuda.is_built():
         return
     source, root = Path(__file__).with_suffix(".cpp"), Path(torch.__file__).parent
     with tempfile.TemporaryDirectory() as folder:

@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import copy
 import gc
-import sys
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -18,6 +16,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from side_by_side import side_by_side
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules.module import register_module_forward_hook
@@ -319,9 +318,9 @@ def dear(monkeypatch: pytest.MonkeyPatch) -> None:
     def look(*tensors: Tensor) -> bool:
         raise AssertionError("a look at the numbers of a text")
 
-    for module in ("places", "text_cache"):
-        monkeypatch.setattr(f"sdattn_fast.unet.{module}.looking_is_free", lambda device: False)
-    monkeypatch.setattr("sdattn_fast.unet.places._equal", look)
+    for module in ("places", "unet.text_cache"):
+        monkeypatch.setattr(f"sdattn_fast.{module}.looking_is_free", lambda device: False)
+    monkeypatch.setattr("sdattn_fast.places._equal", look)
     monkeypatch.setattr(Weights, "sampled_alike", look)
 
 
@@ -461,17 +460,8 @@ def test_threads_with_texts_of_their_own(parts: dict[str, Any], fold: str) -> No
                 if not error < 1e-4:
                     wrong.append((first, i, error))
 
-    interval = sys.getswitchinterval()
-    sys.setswitchinterval(1e-5)
-    try:
-        with sdattn_fast.apply(unet, fold=fold):
-            threads = [threading.Thread(target=work, args=(i,)) for i in range(2)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-    finally:
-        sys.setswitchinterval(interval)
+    with sdattn_fast.apply(unet, fold=fold):
+        side_by_side(work, range(2))
     assert not wrong
 
 

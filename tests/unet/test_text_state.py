@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import gc
-import sys
-import threading
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from side_by_side import side_by_side
 from torch import Tensor
 
 import sdattn_fast
@@ -98,33 +97,19 @@ def test_rows_of_a_text_that_was_written_over(build: Callable[[str], Any]) -> No
 
 def test_texts_in_turn_by_several_threads(build: Callable[[str], Any]) -> None:
     pipe = build("sd15")
-    errors: list[BaseException] = []
-    interval = sys.getswitchinterval()
     with torch.no_grad(), sdattn_fast.apply(pipe, DROPS) as patch:
         texts = [pipe.encode_prompt(words, "cpu", 1, False)[0] for words in ("a", "b c", "d e f", "gg", "h" * 9)]
         right = [patch._memory.find(text).key for text in texts]
         assert len(set(right)) > 3
 
         def work(stride: int) -> None:
-            try:
-                for i in range(400):
-                    which = i * stride % len(texts)
-                    rows = patch._memory.find(texts[which])
-                    assert rows.key == right[which]
-                    patch._models[0].text.see(rows)
-            except BaseException as error:
-                errors.append(error)
+            for i in range(400):
+                which = i * stride % len(texts)
+                rows = patch._memory.find(texts[which])
+                assert rows.key == right[which]
+                patch._models[0].text.see(rows)
 
-        sys.setswitchinterval(1e-5)
-        try:
-            threads = [threading.Thread(target=work, args=(stride,)) for stride in (1, 2, 3, 4)]
-            for thread in threads:
-                thread.start()
-            for thread in threads:
-                thread.join()
-        finally:
-            sys.setswitchinterval(interval)
-    assert not errors, errors[0]
+        side_by_side(work, (1, 2, 3, 4))
 
 
 def test_an_update_keeps_keys_and_values_and_nothing_stale(build: Callable[[str], Any], draw: Any) -> None:

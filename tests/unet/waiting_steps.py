@@ -209,12 +209,17 @@ def test_training(asked: str, backend: str, unet: Any) -> None:
     assert not any(found), found
 
 
+@pytest.mark.parametrize("given_under_no_grad", [True, False])
+@pytest.mark.parametrize("shape", [(N,), (1, N), (2, N), (2, 2, N)])
 @pytest.mark.parametrize("program", [DROPS, PLAIN], ids=["drops", "plain"])
-@torch.no_grad()
-def test_a_learnt_gate_is_tried(program: Program, unet: Any) -> None:
+def test_a_learnt_gate_is_tried(program: Program, shape: tuple[int, ...], given_under_no_grad: bool, unet: Any) -> None:
     x, times, text = noise(), schedule(3), words()
-    gate = torch.nn.Parameter(torch.rand(N).to(GPU))
-    with sdattn_fast.apply(unet, program, backend="reference", gate=gate, protected=torch.arange(N) > 9):
+    gate = torch.nn.Parameter(torch.rand(shape).to(GPU))
+    told = {"protected": torch.arange(N) > 9, "active": torch.tensor([False, True])}
+    with torch.set_grad_enabled(not given_under_no_grad):
+        patch = sdattn_fast.apply(unet, program, backend="reference", gate=gate, **told)
+    waits.clear()
+    with patch, torch.no_grad():
         found = by_step(lambda i: unet(x, times[i], encoder_hidden_states=text))
     assert not any(found), found
 
@@ -314,8 +319,8 @@ def test_where_no_writes_are_counted_a_pipeline_waits_once_a_step(
     pipe: Any, draw: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As in inference mode, which these tensors do not know."""
-    for module in ("places", "text_cache"):
-        monkeypatch.setattr(f"sdattn_fast.unet.{module}.version_of", lambda x: None)
+    for module in ("places", "unet.text_cache"):
+        monkeypatch.setattr(f"sdattn_fast.{module}.version_of", lambda x: None)
     made = pipe("sd15")
     with sdattn_fast.apply(made, DROPS, backend="triton"):
         draw(made, num_inference_steps=4)

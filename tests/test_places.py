@@ -9,7 +9,7 @@ import pickle
 import pytest
 import torch
 
-from sdattn_fast.unet.places import Place, version_of
+from sdattn_fast.places import Place, version_of
 
 
 def test_views_of_the_same_are_the_same() -> None:

@@ -1,4 +1,4 @@
-"""Whether a tensor is one that was seen before: `Seen` asks its numbers where looking is free, else its `Place`, where
+"""Whether a tensor is one that came before: `Known` asks its numbers where looking is free, else its `Place`, where
 they lie and which writing of them these are. A look at the numbers would make the host wait for a GPU.
 """
 
@@ -10,16 +10,16 @@ import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
-__all__ = ["Place", "Seen", "looking_is_free", "version_of"]
+__all__ = ["Known", "Place", "looking_is_free", "version_of"]
 
 
-class Seen:
-    """A tensor that was seen; nothing of it is kept but, where looking is free, a copy."""
+class Known:
+    """A tensor that came before; nothing of it is kept but, where looking is free, a copy."""
 
     def __init__(self, x: Tensor) -> None:
         self._what = x.detach().clone() if looking_is_free(x.device) else Place(x)
 
-    def again(self, x: Tensor) -> bool:
+    def is_same(self, x: Tensor) -> bool:
         """Whether x is the same: equal, or the same memory, not written to since, by any tensor or view."""
         kept = self._what
         return _equal(kept, x) if isinstance(kept, Tensor) else kept == Place(x)
@@ -60,10 +60,15 @@ class Place:
     def __reduce__(self) -> tuple[Any, ...]:
         return _nowhere, ()  # a copy of a model has other memory, and a weak reference must not be copied
 
+    @property
+    def lasts(self) -> bool:
+        """Whether it can be told again."""
+        return self._version is not None
+
     def same_memory(self, other: Place) -> bool:
         """Whether both are views of the same memory, with the same numbers in it."""
         return (
-            self._version is not None
+            self.lasts
             and self._version == other._version
             and self._storage.cdata == other._storage.cdata
             and not self._storage.expired()
