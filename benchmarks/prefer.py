@@ -30,12 +30,15 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("results", nargs="*", type=Path, metavar="JSONL")
     parser.add_argument("--to", type=Path, default=FILE)
     options = parser.parse_args(arguments)
-    found: dict[str, list[dict[str, Any]]] = {}
+    records: list[dict[str, Any]] = []
     for path in options.results or sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")):
         try:
-            found |= preferences(read(path))
+            of_file = read(path)
+            preferences(of_file)  # refuses what is wrong with this file
         except ValueError as error:
             sys.exit(f"{path}: {error}")
+        records += of_file
+    found = preferences(records)
     if not found:
         sys.exit("no shape at which two backends were timed: nothing is written")
     devices = {**json.loads(options.to.read_text())["devices"], **found}

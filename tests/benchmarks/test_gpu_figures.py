@@ -158,3 +158,38 @@ def test_a_line_that_was_cut_off_is_the_last(prefer, tmp_path):
     path.write_text(path.read_text() + '\n{"kind": "run"}\n')
     with pytest.raises(ValueError, match="line 2 is not JSON"):
         prefer.read(path)
+
+
+def test_shapes_of_several_runs_are_put_together(prefer, tmp_path):
+    """A second run that measured less does not take the first one's shapes away."""
+    first = [run(), figure("triton-full", 5.0), figure("cuda-full", 4.0)]
+    first += [figure("triton-full", 5.0, pixels=64), figure("cuda-full", 6.0, pixels=64)]
+    second = [run(), figure("triton-full", 3.0), figure("cuda-full", 4.0)]
+    to = tmp_path / "measured.json"
+    to.write_text('{"devices": {}}')
+    paths = [written(tmp_path / f"{i}.jsonl", *records) for i, records in enumerate((first, second))]
+    prefer.main([*map(str, paths), "--to", str(to)])
+    shapes = json.loads(to.read_text())["devices"]["Card"]
+    assert {shape["pixels"]: shape["fastest"] for shape in shapes} == {64: "triton", 4096: "triton"}
+
+
+def test_the_page_is_what_the_results_say():
+    page = importlib.import_module("gpu_figures")
+    results = sorted((FOLDER / "results").glob("*.jsonl"))
+    assert results and page.of_results(results) == page.PAGE.read_text()
+
+
+def test_the_page_takes_the_last_run_and_names_what_did_not_pass(tmp_path):
+    page = importlib.import_module("gpu_figures")
+    about = {"commit": "0", "torch": "2", "triton": "3", "diffusers": "0", "copy_tb_per_s": 4.0}
+    step = {"kind": "figure", "item": "step/sd15/2", "how": "graph", "of_stock": 0.5}
+    item = {"kind": "item", "item": "suite/triton"}
+    runs = []
+    for number, (median, status) in enumerate(((9000.0, "failed"), (8000.0, "passed"), (7000.0, "not run"))):
+        stock = step | {"contestant": "stock", "median_us": median, "of_stock": 1.0}
+        ours = step | {"contestant": "triton", "median_us": median / 2}
+        records = [run() | about, stock, ours, item | {"status": status}]
+        runs.append(written(tmp_path / f"{number}.jsonl", *records))
+    assert "not: suite/triton (failed)" in page.of_results(runs[:1])
+    whole = page.of_results(runs)
+    assert "| sd15/2 | 2 | graph | 7.0 ms | 0.500 |" in whole and "1 items passed." in whole
