@@ -80,6 +80,22 @@ class RowPlan:
     max_drop: int = 0
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    def by_head(self) -> RowPlan:
+        """The same plan, its captured maps of every head by itself."""
+        return self._with(capture_mean=False)
+
+    def with_seed(self, seed: Tensor) -> RowPlan:
+        """The same plan with another seed."""
+        return self._with(seed=seed)
+
+    def _with(self, **changes: Any) -> RowPlan:
+        """As `replace`, which takes ten times as long: layers do this at every step."""
+        if torch.compiler.is_compiling():
+            return replace(self, **changes)
+        other = object.__new__(RowPlan)
+        other.__dict__.update(self.__dict__, **changes)
+        return other
+
     @property
     def decides(self) -> bool:
         """Whether steps 4 and 5 may drop an entry, so that there are bits to save for a backward pass."""

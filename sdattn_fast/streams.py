@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Kept", "MadeOn", "to_device"]
+__all__ = ["Kept", "MadeOn", "capturing", "current_stream", "to_device"]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -21,12 +21,23 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
     """
     if device.type != "cuda" or x.device.type != "cpu" or torch.compiler.is_compiling():
         return x.to(device)
-    if torch.cuda.is_current_stream_capturing():
+    if capturing(device):
         raise RuntimeError(
             "sdattn_fast: a CUDA graph is captured, and something is still to be sent to the GPU. Run the same call "
             "once before the capture, with text_cache=True and a timestep on the GPU"
         )
     return x.to(device) if x.requires_grad else x.pin_memory().to(device, non_blocking=True)
+
+
+def capturing(device: torch.device) -> bool:
+    """Whether what is launched on a device goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
+def current_stream(device: torch.device) -> int:
+    """The handle of the current stream of a GPU."""
+    # torch.cuda.current_stream makes an object, and every layer asks several times.
+    return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if device.index is None else device.index)
 
 
 class MadeOn:
@@ -43,7 +54,7 @@ class MadeOn:
         self._ready: Any = None
         self._safe_on: set[int] = set()  # streams by their handle
         if device.type == "cuda":
-            self._safe_on.add(torch.cuda.current_stream(device).cuda_stream)
+            self._safe_on.add(current_stream(device))
             # An event of a capture means nothing outside it.
             if not torch.cuda.is_current_stream_capturing():
                 self._ready = torch.cuda.Event()
@@ -59,9 +70,9 @@ class MadeOn:
         """
         if self._device.type != "cuda":
             return
-        stream = torch.cuda.current_stream(self._device)
-        if stream.cuda_stream in self._safe_on:
+        if current_stream(self._device) in self._safe_on:
             return
+        stream = torch.cuda.current_stream(self._device)
         # A stream that is captured may not wait for one that is not; torch.cuda.graph has waited for all of them.
         capturing = torch.cuda.is_current_stream_capturing()
         if self._ready is not None and not capturing:

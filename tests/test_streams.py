@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sdattn_fast import streams
 from sdattn_fast.streams import MadeOn, to_device
 
 CUDA = torch.device("cuda", 0)
@@ -42,6 +43,7 @@ def gpu(monkeypatch):
     found = SimpleNamespace(first=Stream(1), second=Stream(2), capturing=False)
     found.current = found.first
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: found.current)
+    monkeypatch.setattr(streams, "current_stream", lambda device: found.current.cuda_stream)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: found.capturing)
     monkeypatch.setattr(torch.cuda, "Event", Event)
     return found

@@ -6,7 +6,6 @@ over, on torch's current stream. Nothing else is allocated and nobody waits, so 
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from typing import Any
 
@@ -15,8 +14,9 @@ from torch import Tensor
 
 from ..plan import Plan, RowPlan
 from ..reference import gaussian_kernel
-from ..streams import Kept
-from .devices import gpu_index
+from ..streams import Kept, current_stream
+from .devices import gpu_index, on_device
+from .head_mean import is_by_head, mean_of_heads
 from .refusal import launching
 
 __all__ = ["availability", "not_supported_reasons", "attention", "folded_refusal", "smooth", "info"]
@@ -121,6 +121,10 @@ def attention(
     """
     b, h, m, d = query.shape
     n, dv = key.shape[2], value.shape[3]
+    if is_by_head(rows, b, h, m):
+        out, maps, bits = attention(query, key, value, bias, scale, rows.by_head(), return_bits, keep_layout)
+        assert maps is not None
+        return out, mean_of_heads(maps, rows), bits
     on: dict[str, Any] = {"device": query.device}
     if keep_layout and query.stride(1) < query.stride(2):
         out = torch.empty((b, m, h, dv), dtype=value.dtype, **on).transpose(1, 2)
@@ -137,7 +141,7 @@ def attention(
         return out.zero_(), None if maps is None else maps.zero_(), bits
     if bias is not None:
         bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, m, n)
-    with _on(query.device), launching("cuda", "rows_kernel"):
+    with on_device(query.device), launching("cuda", "rows_kernel"):
         _cuda.attention(
             (b, h, m, n, d, dv),
             _DTYPES[query.dtype],
@@ -177,7 +181,7 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
     if where is not None:
         where = where.to(torch.uint8).expand(b, h).contiguous()
     weights = _gaussian(sigma, x.device)
-    with _on(x.device), launching("cuda", "smooth_kernel"):
+    with on_device(x.device), launching("cuda", "smooth_kernel"):
         for _ in range(times):
             x = x.contiguous()
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -238,15 +242,8 @@ def _gaussian(sigma: float, device: torch.device) -> Tensor:
     return _gaussians[sigma, device].get()
 
 
-def _on(device: torch.device) -> Any:
-    """Launches go to the current device, which need not be the tensors'."""
-    if device.type == "cpu" or device.index == torch.cuda.current_device():
-        return contextlib.nullcontext()
-    return torch.cuda.device(device)
-
-
 def _stream(device: torch.device) -> int:
-    return 0 if device.type == "cpu" else torch.cuda.current_stream(device).cuda_stream
+    return 0 if device.type == "cpu" else current_stream(device)
 
 
 def _row_program(rows: RowPlan) -> tuple[Any, ...]:

@@ -6,12 +6,10 @@ tiles and launches. Nothing is tuned at run time: `_tiles` is a table in the sha
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import importlib.util
 import math
 import os
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,24 +21,26 @@ from torch.nn.functional import pad
 from ..places import version_of
 from ..plan import PicturePlan, Plan, RowPlan
 from ..streams import Kept, to_device
-from .devices import gpu_index
-from .refusal import launching
+from .devices import gpu_index, on_device
+from .head_mean import is_by_head, mean_of_heads
+from .triton_launch import Bound, Call, launch, launch_bound, version
 
 __all__ = [
-    "availability", "remark", "not_supported_reasons", "attention", "backward", "folded", "pack", "picture_attention",
-    "smooth", "gaussian_attention", "content_first", "interprets",
+    "availability", "remark", "not_supported_reasons", "attention", "backward", "BoundAttention", "folded", "pack",
+    "picture_attention", "smooth", "gaussian_attention", "content_first", "interprets",
 ]  # fmt: skip
 
 _MOST = 256  # N, D and Dv
 _BLOCK = 1024  # rows whose probabilities exist at a time
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_MOVES = _QUERY, _OUT, _MAPS, _SEED = 0, 4, 5, 12  # among the tensors of `rows_tensors`, what is new at every call
 _LOG2E = math.log2(math.e)
 _OLDEST_TRITON = (3, 2)  # of torch 2.6
-# What `make compile-matrix` compiles for, and where benchmarks/on_gpu.sh passed its tests: nowhere yet.
+# What `make compile-matrix` compiles for, and where benchmarks/on_gpu.sh passed its tests (benchmarks/results).
 COMPILED_FOR = (
     "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201",
 )  # fmt: skip
-RUN_ON: tuple[str, ...] = ()
+RUN_ON: tuple[str, ...] = ("sm_90",)
 
 
 def availability(device: torch.device | None = None) -> str | None:
@@ -51,8 +51,8 @@ def availability(device: torch.device | None = None) -> str | None:
         return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
-    if _version() < _OLDEST_TRITON:
-        return f"triton {'.'.join(map(str, _version()))} is older than 3.2, the oldest that the kernels compile with"
+    if version() < _OLDEST_TRITON:
+        return f"triton {'.'.join(map(str, version()))} is older than 3.2, the oldest that the kernels compile with"
     return _refusal_of_device(gpu_index(device))
 
 
@@ -80,15 +80,6 @@ def _architecture(index: int) -> str:
     if torch.version.hip is not None:
         return str(properties.gcnArchName).split(":")[0]
     return f"sm_{properties.major}{properties.minor}"
-
-
-@functools.cache
-def _version() -> tuple[int, int]:
-    # Not the distribution's metadata: ROCm's wheels and nightly builds bring Triton under other names.
-    import triton
-
-    major, minor = re.findall(r"\d+", triton.__version__)[:2]
-    return int(major), int(minor)
 
 
 def not_supported_reasons(
@@ -144,27 +135,98 @@ def attention(
         and 5.
     """
     b, h, m, _ = query.shape
-    n, dv = key.shape[2], value.shape[3]
-    if keep_layout and query.stride(1) < query.stride(2):
-        out = torch.empty((b, m, h, dv), dtype=value.dtype, device=query.device).transpose(1, 2)
-    else:
-        out = torch.empty((b, h, m, dv), dtype=value.dtype, device=query.device)
-    maps = bits = None
-    count = 0 if rows.capture_tokens is None else rows.capture_tokens.shape[0]
-    if rows.capture_tokens is not None:
-        shape = (b, count, m) if rows.capture_mean else (b, h, count, m)
-        maps = torch.empty(shape, dtype=torch.float32, device=query.device)
+    n = key.shape[2]
+    if is_by_head(rows, b, h, m):
+        out, maps, bits = attention(query, key, value, bias, scale, rows.by_head(), return_bits, keep_layout)
+        assert maps is not None
+        return out, mean_of_heads(maps, rows), bits
+    out, maps = _results(query, value, rows, keep_layout)
+    bits = None
     if return_bits:
         bits = torch.empty((b, h, m, (n + 31) // 32), dtype=torch.int32, device=query.device)
     if b * h * m == 0 or n == 0:
         # No row, or rows over no token: what there is of the results is zero.
         return out.zero_(), None if maps is None else maps.zero_(), bits
+    bias = _full_bias(bias, b, h, m, n)
+    _launch_rows(rows_tensors(query, key, value, bias, rows, out, maps, bits), scale, rows)
+    return out, maps, bits
+
+
+class BoundAttention:
+    """`attention`, with out as the query lies, for queries and seeds that differ from the first ones in their numbers
+    and addresses alone; the other tensors are kept."""
+
+    def __init__(self, key: Tensor, value: Tensor, scale: float, rows: RowPlan) -> None:
+        self._call = key, value, scale, rows
+        self._by_head: BoundAttention | None = None
+        # The launch, the first call's addresses, the tensors that stay. Replaced as a whole: threads may be reading.
+        self._kept: tuple[Bound, list[int | None], tuple[Tensor | None, ...]] | None = None
+
+    def __call__(self, query: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(out, maps). Raises: KernelRefused."""
+        key, value, scale, rows = self._call
+        if is_by_head(rows, *query.shape[:3]):
+            if self._by_head is None:
+                self._by_head = BoundAttention(key, value, scale, rows.by_head())
+            out, maps = self._by_head(query, seed)
+            assert maps is not None
+            return out, mean_of_heads(maps, rows)
+        out, maps = _results(query, value, rows, keep_layout=True)
+        kept = self._kept
+        if kept is not None:
+            launch, first, _ = kept
+            now = first.copy()
+            now[_QUERY], now[_OUT] = query.data_ptr(), out.data_ptr()
+            if maps is not None:
+                now[_MAPS] = maps.data_ptr()
+            if seed is not None:
+                now[_SEED] = seed.data_ptr()
+            # The kernel was compiled for how these lie.
+            if all((now[i] or 0) % 16 == (first[i] or 0) % 16 for i in _MOVES):
+                with on_device(query.device):
+                    launch(now)
+                return out, maps
+        if out.numel() == 0 or key.shape[2] == 0:
+            return out.zero_(), None if maps is None else maps.zero_()
+        rows = rows if seed is None else rows.with_seed(seed)
+        tensors = rows_tensors(query, key, value, None, rows, out, maps, None)
+        bound = _launch_rows(tensors, scale, rows)
+        if bound is not None:
+            stay = tuple(None if i in _MOVES else x for i, x in enumerate(tensors))
+            self._kept = bound, [None if x is None else x.data_ptr() for x in tensors], stay
+        return out, maps
+
+
+def _results(query: Tensor, value: Tensor, rows: RowPlan, keep_layout: bool) -> tuple[Tensor, Tensor | None]:
+    """Out and maps, to be written."""
+    (b, h, m, _), dv, captured = query.shape, value.shape[3], rows.capture_tokens
+    if keep_layout and query.stride(1) < query.stride(2):
+        out = torch.empty((b, m, h, dv), dtype=value.dtype, device=query.device).transpose(1, 2)
+    else:
+        out = torch.empty((b, h, m, dv), dtype=value.dtype, device=query.device)
+    if captured is None:
+        return out, None
+    count = captured.shape[0]
+    shape = (b, count, m) if rows.capture_mean else (b, h, count, m)
+    return out, torch.empty(shape, dtype=torch.float32, device=query.device)
+
+
+def _launch_rows(tensors: tuple[Tensor | None, ...], scale: float, rows: RowPlan) -> Bound | None:
     from ..kernels import rows_kernel
 
-    with _on(query.device):
-        programs, arguments, options = rows_call(query, key, value, bias, scale, rows, out, maps, bits)
-        _launch(rows_kernel, programs, arguments, options)
-    return out, maps, bits
+    query, key, value, bias, out, maps, bits = tensors[:7]
+    assert query is not None and key is not None and value is not None and out is not None
+    gate = rows.gate
+    like = (
+        query.dtype, query.shape, key.shape[2], value.shape[3], query.stride(), key.stride(), value.stride(),
+        out.stride(), None if maps is None else maps.shape, None if bias is None else (bias.dtype, bias.stride()),
+        None if gate is None else gate.shape, scale, rows.random_ratio, rows.threshold, rows.renormalize,
+        rows.capture_final, rows.capture_mean, rows.max_content, rows.max_drop,
+    )  # fmt: skip
+    with on_device(query.device):
+        return launch_bound(
+            rows_kernel, tensors, like, lambda: rows_call(query, key, value, bias, scale, rows, out, maps, bits)
+        )
 
 
 def backward(
@@ -274,12 +336,12 @@ def folded(
         return y.zero_() if out_bias is None else y.copy_(out_bias.expand_as(y)), None
     from ..kernels import folded_kernel
 
-    with _on(x.device):
+    with on_device(x.device):
         for first in range(0, m, _BLOCK):
             end = min(first + _BLOCK, m)
             p = torch.empty(_block_shape(packed, summed, end - first), dtype=x.dtype, device=x.device)
             programs, arguments, options = folded_call(x, packed, bias, scale, rows, p, first, end, summed)
-            _launch(folded_kernel, programs, arguments, options)
+            launch(folded_kernel, programs, arguments, options)
             if not summed:
                 part = p @ packed.value
                 if packed.heads is None:
@@ -331,71 +393,70 @@ def picture_attention(
     if b * h * m == 0 or n == 0:
         out.zero_()
         maps = None if maps is None else maps.zero_()
-        return out, _mean_of_heads(maps, rows)
+        return out, mean_of_heads(maps, rows) if maps is not None and rows.capture_mean else maps
     content = rows.content
     assert content is not None
 
-    p = mass = kth = highest = None
+    drop = math.floor(picture.drop_ratio * m + 1e-9) if picture.drop_ratio >= 0 else 0
+    found = torch.zeros((b, h, n), dtype=torch.int32, **on) if drop > 0 else None
+    histogram = torch.empty((b, h, n, 2048), dtype=torch.int32, **on) if drop > 0 else None
+    highest = torch.empty((b, h, n), dtype=torch.int32, **on) if picture.nms else None
+    p = mass = None
     if picture.steps > 1:
         p = torch.empty((b, h, m, n), dtype=torch.float32, **on)
         mass = torch.empty((b, h, m), dtype=torch.float32, **on)
-    call = functools.partial(_launch_picture, query, key, value, bias, scale, rows, picture, out, maps)
+    call = functools.partial(
+        _launch_picture, query, key, value, bias, scale, rows, picture, out, maps, histogram, found, highest
+    )
     if p is not None:
         call("begin", p, mass)
-    drop = math.floor(picture.drop_ratio * m + 1e-9) if picture.drop_ratio >= 0 else 0
-    if drop > 0:
-        kth = _kth_of_maps(functools.partial(call, "count", p, mass), (b, h, n), drop, query.device)
+    if found is not None and histogram is not None:
+        _find_kth(functools.partial(call, "count", p, mass), histogram, found, drop)
     where = None if picture.active is None else picture.active[:, None]
     if rows.head_mode is not None:
         heads = (rows.head_mode == 0)[None]
         where = heads.expand(b, h) if where is None else (where != 0) & heads
     for step in range(picture.steps):
         first, last = step == 0, step + 1 == picture.steps
-        kth = kth if first else None
-        if picture.nms:
-            highest = torch.zeros((b, h, n), dtype=torch.int32, **on)
-            call("highest", p, mass, first=first, kth=kth, highest=highest)
-        call("last" if last else "round", p, mass, first=first, kth=kth, highest=highest)
+        if highest is not None:
+            highest.zero_()
+            call("highest", p, mass, first=first)
+        call("last" if last else "round", p, mass, first=first)
         if not last and picture.sigma > 0:
             assert p is not None and grid is not None
             p = smooth(p, grid, picture.sigma, 1, where)
-    return out, _mean_of_heads(maps, rows)
+    return out, mean_of_heads(maps, rows) if maps is not None and rows.capture_mean else maps
 
 
 _LEVELS = ((20, 11), (10, 10), (0, 10))  # shift and bits of the histograms
 
 
-def _kth_of_maps(count: Callable[..., None], shape: tuple[int, ...], k: int, device: torch.device) -> Tensor:
-    """(B, H, N) float32: the k-th largest of every content token's map; for other tokens it means nothing."""
-    found = torch.zeros(shape, dtype=torch.int32, device=device)
-    left = torch.full(shape, k, dtype=torch.int64, device=device)
-    for level, (shift, bits) in enumerate(_LEVELS):
-        histogram = torch.zeros((*shape, 2048), dtype=torch.int32, device=device)
-        count(first=level == 0, histogram=histogram, found=found, shift=shift, bits=bits)
+def _find_kth(count: Callable[..., None], histogram: Tensor, found: Tensor, k: int) -> None:
+    """Makes of `found`, zeros (B, H, N), the bits of the k-th largest float32 of every content token's map; for other
+    tokens it means nothing."""
+    left = torch.full(found.shape, k, dtype=torch.int64, device=found.device)
+    for shift, bits in _LEVELS:
+        histogram.zero_()
+        count(shift=shift, bits=bits)
         above = histogram[..., : 1 << bits].flip(-1).cumsum(-1)
         passed = (above < left[..., None]).sum(-1).clamp(max=(1 << bits) - 1)
-        left = left - torch.where(passed > 0, above.gather(-1, (passed - 1).clamp(min=0)[..., None])[..., 0], 0)
-        found = (found << bits) | ((1 << bits) - 1 - passed).to(torch.int32)
-    return found.view(torch.float32)
+        left -= torch.where(passed > 0, above.gather(-1, (passed - 1).clamp(min=0)[..., None])[..., 0], 0)
+        found.copy_((found << bits) | ((1 << bits) - 1 - passed).to(torch.int32))
 
 
-def _mean_of_heads(maps: Tensor | None, rows: RowPlan) -> Tensor | None:
-    if maps is None or not rows.capture_mean:
-        return maps
-    if rows.head_mode is None:
-        return maps.mean(1) if maps.shape[1] else maps.sum(1)
-    weight = rows.head_mode == 0
-    return (maps * weight[:, None, None]).sum(1) / weight.sum().clamp(min=1)
-
-
-def _launch_picture(query, key, value, bias, scale, rows, picture, out, maps, stage, p, mass, **how) -> None:
+def _launch_picture(
+    query, key, value, bias, scale, rows, picture, out, maps, histogram, found, highest, stage, p, mass, **how
+) -> None:
     from ..kernels import picture_kernel
 
-    with _on(query.device):
+    with on_device(query.device):
         programs, arguments, options = picture_call(
-            query, key, value, bias, scale, rows, picture, out, maps, stage, p, mass, **how
+            query, key, value, bias, scale, rows, picture, out, maps, histogram, found, highest, stage, p, mass, **how
         )
-        _launch(picture_kernel, programs, arguments, options)
+        launch(picture_kernel, programs, arguments, options)
+
+
+_STAGES = {"begin": -1, "count": 0, "highest": 1, "round": 2, "last": 2}
 
 
 def picture_call(
@@ -408,18 +469,17 @@ def picture_call(
     picture: PicturePlan,
     out: Tensor,
     maps: Tensor | None,
+    histogram: Tensor | None,
+    found: Tensor | None,
+    highest: Tensor | None,
     stage: str,
     p: Tensor | None,
     mass: Tensor | None,
     first: bool = True,
-    kth: Tensor | None = None,
-    highest: Tensor | None = None,
-    histogram: Tensor | None = None,
-    found: Tensor | None = None,
     shift: int = 0,
     bits: int = 0,
-) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """How `picture_kernel` is called: the number of programs, the arguments in order, constants and options by name."""
+) -> Call:
+    """How `picture_kernel` is called. p None: the probabilities are computed anew, by one kernel for all stages."""
     b, h, m, d = query.shape
     n, dv = key.shape[2], value.shape[3]
     na = _power(n)
@@ -428,20 +488,20 @@ def picture_call(
     groups = -(-m // bm)
     gate, captured = rows.gate, rows.capture_tokens
     slots = None if captured is None else _kept(rows, "slots", captured, lambda tokens: map_slots(tokens, n))
-    if bias is not None:
-        bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, m, n)
+    bias = _full_bias(bias, b, h, m, n)
     arguments = (
         query, key, value, bias, out, p, mass, maps, rows.content, gate, rows.phrases, rows.drop, rows.seed,
-        rows.head_mode, picture.active, slots, histogram, found, kth, highest,
+        rows.head_mode, picture.active, slots, histogram, found, highest,
         float(scale) * _LOG2E, float(rows.random_ratio), float(rows.threshold),
         *strides_of(query), *strides_of(key), *strides_of(value), *strides_of(out),
         *((0, 0, 0, 0) if bias is None else bias.stride()),
         0 if gate is None else gate.stride(0), 0 if gate is None or gate.shape[1] == 1 else n,
-        m, 0 if maps is None else maps.shape[2], groups,
+        m, 0 if maps is None else maps.shape[2], groups, _STAGES[stage], shift, bits,
     )  # fmt: skip
     options = dict(
-        H=h, N=n, D=d, DV=dv, NA=na, DA=min(32, _power(d)), VA=min(32, _power(dv)), BM=bm, STAGE=stage, FIRST=first,
-        SHIFT=shift, BITS=bits, DROP=_bucket(rows.max_drop) if rows.drop is not None else 0,
+        H=h, N=n, D=d, DV=dv, NA=na, DA=min(32, _power(d)), VA=min(32, _power(dv)), BM=bm,
+        STAGE="anew" if p is None else stage, FIRST=first,
+        DROP=_bucket(rows.max_drop) if rows.drop is not None else 0,
         RANDOM=rows.random_ratio >= 0, NMS=0 if rows.threshold < 0 else 2 if picture.nms else 1,
         RENORM=rows.renormalize, FINAL=rows.capture_final, PRECISION=_precision(query.device),
         num_warps=8 if na > 128 else 4, num_stages=2,
@@ -457,17 +517,17 @@ def gaussian_attention(features: Tensor, values: Tensor) -> Tensor:
     out = torch.empty_like(values, memory_format=torch.contiguous_format)
     if values.numel() == 0:
         return out
-    with _on(features.device):
+    with on_device(features.device):
         programs, arguments, options = gaussian_call(features, values, out)
-        _launch(gaussian_kernel, programs, arguments, options)
+        launch(gaussian_kernel, programs, arguments, options)
     return out
 
 
-def gaussian_call(features: Tensor, values: Tensor, out: Tensor) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """How `gaussian_kernel` is called, as `picture_call` says it."""
+def gaussian_call(features: Tensor, values: Tensor, out: Tensor) -> Call:
+    """How `gaussian_kernel` is called."""
     pixels, labels = values.shape
     # Triton 3.2 never ends on this kernel's products in three TF32 parts, and 3.3 refuses them.
-    precision = "ieee" if _version() < (3, 4) else _precision(features.device)
+    precision = "ieee" if version() < (3, 4) else _precision(features.device)
     arguments = ((features * math.sqrt(0.5 * _LOG2E)).contiguous(), values.contiguous(), out, pixels)
     options = dict(
         D=features.shape[1], L=labels, BL=_power(labels), BM=64, BN=64, PRECISION=precision,
@@ -487,26 +547,33 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
         where = where.to(torch.uint8).expand(b, h).contiguous()
     from ..kernels import smooth_kernel
 
-    with _on(x.device):
+    with on_device(x.device):
         for i in range(2 * times):
             y = torch.empty(x.shape, dtype=torch.float32 if i + 1 < 2 * times else kept, device=x.device)
-            programs, arguments, options = smooth_call(x, y, where, grid, sigma, down=i % 2 == 0)
-            _launch(smooth_kernel, programs, arguments, options)
+            down = i % 2 == 0
+            launch_bound(
+                smooth_kernel,
+                (x, y, where),
+                (x.dtype, y.dtype, x.shape, x.stride(), grid, sigma, down),
+                lambda x=x, y=y, down=down: smooth_call(x, y, where, grid, sigma, down),  # type: ignore[misc]
+            )
             x = y
     return x
 
 
-def smooth_call(
-    x: Tensor, y: Tensor, where: Tensor | None, grid: tuple[int, int], sigma: float, down: bool
-) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """How `smooth_kernel` is called for a pass along the height (down) or the width, as `rows_call` says it."""
+def smooth_call(x: Tensor, y: Tensor, where: Tensor | None, grid: tuple[int, int], sigma: float, down: bool) -> Call:
+    """How `smooth_kernel` is called for a pass along the height (down) or the width."""
     b, h, m, c = x.shape
     channels = min(128, _power(c))
     pixels = 1024 // channels
     blocks = -(-m // pixels)
-    strides = *strides_of(x), x.stride(3)
-    options = dict(C=c, RADIUS=_radius(sigma), DOWN=down, BP=pixels, BC=channels, num_warps=4)
-    arguments = (x, y, where, float(sigma), *grid, *strides, h, blocks)
+    unit, strides = in_units(*strides_of(x))
+    radius = _radius(sigma)
+    options = dict(
+        C=c, RADIUS=radius, DOWN=down, NEAR=radius <= grid[0 if down else 1], BP=pixels, BC=channels, UNIT=unit,
+        num_warps=4,
+    )  # fmt: skip
+    arguments = (x, y, where, float(sigma), *grid, *strides, x.stride(3), h, blocks)
     return blocks * -(-c // channels) * b * h, arguments, options
 
 
@@ -525,7 +592,8 @@ def map_slots(tokens: Tensor, count: int) -> Tensor:
 @dataclass(frozen=True)
 class Tiles:
     """The constants of a launch. NA, NB: columns of the two tiles; DA, DB, VA, VB: slices of head dimension and value
-    dimension; BM: rows; TILES: tiles of rows that one program walks over; STREAM: keys and values do not stay."""
+    dimension; BM: rows; TILES: tiles of rows that one program walks over; STREAM: keys and values do not stay.
+    registers: that a thread may have at most, on NVIDIA's; None: as the compiler likes."""
 
     NA: int
     NB: int
@@ -538,6 +606,7 @@ class Tiles:
     STREAM: bool
     num_warps: int
     num_stages: int
+    registers: int | None
 
     def constants(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("NA", "NB", "DA", "DB", "VA", "VB", "BM", "TILES", "STREAM")}
@@ -545,10 +614,19 @@ class Tiles:
 
 @functools.cache
 def choose_tiles(
-    n: int, d: int, dv: int, size: int, most_content: int | None, pixels: int, heads: int, processors: int, mean: bool
+    n: int,
+    d: int,
+    dv: int,
+    size: int,
+    most_content: int | None,
+    pixels: int,
+    heads: int,
+    processors: int,
+    mean: bool,
+    lean: bool = False,
 ) -> Tiles:
     """Tiles for n tokens, head dimensions d and dv of `size` bytes a number. most_content: None for plain attention;
-    heads: B * H, processors: of the device; mean: one program walks over all heads."""
+    heads: B * H, processors: of the device; mean: one program walks over all heads; lean: no bias, maps and bits."""
     na, nb = _split(n)
     if most_content is not None:
         na = min(_power(most_content), _power(n))
@@ -565,12 +643,21 @@ def choose_tiles(
         bm, stages = (16, 1) if wide and size == 4 else (bm, 2 if wide or size == 4 else 3)
     if bm == 64 and -(-pixels // bm) * heads < processors:
         bm = 32
-    tiles = -(-pixels // bm)
-    # Walk where that still leaves every multiprocessor three programs.
-    walk = 1
-    while not (mean or stream) and walk < 8 and walk * 2 <= tiles and tiles // (walk * 2) * heads >= 3 * processors:
-        walk *= 2
-    return Tiles(na, nb, da, db, va, vb, bm, walk, stream, 8 if wide else 4, 2 if walk > 1 else stages)
+    # Without a bound the compiler takes some registers more, and a program less fits a multiprocessor. These spill
+    # nothing, or 8 bytes; with a bias, maps or bits it would be hundreds.
+    registers = None
+    if lean and most_content is not None and bm == 64 and not (stream or wide):
+        registers, resident = (128, 4) if na <= 32 else (168, 3)
+    # A program walks as far as leaves every multiprocessor three programs.
+    tiles, walks = -(-pixels // bm), [1]
+    if not (mean or stream):
+        walks += [w for w in (2, 4, 8) if w <= tiles and tiles // w * heads >= 3 * processors]
+    if registers is not None and processors:
+        # Nor further than lets the last round of programs, which takes as long as a full one, begin in time.
+        rounds = {w: -(-(-(-tiles // w) * heads) // (resident * processors)) * w for w in walks}
+        walks = [w for w in walks if rounds[w] == min(rounds.values())]
+    walk = walks[-1]
+    return Tiles(na, nb, da, db, va, vb, bm, walk, stream, 8 if wide else 4, 2 if walk > 1 else stages, registers)
 
 
 def rows_call(
@@ -583,29 +670,21 @@ def rows_call(
     out: Tensor,
     maps: Tensor | None,
     bits: Tensor | None,
-) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """How `rows_kernel` is called: the number of programs, the arguments in order, constants and options by name."""
+) -> Call:
+    """How `rows_kernel` is called."""
     b, h, m, d = query.shape
     n, dv = key.shape[2], value.shape[3]
     programmed = rows.content is not None and rows.max_content > 0
     mean = maps is not None and rows.capture_mean
-    content, captured = rows.content if programmed else None, rows.capture_tokens
     most = rows.max_content if programmed else None
-    tiles = choose_tiles(n, d, dv, query.element_size(), most, m, b * h, _processors(query.device), mean)
-    order = slots = None
-    if content is not None and tiles.NB:
-        order = _kept(rows, "order", content, content_first)
-    if captured is not None:
-        slots = _kept(rows, "slots", captured, lambda tokens: map_slots(tokens, n))
+    lean = bias is None and maps is None and bits is None
+    tiles = choose_tiles(n, d, dv, query.element_size(), most, m, b * h, _processors(query.device), mean, lean)
     gate = rows.gate if programmed else None
     groups = -(-m // (tiles.BM * (1 if mean else tiles.TILES)))
     unit, strides = in_units(*strides_of(query), *strides_of(key), *strides_of(value), *strides_of(out))
-    if bias is not None:
-        bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, m, n)
+    bias = _full_bias(bias, b, h, m, n)
     arguments = (
-        query, key, value, bias, out, maps, bits,
-        order, content, gate, rows.phrases if programmed else None,
-        rows.drop if programmed else None, rows.seed if programmed else None, rows.head_mode, slots,
+        *rows_tensors(query, key, value, bias, rows, out, maps, bits),
         float(scale) * _LOG2E, float(rows.random_ratio), float(rows.threshold),
         *strides, *((0, 0, 0, 0) if bias is None else bias.stride()),
         0 if gate is None else gate.stride(0), 0 if gate is None or gate.shape[1] == 1 else n,
@@ -618,7 +697,38 @@ def rows_call(
         RENORM=rows.renormalize if programmed else 0, FINAL=rows.capture_final, MEAN=mean,
         PRECISION=_precision(query.device), num_warps=tiles.num_warps, num_stages=tiles.num_stages,
     )  # fmt: skip
+    if tiles.registers is not None and torch.version.hip is None:
+        options["maxnreg"] = tiles.registers
     return groups * b * (1 if mean else h), arguments, options
+
+
+def rows_tensors(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    rows: RowPlan,
+    out: Tensor,
+    maps: Tensor | None,
+    bits: Tensor | None,
+) -> tuple[Tensor | None, ...]:
+    """The tensors that `rows_kernel` takes, in order."""
+    n, captured = key.shape[2], rows.capture_tokens
+    slots = None if captured is None else _kept(rows, "slots", captured, lambda tokens: map_slots(tokens, n))
+    if rows.content is None or rows.max_content == 0:
+        return query, key, value, bias, out, maps, bits, *(None,) * 6, rows.head_mode, slots
+    # Columns are permuted where those of the content do not fill the only tile.
+    order = _kept(rows, "order", rows.content, content_first) if n > _power(rows.max_content) else None
+    return (
+        query, key, value, bias, out, maps, bits, order, rows.content, rows.gate, rows.phrases, rows.drop, rows.seed,
+        rows.head_mode, slots,
+    )  # fmt: skip
+
+
+def _full_bias(bias: Tensor | None, *shape: int) -> Tensor | None:
+    if bias is None:
+        return None
+    return (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(shape)
 
 
 def folded_call(
@@ -631,8 +741,8 @@ def folded_call(
     first: int,
     end: int,
     summed: bool,
-) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """How `folded_kernel` is called for the rows from first to before end, as `rows_call` says it."""
+) -> Call:
+    """How `folded_kernel` is called for the rows from first to before end."""
     b, h, n, d = packed.sizes[:4]
     heads, columns = packed.key.shape[1:3]
     programmed = rows.content is not None and rows.max_content > 0
@@ -643,8 +753,7 @@ def folded_call(
     # The columns are permuted wherever there are token classes, since `pack` cannot know more than that.
     order = None if rows.content is None else _kept(rows, "order", rows.content, content_first)
     gate = rows.gate if programmed else None
-    if bias is not None:
-        bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, x.shape[-2], n)
+    bias = _full_bias(bias, b, h, x.shape[-2], n)
     groups = -(-(end - first) // tiles.BM)
     x_b, x_h, x_m = strides_of(x[:, None] if x.dim() == 3 else x)
     p_b, p_h, p_m = (p.stride(0), p.stride(2), p.stride(1)) if summed else p.stride()[:3]
@@ -735,18 +844,6 @@ class _Derived:
     source: Tensor
     version: int | None
     kept: Kept
-
-
-def _launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
-    """Compiles the kernel if need be and launches it. Raises: KernelRefused."""
-    with launching("triton", kernel.__name__):
-        # Said because Triton 3.10 no longer fuses multiplications and additions by itself.
-        kernel[programs,](*arguments, enable_fp_fusion=True, **options)
-
-
-def _on(device: torch.device) -> Any:
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
 
 
 def _processors(device: torch.device) -> int:

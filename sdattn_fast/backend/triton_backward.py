@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..plan import RowPlan
 from . import triton as forward
+from .devices import on_device
+from .triton_launch import Call, launch
 
 __all__ = ["gradients", "backward_call", "shared_call", "sum_call", "choose_tiles"]
 
@@ -61,14 +63,14 @@ def gradients(
         grad_out = grad_out if grad_out.stride(3) == 1 or dv == 1 else grad_out.contiguous()
         grad_maps = None if grad_maps is None else grad_maps.to(torch.float32).contiguous()
         call = _Call(query, key, value, bias, scale, rows, bits, grad_out, grad_maps)
-        with forward._on(query.device):
+        with on_device(query.device):
             if any(x is not None for x in (*like, of_gate, of_tokens)):
                 _sums_over_rows(call, like, of_gate, of_tokens)
             if of_rows is not None or relevance is not None:
                 from ..kernels import shared_kernel
 
                 programs, arguments, options = shared_call(call, of_rows, relevance, relevance_tokens, relevance_heads)
-                forward._launch(shared_kernel, programs, arguments, options)
+                launch(shared_kernel, programs, arguments, options)
     grad_bias = of_rows
     if of_tokens is not None and bias is not None:
         grad_bias = of_tokens[:, :, None].sum_to_size(bias.shape)
@@ -159,11 +161,11 @@ def _sums_over_rows(
     gate_sums = torch.zeros((b, h, tiles.groups, n), **on) if of_gate is not None else None
     bias_sums = torch.empty((b, h, tiles.groups, n), **on) if of_tokens is not None else None
     programs, arguments, options = backward_call(call, tiles, of_query, of_key, of_value, sums, gate_sums, bias_sums)
-    forward._launch(backward_kernel, programs, arguments, options)
+    launch(backward_kernel, programs, arguments, options)
     for partial, first, second in ((sums, of_key, of_value), (gate_sums, of_gate, None), (bias_sums, of_tokens, None)):
         if partial is not None:
             programs, arguments, options = sum_call(partial, first, second)
-            forward._launch(sum_kernel, programs, arguments, options)
+            launch(sum_kernel, programs, arguments, options)
 
 
 @dataclass(frozen=True)
@@ -235,8 +237,8 @@ def backward_call(
     sums: Tensor | None,
     gate_sums: Tensor | None,
     bias_sums: Tensor | None,
-) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
-    """How `backward_kernel` is called, as `triton.rows_call` says it."""
+) -> Call:
+    """How `backward_kernel` is called."""
     b, h, m = call.sizes[:3]
     bias, grad_maps = call.full_bias, call.grad_maps
     unit, strides = call.unit(of_query)
@@ -253,7 +255,7 @@ def backward_call(
     return tiles.groups * tiles.SLICES * b * h, arguments, options
 
 
-def sum_call(sums: Tensor, first: Tensor | None, second: Tensor | None) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+def sum_call(sums: Tensor, first: Tensor | None, second: Tensor | None) -> Call:
     """How `sum_kernel` is called: sums (B, H, groups, N, C) to (B, H, N, ...), or (B, H, groups, N) to (B, H, N)."""
     if sums.dim() == 4:
         sums, first = sums[..., None, :], None if first is None else first[:, :, None]
@@ -272,7 +274,7 @@ def shared_call(
     relevance: Tensor | None,
     relevance_tokens: Tensor | None,
     relevance_heads: Tensor | None,
-) -> tuple[int, tuple[Any, ...], dict[str, Any]]:
+) -> Call:
     """How `shared_kernel` is called. of_rows: like the bias, of four dimensions, float32."""
     b, h, m, n, d, dv = call.sizes
     na, nb = _columns(n, call.rows.max_content if call.programmed else None)

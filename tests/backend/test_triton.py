@@ -15,6 +15,7 @@ import torch
 from sdattn_fast import backend as package
 from sdattn_fast.backend import KernelRefused
 from sdattn_fast.backend import triton as backend
+from sdattn_fast.backend.triton_launch import launch, version
 from sdattn_fast.plan import RowPlan, TokenSide, make_plan
 from sdattn_fast.program import Program, SalienceDropout
 
@@ -95,7 +96,7 @@ def test_availability_says_how_to_mend(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "TRITON_INTERPRET=1" in backend.availability()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backend, "_version", lambda: (3, 1))
+    monkeypatch.setattr(backend, "version", lambda: (3, 1))
     assert "triton 3.1 is older than 3.2" in backend.availability()
     monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in backend.availability()
@@ -104,9 +105,9 @@ def test_availability_says_how_to_mend(monkeypatch):
 def test_triton_may_be_installed_under_another_name(monkeypatch):
     """ROCm's wheels call it triton-rocm or pytorch-triton-rocm, nightly builds pytorch-triton."""
     monkeypatch.setattr("triton.__version__", "3.5.1+rocm7")
-    backend._version.cache_clear()
-    assert backend._version() == (3, 5)
-    backend._version.cache_clear()
+    version.cache_clear()
+    assert version() == (3, 5)
+    version.cache_clear()
 
 
 def test_availability_is_a_devices(cards):
@@ -142,7 +143,7 @@ def test_a_launch_that_fails_is_a_refusal():
             return launch
 
     with pytest.raises(KernelRefused, match="'triton' could not launch rows_kernel: RuntimeError: Triton Error"):
-        backend._launch(Kernel(), 1, (), {})
+        launch(Kernel(), 1, (), {})
 
 
 def test_strides_of_dimensions_of_one_say_nothing():
@@ -226,3 +227,17 @@ def test_known_tiles():
     assert (t.NA, t.NB, t.DA, t.DB, t.VA, t.VB) == (64, 16, 32, 16, 64, 16)
     t = backend.choose_tiles(77, 40, 40, 2, 12, 4096, 16, 132, False)
     assert (t.NA, t.NB) == (16, 64)
+
+
+@pytest.mark.parametrize(
+    ("content", "pixels", "heads", "walk", "registers"),
+    [
+        (20, 4096, 16, 2, 128), (20, 4096, 20, 1, 128), (20, 1024, 40, 1, 128), (20, 4096, 128, 8, 128),
+        (50, 4096, 16, 1, 168), (None, 4096, 16, 2, None), (None, 4096, 20, 2, None), (None, 4096, 128, 8, None),
+    ],
+)  # fmt: skip
+def test_programs_fill_whole_rounds(content, pixels, heads, walk, registers):
+    """On 132 multiprocessors of 65536 registers: four programs of 128 threads at 128 registers each, three at 168."""
+    t = backend.choose_tiles(77, 40, 40, 2, content, pixels, heads, 132, False, lean=True)
+    assert (t.TILES, t.registers) == (walk, registers)
+    assert backend.choose_tiles(77, 40, 40, 2, content, pixels, heads, 132, False).registers is None

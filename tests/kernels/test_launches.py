@@ -63,8 +63,8 @@ def test_rows(made):
     assert strides(a, "k", "bhn") == strides(a, "v", "bhn") == [N * H * D, D, H * D]
     assert strides(a, "bias", "bhmn") == [0, 8 * N, 0, 8] and a["UNIT"] == 8
     assert (a["H"], a["N"], a["D"], a["DV"], a["M"], a["T"]) == (H, N, D, D, M, 2)
-    assert a["MEAN"] and a["PRECISION"] == "tf32x3"
-    assert grid == [B * -(-M // a["BM"]), 1, 1]
+    assert not a["MEAN"] and a["PRECISION"] == "tf32x3"
+    assert grid == [B * H * -(-M // a["BM"]), 1, 1]
 
 
 def test_backward(made):
@@ -93,12 +93,45 @@ def test_smoothing_goes_down_then_across(made):
     down, across = [a for kernel, _, a in made if kernel == "smooth_kernel"][:2]
     assert down["X"] == "smoothed" and down["DOWN"] and not across["DOWN"]
     assert (down["height"], down["width"], down["sigma"], down["RADIUS"]) == (1, M, 0.8, 3)
-    assert [down[name] for name in ("x_b", "x_h", "x_m", "x_c")] == [H * M * D, M * D, D, 1]
+    unit = down["UNIT"]
+    assert unit == 8 and down["NEAR"] is False and across["NEAR"] is True
+    assert [down[name] for name in ("x_b", "x_h", "x_m")] == [H * M * D // unit, M * D // unit, D // unit]
+    assert down["x_c"] == 1
 
 
-def test_the_stages_of_a_picture(made):
-    stages = [(a["STAGE"], a["FIRST"], a["SHIFT"]) for kernel, _, a in made if kernel == "picture_kernel"]
-    assert stages == [
-        ("begin", True, 0), ("count", True, 20), ("count", False, 10), ("count", False, 0), ("highest", True, 0),
-        ("round", True, 0), ("highest", False, 0), ("last", False, 0),
+def test_the_stages_of_rounds_over_a_picture(made):
+    made = [a for kernel, _, a in made if kernel == "picture_kernel" and a["STAGE"] != "anew"]
+    assert [(a["STAGE"], a["FIRST"], a["stage"], a["shift"]) for a in made] == [
+        ("begin", True, -1, 0), ("count", True, 0, 20), ("count", True, 0, 10), ("count", True, 0, 0),
+        ("highest", True, 1, 0), ("round", True, 2, 0), ("highest", False, 1, 0), ("last", False, 2, 0),
     ]  # fmt: skip
+
+
+def test_the_stages_of_one_round_are_one_compiled_kernel(made):
+    """Or they would not get the same probabilities to the bit, and the k-th largest would not be among them."""
+    from sdattn_fast.kernels import picture_kernel
+
+    made = [a for kernel, _, a in made if kernel == "picture_kernel" and a["STAGE"] == "anew"]
+    assert [(a["stage"], a["shift"], a["bits"]) for a in made] == [
+        (0, 20, 11),
+        (0, 10, 10),
+        (0, 0, 10),
+        (1, 0, 0),
+        (2, 0, 0),
+    ]
+    kinds = [{name: x for name, x in a.items() if name not in ("stage", "shift", "bits")} for a in made]
+    assert all(kind == kinds[0] for kind in kinds)
+    assert {"stage", "shift", "bits"} == {p.name for p in picture_kernel.params if p.do_not_specialize}
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_bound_launches(older, request):
+    """A launch that comes again is what it would be by itself, whatever ran in between."""
+    paths = [str(SUPPORT), *([str(request.getfixturevalue("triton_of_torch_2_11"))] if older else [])]
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment["PYTHONPATH"] = ":".join(reversed(paths))
+    command = [sys.executable, str(SUPPORT / "bound_launches.py"), "sm_90"]
+    run = subprocess.run(command, env=environment, cwd=SUPPORT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    counts = json.loads(run.stdout)
+    assert counts["plain"] >= 20 and counts["bound"] >= 60 and counts["straight"] >= 5

@@ -175,6 +175,7 @@ def switched_on() -> Iterator[None]:
     }  # fmt: skip
     for name, change in changes.items():
         setattr(torch.cuda, name, change)
+    torch._C._cuda_getCurrentRawStream = lambda index: 0
     Tensor.pin_memory = lambda self, device=None: torch.ops.aten._pin_memory(self)  # type: ignore[method-assign]
     _no_kernels()
     torch._C._set_only_lift_cpu_tensors(True)
@@ -197,12 +198,14 @@ def _guard() -> None:
 
 def _no_kernels() -> None:
     """Both GPU backends, up to the launch."""
-    from sdattn_fast.backend import cuda, triton
+    from sdattn_fast.backend import cuda, triton, triton_backward
 
     for backend in (triton, cuda):
         backend.availability = lambda device=None: None
     triton._processors = lambda device: 132
-    triton._launch = lambda *call: None
+    for module in (triton, triton_backward):
+        module.launch = lambda *call: None
+    triton.launch_bound = lambda *call: None
     cuda._refusal_of_device = lambda index: None
     cuda._stream = lambda device: 0
     cuda._cuda = SimpleNamespace(**{name: (lambda *call: None) for name in ("attention", "smooth")})

@@ -41,7 +41,7 @@ class _Driver:
         self.utils = SimpleNamespace(
             get_device_properties=lambda device: {"max_shared_mem": SHARED_KIB[of.arch] * 1024},
             # module, function, registers, spills and, of newer versions, the most threads
-            load_binary=lambda name, *rest: (None, name, 0, 0, 1024) if _newer() else (None, name, 0, 0),
+            load_binary=lambda name, *rest: ("module", name, 0, 0, 1024) if _newer() else ("module", name, 0, 0),
             unload_module=lambda module: None,
         )
 
@@ -57,7 +57,9 @@ class _Driver:
 
 class _Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
-        self._names = source.fn.arg_names
+        # Before 3.3 a launcher is handed no constants.
+        constants = _version() < (3, 3)
+        self._names = [p.name for p in source.fn.params if not (constants and p.is_constexpr)]
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
         arguments = dict(zip(self._names, rest[-len(self._names) :], strict=True))
@@ -66,6 +68,10 @@ class _Launcher:
 
 def _newer() -> bool:
     """Whether Triton reads the most threads of a block from the driver."""
+    return _version() >= (3, 4)
+
+
+def _version() -> tuple[int, ...]:
     import triton
 
-    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 4)
+    return tuple(int(part) for part in triton.__version__.split(".")[:2])

@@ -30,7 +30,7 @@ def main(target: str) -> None:
     protected = torch.arange(N).expand(B, N) > 12
     side = TokenSide(B, H, N, q.device, torch.ones(B, 1, N), torch.zeros(B, N, dtype=torch.int64), protected)
     full = Program(SalienceDropout(0.3), Refinement(1, 0.2, 0.0), "content")
-    plan = make_plan(full, side, Capture((1, 2)))
+    plan = make_plan(full, side, Capture((1, 2), reduce="none"))
     rows = plan.rows
     names |= {name: x for name, x in vars(rows).items() if isinstance(x, torch.Tensor)}
 
@@ -56,6 +56,8 @@ def main(target: str) -> None:
     spatial = Program(SalienceDropout(0.3, "space"), Refinement(2, 0.2, 0.8, "space"), "row")
     picture = make_plan(spatial, side)
     backend.picture_attention(q, k, v, None, 0.1, picture.rows, picture.picture, (HEIGHT, WIDTH))
+    one = make_plan(Program(SalienceDropout(0.3, "space"), Refinement(1, 0.2, 0.0, "space")), side)
+    backend.picture_attention(q, k, v, None, 0.1, one.rows, one.picture, (HEIGHT, WIDTH))
     backend.gaussian_attention(torch.randn(50, 5), torch.randn(50, 3))
     for kernel, grid, arguments in fake_gpu.launches:
         named = {argument: _name(x, names) for argument, x in arguments.items()}

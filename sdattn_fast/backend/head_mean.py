@@ -1,0 +1,35 @@
+"""The mean of captured maps over the active heads, for backends whose kernels write every head's by itself.
+
+A kernel that adds up the heads itself walks over all of them in one program, and a GPU's other processors stand idle.
+So long as the maps by head are small, it is faster to write them and add them up afterwards.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..plan import RowPlan
+
+__all__ = ["BY_HEAD_BYTES", "is_by_head", "mean_of_heads"]
+
+# Beyond that the kernels add the heads up themselves: writing and reading this much takes a GPU longer than it saves.
+BY_HEAD_BYTES = 2**24
+
+
+def is_by_head(rows: RowPlan, batch: int, heads: int, pixels: int) -> bool:
+    """Whether a mean over heads is to be taken of maps that a kernel wrote by head."""
+    tokens = rows.capture_tokens
+    if tokens is None or not rows.capture_mean:
+        return False
+    return 4 * batch * heads * tokens.shape[0] * pixels <= BY_HEAD_BYTES
+
+
+def mean_of_heads(maps: Tensor, rows: RowPlan) -> Tensor:
+    """(B, T, M) float32 of maps (B, H, T, M) float32: over the heads that run the program, zeros where none does."""
+    if rows.head_mode is None:
+        return maps.mean(1) if maps.shape[1] else maps.sum(1)
+    active = rows.head_mode == 0
+    # Where an inactive head's map is infinite or no number, it is nothing to the mean.
+    maps = torch.where(active[:, None, None], maps, 0.0)
+    return maps.sum(1) / active.sum().clamp(min=1)
