@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,7 +16,7 @@ from .program import Capture, Program, Refinement
 from .reference import reference_attention
 from .streams import MadeOn, to_device
 
-__all__ = ["semantic_attention", "prepare", "Prepared"]
+__all__ = ["semantic_attention", "prepare", "Prepared", "Bound"]
 
 
 def semantic_attention(
@@ -156,6 +156,33 @@ class FoldedText:
 
 
 @dataclass(frozen=True)
+class Bound:
+    """A call of which the query and the seed are missing. Made by `Prepared.bind`.
+
+    attention: the backend's own, bound; None: it has none, or the program looks over the picture.
+    """
+
+    prepared: Prepared
+    backend: str
+    key: Tensor
+    folded_value: Tensor
+    scale: float
+    grid: tuple[int, int] | None
+    attention: Callable[[Tensor, Tensor | None], tuple[Tensor, Tensor | None]] | None
+
+    def __call__(self, query: Tensor, seed: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """(out, maps), as `Prepared` gives them. Raises: KernelRefused."""
+        prepared = self.prepared
+        drawn = prepared._seed(seed, query.device)
+        if self.attention is None:
+            return prepared._on_fused(
+                self.backend, query, self.key, self.folded_value, None, self.scale, self.grid, drawn, False, None
+            )
+        out, maps = self.attention(query, drawn)
+        return prepared._smoothed(self.backend, out, maps, self.grid, False)
+
+
+@dataclass(frozen=True)
 class Prepared:
     """A lowered call: everything but the tensors that change from step to step. Made by `prepare`.
 
@@ -211,6 +238,28 @@ class Prepared:
                     raise
                 assert self.plan is not None
                 pass_over(error, query, key, value, self.plan, needs_grad)
+
+    def bind(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scale: float | None,
+        grid: tuple[int, int] | None,
+        folded_value: Tensor,
+    ) -> Bound | None:
+        """A call without a bias and gradients that was made with these inputs, for queries that differ from this one in
+        their numbers alone: as good, and checked no more. None where the reference serves it. Raises: KernelRefused."""
+        name = choose(self.backend, query, key, value, None, self.plan, needs_grad=False)
+        if name == "reference":
+            return None
+        assert self.plan is not None
+        scale = query.shape[3] ** -0.5 if scale is None else scale
+        attention = None
+        if self.plan.picture is None and hasattr(fused(name), "BoundAttention"):
+            attention = fused(name).BoundAttention(key, folded_value, scale, self.plan.rows)
+        return Bound(self, name, key, folded_value, scale, grid, attention)
 
     def to(self, device: torch.device) -> Prepared:
         """The same call for inputs on another device. From the CPU to a GPU nobody waits."""
@@ -318,7 +367,7 @@ class Prepared:
         assert plan is not None
         text.made.use(text.tensors)
         seed = self._seed(seed, x.device)
-        rows = plan.rows if seed is None else replace(plan.rows, seed=seed)
+        rows = plan.rows if seed is None else plan.rows.with_seed(seed)
         if text.token_bias is not None:
             bias = text.token_bias if bias is None else bias + text.token_bias
         name = text.backend
@@ -383,7 +432,7 @@ class Prepared:
     ) -> tuple[Tensor, Tensor | None]:
         plan = self.plan
         assert plan is not None
-        rows = plan.rows if seed is None else replace(plan.rows, seed=seed)
+        rows = plan.rows if seed is None else plan.rows.with_seed(seed)
         if plan.picture is not None:
             compiling = torch.compiler.is_compiling()
             attention = op.picture_attention if compiling else fused(name).picture_attention
@@ -398,10 +447,17 @@ class Prepared:
         else:
             # The op's out is contiguous; eager out lies as the query does, so that merging the heads is a view.
             out, maps, _ = fused(name).attention(query, key, value, bias, scale, rows, keep_layout=True)
+        return self._smoothed(name, out, maps, grid, needs_grad)
+
+    def _smoothed(
+        self, name: str, out: Tensor, maps: Tensor | None, grid: tuple[int, int] | None, needs_grad: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        plan = self.plan
+        assert plan is not None
         if plan.smoothings:
             assert grid is not None
             out = _smooth(name, out, grid, plan, plan.smoothed, needs_grad)
-            if maps is not None and rows.capture_final:
+            if maps is not None and plan.rows.capture_final:
                 maps = _smooth_maps(name, maps, grid, plan, needs_grad)
         return out, maps
 

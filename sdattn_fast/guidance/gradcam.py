@@ -128,7 +128,8 @@ def asked(patch: Patch, layers: Sequence[Layer], tokens: Sequence[int], heads: A
             summed[list(chosen)] = 1
         layer.asks = (of_tokens, summed)
     try:
-        yield
+        with patch._grids():
+            yield
     finally:
         for layer in layers:
             layer.asks = layer.sink = None

@@ -165,6 +165,22 @@ class Patch:
         )  # fmt: skip
 
     @property
+    def _needs_grids(self) -> bool:
+        """Whether every forward is to find its layers' height and width: a hook a block, which costs time."""
+        refine = self._settings.program.refine
+        return self._keeper is not None or (refine is not None and refine.sigma > 0)
+
+    @contextlib.contextmanager
+    def _grids(self) -> Iterator[None]:
+        """Inside, forwards find their layers' height and width."""
+        watching = [] if self._needs_grids else [h for m in self._models for h in watch_grids(m.module, m.layers)]
+        try:
+            yield
+        finally:
+            for handle in watching:
+                handle.remove()
+
+    @property
     def layers(self) -> list[str]:
         """The names of the patched layers."""
         return [layer.name for layer in self._layers]
@@ -249,7 +265,8 @@ class Patch:
                 self._place(layer)
             if model.layers:
                 self._handles += before_forward(model, self)
-                self._handles += watch_grids(model.module, model.layers)
+                if self._needs_grids:
+                    self._handles += watch_grids(model.module, model.layers)
         if self._memory is not None:
             self._memory.install()
 

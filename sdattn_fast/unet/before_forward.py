@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..streams import current_stream
 from .layers import Layer
 from .seeds import LayerSeeds
 from .text_state import TextState
@@ -137,13 +138,16 @@ class _ModelHook:
         """Ahead of the layers, so that a compiled block finds its call prepared."""
         if not self.patch._settings.text_cache:
             return
+        state, device = self.model.text, text.device
+        stream = current_stream(device) if device.type == "cuda" else None
+        layers = [(layer.attn.heads, layer.heads, layer.captures, layer.attn.training) for layer in self.model.layers]
+        ready_for = (text.shape, device, stream, state.step, layers)
+        if state.ready_for is not None and state.ready_for[0] is state.cache and state.ready_for[1] == ready_for:
+            return
         try:
-            for layer in self.model.layers:
-                heads_count = int(layer.attn.heads)
-                self.model.text.ready(
-                    text.shape[0], heads_count, text.shape[1], text.device, layer.heads, layer.captures,
-                    layer.attn.training,
-                )  # fmt: skip
+            for heads_count, heads, captures, training in layers:
+                state.ready(text.shape[0], int(heads_count), text.shape[1], device, heads, captures, training)
         except ValueError:
             # Video models multiply the batch inside: what does not fit here may fit there. If not, the layer says so.
             return
+        state.ready_for = state.cache, ready_for

@@ -58,6 +58,12 @@ class Layer:
     original: Any = None
     placed: Any = None
 
+    def grid_of(self, pixels: int) -> tuple[int, int] | None:
+        """The grid, if it has so many pixels: blocks without a grid of their own say nothing, and one left from
+        elsewhere must not be taken for theirs."""
+        grid = self.grid
+        return grid if grid is not None and grid[0] * grid[1] == pixels else None
+
     def relevance(self, batch: int, pixels: int, device: torch.device) -> Relevance | None:
         """What a forward is to hand on to the backward pass; its sink takes no memory before that."""
         if self.asks is None:

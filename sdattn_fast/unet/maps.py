@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..program import Capture
+from ..streams import capturing
 
 if TYPE_CHECKING:
     from .layers import Layer
@@ -189,7 +190,15 @@ class MapKeeper:
 
     def begin_step(self, model: nn.Module, layers: Sequence[Layer], x: Any, step: int, new_run: bool) -> None:
         """Before a model's forward: take in what the step before left, say which layers keep their maps in this one.
-        new_run: what was taken in before is another picture's."""
+        new_run: what was taken in before is another picture's.
+
+        Raises: RuntimeError while a CUDA graph is captured, where a mean over steps is wanted.
+        """
+        if self.capture.steps != "latest" and isinstance(x, Tensor) and capturing(x.device):
+            raise RuntimeError(
+                "capture: a CUDA graph is captured, and no Python runs between its replays to take a mean over steps; "
+                "expected Capture(steps='latest'), whose maps are the latest replay's, or an eager step"
+            )
         self._absorb(layers)
         if new_run:
             for layer in layers:
@@ -206,10 +215,10 @@ class MapKeeper:
         for layer in layers:
             latest = _picture(layer)
             total, steps = self._sums.get(layer.name, (None, 0))
-            if latest is not None and not latest.requires_grad and total is not None and self.capture.steps != "latest":
+            if latest is None:
+                latest = None if total is None else total / steps
+            elif total is not None and not latest.requires_grad and self._adds_up(total, latest):
                 latest = (total + latest) / (steps + 1)
-            elif latest is None and total is not None:
-                latest = total / steps
             if latest is not None:
                 found[layer.name] = latest
                 count = max(count, latest.shape[-3])
@@ -238,11 +247,15 @@ class MapKeeper:
                 continue
             total, steps = self._sums.get(layer.name, (None, 0))
             latest = latest.detach()
-            if total is None or total.shape != latest.shape or self.capture.steps == "latest":
-                self._sums[layer.name] = (latest, 1)
-            else:
+            if total is not None and self._adds_up(total, latest):
                 # Not in place: somebody may hold what `read` gave.
                 self._sums[layer.name] = (total + latest, steps + 1)
+            else:
+                self._sums[layer.name] = (latest, 1)
+
+    def _adds_up(self, total: Tensor, latest: Tensor) -> bool:
+        """Whether a step's maps are one more of the same picture's."""
+        return total.shape == latest.shape and self.capture.steps != "latest"
 
     def _layers(self, model: nn.Module, layers: Sequence[Layer], x: Any) -> set[str]:
         if isinstance(x, Tensor) and x.dim() >= 4:

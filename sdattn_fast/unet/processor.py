@@ -8,6 +8,7 @@ Source: DESIGN.md section 5, the diffusers bullet.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -15,8 +16,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backend import KernelRefused
 from ..functional import FoldedText
 from ..program import Capture, Program
+from .bound import Moment, bind
 from .fold import choose_fold, fold_refusal, fold_text, shape_of
 from .layers import LAYER, Layer, is_served
 from .settings import DropoutWhen, Heads, Settings, checked_heads
@@ -110,6 +113,10 @@ class SemanticAttnProcessor:
         return attention_layer(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
 
 
+# Attention.forward asks for the signature at every call, which takes as long as all the rest of Python in a layer.
+SemanticAttnProcessor.__call__.__signature__ = inspect.signature(SemanticAttnProcessor.__call__)  # type: ignore[attr-defined]
+
+
 def attention_layer(
     self: Any,
     attn: Any,
@@ -142,7 +149,7 @@ def attention_layer(
     if attn.group_norm is not None:
         hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
-    if encoder_hidden_states is not None and is_served(attn):
+    if encoder_hidden_states is not None and (getattr(attn, LAYER, None) is not None or is_served(attn)):
         hidden_states = _cross_attention(
             self, attn, hidden_states, encoder_hidden_states, attention_mask, grid, add_image
         )
@@ -154,7 +161,9 @@ def attention_layer(
         hidden_states = hidden_states.transpose(-1, -2).reshape(batch_size, channel, height, width)
     if attn.residual_connection:
         hidden_states = hidden_states + residual
-    return hidden_states / attn.rescale_output_factor
+    # Nearly all factors are 1, and to divide by that would be a pass over memory for nothing.
+    factor = attn.rescale_output_factor
+    return hidden_states if factor == 1.0 else hidden_states / factor
 
 
 AddImage = Callable[[Tensor, Tensor], Tensor] | None
@@ -187,7 +196,8 @@ def _key_value(attn: Any, text: Tensor, cross: bool = True) -> tuple[Tensor, Ten
 
 
 def _project_out(attn: Any, out: Tensor, query: Tensor, add_image: AddImage) -> Tensor:
-    out = out.transpose(1, 2).reshape(out.shape[0], -1, out.shape[1] * out.shape[3]).to(query.dtype)
+    out = out.transpose(1, 2).reshape(out.shape[0], -1, out.shape[1] * out.shape[3])
+    out = out if out.dtype == query.dtype else out.to(query.dtype)
     return attn.to_out[0](out if add_image is None else add_image(query, out))
 
 
@@ -202,6 +212,13 @@ def _cross_attention(
 ) -> Tensor:
     """Up to and with `to_out[0]`: x (B, M, C) attends to the text, states (B, N, E), through the program."""
     layer: Layer | None = getattr(attn, LAYER, None)
+    query = moment = None
+    if layer is not None and mask is None and not torch.compiler.is_compiling():
+        moment = Moment.of(layer, attn, x, grid)
+    if layer is not None and moment is not None:
+        again, query = _as_before(attn, layer, moment, x, states, add_image)
+        if again is not None:
+            return again
     seed: int | Tensor | None
     heads_count = int(attn.heads)
     batch, pixels = states.shape[0], x.shape[1]
@@ -212,9 +229,7 @@ def _cross_attention(
         text, heads, seed = self.text, checked_heads(self.heads, heads_count, " in this layer"), settings.seed
     else:
         text, heads, seed = layer.text, layer.heads, layer.seed
-        # Blocks without a grid of their own say nothing, and a grid left from elsewhere must not be taken for it.
-        if grid is None and layer.grid is not None and layer.grid[0] * layer.grid[1] == pixels:
-            grid = layer.grid
+        grid = layer.grid_of(pixels) if grid is None else grid
     relevance = None
     if layer is not None:
         relevance = layer.relevance(batch, pixels, x.device)
@@ -240,7 +255,10 @@ def _cross_attention(
         served = entry.serve(prepared)
         key, value, folded_value = entry.key, entry.value, served.value_folded
         folded = None if relevance is not None else _folded(settings, attn, entry, served, x, add_image)
-    query = None if folded is not None and folded.shared_query else _query(attn, x)
+    if folded is not None and folded.shared_query:
+        query = None
+    elif query is None:
+        query = _query(attn, x)
     if folded is not None:
         out, maps = prepared.call_folded(x if query is None else query, folded, bias=mask, grid=grid, seed=seed)
     else:
@@ -251,11 +269,40 @@ def _cross_attention(
             query, key, value, bias=mask, scale=scale, grid=grid, seed=seed, folded_value=folded_value,
             relevance=relevance,
         )  # fmt: skip
+    if entry is not None and layer is not None:
+        entry.bound = None if moment is None else bind(moment, attn, layer, entry, served, query, folded)
     if maps is not None and layer is not None:
         layer.captured = (maps, prepared.home.side.active, grid)
     if folded is not None and folded.summed:
         return out
     return _project_out(attn, out, x if query is None else query, add_image)
+
+
+def _as_before(
+    attn: Any, layer: Layer, moment: Moment, x: Tensor, states: Tensor, add_image: AddImage
+) -> tuple[Tensor | None, Tensor | None]:
+    """As `_cross_attention`, by the call that an earlier step bound, None where something has moved since; and the
+    query, None if it was not needed so far."""
+    bound = layer.text.cached.bound(attn, states)
+    if bound is None or bound.moment != moment:
+        return None, None
+    folded = bound.folded
+    if folded is not None and add_image is not None:
+        return None, None
+    query = None
+    if folded is None or not folded.shared_query:
+        query = _query(attn, x)
+        if not bound.takes(query):
+            return None, query
+    try:
+        out, maps = bound.call(x if query is None else query, layer.seed)
+    except KernelRefused:
+        return None, query
+    if maps is not None:
+        layer.captured = (maps, bound.call.prepared.home.side.active, moment.grid)
+    if folded is None or not folded.summed:
+        out = _project_out(attn, out, x if query is None else query, add_image)
+    return out, query
 
 
 def _kept(text: TextState, attn: Any, states: Tensor, first_look: bool) -> KeyValue | None:
@@ -302,9 +349,10 @@ def _folded(
         return None
     if kind == "none":
         return None
-    folded = served.folds.get(kind)
+    name = kind if attn.scale_qk else f"{kind}, unscaled"
+    folded = served.folds.get(name)
     if folded is None:
-        folded = served.folds[kind] = fold_text(attn, kind, entry.key, entry.value, prepared)
+        folded = served.folds[name] = fold_text(attn, kind, entry.key, entry.value, prepared)
     return folded
 
 

@@ -23,7 +23,7 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -33,6 +33,9 @@ from torch.nn.modules import module as torch_module
 from ..functional import FoldedText, Prepared
 from ..places import Known, looking_is_free, version_of
 from ..streams import MadeOn
+
+if TYPE_CHECKING:
+    from .bound import BoundLayer
 
 __all__ = ["KeyValue", "Served", "TextCache", "Weights"]
 
@@ -79,21 +82,35 @@ class TextCache:
 
         None where nothing may be kept.
         """
+        found = self._made_of(attn, text)
+        if found is None:
+            return None
+        key, entry, look = found
+        if entry is None or not entry.weights.same_as(weights) or not entry.passes(look):
+            return key, None
+        entry.made.use(lambda: (entry.key, entry.value))
+        return key, entry
+
+    def bound(self, attn: nn.Module, text: Tensor) -> BoundLayer | None:
+        """The call that a layer made with a text before, where weights and modes are what they were then."""
+        found = self._made_of(attn, text)
+        if found is None:
+            return None
+        _, entry, look = found
+        if entry is None or entry.bound is None:
+            return None
+        return entry.bound if entry.bound.has_weights_of(attn) and entry.passes(look) else None
+
+    def _made_of(self, attn: nn.Module, text: Tensor) -> tuple[tuple[Any, ...], KeyValue | None, int] | None:
+        """(key, entry, look); entry None where there is none. The weights have not been looked at."""
         seen = self._looked_at  # read once: another thread may look at its own text meanwhile
         if seen is None or seen.text() is not text or seen.version != version_of(text):
             seen = self.look(text)
         if seen is None:
             return None
         key = (seen.number, getattr(attn, "heads", None), *_modes(text))
-        entry = self._entries.get(attn, {}).get(key)
-        if entry is None or not entry.weights.same_as(weights):
-            return key, None
-        entry.made.use(lambda: (entry.key, entry.value))
-        if entry.look != seen.look:
-            if looking_is_free(text.device) and not entry.weights.sampled_alike():
-                return key, None
-            entry.look = seen.look
-        return key, entry
+        of_layer = self._entries.get(attn)
+        return key, None if of_layer is None else of_layer.get(key), seen.look
 
     def keep(self, attn: nn.Module, key: tuple[Any, ...], entry: KeyValue) -> None:
         with self._lock:
@@ -128,21 +145,36 @@ class TextCache:
 
 @dataclass
 class KeyValue:
-    """Keys and values (B, H, N, D) of one layer and text, and what is derived from them for the latest call."""
+    """Keys and values (B, H, N, D) of one layer and text, and what is derived from them for the latest call.
+
+    look: at which look at the text the weights' numbers were last seen to be the same. bound: the latest call, kept for
+    the steps to come.
+    """
 
     key: Tensor
     value: Tensor
     weights: Weights
     look: int = 0
     served: Served | None = None
+    bound: BoundLayer | None = None
     made: MadeOn = field(init=False)
 
     def __post_init__(self) -> None:
         self.made = MadeOn(self.key.device)
 
+    def passes(self, look: int) -> bool:
+        """Whether the weights' numbers are those of before, where looking is free; looked at once a look."""
+        if self.look != look:
+            if looking_is_free(self.key.device) and not self.weights.sampled_alike():
+                return False
+            self.look = look
+        return True
+
     def serve(self, prepared: Prepared) -> Served:
         """What is derived for this call. What hangs on the content tokens alone outlives a change of the gate."""
         before = self.served
+        if before is None or before.prepared is not prepared:
+            self.bound = None
         if before is not None and before.prepared is prepared:
             before.made.use(lambda: (before.value_folded,))
             return before
@@ -188,7 +220,8 @@ class Weights:
     def __init__(self, modules: tuple[Any, ...], parameters: list[Tensor], state: tuple[Any, ...]) -> None:
         self.modules = modules
         self.parameters = parameters
-        self.state = (state, tuple(map(_place, parameters)))
+        self.places = tuple(map(_place, parameters))
+        self.state = state
         self.requires_grad = any(p.requires_grad for p in parameters)
         self.samples: list[Tensor] = []
         self.storages: list[StorageWeakRef] = []
@@ -223,9 +256,25 @@ class Weights:
                 return None
         return cls(modules, parameters, tuple(state))
 
+    def still_of(self, *modules: Any) -> bool:
+        """Whether they are these modules' now: as `same_as`, in a hurry where all are plain layers."""
+        if not _same_objects(self.modules, modules) or torch_module._has_any_global_hook():
+            return False
+        for module in modules:
+            if module is None:
+                continue
+            if type(module) is not nn.Linear:
+                now = Weights.of(*modules)
+                return now is not None and self.same_as(now)
+            if _hooked(module):
+                return False
+        owned = [p for module in modules if module is not None for p in module._parameters.values() if p is not None]
+        return _same_objects(self.parameters, owned) and all(map(_is_at, owned, self.places))
+
     def same_as(self, other: Weights) -> bool:
         return (
             self.state == other.state
+            and self.places == other.places
             and _same_objects(self.modules, other.modules)
             and _same_objects(self.parameters, other.parameters)
         )
@@ -237,7 +286,10 @@ class Weights:
         self.storages = [StorageWeakRef(p.untyped_storage()) for p in self.parameters]
 
     def sampled_alike(self) -> bool:
-        return all(torch.equal(kept, _sampled(p)) for kept, p in zip(self.samples, self.parameters, strict=True))
+        """Whether the numbers are those of `sample`, where it looked."""
+        return not self.samples or all(
+            torch.equal(kept, _sampled(p)) for kept, p in zip(self.samples, self.parameters, strict=True)
+        )
 
 
 @dataclass(frozen=True)
@@ -254,6 +306,10 @@ def _place(p: Tensor) -> tuple[Any, ...]:
     """Where a parameter's numbers lie. Addresses recur as soon as memory is freed; a storage's name, while a weak
     reference to it lives, does not."""
     return p._version, p.untyped_storage()._cdata, p.data_ptr(), p.shape, p.stride(), p.dtype, p.device
+
+
+def _is_at(p: Tensor, place: tuple[Any, ...]) -> bool:
+    return _place(p) == place
 
 
 def _same_objects(mine: Sequence[Any], theirs: Sequence[Any]) -> bool:

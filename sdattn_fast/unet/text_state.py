@@ -72,6 +72,7 @@ class TextState:
     # Of the rows seen lately, the latest last. Replaced as a whole, never changed: other threads may be reading it.
     caches: tuple[tuple[Any, dict[tuple[Any, ...], Ready]], ...] = ()
     cached: TextCache = field(default_factory=TextCache)
+    ready_for: tuple[dict[tuple[Any, ...], Ready], Any] | None = None  # a cache, and of what its calls are all there
 
     def forget(self) -> None:
         self.forget_prepared()
@@ -81,6 +82,7 @@ class TextState:
         """What hangs on the user's inputs, but not the keys and values."""
         self.cache = {}
         self.caches = ()
+        self.ready_for = None
 
     def see(self, rows: Rows | None) -> None:
         """A new batch of text; what was prepared stays where its rows are of the same classes as before."""

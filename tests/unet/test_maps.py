@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable
 from types import SimpleNamespace
@@ -14,6 +15,7 @@ from PIL import Image
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
+from sdattn_fast.unet import maps as maps_module
 from sdattn_fast.unet.maps import Maps, key_layers, words_of
 
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -243,3 +245,32 @@ def test_bad_input(build: Callable[[str], Any], draw: Any, parts: dict[str, Any]
     pipe = build("sd15")
     with sdattn_fast.apply(pipe, capture=Capture((77,))), pytest.raises(ValueError, match=r"capture: .*77"):
         draw(pipe)
+
+
+@torch.no_grad()
+def test_a_picture_of_another_size_begins_its_own_mean(parts: dict[str, Any]) -> None:
+    unet: Any = copy.deepcopy(parts["sd15"])
+    with sdattn_fast.apply(unet, capture=Capture((1,))) as patch:
+        for batch in (2, 2, 3):
+            unet(torch.randn(batch, 4, 8, 8), 5, torch.randn(batch, 77, 32))
+            assert all(len(maps) == batch for maps in patch.maps.values())
+
+
+@pytest.mark.parametrize("steps", [None, (0,), "latest"])
+@torch.no_grad()
+def test_a_mean_over_steps_is_not_captured_in_a_cuda_graph(
+    steps: Any, parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At every replay the graph would read the sum of the steps before it, whose memory is freed by then."""
+    unet: Any = copy.deepcopy(parts["sd15"])
+    inputs = torch.randn(2, 4, 8, 8), 5, torch.randn(2, 77, 32)
+    with sdattn_fast.apply(unet, capture=Capture((1,), steps=steps)) as patch:
+        unet(*inputs)
+        monkeypatch.setattr(maps_module, "capturing", lambda device: True)
+        if steps == "latest":
+            unet(*inputs)
+            kept = {name: layer.data_ptr() for name, layer in patch.maps.items()}
+            assert kept == {layer.name: layer.captured[0].data_ptr() for layer in patch._layers if layer.captured}
+        else:
+            with pytest.raises(RuntimeError, match=r"capture: a CUDA graph .* expected Capture\(steps='latest'\)"):
+                unet(*inputs)

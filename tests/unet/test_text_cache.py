@@ -9,6 +9,8 @@ import copy
 import gc
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from itertools import count
 from typing import Any
 
 import numpy as np
@@ -24,6 +26,7 @@ from torch.nn.modules.module import register_module_forward_hook
 import sdattn_fast
 from sdattn_fast import Program, SalienceDropout, SemanticAttnProcessor
 from sdattn_fast.streams import MadeOn
+from sdattn_fast.unet import bound
 from sdattn_fast.unet.text_cache import TEXTS, TextCache, Weights
 
 peft = pytest.importorskip("peft")
@@ -522,6 +525,7 @@ def test_what_is_kept_is_announced_before_it_is_read_on_another_stream(
 ) -> None:
     announced: set[int] = set()
     monkeypatch.setattr(MadeOn, "use", lambda self, tensors: announced.update(id(x) for x in tensors()))
+    monkeypatch.setattr(bound, "_stream", partial(next, count()))
     unet: Any = copy.deepcopy(parts["sd15"])
     program = Program(SalienceDropout(0.2))
     patch = sdattn_fast.apply(unet, program, fold=fold, protected=torch.zeros(77, dtype=torch.bool))
