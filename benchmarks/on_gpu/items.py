@@ -157,7 +157,7 @@ def _sanitized() -> Iterator[Item]:
 def _more() -> Iterator[Item]:
     from .checks import check
     from .ground import SHAPES
-    from .more import both_ways, compiled
+    from .more import both_ways, compiled, from_python
 
     first, last = next(iter(SHAPES)), [*SHAPES][-1]
     for backend in ("triton", "cuda"):
@@ -169,6 +169,7 @@ def _more() -> Iterator[Item]:
     yield Item(f"backward/{first}/2", 60, partial(both_ways, f"backward/{first}/2", first, 2), needs=needs)
     yield Item(f"compiled/{first}/2", 60, partial(compiled, f"compiled/{first}/2", first, 2), needs=needs)
     if not DRY:
+        yield Item("python/layer", 60, partial(from_python, "python/layer"))
         yield from _steps([("sdxl", 16)])
 
 

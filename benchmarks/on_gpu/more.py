@@ -14,10 +14,10 @@ from sdattn_fast.functional import prepare
 
 from . import record, timing
 from .checks import failed_check, of_backend
-from .ground import DEVICE, LAYERS, TOKENS, NotRun, describe, text_side
+from .ground import DEVICE, LAYERS, TOKENS, NotRun, describe, text_side, why_no
 from .programs import inputs, prepared
 
-__all__ = ["both_ways", "compiled", "launched"]
+__all__ = ["both_ways", "compiled", "from_python", "launched"]
 
 
 def both_ways(item: str, shape: str, batch: int) -> None:
@@ -58,6 +58,33 @@ def compiled(item: str, shape: str, batch: int) -> None:
     if failed_check("triton", ["full"], shape) is None:
         calls["triton-full"] = prepared("full", shape, tensors, "triton")
     _measured(item, "call", calls, slow, of)
+
+
+@torch.no_grad()
+def from_python(item: str, rounds: int = 200) -> None:
+    """Microseconds until a layer's call is back in Python, launches and all, while the GPU has next to nothing to do.
+    The layers are those of `host_overhead.py`."""
+    import host_overhead
+
+    of = {"batch": host_overhead.BATCH, "pixels": host_overhead.SIDE**2, "dtype": "float16"}
+    models = {"stock": host_overhead.layers(DEVICE)}
+    for backend in ("triton", "cuda"):
+        for case in ("program", "program, capture", "program, smoothing"):
+            name = f"{backend}: {case}"
+            why = why_no(backend)
+            if why:
+                record.untimed(item, name, why, **of)
+            else:
+                models[name] = host_overhead.patched(case, backend, DEVICE)
+    inputs = host_overhead.inputs(DEVICE)
+    taken: dict[str, list[float]] = {name: [] for name in models}
+    for turn in range(rounds + 10):
+        for name, model in models.items():
+            torch.cuda.synchronize()
+            microseconds = host_overhead.microseconds(model, inputs)
+            if turn >= 10:
+                taken[name].append(1e-6 * microseconds)
+    timing.write(item, "python", timing.figures(taken, of="stock"), **of)
 
 
 @torch.no_grad()

@@ -27,7 +27,7 @@ __all__ = ["NEEDS", "step"]
 
 NEEDS = ["full"] if DRY else ["full", "full-maps"]  # checks, at every shape of the model
 # What `apply` is asked beside the backend.
-KINDS: dict[str, dict[str, Any]] = {"": {}, "-maps": {"capture": sdattn_fast.Capture((1, 2, 3))}}
+KINDS: dict[str, dict[str, Any]] = {"": {}, "-maps": {"capture": sdattn_fast.Capture((1, 2, 3), steps="latest")}}
 DRY_CONFIG = {
     "sample_size": 4, "layers_per_block": 1, "cross_attention_dim": 32, "attention_head_dim": 2,
     "block_out_channels": (32, 64),
