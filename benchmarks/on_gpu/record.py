@@ -74,5 +74,6 @@ def reason(why: object, most: int = 300) -> str:
 
 
 def without_paths(text: str) -> str:
-    """The results are kept: they do not say where things lie on the machine, but for a file's name."""
-    return re.sub(r"(?<![\w.:/])/[\w./+-]*/([\w.+-]+)", r"\1", text)
+    """The results are kept: they do not say where things lie on the machine, but for a file's name. pytest names files
+    from the folder that it runs in, "../../..."."""
+    return re.sub(r"(?<![\w.:/])(?:/(?=[\w.+-]+/)|(?:\.\./)+)(?:[\w.+-]+/)*([\w.+-]+)", r"\1", text)

@@ -49,6 +49,18 @@ def test_what_is_off_is_said():
     assert off(wrong, exact) and off(exact.half()[:, :, :-1], exact)
 
 
+def test_results_do_not_say_where_things_lie():
+    without_paths = importlib.import_module("on_gpu.record").without_paths
+    for text, kept in (
+        ("FAILED ../../../a/b/tests/interpreted_rows.py::test[1-2]", "FAILED interpreted_rows.py::test[1-2]"),
+        ('File "/a/b/c.py", line 3', 'File "c.py", line 3'), ("(/usr/bin/python3.12)", "(python3.12)"),
+        ("https://a.org/b/c", "https://a.org/b/c"), ("of a/b.py", "of a/b.py"), ("1 / 3, /x", "1 / 3, /x"),
+    ):  # fmt: skip
+        assert without_paths(text) == kept
+    for file in (FOLDER / "results").iterdir():
+        assert without_paths(file.read_text()) == file.read_text(), file.name
+
+
 def test_nothing_is_timed_that_has_not_passed(tmp_path, monkeypatch):
     checks, record = importlib.import_module("on_gpu.checks"), importlib.import_module("on_gpu.record")
     monkeypatch.setenv("SDATTN_GPU_RESULTS", str(tmp_path))
