@@ -7,11 +7,12 @@ turns in one process.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
+
+from prefer import read
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGE = ROOT / "docs" / "gpu.md"
@@ -46,7 +47,7 @@ def of_results(paths: Iterable[Path]) -> str:
     """The page, of files of results, the oldest first."""
     runs: dict[str, list[dict[str, Any]]] = {}  # device -> lines
     for path in paths:
-        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        lines = read(path)
         run = next(line for line in lines if line["kind"] == "run")
         runs.setdefault(run["device"], []).extend(line | {"file": path.stem} for line in lines)
     return "\n".join([HEAD, *(_of_device(device, lines) for device, lines in runs.items())])

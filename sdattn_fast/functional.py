@@ -215,8 +215,7 @@ class Prepared:
         as `semantic_attention`."""
         self._check(query, key, value, bias, scale, grid, seed)
         needs_grad = self._needs_grad(query, key, value, bias, None if relevance is None else relevance.sink)
-        # Not `scale or ...`: 0 is a scale, under which every token weighs the same.
-        scale = (query.shape[3] ** -0.5 if query.shape[3] else 1.0) if scale is None else scale
+        scale = _scale(scale, query)
         key_of_random = self._seed(seed, query.device)
         while True:
             name = choose(self.backend, query, key, value, bias, self.plan, needs_grad)
@@ -255,7 +254,7 @@ class Prepared:
         if name == "reference":
             return None
         assert self.plan is not None
-        scale = query.shape[3] ** -0.5 if scale is None else scale
+        scale = _scale(scale, query)
         attention = None
         if self.plan.picture is None and hasattr(fused(name), "BoundAttention"):
             attention = fused(name).BoundAttention(key, folded_value, scale, self.plan.rows)
@@ -515,6 +514,11 @@ class Prepared:
         if isinstance(seed, int):
             seed = torch.tensor([seed], dtype=torch.int64)
         return to_device(seed, device).reshape(1)
+
+
+def _scale(scale: float | None, query: Tensor) -> float:
+    # Not `scale or ...`: 0 is a scale, under which every token weighs the same.
+    return (query.shape[3] ** -0.5 if query.shape[3] else 1.0) if scale is None else scale
 
 
 def _equal(x: Tensor | None, y: Tensor | None) -> bool:

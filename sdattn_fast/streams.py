@@ -35,7 +35,9 @@ def capturing(device: torch.device) -> bool:
 
 
 def current_stream(device: torch.device) -> int:
-    """The handle of the current stream of a GPU."""
+    """The handle of the current stream of a GPU; 0 on a CPU, which has none."""
+    if device.type != "cuda":
+        return 0
     # torch.cuda.current_stream makes an object, and every layer asks several times.
     return torch._C._cuda_getCurrentRawStream(torch.cuda.current_device() if device.index is None else device.index)
 

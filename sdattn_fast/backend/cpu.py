@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..plan import PicturePlan, Plan, RowPlan
 from ..reference import gaussian_kernel
+from .results import empty_results
 
 __all__ = [
     "availability", "not_supported_reasons", "attention", "picture_attention", "pack", "Packed", "smooth",
@@ -98,7 +99,7 @@ def attention(
         int32 (B, H, M, ceil(N / 32)), None unless asked: bit n % 32 of word n // 32 says that entry n survived steps
         4 and 5.
     """
-    out, maps = _results(query, value, rows, keep_layout)
+    out, maps = empty_results(query, value, rows, keep_layout)
     bits = None
     if return_bits:
         bits = torch.empty((*query.shape[:3], (key.shape[2] + 31) // 32), dtype=torch.int32)
@@ -124,7 +125,7 @@ def picture_attention(
 
     Returns: out and maps, as `attention`.
     """
-    out, maps = _results(query, value, rows, keep_layout)
+    out, maps = empty_results(query, value, rows, keep_layout)
     m = query.shape[2]
     weights = _gaussian(picture.sigma) if picture.sigma > 0 else None
     height, width = (0, 0) if grid is None else grid
@@ -140,19 +141,6 @@ def picture_attention(
     )
     _call(query, key, value, bias, scale, rows, out, maps, None, picture=over)
     return out, maps
-
-
-def _results(query: Tensor, value: Tensor, rows: RowPlan, keep_layout: bool) -> tuple[Tensor, Tensor | None]:
-    b, h, m, _ = query.shape
-    dv = value.shape[3]
-    if keep_layout and query.stride(1) < query.stride(2):
-        out = torch.empty((b, m, h, dv), dtype=value.dtype).transpose(1, 2)
-    else:
-        out = torch.empty((b, h, m, dv), dtype=value.dtype)
-    if rows.capture_tokens is None:
-        return out, None
-    t = rows.capture_tokens.shape[0]
-    return out, torch.empty((b, t, m) if rows.capture_mean else (b, h, t, m), dtype=torch.float32)
 
 
 @dataclass(frozen=True)

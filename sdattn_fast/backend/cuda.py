@@ -14,10 +14,10 @@ from torch import Tensor
 
 from ..plan import Plan, RowPlan
 from ..reference import gaussian_kernel
-from ..streams import Kept, current_stream
+from ..streams import Kept, capturing, current_stream
 from .devices import gpu_index, on_device
-from .head_mean import is_by_head, mean_of_heads
 from .refusal import launching
+from .results import empty_results, is_by_head, mean_of_heads
 
 __all__ = ["availability", "not_supported_reasons", "attention", "folded_refusal", "smooth", "info"]
 
@@ -125,17 +125,10 @@ def attention(
         out, maps, bits = attention(query, key, value, bias, scale, rows.by_head(), return_bits, keep_layout)
         assert maps is not None
         return out, mean_of_heads(maps, rows), bits
-    on: dict[str, Any] = {"device": query.device}
-    if keep_layout and query.stride(1) < query.stride(2):
-        out = torch.empty((b, m, h, dv), dtype=value.dtype, **on).transpose(1, 2)
-    else:
-        out = torch.empty((b, h, m, dv), dtype=value.dtype, **on)
-    maps = bits = None
-    count = 0 if rows.capture_tokens is None else rows.capture_tokens.shape[0]
-    if rows.capture_tokens is not None:
-        maps = torch.empty((b, count, m) if rows.capture_mean else (b, h, count, m), dtype=torch.float32, **on)
+    out, maps = empty_results(query, value, rows, keep_layout)
+    bits = None
     if return_bits:
-        bits = torch.empty((b, h, m, (n + 31) // 32), dtype=torch.int32, **on)
+        bits = torch.empty((b, h, m, (n + 31) // 32), dtype=torch.int32, device=query.device)
     if b * h * m == 0 or n == 0:
         # No row, or rows over no token: what there is of the results is zero.
         return out.zero_(), None if maps is None else maps.zero_(), bits
@@ -158,7 +151,7 @@ def attention(
             _address(rows.seed),
             rows.max_content,
             rows.max_drop,
-            _stream(query.device),
+            current_stream(query.device),
         )
     return out, maps, bits
 
@@ -186,7 +179,7 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
             x = x.contiguous()
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
             sizes, to = (b, h, *grid, c), out.data_ptr()
-            stream = _stream(x.device)
+            stream = current_stream(x.device)
             _cuda.smooth(sizes, _DTYPES[x.dtype], x.data_ptr(), to, _address(where), weights.data_ptr(), radius, stream)
             x = out
     return x.to(kept)
@@ -236,14 +229,10 @@ def _gaussian(sigma: float, device: torch.device) -> Tensor:
     """Made on the device, so that nobody waits; not kept from a CUDA graph's capture, whose memory is the graph's."""
     if (sigma, device) not in _gaussians:
         weights = gaussian_kernel(sigma, dtype=torch.float32, device=device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        if capturing(device):
             return weights
         _gaussians[sigma, device] = Kept(weights)
     return _gaussians[sigma, device].get()
-
-
-def _stream(device: torch.device) -> int:
-    return 0 if device.type == "cpu" else current_stream(device)
 
 
 def _row_program(rows: RowPlan) -> tuple[Any, ...]:

@@ -20,9 +20,9 @@ from torch.nn.functional import pad
 
 from ..places import version_of
 from ..plan import PicturePlan, Plan, RowPlan
-from ..streams import Kept, to_device
+from ..streams import Kept, capturing, to_device
 from .devices import gpu_index, on_device
-from .head_mean import is_by_head, mean_of_heads
+from .results import empty_results, is_by_head, mean_of_heads
 from .triton_launch import Bound, Call, launch, launch_bound, version
 
 __all__ = [
@@ -140,7 +140,7 @@ def attention(
         out, maps, bits = attention(query, key, value, bias, scale, rows.by_head(), return_bits, keep_layout)
         assert maps is not None
         return out, mean_of_heads(maps, rows), bits
-    out, maps = _results(query, value, rows, keep_layout)
+    out, maps = empty_results(query, value, rows, keep_layout)
     bits = None
     if return_bits:
         bits = torch.empty((b, h, m, (n + 31) // 32), dtype=torch.int32, device=query.device)
@@ -171,7 +171,7 @@ class BoundAttention:
             out, maps = self._by_head(query, seed)
             assert maps is not None
             return out, mean_of_heads(maps, rows)
-        out, maps = _results(query, value, rows, keep_layout=True)
+        out, maps = empty_results(query, value, rows, keep_layout=True)
         kept = self._kept
         if kept is not None:
             launch, first, _ = kept
@@ -195,20 +195,6 @@ class BoundAttention:
             stay = tuple(None if i in _MOVES else x for i, x in enumerate(tensors))
             self._kept = bound, [None if x is None else x.data_ptr() for x in tensors], stay
         return out, maps
-
-
-def _results(query: Tensor, value: Tensor, rows: RowPlan, keep_layout: bool) -> tuple[Tensor, Tensor | None]:
-    """Out and maps, to be written."""
-    (b, h, m, _), dv, captured = query.shape, value.shape[3], rows.capture_tokens
-    if keep_layout and query.stride(1) < query.stride(2):
-        out = torch.empty((b, m, h, dv), dtype=value.dtype, device=query.device).transpose(1, 2)
-    else:
-        out = torch.empty((b, h, m, dv), dtype=value.dtype, device=query.device)
-    if captured is None:
-        return out, None
-    count = captured.shape[0]
-    shape = (b, count, m) if rows.capture_mean else (b, h, count, m)
-    return out, torch.empty(shape, dtype=torch.float32, device=query.device)
 
 
 def _launch_rows(tensors: tuple[Tensor | None, ...], scale: float, rows: RowPlan) -> Bound | None:
@@ -381,15 +367,9 @@ def picture_attention(
     Returns: out and maps, as `attention`.
     """
     b, h, m, _ = query.shape
-    n, dv = key.shape[2], value.shape[3]
+    n = key.shape[2]
     on: dict[str, Any] = {"device": query.device}
-    if keep_layout and query.stride(1) < query.stride(2):
-        out = torch.empty((b, m, h, dv), dtype=value.dtype, **on).transpose(1, 2)
-    else:
-        out = torch.empty((b, h, m, dv), dtype=value.dtype, **on)
-    maps = None
-    if rows.capture_tokens is not None:
-        maps = torch.empty((b, h, rows.capture_tokens.shape[0], m), dtype=torch.float32, **on)
+    out, maps = empty_results(query, value, rows.by_head(), keep_layout)
     if b * h * m == 0 or n == 0:
         out.zero_()
         maps = None if maps is None else maps.zero_()
@@ -834,7 +814,7 @@ def _kept(rows: RowPlan, name: str, source: Tensor, make: Callable[[Tensor], Ten
     if have is not None and have.source is source and have.version == version:
         return have.kept.get()
     made = make(source)
-    if not (source.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if not capturing(source.device):
         rows.derived[name] = _Derived(source, version, Kept(made))
     return made
 

@@ -139,9 +139,8 @@ class _ModelHook:
         if not self.patch._settings.text_cache:
             return
         state, device = self.model.text, text.device
-        stream = current_stream(device) if device.type == "cuda" else None
         layers = [(layer.attn.heads, layer.heads, layer.captures, layer.attn.training) for layer in self.model.layers]
-        ready_for = (text.shape, device, stream, state.step, layers)
+        ready_for = (text.shape, device, current_stream(device), state.step, layers)
         if state.ready_for is not None and state.ready_for[0] is state.cache and state.ready_for[1] == ready_for:
             return
         try:

@@ -53,7 +53,8 @@ class Moment:
             return None
         if type(x) is not Tensor or autograd.transforming():
             return None
-        state = text.step, attn.training, layer.captures, layer.heads, attn.scale_qk, _stream(x.device)
+        # The stream, since what another one made is waited for (`MadeOn`).
+        state = text.step, attn.training, layer.captures, layer.heads, attn.scale_qk, current_stream(x.device)
         return cls(text.cache, state, _like(x), layer.grid_of(x.shape[1]) if grid is None else grid)
 
     def __eq__(self, other: object) -> bool:
@@ -130,11 +131,6 @@ def _modules(attn: Any, folded: FoldedText | None) -> tuple[Any, ...]:
     layer that has one is not folded."""
     of_text = attn.to_k, attn.to_v, attn.norm_cross, attn.norm_k
     return of_text if folded is None else (*of_text, attn.to_q, attn.to_out[0], attn.norm_q)
-
-
-def _stream(device: torch.device) -> int | None:
-    """The current one: what another made is waited for (`MadeOn`)."""
-    return current_stream(device) if device.type == "cuda" else None
 
 
 def _like(x: Tensor) -> tuple[Any, ...]:

@@ -19,7 +19,7 @@ from poison import poison
 from tested_backend import DEVICE, EMULATED, INTERPRETED, NAME, backend, emulated_cuda
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
-from sdattn_fast.backend import head_mean
+from sdattn_fast.backend import results
 from sdattn_fast.plan import TokenSide, make_plan
 from sdattn_fast.reference import _gate, _phrase_mean, _renormalise, _softmax, philox_uniform, reference_attention
 
@@ -262,7 +262,7 @@ def test_phrase_members_tie():
 def test_heads_entries_and_capture(inactive_heads, reduce, stage, monkeypatch):
     if reduce == "mean of the kernel":  # as of maps that are large by head
         reduce = "mean"
-        monkeypatch.setattr(head_mean, "BY_HEAD_BYTES", 0)
+        monkeypatch.setattr(results, "BY_HEAD_BYTES", 0)
     c = case(
         b=3, h=3, m=20, d=16, active=torch.tensor([True, False, True]), heads=torch.tensor([True, False, True]),
         inactive_heads=inactive_heads,
@@ -273,7 +273,7 @@ def test_heads_entries_and_capture(inactive_heads, reduce, stage, monkeypatch):
 
 @pytest.mark.parametrize("by_head", [0, 2**24])
 def test_no_active_head_captures_zeros(by_head, monkeypatch):
-    monkeypatch.setattr(head_mean, "BY_HEAD_BYTES", by_head)
+    monkeypatch.setattr(results, "BY_HEAD_BYTES", by_head)
     c = case(heads=torch.tensor([False, False]))
     _, maps, _ = check(c, FULL, capture=Capture((1, 2)))
     assert (maps == 0).all()

@@ -18,15 +18,19 @@ B, H, M, N, D = 2, 3, 33, 77, 40
 LOG2E = math.log2(math.e)
 
 
-def launches(triton):
-    """Of launch_path.py, under the Triton in this folder, None for the installed one; [(kernel, grid, arguments)]."""
+def printed(script, triton):
+    """The lines that a script of tests/support prints, under the Triton in this folder, None for the installed one."""
     paths = [str(SUPPORT)] if triton is None else [str(triton), str(SUPPORT)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": ":".join(paths)}
-    command = [sys.executable, str(SUPPORT / "launch_path.py"), "sm_90"]
+    command = [sys.executable, str(SUPPORT / script), "sm_90"]
     run = subprocess.run(command, env=environment, cwd=SUPPORT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
-    found = [json.loads(line) for line in run.stdout.splitlines()]
-    return [(one["kernel"], one["grid"], one["arguments"]) for one in found]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def launches(triton):
+    """Of launch_path.py: [(kernel, grid, arguments)]."""
+    return [(one["kernel"], one["grid"], one["arguments"]) for one in printed("launch_path.py", triton)]
 
 
 @pytest.fixture(scope="module")
@@ -127,11 +131,6 @@ def test_the_stages_of_one_round_are_one_compiled_kernel(made):
 @pytest.mark.parametrize("older", [False, True])
 def test_bound_launches(older, request):
     """A launch that comes again is what it would be by itself, whatever ran in between."""
-    paths = [str(SUPPORT), *([str(request.getfixturevalue("triton_of_torch_2_11"))] if older else [])]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["PYTHONPATH"] = ":".join(reversed(paths))
-    command = [sys.executable, str(SUPPORT / "bound_launches.py"), "sm_90"]
-    run = subprocess.run(command, env=environment, cwd=SUPPORT, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    counts = json.loads(run.stdout)
+    triton = request.getfixturevalue("triton_of_torch_2_11") if older else None
+    (counts,) = printed("bound_launches.py", triton)
     assert counts["plain"] >= 20 and counts["bound"] >= 60 and counts["straight"] >= 5

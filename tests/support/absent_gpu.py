@@ -207,6 +207,5 @@ def _no_kernels() -> None:
         module.launch = lambda *call: None
     triton.launch_bound = lambda *call: None
     cuda._refusal_of_device = lambda index: None
-    cuda._stream = lambda device: 0
     cuda._cuda = SimpleNamespace(**{name: (lambda *call: None) for name in ("attention", "smooth")})
     cuda._handle = cuda._address = lambda x: 0

@@ -262,7 +262,7 @@ def test_texts_in_turn(parts: dict[str, Any], calls: list[Any]) -> None:
 def test_another_stream_is_not_served(parts: dict[str, Any], calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     twins = Twins(parts["sd15"])
     for stream, expected in ((1, False), (1, True), (2, False), (2, True), (1, False)):
-        monkeypatch.setattr(module, "_stream", lambda device, stream=stream: stream)
+        monkeypatch.setattr(module, "current_stream", lambda device, stream=stream: stream)
         calls.clear()
         twins.step()
         assert bool(calls) == expected

@@ -525,7 +525,7 @@ def test_what_is_kept_is_announced_before_it_is_read_on_another_stream(
 ) -> None:
     announced: set[int] = set()
     monkeypatch.setattr(MadeOn, "use", lambda self, tensors: announced.update(id(x) for x in tensors()))
-    monkeypatch.setattr(bound, "_stream", partial(next, count()))
+    monkeypatch.setattr(bound, "current_stream", partial(next, count()))
     unet: Any = copy.deepcopy(parts["sd15"])
     program = Program(SalienceDropout(0.2))
     patch = sdattn_fast.apply(unet, program, fold=fold, protected=torch.zeros(77, dtype=torch.bool))

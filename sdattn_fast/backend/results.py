@@ -1,4 +1,5 @@
-"""The mean of captured maps over the active heads, for backends whose kernels write every head's by itself.
+"""The tensors that a fused backend's attention returns; and captured maps' mean over the active heads, where a GPU's
+kernel wrote every head's by itself.
 
 A kernel that adds up the heads itself walks over all of them in one program, and a GPU's other processors stand idle.
 So long as the maps by head are small, it is faster to write them and add them up afterwards.
@@ -11,10 +12,25 @@ from torch import Tensor
 
 from ..plan import RowPlan
 
-__all__ = ["BY_HEAD_BYTES", "is_by_head", "mean_of_heads"]
+__all__ = ["BY_HEAD_BYTES", "empty_results", "is_by_head", "mean_of_heads"]
 
 # Beyond that the kernels add the heads up themselves: writing and reading this much takes a GPU longer than it saves.
 BY_HEAD_BYTES = 2**24
+
+
+def empty_results(query: Tensor, value: Tensor, rows: RowPlan, keep_layout: bool) -> tuple[Tensor, Tensor | None]:
+    """Out and maps as a kernel is to write them: out (B, H, M, Dv) in the value's dtype; maps, float32, (B, T, M) or
+    (B, H, T, M), None without capture. keep_layout: see `attention` of the backends."""
+    (b, h, m, _), dv, captured = query.shape, value.shape[3], rows.capture_tokens
+    if keep_layout and query.stride(1) < query.stride(2):
+        out = torch.empty((b, m, h, dv), dtype=value.dtype, device=query.device).transpose(1, 2)
+    else:
+        out = torch.empty((b, h, m, dv), dtype=value.dtype, device=query.device)
+    if captured is None:
+        return out, None
+    count = captured.shape[0]
+    shape = (b, count, m) if rows.capture_mean else (b, h, count, m)
+    return out, torch.empty(shape, dtype=torch.float32, device=query.device)
 
 
 def is_by_head(rows: RowPlan, batch: int, heads: int, pixels: int) -> bool:
