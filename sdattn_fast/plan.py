@@ -60,7 +60,8 @@ class RowPlan:
     head_mode: (H,) uint8: 0 runs the program, 1 is plain attention, 2 gives zeros; None: all run it.
     capture_tokens: (T,) int32 or None. capture_final: map after step 6, else after step 1. capture_mean: mean over the
         heads of mode 0, (B, T, M); else every head, (B, H, T, M).
-    max_content, max_drop: bounds, known to the host, on content tokens per entry and on `drop`.
+    max_content, max_drop: bounds, known to the host, on content tokens per entry and on `drop`. bounds: an empty tensor
+        (max_content, max_drop, 0), whose sizes count instead where a graph of torch.compile reads the plan.
     derived: what backends make of these tensors and keep, by name; plans that differ in the seed alone share it.
     """
 
@@ -78,6 +79,7 @@ class RowPlan:
     capture_mean: bool = True
     max_content: int = 0
     max_drop: int = 0
+    bounds: Tensor | None = None
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
     def by_head(self) -> RowPlan:

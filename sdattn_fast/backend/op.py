@@ -46,7 +46,7 @@ def attention(
     out, maps, bits = torch.ops.sdattn_fast.rows(
         query, key, value, bias, scale, rows.content, rows.gate, rows.phrases, rows.drop, rows.random_ratio, rows.seed,
         rows.threshold, rows.renormalize, rows.head_mode, rows.capture_tokens, rows.capture_final, rows.capture_mean,
-        rows.max_content, rows.max_drop, return_bits, *relevance, backend,
+        *_bounds(rows), return_bits, *relevance, backend,
     )  # fmt: skip
     return out, maps if rows.capture_tokens is not None else None, bits if return_bits else None
 
@@ -67,10 +67,15 @@ def picture_attention(
     out, maps = torch.ops.sdattn_fast.picture(
         query, key, value, bias, scale, rows.content, rows.gate, rows.phrases, rows.drop, rows.random_ratio, rows.seed,
         rows.threshold, rows.renormalize, rows.head_mode, rows.capture_tokens, rows.capture_final, rows.capture_mean,
-        rows.max_content, rows.max_drop, picture.steps, picture.sigma, picture.drop_ratio, picture.nms, picture.active,
+        *_bounds(rows), picture.steps, picture.sigma, picture.drop_ratio, picture.nms, picture.active,
         height, width, backend,
     )  # fmt: skip
     return out, maps if rows.capture_tokens is not None else None
+
+
+def _bounds(rows: RowPlan) -> tuple[int, int]:
+    """max_content and max_drop."""
+    return (rows.max_content, rows.max_drop) if rows.bounds is None else (rows.bounds.shape[0], rows.bounds.shape[1])
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None, backend: str) -> Tensor:

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 
 from ..streams import current_stream
+from .compiled import compiled_text, is_compiled, modules_around
 from .layers import Layer
 from .seeds import LayerSeeds
-from .text_state import TextState
+from .text_state import LayerCall, TextState
 
 if TYPE_CHECKING:
     from .apply import Patch
@@ -24,7 +25,7 @@ __all__ = ["PatchedModel", "before_forward"]
 
 
 class PatchedModel:
-    """A UNet or ControlNet of a patch."""
+    """A UNet or ControlNet of a patch. around: its modules with served layers inside."""
 
     def __init__(self, module: nn.Module, outer: nn.Module, text: TextState, layers: list[Layer]) -> None:
         self.module = module
@@ -32,6 +33,7 @@ class PatchedModel:
         self.text = text
         self.layers = layers
         self.seeds = LayerSeeds([layer.name for layer in layers])
+        self.around = modules_around(module, layers)
 
 
 def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
@@ -44,13 +46,13 @@ def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
     hook, module, outer = _ModelHook(patch, model), model.module, model.outer
     if outer is not module:
         inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
-        return [outer.register_forward_pre_hook(hook, with_kwargs=True), inside]
+        return [outer.register_forward_pre_hook(_compiled(hook), with_kwargs=True), inside]
     compiled_call = module._compiled_call_impl
     if compiled_call is None:
-        return [module.register_forward_pre_hook(hook, with_kwargs=True)]
+        return [module.register_forward_pre_hook(_breaking_graphs(hook), with_kwargs=True)]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        hook(module, args, kwargs)
+        hook(args, kwargs, compiled=True)
         return compiled_call(*args, **kwargs)
 
     module._compiled_call_impl = call
@@ -58,10 +60,31 @@ def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
     return [_CompiledCall(module, call, compiled_call), inside]
 
 
-def _silent_in_graphs(hook: _ModelHook) -> Callable[..., None]:
+Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+
+
+def _compiled(hook: _ModelHook) -> Hook:
+    def outer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        hook(args, kwargs, compiled=True)
+
+    return outer
+
+
+def _breaking_graphs(hook: _ModelHook) -> Hook:
+    """For a model that may be compiled later, its hooks traced: the graph ends there and another begins."""
+    outside = torch.compiler.disable(hook.__call__)
+
+    def inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        # Not inside, where it would always be False.
+        outside(args, kwargs, compiled=torch.compiler.is_compiling())
+
+    return inner
+
+
+def _silent_in_graphs(hook: _ModelHook) -> Hook:
     def inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if not torch.compiler.is_compiling():
-            hook(module, args, kwargs)
+            hook(args, kwargs)
 
     return inner
 
@@ -82,14 +105,12 @@ class _CompiledCall:
 class _ModelHook:
     """Before a UNet or ControlNet runs: look at its text, mix its seeds, see that our processors are in place."""
 
-    # Eager even in a compiled UNet: looking rows up by value is Python's work, once per prompt.
-    _torchdynamo_disable = True
-
     def __init__(self, patch: Patch, model: PatchedModel) -> None:
         self.patch = patch
         self.model = model
 
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool = False) -> None:
+        """compiled: the forward that begins is a graph's."""
         patch, model = self.patch, self.model
         patch._keep_in_place(model.layers)
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
@@ -109,8 +130,11 @@ class _ModelHook:
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         if isinstance(text, Tensor) and text.dim() == 3:
             self._look_at(text)
+            compiled = compiled or is_compiled(model.around)
             if patch._settings.text_cache:
                 model.text.cached.look(text)
+            if patch._settings.text_cache or compiled:
+                self._prepare(text, compiled)
         seed = patch._settings.seed
         if seed is not None:
             device = text.device if isinstance(text, Tensor) else torch.device("cpu")
@@ -132,21 +156,27 @@ class _ModelHook:
                 "padding, to sdattn_fast.apply or patch.update; or apply to the pipeline that encodes the text"
             )
         model.text.see(rows)
-        self._prepare(text)
 
-    def _prepare(self, text: Tensor) -> None:
-        """Ahead of the layers, so that a compiled block finds its call prepared."""
-        if not self.patch._settings.text_cache:
-            return
-        state, device = self.model.text, text.device
-        layers = [(layer.attn.heads, layer.heads, layer.captures, layer.attn.training) for layer in self.model.layers]
-        ready_for = (text.shape, device, current_stream(device), state.step, layers)
-        if state.ready_for is not None and state.ready_for[0] is state.cache and state.ready_for[1] == ready_for:
-            return
+    def _prepare(self, text: Tensor, compiled: bool) -> None:
+        """Ahead of the layers, so that no graph has to prepare a call."""
+        state, layers, device = self.model.text, self.model.layers, text.device
+        shape = text.shape[0], text.shape[1], device
+        calls = [
+            LayerCall(shape[0], int(one.attn.heads), shape[1], device, one.heads, one.captures, one.attn.training)
+            for one in layers
+        ]
+        for layer in layers:
+            layer.compiled = None
+        ready_for = calls, current_stream(device), state.step
+        if not compiled and state.ready_for is not None:
+            if state.ready_for[0] is state.cache and state.ready_for[1] == ready_for:
+                return
         try:
-            for heads_count, heads, captures, training in layers:
-                state.ready(text.shape[0], int(heads_count), text.shape[1], device, heads, captures, training)
+            ready = [state.ready(call) for call in calls]
         except ValueError:
             # Video models multiply the batch inside: what does not fit here may fit there. If not, the layer says so.
             return
         state.ready_for = state.cache, ready_for
+        if compiled:
+            for layer, one in zip(layers, ready, strict=True):
+                layer.compiled = compiled_text(layer, text, one)

@@ -14,7 +14,7 @@ import difflib
 import fnmatch
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,9 @@ from ..backend.autograd import Relevance
 from ..streams import to_device
 from .settings import checked_heads
 from .text_state import TextState
+
+if TYPE_CHECKING:
+    from .compiled import CompiledText
 
 __all__ = ["Layer", "cross_attention_layers", "is_served", "select_layers", "heads_of_layers", "watch_grids"]
 
@@ -41,7 +44,7 @@ class Layer:
     timestep mixed in. captures: whether it keeps maps in this step. captured: maps (B, T, M) or (B, H, T, M), which
     entries are active ((B,) bool on the CPU, None for all), the grid. bias: (B or 1, 1, M, N), added to the logits.
     asks: tokens (T,) int32 and heads (H,) uint8 or None, whose relevance the backward pass is to add up; sink:
-    (B, T, M), whose gradient it will be.
+    (B, T, M), whose gradient it will be. compiled: what a graph of torch.compile reads of the text; None outside one.
     """
 
     name: str
@@ -55,6 +58,7 @@ class Layer:
     bias: Tensor | None = None
     asks: tuple[Tensor, Tensor | None] | None = None
     sink: Tensor | None = None
+    compiled: CompiledText | None = None
     original: Any = None
     placed: Any = None
 

@@ -21,10 +21,11 @@ from ..functional import FoldedText
 from ..program import Capture, Program
 from .bound import Moment, bind
 from .fold import choose_fold, fold_refusal, fold_text, shape_of
+from .keys_values import kept_key_value, key_value
 from .layers import LAYER, Layer, is_served
 from .settings import DropoutWhen, Heads, Settings, checked_heads
-from .text_cache import KeyValue, Served, Weights
-from .text_state import Given, TextState, checked_token_input
+from .text_cache import KeyValue, Served
+from .text_state import Given, LayerCall, TextState, checked_token_input
 
 __all__ = ["SemanticAttnProcessor"]
 
@@ -172,27 +173,15 @@ AddImage = Callable[[Tensor, Tensor], Tensor] | None
 def _plain_attention(attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, add_image: AddImage) -> Tensor:
     """Up to and with `to_out[0]`, as diffusers does it: self-attention, and layers that are not served."""
     query = _query(attn, x)
-    key, value = _key_value(attn, x if text is None else text, cross=text is not None)
+    key, value = key_value(attn, x if text is None else text, cross=text is not None)
     out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
     return _project_out(attn, out, query, add_image)
-
-
-# The projections are called, never read: PEFT puts modules of its own in their places.
 
 
 def _query(attn: Any, x: Tensor) -> Tensor:
     query = attn.to_q(x)
     query = query.view(x.shape[0], -1, attn.heads, query.shape[-1] // attn.heads).transpose(1, 2)
     return query if attn.norm_q is None else attn.norm_q(query)
-
-
-def _key_value(attn: Any, text: Tensor, cross: bool = True) -> tuple[Tensor, Tensor]:
-    if cross and attn.norm_cross:
-        text = attn.norm_encoder_hidden_states(text)
-    key, value = attn.to_k(text), attn.to_v(text)
-    key = key.view(text.shape[0], -1, attn.heads, key.shape[-1] // attn.heads).transpose(1, 2)
-    value = value.view(text.shape[0], -1, attn.heads, value.shape[-1] // attn.heads).transpose(1, 2)
-    return key if attn.norm_k is None else attn.norm_k(key), value
 
 
 def _project_out(attn: Any, out: Tensor, query: Tensor, add_image: AddImage) -> Tensor:
@@ -244,17 +233,25 @@ def _cross_attention(
             "(Refinement.sigma > 0) needs; sdattn_fast.apply takes them from the enclosing Transformer2DModel"
         )
     captures = layer is not None and layer.captures
-    prepared = text.prepared(batch, heads_count, states.shape[1], states.device, heads, captures, attn.training)
-    entry = None if torch.compiler.is_compiling() else _kept(text, attn, states, first_look=layer is None)
-    if entry is None:
-        key, value = _key_value(attn, states)
-        folded_value = folded = None
-        if settings.fold == "always":
-            raise ValueError("fold: 'always' needs text that stands still, and this call's may not be kept")
+    call = LayerCall(batch, heads_count, states.shape[1], states.device, heads, captures, attn.training)
+    key = entry = folded_value = folded = None
+    compiling = torch.compiler.is_compiling()
+    if compiling and layer is not None and layer.compiled is not None and layer.compiled.serves(call):
+        compiled = layer.compiled
+        prepared = text.with_gate(compiled.prepared, call)
+        if compiled.text is states:
+            key, value, folded_value = compiled.key, compiled.value, compiled.folded_value
     else:
+        prepared = text.prepared(call)
+        entry = None if compiling else kept_key_value(text, attn, states, first_look=layer is None)
+    if entry is not None:
         served = entry.serve(prepared)
         key, value, folded_value = entry.key, entry.value, served.value_folded
         folded = None if relevance is not None else _folded(settings, attn, entry, served, x, add_image)
+    elif settings.fold == "always":
+        raise ValueError("fold: 'always' needs text that stands still, and this call's may not be kept")
+    if key is None:
+        key, value = key_value(attn, states)
     if folded is not None and folded.shared_query:
         query = None
     elif query is None:
@@ -303,29 +300,6 @@ def _as_before(
     if folded is None or not folded.summed:
         out = _project_out(attn, out, x if query is None else query, add_image)
     return out, query
-
-
-def _kept(text: TextState, attn: Any, states: Tensor, first_look: bool) -> KeyValue | None:
-    """The layer's keys and values from the cache, made now if need be; None where nothing may be kept.
-
-    first_look: no hook has looked at the text before this forward.
-    """
-    if not text.settings.text_cache:
-        return None
-    weights = Weights.of(attn.to_k, attn.to_v, attn.to_q, attn.to_out[0], attn.norm_cross, attn.norm_k)
-    if weights is None or (torch.is_grad_enabled() and weights.requires_grad):
-        return None
-    if first_look and text.cached.look(states) is None:
-        return None
-    found = text.cached.find(attn, states, weights)
-    if found is None:
-        return None
-    place, entry = found
-    if entry is None:
-        weights.sample()
-        entry = KeyValue(*_key_value(attn, states), weights)
-        text.cached.keep(attn, place, entry)
-    return entry
 
 
 def _folded(

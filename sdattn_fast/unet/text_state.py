@@ -9,10 +9,9 @@ Source: DESIGN.md section 1, fact 1 (text is stationary), and section 5 (where t
 
 from __future__ import annotations
 
-import contextlib
 import functools
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,7 +22,7 @@ from ..streams import MadeOn, to_device
 from .settings import Settings
 from .text_cache import TEXTS, TextCache
 
-__all__ = ["Given", "Rows", "TextState", "checked_token_input"]
+__all__ = ["Given", "LayerCall", "Ready", "Rows", "TextState", "checked_token_input"]
 
 TOKEN_INPUTS = ("gate", "phrases", "protected", "active")
 
@@ -45,6 +44,21 @@ class Rows:
         """Equal for rows that are alike."""
         protected = self.protected
         return tuple(self.prompt), None if protected is None else (*protected.shape, protected.numpy().tobytes())
+
+
+class LayerCall(NamedTuple):
+    """What a layer's text is prepared for: keys (batch, num_heads, tokens, D) on a device.
+
+    heads: the active ones, None for all. captures: with the settings' capture. training: the layer is in train mode.
+    """
+
+    batch: int
+    num_heads: int
+    tokens: int
+    device: torch.device
+    heads: tuple[int, ...] | None = None
+    captures: bool = False
+    training: bool = False
 
 
 @dataclass
@@ -104,60 +118,41 @@ class TextState:
         """Whether it matters which entries are prompts: the maps are theirs alone."""
         return self.needs_protected() or self.settings.capture is not None
 
-    def prepared(
-        self,
-        batch: int,
-        heads_count: int,
-        tokens: int,
-        device: torch.device,
-        heads: tuple[int, ...] | None,
-        captures: bool = False,
-        training: bool = False,
-    ) -> Prepared:
-        """The call for keys (batch, heads_count, tokens, D), from the cache where nothing changed. captures: with the
-        settings' capture. training: the layer is in train mode.
+    def prepared(self, call: LayerCall) -> Prepared:
+        """A layer's call, from the cache where nothing changed.
 
         Raises: ValueError where a token input does not fit the batch, or is missing.
         """
-        prepared = self.ready(batch, heads_count, tokens, device, heads, captures, training)
+        return self.with_gate(self.ready(call).prepared, call)
+
+    def with_gate(self, prepared: Prepared, call: LayerCall) -> Prepared:
+        """A call of `ready`, with the numbers of a gate that wants a gradient: it belongs to one graph."""
         gate = self.given.gate
         if gate is None or not gate.requires_grad:
             return prepared
-        # It belongs to one graph.
-        whole = self._expand("gate", to_device(gate, device), self._prompt_of_entries(batch), batch, tokens)
+        entries = self._prompt_of_entries(call.batch)
+        whole = self._expand("gate", to_device(gate, call.device), entries, call.batch, call.tokens)
         assert whole is not None
         return prepared.with_gate(whole if torch.is_grad_enabled() else whole.detach())
 
-    def ready(
-        self,
-        batch: int,
-        heads_count: int,
-        tokens: int,
-        device: torch.device,
-        heads: tuple[int, ...] | None,
-        captures: bool,
-        training: bool,
-    ) -> Prepared:
+    def ready(self, call: LayerCall) -> Ready:
         """As `prepared`, all but the numbers of a gate that wants a gradient."""
-        program = self.settings.program_at(self.step, training)
-        key = (batch, heads_count, tokens, device.type, device.index, heads, captures, program.dropout)
-        compiling = torch.compiler.is_compiling()
+        program = self.settings.program_at(self.step, call.training)
+        if torch.compiler.is_compiling():  # a graph must not look into the cache: it would be good for one text
+            return Ready(self._prepare(program, call).to(call.device), None)
+        key = (call, program.dropout)
         ready = self.cache.get(key) if self.settings.text_cache else None
         if ready is None:
-            # What is made in inference mode cannot be part of a graph later.
-            as_usual = contextlib.nullcontext() if compiling else torch.inference_mode(False)
-            with as_usual:
-                made = self._prepare(program, batch, heads_count, tokens, heads, captures)
-                ready = Ready(made.to(device), None if compiling else MadeOn(device))
-            if not compiling:  # the cache is read there and not written
-                # What a schedule had for the steps before is not asked for again.
-                for old in list(self.cache):
-                    if old[-1] != program.dropout:
-                        self.cache.pop(old, None)
-                self.cache[key] = ready
-        elif ready.made is not None and not compiling:
+            with torch.inference_mode(False):  # what is made in inference mode cannot be part of a graph later
+                ready = Ready(self._prepare(program, call).to(call.device), MadeOn(call.device))
+            # What a schedule had for the steps before is not asked for again.
+            for old in list(self.cache):
+                if old[-1] != program.dropout:
+                    self.cache.pop(old, None)
+            self.cache[key] = ready
+        elif ready.made is not None:
             ready.made.use(ready.prepared.tensors)
-        return ready.prepared
+        return ready
 
     def active(self, batch: int) -> Tensor | None:
         """(B,) bool on the CPU, None for all."""
@@ -180,17 +175,10 @@ class TextState:
             return None
         return torch.tensor([p >= 0 for p in self.rows.prompt], dtype=torch.bool)
 
-    def _prepare(
-        self,
-        program: Program,
-        batch: int,
-        heads_count: int,
-        tokens: int,
-        heads: tuple[int, ...] | None,
-        captures: bool,
-    ) -> Prepared:
+    def _prepare(self, program: Program, call: LayerCall) -> Prepared:
         """On the CPU; a gate that wants a gradient is left for later, and of its shape here."""
         s, gate = self.settings, self.given.gate
+        batch, tokens = call.batch, call.tokens
         active = self.active(batch)
         prompt = self._prompt_of_entries(batch)
         if gate is not None and gate.requires_grad:
@@ -201,16 +189,16 @@ class TextState:
         return prepare(
             program,
             batch=batch,
-            heads_count=heads_count,
+            heads_count=call.num_heads,
             tokens=tokens,
             device=_CPU,
             gate=self._expand("gate", gate, prompt, batch, tokens),
             phrases=self._expand("phrases", self.given.phrases, prompt, batch, tokens),
             protected=protected,
             active=active,
-            heads=heads,
+            heads=call.heads,
             inactive_heads=s.inactive_heads,
-            capture=s.capture if captures else None,
+            capture=s.capture if call.captures else None,
             backend=s.backend,
         )
 
@@ -228,7 +216,8 @@ class TextState:
                 f"protected: the pipeline encoded {tuple(rows.protected.shape)} (batch, tokens), this layer sees "
                 f"({batch}, {tokens}); pass protected= and active= to apply or patch.update"
             )
-        return rows.protected.clone() if rows.protected.is_inference() else rows.protected
+        copied = torch.compiler.is_compiling() or rows.protected.is_inference()
+        return rows.protected.clone() if copied else rows.protected
 
     def _prompt_of_entries(self, batch: int) -> list[int]:
         """The prompt of every batch entry; the user's `active` wins over what the pipeline knows."""
@@ -266,12 +255,13 @@ class TextState:
         return whole.index_copy(0, to, x[of])
 
 
-@dataclass(frozen=True)
+@dataclass
 class Ready:
-    """A call, and where its tensors were made."""
+    """A call, and where its tensors were made. compiled: the call as graphs of torch.compile read it."""
 
     prepared: Prepared
     made: MadeOn | None
+    compiled: Prepared | None = None
 
 
 _CPU = torch.device("cpu")

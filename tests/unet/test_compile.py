@@ -7,9 +7,10 @@ from typing import Any
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 import sdattn_fast
-from sdattn_fast import Capture, Program, SalienceDropout, SemanticAttnProcessor
+from sdattn_fast import Capture, Program, Refinement, SalienceDropout, SemanticAttnProcessor
 
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2"
 
@@ -47,27 +48,70 @@ def test_a_transformer_block_compiles_whole(backend: str, parts: dict[str, Any])
             patch.update(gate=gate)
 
 
+PROMPTS = ("a red car", "dog", "a red car and a blue cat beside one dog", "x", "some other dog " * 8, "cat " * 75)
+
+
 @pytest.mark.parametrize("how", ["wrapped", "in place", "afterwards", "blocks"])
-def test_a_compiled_unet_sees_a_new_prompt(how: str, build: Any, draw: Any, psnr: Any) -> None:
-    """Compiled before the patch the whole UNet may be one graph; afterwards, the patch breaks it once, at its start."""
+def test_a_compiled_unet_compiles_nothing_for_another_prompt(how: str, build: Any, draw: Any, psnr: Any) -> None:
+    """Of any length, and for `update`. Compiled before the patch the whole UNet may be one graph; afterwards, the patch
+    makes one graph begin at its start."""
     pipe = build("sd15")
     pipe.register_modules(unet=copy.deepcopy(pipe.unet))
-    program = Program(dropout=SalienceDropout(0.3, mode="random"))
-    capture = Capture(tokens=[3], layers="*")
-    prompts = ("a red car", "some other dog")
+    program = Program(SalienceDropout(0.3), Refinement(1, 0.2, 0.0), "content")
+    asked = dict(gate=torch.ones(77), capture=Capture(tokens=[3], layers="*"))
+    gate = torch.linspace(0, 3, 77)
+    with sdattn_fast.apply(pipe, program, **asked) as patch:
+        expected = [(draw(pipe, prompt), patch.maps[MID]) for prompt in PROMPTS]
+        patch.update(gate=gate)
+        expected.append((draw(pipe, PROMPTS[0]), patch.maps[MID]))
+    assert psnr(expected[-1][0], expected[0][0]) < 60
     torch._dynamo.reset()
-    with sdattn_fast.apply(pipe, program, seed=5, capture=capture) as patch:
-        expected = [(draw(pipe, prompt), patch.maps[MID]) for prompt in prompts]
+    compiles = CompileCounter()
     if how == "wrapped":
-        pipe.unet = torch.compile(pipe.unet, backend="eager", fullgraph=True)
+        pipe.unet = torch.compile(pipe.unet, backend=compiles, fullgraph=True)
     elif how == "in place":
-        pipe.unet.compile(backend="eager", fullgraph=True)
+        pipe.unet.compile(backend=compiles, fullgraph=True)
     elif how == "blocks":
-        pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
-    with sdattn_fast.apply(pipe, program, seed=5, capture=capture) as patch:
+        pipe.unet.compile_repeated_blocks(backend=compiles, fullgraph=True)
+    with sdattn_fast.apply(pipe, program, **asked) as patch:
         if how == "afterwards":
-            pipe.unet = torch.compile(pipe.unet, backend="eager")
-        for prompt, (picture, maps) in zip(prompts, expected, strict=True):
+            pipe.unet = torch.compile(pipe.unet, backend=compiles)
+        for prompt, (picture, maps) in zip((*PROMPTS, PROMPTS[0]), expected, strict=True):
+            if maps is expected[-1][1]:
+                patch.update(gate=gate)
             assert psnr(draw(pipe, prompt), picture) > 80
             assert torch.allclose(patch.maps[MID], maps, atol=1e-4)
+            # Of two blocks with different numbers of channels, each is compiled by itself.
+            assert compiles.frame_count == (2 if how == "blocks" else 1)
+        assert patch._models[0].text.cached.bytes() > 0
+    torch._dynamo.reset()
+
+
+MANY = {
+    "linear steps alone, which are folded": dict(program=Program(), gate=torch.ones(77), phrases=torch.arange(77) // 2),
+    "random numbers, no guidance": dict(
+        program=Program(SalienceDropout(0.3, mode="random"), renormalize="row"), heads=[1], seed=5, guidance_scale=1.0
+    ),
+    "a schedule": dict(program=Program(SalienceDropout(0.3)), dropout_when={0: 0.2, 2: 0.9}),
+    "over the picture": dict(program=Program(SalienceDropout(0.3, axis="space"), Refinement(2, 0.2, 0.7))),
+    "the reference": dict(program=Program(SalienceDropout(0.3)), backend="reference"),
+    "no cache": dict(program=Program(SalienceDropout(0.3)), text_cache=False),
+}
+
+
+@pytest.mark.parametrize("what", MANY)
+def test_blocks_of_every_kind_compile_once(what: str, build: Any, draw: Any, psnr: Any) -> None:
+    pipe = build("sd15")
+    pipe.register_modules(unet=copy.deepcopy(pipe.unet))
+    asked = dict(MANY[what])
+    how = {"guidance_scale": asked.pop("guidance_scale", 5.0)}
+    with sdattn_fast.apply(pipe, **asked):
+        expected = [draw(pipe, prompt, **how) for prompt in PROMPTS]
+    torch._dynamo.reset()
+    compiles = CompileCounter()
+    pipe.unet.compile_repeated_blocks(backend=compiles, fullgraph=True)
+    with sdattn_fast.apply(pipe, **asked):
+        for prompt, picture in zip(PROMPTS, expected, strict=True):
+            assert psnr(draw(pipe, prompt, **how), picture) > 80
+            assert compiles.frame_count == 2, (prompt, compiles.frame_count)
     torch._dynamo.reset()

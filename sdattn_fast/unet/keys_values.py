@@ -1,0 +1,49 @@
+"""A layer's keys and values of the text, as diffusers makes them, and kept where they may be."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .text_cache import KeyValue, Weights
+from .text_state import TextState
+
+__all__ = ["key_value", "kept_key_value"]
+
+
+def key_value(attn: Any, text: Tensor, cross: bool = True) -> tuple[Tensor, Tensor]:
+    """(B, H, N, D) each, of text (B, N, E); cross: the text is no layer's own input.
+
+    The projections are called, never read: PEFT puts modules of its own in their places.
+    """
+    if cross and attn.norm_cross:
+        text = attn.norm_encoder_hidden_states(text)
+    key, value = attn.to_k(text), attn.to_v(text)
+    key = key.view(text.shape[0], -1, attn.heads, key.shape[-1] // attn.heads).transpose(1, 2)
+    value = value.view(text.shape[0], -1, attn.heads, value.shape[-1] // attn.heads).transpose(1, 2)
+    return key if attn.norm_k is None else attn.norm_k(key), value
+
+
+def kept_key_value(text: TextState, attn: Any, states: Tensor, first_look: bool = False) -> KeyValue | None:
+    """The layer's keys and values from the cache, made now if need be; None where nothing may be kept.
+
+    first_look: no hook has looked at the text before this forward.
+    """
+    if not text.settings.text_cache:
+        return None
+    weights = Weights.of(attn.to_k, attn.to_v, attn.to_q, attn.to_out[0], attn.norm_cross, attn.norm_k)
+    if weights is None or (torch.is_grad_enabled() and weights.requires_grad):
+        return None
+    if first_look and text.cached.look(states) is None:
+        return None
+    found = text.cached.find(attn, states, weights)
+    if found is None:
+        return None
+    place, entry = found
+    if entry is None:
+        weights.sample()
+        entry = KeyValue(*key_value(attn, states), weights)
+        text.cached.keep(attn, place, entry)
+    return entry
