@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .arguments import check_bias, check_grid, check_products, check_program, check_scale, check_seed, token_side
 from .backend import NAMES, KernelRefused, autograd, choose, cpu, fused, op, pass_over, triton, unavailable
+from .graphs import in_graph
 from .plan import Plan, TokenSide, fold_into_value, make_plan, plan_on, side_on
 from .program import Capture, Program, Refinement
 from .reference import reference_attention
@@ -233,7 +234,7 @@ class Prepared:
                 )
             except KernelRefused as error:
                 # Under torch.compile the choice is a constant of the graph.
-                if self.backend != "auto" or torch.compiler.is_compiling():
+                if self.backend != "auto" or in_graph():
                     raise
                 assert self.plan is not None
                 pass_over(error, query, key, value, self.plan, needs_grad)
@@ -433,15 +434,15 @@ class Prepared:
         assert plan is not None
         rows = plan.rows if seed is None else plan.rows.with_seed(seed)
         if plan.picture is not None:
-            compiling = torch.compiler.is_compiling()
+            compiling = in_graph()
             attention = op.picture_attention if compiling else fused(name).picture_attention
             how = {"backend": name} if compiling else {"keep_layout": True}
             out, maps = attention(query, key, value, bias, scale, rows, plan.picture, grid, **how)
         elif needs_grad:
-            compiling = torch.compiler.is_compiling()
+            compiling = in_graph()
             fallback = self._fallback(scale, seed) if self.backend == "auto" and not compiling else None
             out, maps = autograd.attention(query, key, value, bias, scale, rows, name, relevance, fallback)
-        elif torch.compiler.is_compiling():
+        elif in_graph():
             out, maps, _ = op.attention(query, key, value, bias, scale, rows, name)
         else:
             # The op's out is contiguous; eager out lies as the query does, so that merging the heads is a view.
@@ -530,7 +531,7 @@ def _smooth(
 ) -> Tensor:
     if needs_grad:
         return autograd.smooth(x, grid, plan.sigma, plan.smoothings, where, name)
-    if torch.compiler.is_compiling():
+    if in_graph():
         return op.smooth(x, grid, plan.sigma, plan.smoothings, where, name)
     return fused(name).smooth(x, grid, plan.sigma, plan.smoothings, where)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..graphs import in_graph
 from ..plan import RowPlan
 from . import KernelRefused, fused, op
 
@@ -73,7 +74,7 @@ def attention(
     if bias is not None:
         bias = bias.reshape((1,) * (4 - bias.dim()) + bias.shape)
     decides = rows.decides
-    if torch.compiler.is_compiling():
+    if in_graph():
         out, maps, _ = op.attention(query, key, value, bias, scale, rows, backend, decides, (sink, tokens, heads))
         return out, maps
     # Every tensor by itself: inside torch.func's transforms even what the plan made is wrapped.
@@ -87,7 +88,7 @@ def attention(
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None, backend: str) -> Tensor:
     """A fused backend's `smooth`, differentiable, as often as one likes."""
-    if torch.compiler.is_compiling():
+    if in_graph():
         return op.smooth(x, grid, sigma, times, where, backend)
     return _Smooth.apply(x, where, grid, sigma, times, backend)
 

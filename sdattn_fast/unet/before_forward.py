@@ -5,6 +5,7 @@ All that needs Python and no layer is done here, once a forward, and outside the
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..graphs import in_graph
 from ..streams import current_stream
 from .compiled import compiled_text, is_compiled, modules_around
 from .layers import Layer
@@ -72,13 +74,24 @@ def _compiled(hook: _ModelHook) -> Hook:
 
 def _breaking_graphs(hook: _ModelHook) -> Hook:
     """For a model that may be compiled later, its hooks traced: the graph ends there and another begins."""
-    outside = torch.compiler.disable(hook.__call__)
+    outside = _outside_graphs(hook.__call__)
 
     def inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         # Not inside, where it would always be False.
         outside(args, kwargs, compiled=torch.compiler.is_compiling())
 
     return inner
+
+
+def _outside_graphs(call: Callable[..., None]) -> Callable[..., None]:
+    says = "reason" in inspect.signature(torch.compiler.disable).parameters  # since torch 2.7
+    return torch.compiler.disable(call, **({"reason": _NO_GRAPH} if says else {}))
+
+
+_NO_GRAPH = (
+    "sdattn_fast looks the text up outside of the graph. torch.compile: without fullgraph=True, or before "
+    "sdattn_fast.apply. torch.export, torch.jit.trace and make_fx: before apply, or after remove()"
+)
 
 
 def _silent_in_graphs(hook: _ModelHook) -> Hook:
@@ -112,6 +125,10 @@ class _ModelHook:
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool = False) -> None:
         """compiled: the forward that begins is a graph's."""
         patch, model = self.patch, self.model
+        if in_graph():  # not torch.compile's: this is never traced
+            raise RuntimeError(
+                f"{type(model.module).__name__}: a patched model cannot be exported or traced, since {_NO_GRAPH}"
+            )
         patch._keep_in_place(model.layers)
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
         scheduled = not isinstance(patch._settings.dropout_when, str)

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..backend import KernelRefused
 from ..functional import FoldedText
+from ..graphs import in_graph
 from ..program import Capture, Program
 from .bound import Moment, bind
 from .fold import choose_fold, fold_refusal, fold_text, shape_of
@@ -202,7 +203,7 @@ def _cross_attention(
     """Up to and with `to_out[0]`: x (B, M, C) attends to the text, states (B, N, E), through the program."""
     layer: Layer | None = getattr(attn, LAYER, None)
     query = moment = None
-    if layer is not None and mask is None and not torch.compiler.is_compiling():
+    if layer is not None and mask is None and not in_graph():
         moment = Moment.of(layer, attn, x, grid)
     if layer is not None and moment is not None:
         again, query = _as_before(attn, layer, moment, x, states, add_image)
@@ -235,15 +236,15 @@ def _cross_attention(
     captures = layer is not None and layer.captures
     call = LayerCall(batch, heads_count, states.shape[1], states.device, heads, captures, attn.training)
     key = entry = folded_value = folded = None
-    compiling = torch.compiler.is_compiling()
-    if compiling and layer is not None and layer.compiled is not None and layer.compiled.serves(call):
+    recorded = in_graph()
+    if recorded and layer is not None and layer.compiled is not None and layer.compiled.serves(call):
         compiled = layer.compiled
         prepared = text.with_gate(compiled.prepared, call)
         if compiled.text is states:
             key, value, folded_value = compiled.key, compiled.value, compiled.folded_value
     else:
         prepared = text.prepared(call)
-        entry = None if compiling else kept_key_value(text, attn, states, first_look=layer is None)
+        entry = None if recorded else kept_key_value(text, attn, states, first_look=layer is None)
     if entry is not None:
         served = entry.serve(prepared)
         key, value, folded_value = entry.key, entry.value, served.value_folded

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from ..functional import Prepared, prepare
+from ..graphs import in_graph
 from ..program import Program
 from ..streams import MadeOn, to_device
 from .settings import Settings
@@ -138,7 +139,7 @@ class TextState:
     def ready(self, call: LayerCall) -> Ready:
         """As `prepared`, all but the numbers of a gate that wants a gradient."""
         program = self.settings.program_at(self.step, call.training)
-        if torch.compiler.is_compiling():  # a graph must not look into the cache: it would be good for one text
+        if in_graph():  # it must not look into the cache: it would be good for one text
             return Ready(self._prepare(program, call).to(call.device), None)
         key = (call, program.dropout)
         ready = self.cache.get(key) if self.settings.text_cache else None
@@ -216,7 +217,7 @@ class TextState:
                 f"protected: the pipeline encoded {tuple(rows.protected.shape)} (batch, tokens), this layer sees "
                 f"({batch}, {tokens}); pass protected= and active= to apply or patch.update"
             )
-        copied = torch.compiler.is_compiling() or rows.protected.is_inference()
+        copied = in_graph() or rows.protected.is_inference()
         return rows.protected.clone() if copied else rows.protected
 
     def _prompt_of_entries(self, batch: int) -> list[int]:
@@ -265,7 +266,7 @@ class Ready:
 
 
 _CPU = torch.device("cpu")
-_NEUTRAL = {"gate": 1, "phrases": -1, "protected": True}
+_NEUTRAL = {"gate": 1, "phrases": -1, "protected": 1}  # no bool: torch.jit.trace cannot fill with one
 
 
 def checked_token_input(name: str, x: Any) -> Tensor | None:

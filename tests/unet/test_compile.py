@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch._dynamo.testing import CompileCounter
+from torch.fx.experimental.proxy_tensor import make_fx
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, SemanticAttnProcessor
@@ -115,3 +116,56 @@ def test_blocks_of_every_kind_compile_once(what: str, build: Any, draw: Any, psn
             assert psnr(draw(pipe, prompt, **how), picture) > 80
             assert compiles.frame_count == 2, (prompt, compiles.frame_count)
     torch._dynamo.reset()
+
+
+class WholeUNet(torch.nn.Module):
+    """A UNet whose outputs and inputs are tensors, as tracers want them."""
+
+    def __init__(self, unet: Any) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, x: torch.Tensor, timestep: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+        return self.unet(x, timestep, text, return_dict=False)[0]
+
+
+RECORDERS: dict[str, Any] = {
+    "jit.trace": lambda model, inputs: torch.jit.trace(model, inputs, check_trace=False),
+    "export": lambda model, inputs: torch.export.export(model, inputs, strict=False).module(),
+    "make_fx": lambda model, inputs: make_fx(model)(*inputs),
+}
+
+
+@pytest.mark.parametrize("how", RECORDERS)
+def test_a_patched_unet_refuses_to_be_traced(how: str, parts: dict[str, Any]) -> None:
+    unet = copy.deepcopy(parts["sd15"])
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 77, 32)
+    with torch.no_grad(), sdattn_fast.apply(unet, Program(SalienceDropout(0.3))):
+        expected = unet(*inputs)[0]
+        with pytest.raises(RuntimeError, match=r"cannot be exported or traced.*remove\(\)"):
+            RECORDERS[how](WholeUNet(unet), inputs)
+        assert torch.equal(unet(*inputs)[0], expected)  # nothing is left of it
+
+
+@pytest.mark.parametrize("how", RECORDERS)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_a_processor_by_hand_may_be_traced(how: str, backend: str, parts: dict[str, Any]) -> None:
+    """It knows the tokens from the user alone, so its graph is good for any text."""
+    attn = copy.deepcopy(parts["sd15"].mid_block.attentions[0].transformer_blocks[0].attn2)
+    program = Program(SalienceDropout(0.3), renormalize="content")
+    attn.set_processor(SemanticAttnProcessor(program, protected=torch.arange(77) > 8, backend=backend))
+
+    class Layer(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attn = attn
+
+        def forward(self, x: torch.Tensor, text: torch.Tensor) -> torch.Tensor:
+            return self.attn(x, encoder_hidden_states=text)
+
+    with torch.no_grad():
+        attn(torch.randn(2, 64, 32), encoder_hidden_states=torch.randn(2, 77, 32))  # keeps a text
+        recorded = RECORDERS[how](Layer(), (torch.randn(2, 64, 32), torch.randn(2, 77, 32)))
+        for _ in range(2):
+            x, text = torch.randn(2, 64, 32), torch.randn(2, 77, 32)
+            assert torch.allclose(recorded(x, text), attn(x, encoder_hidden_states=text), atol=1e-5)
