@@ -65,6 +65,11 @@ class Place:
         """Whether it can be told again."""
         return self._version is not None
 
+    def same_view(self, other: Place) -> bool:
+        """Whether both are the same memory, seen alike, whatever was written to it."""
+        same = self._storage.cdata == other._storage.cdata and not self._storage.expired()
+        return same and self._view == other._view
+
     def same_memory(self, other: Place) -> bool:
         """Whether both are views of the same memory, with the same numbers in it."""
         return (

@@ -9,14 +9,16 @@ Source: DESIGN.md section 1, fact 3 (linear steps fold away) and section 2 (the 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .places import version_of
 from .program import Capture, Program
-from .streams import to_device
+from .streams import Kept, capturing, to_device
 
 __all__ = ["TokenSide", "RowPlan", "PicturePlan", "Plan", "make_plan", "plan_on", "side_on", "fold_into_value"]
 
@@ -90,6 +92,27 @@ class RowPlan:
         """The same plan with another seed."""
         return self._with(seed=seed)
 
+    def derive(self, name: str, source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
+        """A small tensor that a backend makes of one of these, kept with the plan: eager calls share one plan.
+
+        Made anew where the source is another or was written to since, and never kept from a CUDA graph's capture, whose
+        memory is the graph's own. Custom ops make a new RowPlan each call, so nothing is kept under torch.compile.
+        """
+        have = self.derived.get(name)
+        if have is not None and have.source is source and have.version == version_of(source):
+            return have.kept.get()
+        made = make(source)
+        if not capturing(source.device):
+            self.derived[name] = _Derived(source, version_of(source), make, Kept(made))
+        return made
+
+    def derive_again(self) -> None:
+        """Write what was derived where it is, after its sources were written to."""
+        for name, old in list(self.derived.items()):
+            with torch.inference_mode():
+                made = old.kept.get().copy_(old.make(old.source))
+            self.derived[name] = _Derived(old.source, version_of(old.source), old.make, Kept(made))
+
     def _with(self, **changes: Any) -> RowPlan:
         """As `replace`, which takes ten times as long: layers do this at every step."""
         if torch.compiler.is_compiling():
@@ -102,6 +125,14 @@ class RowPlan:
     def decides(self) -> bool:
         """Whether steps 4 and 5 may drop an entry, so that there are bits to save for a backward pass."""
         return self.threshold >= 0 or self.random_ratio >= 0 or (self.drop is not None and self.max_drop > 0)
+
+
+@dataclass(frozen=True)
+class _Derived:
+    source: Tensor
+    version: int | None
+    make: Callable[[Tensor], Tensor]
+    kept: Kept
 
 
 @dataclass(frozen=True)
@@ -235,11 +266,14 @@ def _needs_row(program: Program, side: TokenSide) -> bool:
 def _row_steps(rows: RowPlan, program: Program, side: TokenSide, compiling: bool) -> RowPlan:
     content = _content(side)
     count = content.sum(-1)
-    most = side.tokens if compiling else (int(count.max()) if count.numel() else 0)
+    most = side.tokens if compiling else _bound(int(count.max()) if count.numel() else 0, 16, side.tokens)
     drop, max_drop, ratio = None, 0, -1.0
     if program.dropout is not None and program.dropout.mode == "topk" and program.dropout.axis == "token":
         drop = torch.floor(program.dropout.ratio * count.to(torch.float64) + 1e-9).to(torch.int32)
-        max_drop = math.floor(program.dropout.ratio * most + 1e-9)
+        if compiling:
+            max_drop = math.floor(program.dropout.ratio * most + 1e-9)
+        else:
+            max_drop = _bound(int(drop.max()) if drop.numel() else 0, 1, most)
     elif program.dropout is not None and program.dropout.mode == "random":
         ratio = program.dropout.ratio
     threshold = -1.0 if program.refine is None or program.refine.threshold is None else program.refine.threshold
@@ -256,6 +290,11 @@ def _row_steps(rows: RowPlan, program: Program, side: TokenSide, compiling: bool
         max_content=most,
         max_drop=max_drop,
     )
+
+
+def _bound(count: int, least: int, most: int) -> int:
+    """Rounded up to a power of two, as kernels have it, so that what was launched for one text serves more. 0 stays."""
+    return min(max(least, 1 << (count - 1).bit_length()), most) if count > 0 else 0
 
 
 def _content(side: TokenSide) -> Tensor:

@@ -62,6 +62,10 @@ class MadeOn:
                 self._ready = torch.cuda.Event()
                 self._ready.record(torch.cuda.current_stream(device))
 
+    def again(self) -> None:
+        """The tensors were written to, on the stream that is current."""
+        self.__init__(self._device)  # type: ignore[misc]
+
     def __reduce__(self) -> tuple[Any, ...]:
         return MadeOn, (self._device,)  # what is copied with it is written on the stream that is current then
 

@@ -18,9 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from ..places import version_of
 from ..plan import PicturePlan, Plan, RowPlan
-from ..streams import Kept, capturing, to_device
+from ..streams import to_device
 from .devices import gpu_index, on_device
 from .results import empty_results, is_by_head, mean_of_heads
 from .triton_launch import Bound, Call, launch, launch_bound, version
@@ -467,7 +466,7 @@ def picture_call(
     bm = 16 if na > 128 or query.element_size() == 4 else 32
     groups = -(-m // bm)
     gate, captured = rows.gate, rows.capture_tokens
-    slots = None if captured is None else _kept(rows, "slots", captured, lambda tokens: map_slots(tokens, n))
+    slots = None if captured is None else rows.derive("slots", captured, lambda tokens: map_slots(tokens, n))
     bias = _full_bias(bias, b, h, m, n)
     arguments = (
         query, key, value, bias, out, p, mass, maps, rows.content, gate, rows.phrases, rows.drop, rows.seed,
@@ -694,11 +693,11 @@ def rows_tensors(
 ) -> tuple[Tensor | None, ...]:
     """The tensors that `rows_kernel` takes, in order."""
     n, captured = key.shape[2], rows.capture_tokens
-    slots = None if captured is None else _kept(rows, "slots", captured, lambda tokens: map_slots(tokens, n))
+    slots = None if captured is None else rows.derive("slots", captured, lambda tokens: map_slots(tokens, n))
     if rows.content is None or rows.max_content == 0:
         return query, key, value, bias, out, maps, bits, *(None,) * 6, rows.head_mode, slots
     # Columns are permuted where those of the content do not fill the only tile.
-    order = _kept(rows, "order", rows.content, content_first) if n > _power(rows.max_content) else None
+    order = rows.derive("order", rows.content, content_first) if n > _power(rows.max_content) else None
     return (
         query, key, value, bias, out, maps, bits, order, rows.content, rows.gate, rows.phrases, rows.drop, rows.seed,
         rows.head_mode, slots,
@@ -731,7 +730,7 @@ def folded_call(
         n, d, 16, 2, rows.max_content if programmed else None, end - first, b * heads, _processors(x.device), False
     )
     # The columns are permuted wherever there are token classes, since `pack` cannot know more than that.
-    order = None if rows.content is None else _kept(rows, "order", rows.content, content_first)
+    order = None if rows.content is None else rows.derive("order", rows.content, content_first)
     gate = rows.gate if programmed else None
     bias = _full_bias(bias, b, h, x.shape[-2], n)
     groups = -(-(end - first) // tiles.BM)
@@ -801,29 +800,6 @@ def _split(size: int) -> tuple[int, int]:
         return whole, 0
     rest = _power(size - low)
     return (low, rest) if low + rest < whole else (whole, 0)
-
-
-def _kept(rows: RowPlan, name: str, source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
-    """A small tensor derived from a RowPlan's, kept with the plan: in eager use one plan serves a whole prompt.
-
-    Made anew where the source is another or was written to since, and never kept from a CUDA graph's capture, whose
-    memory is the graph's own. Custom ops make a new RowPlan each call, so nothing is ever kept under torch.compile.
-    """
-    version = version_of(source)
-    have = rows.derived.get(name)
-    if have is not None and have.source is source and have.version == version:
-        return have.kept.get()
-    made = make(source)
-    if not capturing(source.device):
-        rows.derived[name] = _Derived(source, version, Kept(made))
-    return made
-
-
-@dataclass(frozen=True)
-class _Derived:
-    source: Tensor
-    version: int | None
-    kept: Kept
 
 
 def _processors(device: torch.device) -> int:

@@ -117,10 +117,10 @@ class _Call:
         content = rows.content if self.programmed else None
         order = slots = None
         if content is not None and permuted:
-            order = forward._kept(rows, "order", content, forward.content_first)
+            order = rows.derive("order", content, forward.content_first)
         if self.grad_maps is not None and rows.capture_tokens is not None:
             n = self.sizes[3]
-            slots = forward._kept(rows, "slots", rows.capture_tokens, lambda tokens: forward.map_slots(tokens, n))
+            slots = rows.derive("slots", rows.capture_tokens, lambda tokens: forward.map_slots(tokens, n))
         return (
             self.query, self.key, self.value, self.full_bias, self.grad_out, self.grad_maps,
             self.bits if content is not None else None, order, content,

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from ..files import ProgramFile, load_heads
 from ..program import Capture, Program
-from .before_forward import PatchedModel, before_forward
+from .before_forward import PatchedModel, before_forward, rows_of
+from .graph_text import GraphText
 from .ip_adapter import ip_adapter_processor, is_ip_adapter
 from .layers import LAYER, Layer, cross_attention_layers, heads_of_layers, select_layers, watch_grids
 from .maps import MapKeeper, Maps
@@ -209,17 +210,73 @@ class Patch:
             if name not in TOKEN_INPUTS:
                 raise TypeError(f"update: expected {', '.join(TOKEN_INPUTS)}, got {name!r}")
         checked = {name: checked_token_input(name, x) for name, x in inputs.items()}
-        for name, x in checked.items():
-            setattr(self._given, name, x)
+        before = dict(vars(self._given))
+        vars(self._given).update(checked)
+        try:
+            renewals = [(one.text, graph, one.text.renewal_of(graph, graph.rows)) for one, graph in self._graphs()]
+        except ValueError:
+            vars(self._given).update(before)
+            raise
         for model in self._models:
             model.text.forget_prepared()
+        for text, graph, calls in renewals:
+            text.rewrite_graph(graph, calls, graph.rows)
 
-    def refresh(self) -> None:
-        """Forget everything derived from text; it is derived anew at the next step."""
-        for model in self._models:
-            model.text.forget()
+    def update_text(self, encoder_hidden_states: Tensor) -> None:
+        """Bring captured CUDA graphs up to date with their text: after you wrote another prompt into the tensor that
+        they were captured with, or changed the model's weights, and before the next replay.
+
+        A graph runs no Python, so it cannot see for itself; replayed without this, it gives NaN. Not needed where the
+        model is called from Python, by torch.compile or otherwise.
+
+        Args:
+            encoder_hidden_states: (B, N, E), the tensor itself, not a copy.
+
+        Raises:
+            TypeError: not such a tensor.
+            ValueError: no graph was captured with it; or the new prompt has no room where the graphs read: it has more
+                content tokens than the one they were captured with (rounded up to a power of two, from 16 on). Then
+                `refresh`, and capture again.
+
+        Example::
+
+            unet(x, t, text)                                    # once, then: with torch.cuda.graph(graph): ...
+            text.copy_(another_prompt)                          # (B, N, E), both halves of the batch
+            patch.update_text(text)
+            graph.replay()
+        """
+        x = encoder_hidden_states
+        if not isinstance(x, Tensor) or x.dim() != 3:
+            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"encoder_hidden_states: expected a torch.Tensor (B, N, E), got {got}")
+        mine = [(model, graph) for model, graph in self._graphs() if graph.is_in(x)]
+        if not mine:
+            have = sorted({f"{tuple(graph.text.shape)} {graph.text.dtype}" for _, graph in self._graphs()})
+            raise ValueError(
+                f"encoder_hidden_states: expected a tensor that a CUDA graph was captured with "
+                f"({', '.join(have) or 'there is none'}), got another, {tuple(x.shape)} {x.dtype}; write into that "
+                "one, or capture again"
+            )
         if self._memory is not None:
             self._memory.forget_found()
+        found = [(one, graph, rows_of(self, one, x)) for one, graph in mine]
+        renewals = [(one.text, graph, rows, one.text.renewal_of(graph, rows)) for one, graph, rows in found]
+        for text, graph, rows, calls in renewals:
+            text.rewrite_graph(graph, calls, rows, x)
+
+    def refresh(self) -> None:
+        """Forget everything derived from text; it is derived anew at the next step. CUDA graphs captured so far must be
+        captured again: they give NaN."""
+        for model in self._models:
+            model.text.forget()
+        for layer in self._layers:
+            layer.compiled = None
+        if self._memory is not None:
+            self._memory.forget_found()
+
+    def _graphs(self) -> list[tuple[PatchedModel, GraphText]]:
+        """What captured CUDA graphs read, with the model that it is of."""
+        return [(model, graph) for model in self._models for graph in model.text.graphs]
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:

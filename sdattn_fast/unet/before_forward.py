@@ -14,16 +14,18 @@ import torch
 from torch import Tensor, nn
 
 from ..graphs import in_graph
-from ..streams import current_stream
+from ..places import looking_is_free
+from ..streams import capturing, current_stream
 from .compiled import compiled_text, is_compiled, modules_around
+from .graph_text import GraphText
 from .layers import Layer
 from .seeds import LayerSeeds
-from .text_state import LayerCall, TextState
+from .text_state import LayerCall, Rows, TextState
 
 if TYPE_CHECKING:
     from .apply import Patch
 
-__all__ = ["PatchedModel", "before_forward"]
+__all__ = ["PatchedModel", "before_forward", "rows_of"]
 
 
 class PatchedModel:
@@ -34,6 +36,8 @@ class PatchedModel:
         self.outer = outer
         self.text = text
         self.layers = layers
+        for layer in layers[:1]:
+            layer.first = True
         self.seeds = LayerSeeds([layer.name for layer in layers])
         self.around = modules_around(module, layers)
 
@@ -60,6 +64,20 @@ def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
     module._compiled_call_impl = call
     inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
     return [_CompiledCall(module, call, compiled_call), inside]
+
+
+def rows_of(patch: Patch, model: PatchedModel, text: Tensor) -> Rows | None:
+    """What is known of a batch of text. Raises: ValueError where it matters, and nothing is known."""
+    rows = None if patch._memory is None else patch._memory.find(text)
+    told = patch._given.active is not None and (patch._given.protected is not None or not model.text.needs_protected())
+    if patch._memory is not None and rows is None and not told and model.text.needs_active():
+        raise ValueError(
+            f"encoder_hidden_states: its rows {tuple(text.shape)} are not what this pipeline's encode_prompt "
+            "returned, so prompts and unconditional entries cannot be told apart. Pass active=, bool "
+            f"({text.shape[0]},), True for prompts, and protected=, bool ({text.shape[1]},), True for BOS, EOS and "
+            "padding, to sdattn_fast.apply or patch.update; or apply to the pipeline that encodes the text"
+        )
+    return rows
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
@@ -148,8 +166,6 @@ class _ModelHook:
         if isinstance(text, Tensor) and text.dim() == 3:
             self._look_at(text)
             compiled = compiled or is_compiled(model.around)
-            if patch._settings.text_cache:
-                model.text.cached.look(text)
             if patch._settings.text_cache or compiled:
                 self._prepare(text, compiled)
         seed = patch._settings.seed
@@ -160,19 +176,36 @@ class _ModelHook:
                 layer.seed = one
 
     def _look_at(self, text: Tensor) -> None:
-        patch, model = self.patch, self.model
-        rows = None if patch._memory is None else patch._memory.find(text)
-        told = patch._given.active is not None and (
-            patch._given.protected is not None or not model.text.needs_protected()
-        )
-        if patch._memory is not None and rows is None and not told and model.text.needs_active():
-            raise ValueError(
-                f"encoder_hidden_states: its rows {tuple(text.shape)} are not what this pipeline's encode_prompt "
-                "returned, so prompts and unconditional entries cannot be told apart. Pass active=, bool "
-                f"({text.shape[0]},), True for prompts, and protected=, bool ({text.shape[1]},), True for BOS, EOS and "
-                "padding, to sdattn_fast.apply or patch.update; or apply to the pipeline that encodes the text"
+        state, settings = self.model.text, self.patch._settings
+        rows, number, state.graph = rows_of(self.patch, self.model, text), None, None
+        in_capture = capturing(text.device)
+        if settings.text_cache:
+            graph = state.graph_with(text)
+            if graph is not None and not in_capture and not state.cached.is_same(graph.number, text):
+                state.rewrite_graph(graph, state.renewal_of(graph, rows), rows, text)
+            seen = state.cached.look(text)
+            number = None if seen is None or looking_is_free(text.device) else seen.number
+        state.see(rows, number)
+        if in_capture:
+            self._begin_capture(text, rows, number)
+
+    def _begin_capture(self, text: Tensor, rows: Rows | None, number: int | None) -> None:
+        state = self.model.text
+        if number is None:
+            raise RuntimeError(
+                "encoder_hidden_states: a CUDA graph is captured with a text that the patch has not seen, or may not "
+                "keep. Run the same call once before the capture, with the same tensor, text_cache=True, no gradients"
             )
-        model.text.see(rows)
+        if not isinstance(self.patch._settings.dropout_when, str):
+            raise RuntimeError(
+                "dropout_when: a schedule changes with the step, and a captured CUDA graph does the same at every "
+                "replay; expected 'always' or 'training'"
+            )
+        graph = next((one for one in state.graphs if one.number == number), None)
+        if graph is None:
+            graph = GraphText(number, text, state.cached.hold(number), rows)
+            state.graphs.append(graph)
+        state.graph = graph
 
     def _prepare(self, text: Tensor, compiled: bool) -> None:
         """Ahead of the layers, so that no graph has to prepare a call."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backend import autograd
 from ..functional import Bound, FoldedText, Prepared
-from ..streams import current_stream
+from ..streams import capturing, current_stream
 from .layers import Layer
 from .text_cache import KeyValue, Served, Weights
 from .text_state import Ready
@@ -51,7 +51,7 @@ class Moment:
         text = layer.text
         if torch.is_grad_enabled() or layer.bias is not None or layer.asks is not None or not text.settings.text_cache:
             return None
-        if type(x) is not Tensor or autograd.transforming():
+        if type(x) is not Tensor or autograd.transforming() or capturing(x.device):
             return None
         # The stream, since what another one made is waited for (`MadeOn`).
         state = text.step, attn.training, layer.captures, layer.heads, attn.scale_qk, current_stream(x.device)

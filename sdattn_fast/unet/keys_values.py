@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..streams import capturing
 from .text_cache import KeyValue, Weights
 from .text_state import TextState
 
@@ -31,7 +32,7 @@ def kept_key_value(text: TextState, attn: Any, states: Tensor, first_look: bool 
 
     first_look: no hook has looked at the text before this forward.
     """
-    if not text.settings.text_cache:
+    if not text.settings.text_cache or (first_look and capturing(states.device)):
         return None
     weights = Weights.of(attn.to_k, attn.to_v, attn.to_q, attn.to_out[0], attn.norm_cross, attn.norm_k)
     if weights is None or (torch.is_grad_enabled() and weights.requires_grad):
@@ -42,6 +43,8 @@ def kept_key_value(text: TextState, attn: Any, states: Tensor, first_look: bool 
     if found is None:
         return None
     place, entry = found
+    if entry is None and capturing(states.device):  # it would be the graph's own
+        return None
     if entry is None:
         weights.sample()
         entry = KeyValue(*key_value(attn, states), weights)

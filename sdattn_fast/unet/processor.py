@@ -20,6 +20,7 @@ from ..backend import KernelRefused
 from ..functional import FoldedText
 from ..graphs import in_graph
 from ..program import Capture, Program
+from ..streams import capturing
 from .bound import Moment, bind
 from .fold import choose_fold, fold_refusal, fold_text, shape_of
 from .keys_values import kept_key_value, key_value
@@ -226,6 +227,7 @@ def _cross_attention(
         if layer.bias is not None:
             of_layer = layer.bias.to(x.device, x.dtype)
             mask = of_layer if mask is None else mask + of_layer
+    graph = None if layer is None else layer.text.graph_of_capture(x.device)
     refine = settings.program.refine
     if grid is None and refine is not None and refine.sigma > 0:
         where = "a processor set by hand" if layer is None else f"layer {layer.name!r}"
@@ -267,13 +269,16 @@ def _cross_attention(
             query, key, value, bias=mask, scale=scale, grid=grid, seed=seed, folded_value=folded_value,
             relevance=relevance,
         )  # fmt: skip
-    if entry is not None and layer is not None:
+    if entry is not None and layer is not None and graph is None:
         entry.bound = None if moment is None else bind(moment, attn, layer, entry, served, query, folded)
     if maps is not None and layer is not None:
         layer.captured = (maps, prepared.home.side.active, grid)
-    if folded is not None and folded.summed:
-        return out
-    return _project_out(attn, out, x if query is None else query, add_image)
+    if folded is None or not folded.summed:
+        out = _project_out(attn, out, x if query is None else query, add_image)
+    if graph is not None and layer is not None:
+        graph.keep(layer, call, entry, None if maps is None else (maps, grid))
+        return graph.guarded(out) if layer.first else out
+    return out
 
 
 def _as_before(
@@ -327,7 +332,9 @@ def _folded(
     name = kind if attn.scale_qk else f"{kind}, unscaled"
     folded = served.folds.get(name)
     if folded is None:
-        folded = served.folds[name] = fold_text(attn, kind, entry.key, entry.value, prepared)
+        folded = fold_text(attn, kind, entry.key, entry.value, prepared)
+        if not capturing(x.device):  # what is made in a capture is the graph's
+            served.folds[name] = folded
     return folded
 
 

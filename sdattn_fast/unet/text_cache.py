@@ -32,7 +32,7 @@ from torch.nn.modules import module as torch_module
 
 from ..functional import FoldedText, Prepared
 from ..places import Known, looking_is_free, version_of
-from ..streams import MadeOn
+from ..streams import MadeOn, capturing
 
 if TYPE_CHECKING:
     from .bound import BoundLayer
@@ -51,6 +51,8 @@ class TextCache:
         self._count = 0
         self._looks = 0
         self._texts: OrderedDict[int, Known] = OrderedDict()
+        self._held: set[int] = set()
+        self._copies: dict[int, Tensor] = {}  # on devices where looking is not free
         self._looked_at: _Looked | None = None
         self._entries: weakref.WeakKeyDictionary[nn.Module, dict[tuple[Any, ...], KeyValue]]
         self._entries = weakref.WeakKeyDictionary()
@@ -61,18 +63,24 @@ class TextCache:
     def forget(self) -> None:
         with self._lock:
             self._texts.clear()
+            self._held.clear()
+            self._copies = {}
             self._looked_at = None
             self._entries = weakref.WeakKeyDictionary()
 
     def look(self, text: Tensor) -> _Looked | None:
         """Give a text its number, a new one for a text that was not seen lately; None where it may not be kept.
 
-        Called before a forward: until the next call, the same tensor object is taken for the same text.
+        Called before a forward: until the next call, the same tensor object is taken for the same text. While a CUDA
+        graph is captured no text is new: what would be made of it belongs to the graph.
         """
         if text.requires_grad and torch.is_grad_enabled():
             return None
         with self._lock:
-            number = self._number(text)
+            number = self._number(text, capturing(text.device))
+            if number is None:
+                self._looked_at = None
+                return None
             self._looks += 1
             self._looked_at = _Looked(weakref.ref(text), version_of(text), number, self._looks)
             return self._looked_at
@@ -129,17 +137,48 @@ class TextCache:
     def bytes(self) -> int:
         """Of everything kept."""
         kept = [t for of_layer in list(self._entries.values()) for e in of_layer.values() for t in e.tensors()]
-        return sum(t.nbytes for t in kept) + sum(known.bytes for known in self._texts.values())
+        copies = sum(known.bytes for known in self._texts.values()) + sum(x.nbytes for x in self._copies.values())
+        return sum(t.nbytes for t in kept) + copies
 
-    def _number(self, text: Tensor) -> int:
+    def hold(self, number: int) -> Tensor:
+        """Keep a text and what was made of it for good; a copy of its numbers."""
+        with self._lock:
+            self._held.add(number)
+            return self._copies[number]
+
+    def renew(self, number: int, text: Tensor, entries: Sequence[KeyValue]) -> None:
+        """A held text has other numbers now, and so have these entries; others that were made of it go."""
+        with self._lock:
+            self._texts[number] = Known(text)
+            self._looked_at = None
+            for of_layer in list(self._entries.values()):
+                for key in [k for k, e in of_layer.items() if k[0] == number and not any(e is one for one in entries)]:
+                    del of_layer[key]
+                for key, entry in of_layer.items():
+                    if key[0] == number:
+                        entry.look = self._looks
+                        entry.made.again()
+
+    def is_same(self, number: int, text: Tensor) -> bool:
+        """Whether a text is the one of that number."""
+        known = self._texts.get(number)
+        return known is not None and known.is_same(text)
+
+    def _number(self, text: Tensor, old_only: bool) -> int | None:
         for number, known in reversed(self._texts.items()):
             if known.is_same(text):
                 self._texts.move_to_end(number)
                 return number
+        if old_only:
+            return None
         self._count += 1
         self._texts[self._count] = Known(text)
-        if len(self._texts) > TEXTS:
-            self._texts.popitem(last=False)
+        if not looking_is_free(text.device):
+            self._copies[self._count] = text.detach().clone()
+        free = [number for number in self._texts if number not in self._held]
+        if len(free) > TEXTS:
+            del self._texts[free[0]]
+            self._copies.pop(free[0], None)
         return self._count
 
 
@@ -173,7 +212,8 @@ class KeyValue:
     def serve(self, prepared: Prepared) -> Served:
         """What is derived for this call. What hangs on the content tokens alone outlives a change of the gate."""
         before = self.served
-        if before is None or before.prepared is not prepared:
+        in_capture = capturing(self.key.device)
+        if not in_capture and (before is None or before.prepared is not prepared):
             self.bound = None
         if before is not None and before.prepared is prepared:
             before.made.use(lambda: (before.value_folded,))
@@ -184,7 +224,8 @@ class KeyValue:
         value_folded = prepared.fold_value(self.value)
         served = Served(prepared, value_folded, folds, MadeOn(self.key.device))
         gate = prepared.side.gate
-        if gate is None or not gate.requires_grad:  # or its graph would stay
+        # Or its autograd graph would stay, and what is made in a CUDA graph's capture is the graph's.
+        if not in_capture and (gate is None or not gate.requires_grad):
             self.served = served
         return served
 

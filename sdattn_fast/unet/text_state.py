@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,9 +19,12 @@ from torch import Tensor
 from ..functional import Prepared, prepare
 from ..graphs import in_graph
 from ..program import Program
-from ..streams import MadeOn, to_device
+from ..streams import MadeOn, capturing, to_device
 from .settings import Settings
 from .text_cache import TEXTS, TextCache
+
+if TYPE_CHECKING:
+    from .graph_text import GraphText
 
 __all__ = ["Given", "LayerCall", "Ready", "Rows", "TextState", "checked_token_input"]
 
@@ -87,27 +90,73 @@ class TextState:
     # Of the rows seen lately, the latest last. Replaced as a whole, never changed: other threads may be reading it.
     caches: tuple[tuple[Any, dict[tuple[Any, ...], Ready]], ...] = ()
     cached: TextCache = field(default_factory=TextCache)
+    home: dict[tuple[Any, ...], Prepared] = field(default_factory=dict)  # the same on the CPU, for all texts of `rows`
+    homes: tuple[tuple[Any, dict[tuple[Any, ...], Prepared]], ...] = ()
+    graphs: list[GraphText] = field(default_factory=list)  # texts that CUDA graphs were captured with
+    given_up: list[GraphText] = field(default_factory=list)  # graphs may still be replayed, so their memory stays
+    graph: GraphText | None = None  # of the capture in progress
     ready_for: tuple[dict[tuple[Any, ...], Ready], Any] | None = None  # a cache, and of what its calls are all there
 
     def forget(self) -> None:
+        """Everything derived from text. CUDA graphs captured so far give NaN from now on."""
         self.forget_prepared()
         self.cached.forget()
+        for graph in self.graphs:
+            graph.give_up()
+        self.given_up += self.graphs
+        self.graphs, self.graph = [], None
 
     def forget_prepared(self) -> None:
         """What hangs on the user's inputs, but not the keys and values."""
-        self.cache = {}
-        self.caches = ()
+        self.cache, self.home = {}, {}
+        self.caches = self.homes = ()
         self.ready_for = None
 
-    def see(self, rows: Rows | None) -> None:
-        """A new batch of text; what was prepared stays where its rows are of the same classes as before."""
+    def see(self, rows: Rows | None, number: int | None = None) -> None:
+        """A new batch of text; what was prepared stays where its rows are of the same classes as before.
+
+        number: of the text in `cached`, where calls are to be its own: a CUDA graph may come to read them.
+        """
         self.rows = rows
         key = None if rows is None else rows.key
-        cache = next((cache for of, cache in self.caches if of == key), None)
-        cache = {} if cache is None else cache
-        others = [one for one in self.caches if one[0] != key]
-        self.caches = (*others[1 - TEXTS :], (key, cache))
-        self.cache = cache
+        self.home, self.homes = _latest(self.homes, key)
+        self.cache, self.caches = _latest(self.caches, (key, number))
+
+    def graph_with(self, text: Tensor) -> GraphText | None:
+        """What CUDA graphs that read a tensor read beside it, whatever is in the tensor now."""
+        return next((graph for graph in self.graphs if graph.is_in(text)), None)
+
+    def graph_of_capture(self, device: torch.device) -> GraphText | None:
+        """What the CUDA graph that is captured is to read; None outside a capture."""
+        if not capturing(device):
+            return None
+        if self.graph is None:
+            raise RuntimeError(
+                "sdattn_fast: a CUDA graph is captured of a patched layer, and the model's own call was not seen. "
+                "Capture unet(...) as a whole: its hooks find the text, and unet.forward or a block leave them out"
+            )
+        return self.graph
+
+    def rewrite_graph(
+        self, graph: GraphText, pairs: list[tuple[Prepared, Prepared]], rows: Rows | None, text: Tensor | None = None
+    ) -> None:
+        """Write a renewal of `renewal_of` where a graph reads it; text: with other keys and values."""
+        graph.rewrite(pairs, rows, text, self.cached)
+        self.caches = tuple(one for one in self.caches if one[0][1] != graph.number)
+        self.see(rows, graph.number)
+        self.cache.update({key: Ready(held, MadeOn(held.side.device)) for key, held in graph.calls.items()})
+        self.ready_for = None
+
+    def renewal_of(self, graph: GraphText, rows: Rows | None) -> list[tuple[Prepared, Prepared]]:
+        """The calls that a graph reads, each with what it is to become for these rows.
+
+        Raises: ValueError where that has no room in their memory.
+        """
+        self.see(rows, graph.number)
+        with torch.inference_mode(False):
+            return graph.renewal(
+                lambda key: self._prepare(self.settings.program_at(self.step, key[0].training), key[0])
+            )
 
     def needs_protected(self) -> bool:
         """Whether it matters which tokens are content: plain attention has no use for it."""
@@ -144,12 +193,16 @@ class TextState:
         key = (call, program.dropout)
         ready = self.cache.get(key) if self.settings.text_cache else None
         if ready is None:
-            with torch.inference_mode(False):  # what is made in inference mode cannot be part of a graph later
-                ready = Ready(self._prepare(program, call).to(call.device), MadeOn(call.device))
             # What a schedule had for the steps before is not asked for again.
-            for old in list(self.cache):
-                if old[-1] != program.dropout:
-                    self.cache.pop(old, None)
+            for kept in (self.cache, self.home):
+                for old in list(kept):
+                    if old[-1] != program.dropout:
+                        kept.pop(old, None)
+            at_home = self.home.get(key) if self.settings.text_cache else None
+            with torch.inference_mode(False):  # what is made in inference mode cannot be part of a graph later
+                at_home = self._prepare(program, call) if at_home is None else at_home
+                ready = Ready(at_home.to(call.device), MadeOn(call.device))
+            self.home[key] = at_home
             self.cache[key] = ready
         elif ready.made is not None:
             ready.made.use(ready.prepared.tensors)
@@ -263,6 +316,14 @@ class Ready:
     prepared: Prepared
     made: MadeOn | None
     compiled: Prepared | None = None
+
+
+def _latest(kept: tuple[tuple[Any, dict[Any, Any]], ...], key: Any) -> tuple[dict[Any, Any], tuple[Any, ...]]:
+    """What is kept for a key, made if need be, and all that is kept with it, the latest last and no more than TEXTS."""
+    mine: dict[Any, Any] | None = next((one for of, one in kept if of == key), None)
+    mine = {} if mine is None else mine
+    others = [one for one in kept if one[0] != key]
+    return mine, (*others[1 - TEXTS :], (key, mine))
 
 
 _CPU = torch.device("cpu")

@@ -197,7 +197,7 @@ def test_the_permutation_is_kept_with_its_plan_and_notices_writes():
     rows = make_plan(Program(SalienceDropout()), TokenSide(2, 2, 77, SIDE.device, protected=protected)).rows
 
     def order(rows: RowPlan):
-        return backend._kept(rows, "order", rows.content, backend.content_first)
+        return rows.derive("order", rows.content, backend.content_first)
 
     first = order(rows)
     assert order(rows) is first and first[0, 0] == 5

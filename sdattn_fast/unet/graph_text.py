@@ -1,0 +1,162 @@
+"""Texts that CUDA graphs read. A graph reads the same memory at every replay, and no Python runs then; so
+
+- what a captured layer reads of its text (token side, keys, values, what is folded) stays where it is, alive, while the
+  patch lives;
+- after the text's tensor was written to, `rewrite` writes all that anew, in place (`Patch.update_text`, or the model's
+  next call from Python);
+- the graph itself compares its text with the one that was shown last, and gives NaN where they differ: a picture that
+  is plainly broken, not one that looks right and is of another prompt.
+
+Source: DESIGN.md section 5, "Cached text state must notice".
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..functional import Prepared
+from ..places import Place
+from ..rewrite import difference, rewrite, rewrite_tensors
+from .fold import fold_text
+from .keys_values import key_value
+from .layers import Layer
+from .text_cache import KeyValue, Served, TextCache
+from .text_state import LayerCall
+
+__all__ = ["GraphText"]
+
+
+@dataclass(frozen=True)
+class HeldLayer:
+    """What a graph reads and writes in one layer.
+
+    entry, served: None where the graph makes its own keys and values. autocast: the dtype, None where it was off. maps:
+    what it writes, with the grid; None: no maps.
+    """
+
+    layer: Layer
+    prepared: Prepared
+    entry: KeyValue | None
+    served: Served | None
+    autocast: torch.dtype | None
+    maps: tuple[Tensor, tuple[int, int] | None] | None
+
+
+@dataclass
+class GraphText:
+    """One text, (B, N, E), and what graphs read of it. text: the tensor that they were captured with.
+
+    shown: its numbers when all that was made. calls: by what they were prepared for.
+    """
+
+    number: int
+    text: Tensor
+    shown: Tensor
+    rows: Any
+    calls: dict[Any, Prepared] = field(default_factory=dict)
+    layers: list[HeldLayer] = field(default_factory=list)
+
+    def keep(
+        self,
+        layer: Layer,
+        call: LayerCall,
+        entry: KeyValue | None,
+        maps: tuple[Tensor, tuple[int, int] | None] | None,
+    ) -> None:
+        """What a layer read, and the maps that it wrote, while a graph was captured."""
+        prepared = layer.text.ready(call).prepared
+        served = None if entry is None else entry.served
+        if served is not None and served.prepared is not prepared:  # the graph makes its own
+            served = None
+        kind = self.text.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        self.calls[call, prepared.program.dropout] = prepared
+        self.layers.append(HeldLayer(layer, prepared, entry, served, autocast, maps))
+
+    def is_in(self, text: Tensor) -> bool:
+        """Whether a tensor is the memory that the graphs read, whatever is in it now."""
+        return Place(self.text).same_view(Place(text))
+
+    def guarded(self, out: Tensor) -> Tensor:
+        """out (B, M, C) of a layer in a graph, with a NaN in every entry where the text was not shown."""
+        changed = (self.text != self.shown).any()
+        if torch.is_grad_enabled():
+            return out.masked_fill(changed, torch.nan)
+        out[:, :1, :1].masked_fill_(changed, torch.nan)  # the model spreads it
+        return out
+
+    def give_up(self) -> None:
+        """Graphs that read this give NaN from now on."""
+        with torch.inference_mode():
+            self.shown.fill_(torch.nan)
+
+    def renewal(self, prepare: Callable[[Any], Prepared]) -> list[tuple[Prepared, Prepared]]:
+        """(held, new) for every call. prepare: makes the new one by its key.
+
+        Raises: ValueError where the new one has no room in the memory of the held one.
+        """
+        pairs = []
+        for key, held in self.calls.items():
+            new = prepare(key)
+            why = difference(held, new)
+            if why is not None:
+                raise ValueError(
+                    f"a captured CUDA graph cannot take this: {why}. Call patch.refresh() and capture again (with the "
+                    "longest prompt); until then the graph keeps what it has"
+                )
+            pairs.append((held, new))
+        return pairs
+
+    def rewrite(self, pairs: list[tuple[Prepared, Prepared]], rows: Any, text: Tensor | None, cache: TextCache) -> None:
+        """Write a renewal where graphs read it; text: also keys and values of the text as it is now."""
+        for old, new in pairs:
+            rewrite(old, new)
+        done: set[int] = set()
+        for held in self.layers:
+            layer, entry = held.layer, held.entry
+            if held.maps is not None:
+                layer.captured = (held.maps[0], held.prepared.home.side.active, held.maps[1])
+            if entry is None:
+                continue
+            if text is not None and id(entry) not in done:
+                done.add(id(entry))
+                with _modes(entry.key, held.autocast):
+                    key, value = key_value(layer.attn, text)
+                rewrite_tensors([entry.key, entry.value], [key, value])
+            if held.served is not None:
+                _rewrite_served(layer.attn, entry, held.served)
+                entry.served, entry.bound = held.served, None
+        self.rows = rows
+        if text is not None:
+            with torch.inference_mode():
+                self.shown.copy_(text)
+            cache.renew(self.number, text, [held.entry for held in self.layers if held.entry is not None])
+
+
+def _rewrite_served(attn: Any, entry: KeyValue, served: Served) -> None:
+    prepared = served.prepared
+    with torch.inference_mode():
+        rewrite_tensors([served.value_folded], [prepared.fold_value(entry.value)])
+        for name, held in served.folds.items():
+            new = fold_text(attn, name.split(",")[0], entry.key, entry.value, prepared)
+            rewrite_tensors(held.tensors(), new.tensors())
+            held.made.again()
+    served.made.again()
+
+
+@contextlib.contextmanager
+def _modes(like: Tensor, autocast: torch.dtype | None) -> Iterator[None]:
+    """As in the capture, without gradients."""
+    on = {} if autocast is None else {"dtype": autocast}
+    with (
+        torch.inference_mode(like.is_inference()),
+        torch.no_grad(),
+        torch.autocast(like.device.type, enabled=autocast is not None, **on),  # type: ignore[arg-type]
+    ):
+        yield
