@@ -5,8 +5,9 @@
 #                        [--again JSONL] [--baseline TREE] [--dry-run] [--list]
 #
 # Phases, in order: facts; check (every kernel at every shape of SD 1.5 and SDXL against float64); times (attention at
-# these shapes, eager and in CUDA graphs); step (a whole UNet's); suite (the kernels' tests); sanitize (small cases under
-# compute-sanitizer); more (bfloat16, backward, compiled, Python); with --again also profile (ncu). --list names every item.
+# these shapes, eager and in CUDA graphs); step (a whole UNet's); text (a UNet's CUDA graph, and torch.compile's, with other
+# prompts than it was made with); suite (the kernels' tests); sanitize (small cases under compute-sanitizer); more
+# (bfloat16, backward, compiled, Python); with --again also profile (ncu). --list names every item.
 #
 # Every item has a process and a time limit of its own, and what became of it is at once a line of
 # <results>/results.jsonl: passed, failed (with the last lines), timed out or not run, and the figures. Nothing stops at a
