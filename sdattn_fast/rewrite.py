@@ -30,7 +30,8 @@ def difference(held: Prepared, other: Prepared) -> str | None:
             if mine.shape != theirs.shape or mine.dtype != theirs.dtype:
                 return f"{name} was {tuple(mine.shape)} {mine.dtype}, now it is {tuple(theirs.shape)} {theirs.dtype}"
         elif isinstance(mine, Tensor) or isinstance(theirs, Tensor):
-            return f"there was {'a' if isinstance(mine, Tensor) else 'no'} {name}, now there is {_kind(theirs)}"
+            was_there = isinstance(mine, Tensor)
+            return f"{name} was {'there, now it is not' if was_there else 'not there, now it is'}"
         elif mine != theirs:
             return f"{name} was {mine!r}, now it is {theirs!r}"
     return None
@@ -69,7 +70,3 @@ def _side_by_side(held: Prepared, other: Prepared) -> Iterator[tuple[str, Any, A
             a, b = getattr(mine, field.name), getattr(theirs, field.name)
             if field.name not in ("derived", "device") and not is_dataclass(a):
                 yield field.name, a, b
-
-
-def _kind(x: Any) -> str:
-    return "one" if isinstance(x, Tensor) else "none"

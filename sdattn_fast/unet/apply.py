@@ -399,7 +399,7 @@ def _models(pipe_or_unet: Any) -> tuple[list[tuple[str, nn.Module, nn.Module]], 
     """The models to patch, each with the prefix of its layers' names and as it is called (compiled, say), and the
     memory of a pipeline's prompts."""
     if isinstance(pipe_or_unet, nn.Module):
-        return [("", _unwrapped(pipe_or_unet), pipe_or_unet)], None
+        return [("", _unwrapped(pipe_or_unet), _as_called(pipe_or_unet))], None
     unet = getattr(pipe_or_unet, "unet", None)
     if not isinstance(unet, nn.Module):
         kind = type(pipe_or_unet).__name__
@@ -412,11 +412,22 @@ def _models(pipe_or_unet: Any) -> tuple[list[tuple[str, nn.Module, nn.Module]], 
             found += [(f"controlnet.nets.{i}.", net) for i, net in enumerate(nets)]
         else:
             found.append(("controlnet.", controlnet))
-    return [(prefix, _unwrapped(model), model) for prefix, model in found], PromptMemory(pipe_or_unet)
+    return [(prefix, _unwrapped(model), _as_called(model)) for prefix, model in found], PromptMemory(pipe_or_unet)
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside torch.compile's, PEFT's and DistributedDataParallel's wrappings."""
+    return _wrappings(model)[-1]
+
+
+def _as_called(model: nn.Module) -> nn.Module:
+    """The whole of it where torch.compile is among its wrappings, else the model inside, which the others call."""
+    found = _wrappings(model)
+    return found[0] if any(hasattr(one, "_orig_mod") for one in found) else found[-1]
+
+
+def _wrappings(model: nn.Module) -> list[nn.Module]:
+    found = [model]
     while True:
         if hasattr(model, "_orig_mod"):
             model = model._orig_mod  # type: ignore[assignment]
@@ -425,4 +436,5 @@ def _unwrapped(model: nn.Module) -> nn.Module:
         elif isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
             model = model.module
         else:
-            return model
+            return found
+        found.append(model)

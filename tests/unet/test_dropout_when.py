@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -80,6 +81,20 @@ def test_a_schedule_over_denoising_steps(unet: Any, capture: Capture | None) -> 
                 if capture is not None and i == 1:
                     x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 9, 32)
                     run(patch, x, torch.tensor(900.0), text)  # beside the run: counts as no step
+
+
+def test_a_forward_is_one_step_in_whatever_the_model_is_wrapped(unet: Any) -> None:
+    peft = pytest.importorskip("peft")
+    own = copy.deepcopy(unet)
+    with _patched(own, DROPS, dropout_when={0: 0.1, 3: 0.9}):
+        expected = [_noise(own, t) for t in (900.0, 500.0, 100.0)]
+    wrapped = peft.get_peft_model(copy.deepcopy(unet), peft.LoraConfig(r=2, target_modules=["to_k"]))
+    for model in (wrapped, torch.compile(wrapped, backend="eager")):
+        torch._dynamo.reset()
+        with torch.no_grad(), _patched(model, DROPS, dropout_when={0: 0.1, 3: 0.9}):
+            for t, one in zip((900.0, 500.0, 100.0), expected, strict=True):
+                torch.testing.assert_close(_noise(model, t), one, atol=1e-5, rtol=1e-5)
+    torch._dynamo.reset()
 
 
 def test_a_schedule_over_training_steps(unet: Any) -> None:
