@@ -184,7 +184,9 @@ class _ModelHook:
             if graph is not None and not in_capture and not state.cached.is_same(graph.number, text):
                 state.rewrite_graph(graph, state.renewal_of(graph, rows), rows, text)
             seen = state.cached.look(text)
-            number = None if seen is None or looking_is_free(text.device) else seen.number
+            # A call of its own for every text that a CUDA graph may come to read.
+            shared = looking_is_free(text.device) or torch.is_grad_enabled()
+            number = None if seen is None or shared else seen.number
         state.see(rows, number)
         if in_capture:
             self._begin_capture(text, rows, number)

@@ -34,10 +34,14 @@ def kept_key_value(text: TextState, attn: Any, states: Tensor, first_look: bool 
     """
     if not text.settings.text_cache or (first_look and capturing(states.device)):
         return None
-    weights = Weights.of(attn.to_k, attn.to_v, attn.to_q, attn.to_out[0], attn.norm_cross, attn.norm_k)
-    if weights is None or (torch.is_grad_enabled() and weights.requires_grad):
-        return None
     if first_look and text.cached.look(states) is None:
+        return None
+    modules = attn.to_k, attn.to_v, attn.to_q, attn.to_out[0], attn.norm_cross, attn.norm_k
+    entry = text.cached.unchanged(attn, states, modules)
+    if entry is not None:
+        return entry
+    weights = Weights.of(*modules)
+    if weights is None or (torch.is_grad_enabled() and weights.requires_grad):
         return None
     found = text.cached.find(attn, states, weights)
     if found is None:
