@@ -212,19 +212,17 @@ class _ModelHook:
     def _prepare(self, text: Tensor, compiled: bool) -> None:
         """Ahead of the layers, so that no graph has to prepare a call."""
         state, layers, device = self.model.text, self.model.layers, text.device
-        shape = text.shape[0], text.shape[1], device
-        calls = [
-            LayerCall(shape[0], int(one.attn.heads), shape[1], device, one.heads, one.captures, one.attn.training)
-            for one in layers
-        ]
-        for layer in layers:
-            layer.compiled = None
-        ready_for = calls, current_stream(device), state.step
+        per_layer = [(one.attn.heads, one.heads, one.captures, one.attn.training) for one in layers]
+        ready_for = text.shape, device, current_stream(device), state.step, compiled, per_layer
         if not compiled and state.ready_for is not None:
             if state.ready_for[0] is state.cache and state.ready_for[1] == ready_for:
                 return
+        for layer in layers:
+            layer.compiled = None
+        state.ready_for = None
+        batch, tokens = text.shape[:2]
         try:
-            ready = [state.ready(call) for call in calls]
+            ready = [state.ready(LayerCall(batch, int(heads), tokens, device, *more)) for heads, *more in per_layer]
         except ValueError:
             # Video models multiply the batch inside: what does not fit here may fit there. If not, the layer says so.
             return

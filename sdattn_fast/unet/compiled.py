@@ -47,15 +47,11 @@ class CompiledText:
 
 def compiled_text(layer: Layer, text: Tensor, ready: Ready) -> CompiledText:
     """What a layer is to read in the forward that begins, its call being ready."""
-    before = layer.compiled
     prepared = with_free_bounds(ready)
     entry = kept_key_value(layer.text, layer.attn, text)
     if entry is None:
         return CompiledText(text, prepared)
-    folded_value = entry.serve(ready.prepared).value_folded
-    if before is not None and before.text is text and before.prepared is prepared and before.key is entry.key:
-        return before if before.folded_value is folded_value else replace(before, folded_value=folded_value)
-    return CompiledText(text, prepared, entry.key, entry.value, folded_value)
+    return CompiledText(text, prepared, entry.key, entry.value, entry.serve(ready.prepared).value_folded)
 
 
 def with_free_bounds(ready: Ready) -> Prepared:
