@@ -266,14 +266,12 @@ def _needs_row(program: Program, side: TokenSide) -> bool:
 def _row_steps(rows: RowPlan, program: Program, side: TokenSide, compiling: bool) -> RowPlan:
     content = _content(side)
     count = content.sum(-1)
-    most = side.tokens if compiling else _bound(int(count.max()) if count.numel() else 0, 16, side.tokens)
+    exact = side.tokens if compiling else (int(count.max()) if count.numel() else 0)
+    most = _bound(exact, 16, side.tokens)
     drop, max_drop, ratio = None, 0, -1.0
     if program.dropout is not None and program.dropout.mode == "topk" and program.dropout.axis == "token":
         drop = torch.floor(program.dropout.ratio * count.to(torch.float64) + 1e-9).to(torch.int32)
-        if compiling:
-            max_drop = math.floor(program.dropout.ratio * most + 1e-9)
-        else:
-            max_drop = _bound(int(drop.max()) if drop.numel() else 0, 1, most)
+        max_drop = _bound(math.floor(program.dropout.ratio * exact + 1e-9), 1, most)
     elif program.dropout is not None and program.dropout.mode == "random":
         ratio = program.dropout.ratio
     threshold = -1.0 if program.refine is None or program.refine.threshold is None else program.refine.threshold

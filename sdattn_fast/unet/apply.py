@@ -210,6 +210,9 @@ class Patch:
             if name not in TOKEN_INPUTS:
                 raise TypeError(f"update: expected {', '.join(TOKEN_INPUTS)}, got {name!r}")
         checked = {name: checked_token_input(name, x) for name, x in inputs.items()}
+        gate = checked.get("gate")
+        if gate is not None and gate.requires_grad and self._graphs():
+            raise ValueError("gate: it wants a gradient, and a captured CUDA graph has none; pass gate.detach()")
         before = dict(vars(self._given))
         vars(self._given).update(checked)
         try:
@@ -219,6 +222,8 @@ class Patch:
             raise
         for model in self._models:
             model.text.forget_prepared()
+        for layer in self._layers:
+            layer.compiled = None
         for text, graph, calls in renewals:
             text.rewrite_graph(graph, calls, graph.rows)
 

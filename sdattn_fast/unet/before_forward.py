@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ..graphs import in_graph
-from ..places import looking_is_free
+from ..places import looking_is_free, version_of
 from ..streams import capturing, current_stream
 from .compiled import compiled_text, is_compiled, modules_around
 from .graph_text import GraphText
@@ -52,14 +52,21 @@ def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
     hook, module, outer = _ModelHook(patch, model), model.module, model.outer
     if outer is not module:
         inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
-        return [outer.register_forward_pre_hook(_compiled(hook), with_kwargs=True), inside]
+        return [
+            outer.register_forward_pre_hook(_compiled(hook), with_kwargs=True),
+            outer.register_forward_hook(lambda *_: hook.end(), always_call=True),
+            inside,
+        ]
     compiled_call = module._compiled_call_impl
     if compiled_call is None:
         return [module.register_forward_pre_hook(_breaking_graphs(hook), with_kwargs=True)]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        hook(args, kwargs, compiled=True)
-        return compiled_call(*args, **kwargs)
+        hook.begin(args, kwargs)
+        try:
+            return compiled_call(*args, **kwargs)
+        finally:
+            hook.end()
 
     module._compiled_call_impl = call
     inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
@@ -85,7 +92,7 @@ Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
 
 def _compiled(hook: _ModelHook) -> Hook:
     def outer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        hook(args, kwargs, compiled=True)
+        hook.begin(args, kwargs)
 
     return outer
 
@@ -114,7 +121,8 @@ _NO_GRAPH = (
 
 def _silent_in_graphs(hook: _ModelHook) -> Hook:
     def inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not torch.compiler.is_compiling():
+        # Where torch.compile falls back to eager, the call around it has looked.
+        if not torch.compiler.is_compiling() and not hook.begun:
             hook(args, kwargs)
 
     return inner
@@ -139,6 +147,14 @@ class _ModelHook:
     def __init__(self, patch: Patch, model: PatchedModel) -> None:
         self.patch = patch
         self.model = model
+        self.begun = False  # a compiled call is running, and this was called before it
+
+    def begin(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self(args, kwargs, compiled=True)
+        self.begun = True
+
+    def end(self) -> None:
+        self.begun = False
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool = False) -> None:
         """compiled: the forward that begins is a graph's."""
@@ -164,10 +180,13 @@ class _ModelHook:
             layer.grid = None
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         if isinstance(text, Tensor) and text.dim() == 3:
-            self._look_at(text)
+            scales = _scales_adapters(args, kwargs)
             compiled = compiled or is_compiled(model.around)
+            if capturing(text.device):
+                _check_capture(compiled, scales)
+            self._look_at(text)
             if patch._settings.text_cache or compiled:
-                self._prepare(text, compiled)
+                self._prepare(text, compiled, scales)
         seed = patch._settings.seed
         if seed is not None:
             device = text.device if isinstance(text, Tensor) else torch.device("cpu")
@@ -181,8 +200,8 @@ class _ModelHook:
         in_capture = capturing(text.device)
         if settings.text_cache:
             graph = state.graph_with(text)
-            if graph is not None and not in_capture and not state.cached.is_same(graph.number, text):
-                state.rewrite_graph(graph, state.renewal_of(graph, rows), rows, text)
+            if graph is not None and not in_capture and not state.is_current(graph, text, rows):
+                self._renew(graph, text, rows)
             seen = state.cached.look(text)
             # A call of its own for every text that a CUDA graph may come to read.
             shared = looking_is_free(text.device) or torch.is_grad_enabled()
@@ -191,13 +210,30 @@ class _ModelHook:
         if in_capture:
             self._begin_capture(text, rows, number)
 
+    def _renew(self, graph: GraphText, text: Tensor, rows: Rows | None) -> None:
+        """Bring what a graph reads up to date; where it has no room for that, this call can do without, and the graph
+        gives NaN."""
+        state = self.model.text
+        if graph.no_room is not None and graph.no_room == version_of(text):
+            return
+        try:
+            renewal = state.renewal_of(graph, rows)
+        except ValueError:
+            graph.no_room = version_of(text)
+        else:
+            state.rewrite_graph(graph, renewal, rows, text)
+
     def _begin_capture(self, text: Tensor, rows: Rows | None, number: int | None) -> None:
         state = self.model.text
         if number is None:
             raise RuntimeError(
                 "encoder_hidden_states: a CUDA graph is captured with a text that the patch has not seen, or may not "
-                "keep. Run the same call once before the capture, with the same tensor, text_cache=True, no gradients"
+                "keep. Run the same call once before the capture, with the same tensor, text_cache=True, no gradients, "
+                "and a text that was not made in inference mode"
             )
+        gate = self.patch._given.gate
+        if gate is not None and gate.requires_grad:
+            raise RuntimeError("gate: it wants a gradient, and a captured CUDA graph has none; pass gate.detach()")
         if not isinstance(self.patch._settings.dropout_when, str):
             raise RuntimeError(
                 "dropout_when: a schedule changes with the step, and a captured CUDA graph does the same at every "
@@ -209,7 +245,7 @@ class _ModelHook:
             state.graphs.append(graph)
         state.graph = graph
 
-    def _prepare(self, text: Tensor, compiled: bool) -> None:
+    def _prepare(self, text: Tensor, compiled: bool, weights_change: bool) -> None:
         """Ahead of the layers, so that no graph has to prepare a call."""
         state, layers, device = self.model.text, self.model.layers, text.device
         per_layer = [(one.attn.heads, one.heads, one.captures, one.attn.training) for one in layers]
@@ -229,4 +265,24 @@ class _ModelHook:
         state.ready_for = state.cache, ready_for
         if compiled:
             for layer, one in zip(layers, ready, strict=True):
-                layer.compiled = compiled_text(layer, text, one)
+                layer.compiled = compiled_text(layer, text, one, weights_change)
+
+
+def _scales_adapters(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether diffusers changes the scale of LoRAs inside the forward that begins, and back: keys and values that are
+    made outside it are of another scale."""
+    given = [kwargs.get("cross_attention_kwargs"), *args]
+    return any(isinstance(one, dict) and one.get("scale", 1.0) != 1.0 for one in given)
+
+
+def _check_capture(compiled: bool, scales: bool) -> None:
+    if compiled:
+        raise RuntimeError(
+            "a CUDA graph is captured of a compiled model. Capture the model as it was before torch.compile, or leave "
+            "the capture to torch.compile(mode='reduce-overhead')"
+        )
+    if scales:
+        raise RuntimeError(
+            "cross_attention_kwargs: a LoRA's scale that holds for one call cannot be captured in a CUDA graph; set it "
+            "with set_adapters(names, weights)"
+        )

@@ -45,12 +45,15 @@ class CompiledText:
         return (side.batch, side.heads_count, side.tokens) == (call.batch, call.num_heads, call.tokens)
 
 
-def compiled_text(layer: Layer, text: Tensor, ready: Ready) -> CompiledText:
-    """What a layer is to read in the forward that begins, its call being ready."""
+def compiled_text(layer: Layer, text: Tensor, ready: Ready, weights_change: bool) -> CompiledText:
+    """What a layer is to read in the forward that begins, its call being ready. weights_change: inside the forward."""
     prepared = with_free_bounds(ready)
-    entry = kept_key_value(layer.text, layer.attn, text)
+    entry = None if weights_change else kept_key_value(layer.text, layer.attn, text)
     if entry is None:
         return CompiledText(text, prepared)
+    gate = layer.text.given.gate
+    if gate is not None and gate.requires_grad:  # its numbers are not in the call yet
+        return CompiledText(text, prepared, entry.key, entry.value)
     return CompiledText(text, prepared, entry.key, entry.value, entry.serve(ready.prepared).value_folded)
 
 
@@ -81,8 +84,8 @@ def modules_around(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Module]
 
 
 def is_compiled(modules: Sequence[Any]) -> bool:
-    """Whether one of them is called through `module.compile()`."""
-    return any(m._compiled_call_impl is not None for m in modules)
+    """Whether one of them is compiled, by `torch.compile` or `module.compile()`."""
+    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
 
 
 def _power(x: int) -> int:

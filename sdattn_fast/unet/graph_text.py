@@ -13,6 +13,7 @@ Source: DESIGN.md section 5, "Cached text state must notice".
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -27,48 +28,45 @@ from .fold import fold_text
 from .keys_values import key_value
 from .layers import Layer
 from .text_cache import KeyValue, Served, TextCache
-from .text_state import LayerCall
+from .text_state import LayerCall, Rows
 
 __all__ = ["GraphText"]
 
 
 @dataclass(frozen=True)
 class HeldLayer:
-    """What a graph reads and writes in one layer.
+    """What a graph reads in one layer.
 
-    entry, served: None where the graph makes its own keys and values. autocast: the dtype, None where it was off. maps:
-    what it writes, with the grid; None: no maps.
+    entry, served: None where the graph makes its own keys and values. autocast: the dtype, None where it was off.
     """
 
     layer: Layer
-    prepared: Prepared
     entry: KeyValue | None
     served: Served | None
     autocast: torch.dtype | None
-    maps: tuple[Tensor, tuple[int, int] | None] | None
+
+    def is_same(self, other: HeldLayer) -> bool:
+        return self.layer is other.layer and self.entry is other.entry and self.served is other.served
 
 
 @dataclass
 class GraphText:
     """One text, (B, N, E), and what graphs read of it. text: the tensor that they were captured with.
 
-    shown: its numbers when all that was made. calls: by what they were prepared for.
+    shown: its numbers when all that was made. calls: each with the key that it was prepared for. maps: of a layer, what
+    the graph captured last writes, weakly. no_room: the version of a text that did not fit.
     """
 
     number: int
     text: Tensor
     shown: Tensor
-    rows: Any
-    calls: dict[Any, Prepared] = field(default_factory=dict)
+    rows: Rows | None
+    calls: list[tuple[Any, Prepared]] = field(default_factory=list)
     layers: list[HeldLayer] = field(default_factory=list)
+    maps: dict[str, tuple[weakref.ref[Tensor], Prepared]] = field(default_factory=dict)
+    no_room: int | None = None
 
-    def keep(
-        self,
-        layer: Layer,
-        call: LayerCall,
-        entry: KeyValue | None,
-        maps: tuple[Tensor, tuple[int, int] | None] | None,
-    ) -> None:
+    def keep(self, layer: Layer, call: LayerCall, entry: KeyValue | None, maps: Tensor | None) -> None:
         """What a layer read, and the maps that it wrote, while a graph was captured."""
         prepared = layer.text.ready(call).prepared
         served = None if entry is None else entry.served
@@ -76,16 +74,23 @@ class GraphText:
             served = None
         kind = self.text.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        self.calls[call, prepared.program.dropout] = prepared
-        self.layers.append(HeldLayer(layer, prepared, entry, served, autocast, maps))
+        held = HeldLayer(layer, entry, served, autocast)
+        if not any(one.is_same(held) for one in self.layers):
+            self.layers.append(held)
+        if not any(one is prepared for _, one in self.calls):
+            self.calls.append(((call, prepared.program.dropout), prepared))
+        if maps is not None:
+            self.maps[layer.name] = weakref.ref(maps), prepared
 
     def is_in(self, text: Tensor) -> bool:
         """Whether a tensor is the memory that the graphs read, whatever is in it now."""
         return Place(self.text).same_view(Place(text))
 
-    def guarded(self, out: Tensor) -> Tensor:
-        """out (B, M, C) of a layer in a graph, with a NaN in every entry where the text was not shown."""
+    def guarded(self, out: Tensor, maps: Tensor | None) -> Tensor:
+        """out (B, M, C) of a layer in a graph, with NaN in it and in its maps where the text was not shown."""
         changed = (self.text != self.shown).any()
+        if maps is not None:
+            maps.detach().masked_fill_(changed, torch.nan)
         if torch.is_grad_enabled():
             return out.masked_fill(changed, torch.nan)
         out[:, :1, :1].masked_fill_(changed, torch.nan)  # the model spreads it
@@ -102,7 +107,7 @@ class GraphText:
         Raises: ValueError where the new one has no room in the memory of the held one.
         """
         pairs = []
-        for key, held in self.calls.items():
+        for key, held in self.calls:
             new = prepare(key)
             why = difference(held, new)
             if why is not None:
@@ -113,15 +118,16 @@ class GraphText:
             pairs.append((held, new))
         return pairs
 
-    def rewrite(self, pairs: list[tuple[Prepared, Prepared]], rows: Any, text: Tensor | None, cache: TextCache) -> None:
+    def rewrite(
+        self, pairs: list[tuple[Prepared, Prepared]], rows: Rows | None, text: Tensor | None, cache: TextCache
+    ) -> None:
         """Write a renewal where graphs read it; text: also keys and values of the text as it is now."""
         for old, new in pairs:
             rewrite(old, new)
         done: set[int] = set()
         for held in self.layers:
             layer, entry = held.layer, held.entry
-            if held.maps is not None:
-                layer.captured = (held.maps[0], held.prepared.home.side.active, held.maps[1])
+            self._rename_maps(layer)
             if entry is None:
                 continue
             if text is not None and id(entry) not in done:
@@ -136,7 +142,14 @@ class GraphText:
         if text is not None:
             with torch.inference_mode():
                 self.shown.copy_(text)
+            self.no_room = None
             cache.renew(self.number, text, [held.entry for held in self.layers if held.entry is not None])
+
+    def _rename_maps(self, layer: Layer) -> None:
+        """Which entries of a layer's maps are prompts', where a graph of this text wrote them."""
+        maps, prepared = self.maps.get(layer.name, (None, None))
+        if maps is not None and prepared is not None and layer.captured is not None and layer.captured[0] is maps():
+            layer.captured = (layer.captured[0], prepared.home.side.active, layer.captured[2])
 
 
 def _rewrite_served(attn: Any, entry: KeyValue, served: Served) -> None:

@@ -227,7 +227,8 @@ def _cross_attention(
         if layer.bias is not None:
             of_layer = layer.bias.to(x.device, x.dtype)
             mask = of_layer if mask is None else mask + of_layer
-    graph = None if layer is None else layer.text.graph_of_capture(x.device)
+    recorded = in_graph()
+    graph = None if layer is None or recorded else layer.text.graph_of_capture(x.device)
     refine = settings.program.refine
     if grid is None and refine is not None and refine.sigma > 0:
         where = "a processor set by hand" if layer is None else f"layer {layer.name!r}"
@@ -238,7 +239,6 @@ def _cross_attention(
     captures = layer is not None and layer.captures
     call = LayerCall(batch, heads_count, states.shape[1], states.device, heads, captures, attn.training)
     key = entry = folded_value = folded = None
-    recorded = in_graph()
     if recorded and layer is not None and layer.compiled is not None and layer.compiled.serves(call):
         compiled = layer.compiled
         prepared = text.with_gate(compiled.prepared, call)
@@ -276,8 +276,8 @@ def _cross_attention(
     if folded is None or not folded.summed:
         out = _project_out(attn, out, x if query is None else query, add_image)
     if graph is not None and layer is not None:
-        graph.keep(layer, call, entry, None if maps is None else (maps, grid))
-        return graph.guarded(out) if layer.first else out
+        graph.keep(layer, call, entry, maps)
+        return graph.guarded(out, maps) if layer.first else out
     return out
 
 

@@ -280,6 +280,9 @@ class Weights:
         self.samples: list[Tensor] = []
         self.storages: list[StorageWeakRef] = []
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "storages": []}  # a weak reference must not be copied
+
     @classmethod
     def of(cls, *modules: Any) -> Weights | None:
         """None where what the modules compute cannot be told from parameters that can be watched."""

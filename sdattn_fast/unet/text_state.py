@@ -97,6 +97,10 @@ class TextState:
     graph: GraphText | None = None  # of the capture in progress
     ready_for: tuple[dict[tuple[Any, ...], Ready], Any] | None = None  # a cache, and of what its calls are all there
 
+    def __getstate__(self) -> dict[str, Any]:
+        """Without what CUDA graphs read: they read the original's."""
+        return {**self.__dict__, "graphs": [], "given_up": [], "graph": None}
+
     def forget(self) -> None:
         """Everything derived from text. CUDA graphs captured so far give NaN from now on."""
         self.forget_prepared()
@@ -118,9 +122,12 @@ class TextState:
         number: of the text in `cached`, where calls are to be its own: a CUDA graph may come to read them.
         """
         self.rows = rows
-        key = None if rows is None else rows.key
+        key = _key(rows)
         self.home, self.homes = _latest(self.homes, key)
         self.cache, self.caches = _latest(self.caches, (key, number))
+        graph = next((one for one in self.graphs if one.number == number), None)
+        if graph is not None and not self.cache and _key(graph.rows) == key:
+            self._put_back(graph)
 
     def graph_with(self, text: Tensor) -> GraphText | None:
         """What CUDA graphs that read a tensor read beside it, whatever is in the tensor now."""
@@ -144,8 +151,17 @@ class TextState:
         graph.rewrite(pairs, rows, text, self.cached)
         self.caches = tuple(one for one in self.caches if one[0][1] != graph.number)
         self.see(rows, graph.number)
-        self.cache.update({key: Ready(held, MadeOn(held.side.device)) for key, held in graph.calls.items()})
+        self._put_back(graph)
         self.ready_for = None
+
+    def _put_back(self, graph: GraphText) -> None:
+        """What graphs read serves Python as well, so that the next graph of the same text reads it too."""
+        for key, held in graph.calls:
+            self.cache.setdefault(key, Ready(held, MadeOn(held.side.device)))
+
+    def is_current(self, graph: GraphText, text: Tensor, rows: Rows | None) -> bool:
+        """Whether what a graph reads is of this text, as it is now, and of these rows."""
+        return self.cached.is_same(graph.number, text) and _key(graph.rows) == _key(rows)
 
     def renewal_of(self, graph: GraphText, rows: Rows | None) -> list[tuple[Prepared, Prepared]]:
         """The calls that a graph reads, each with what it is to become for these rows.
@@ -316,6 +332,10 @@ class Ready:
     prepared: Prepared
     made: MadeOn | None
     compiled: Prepared | None = None
+
+
+def _key(rows: Rows | None) -> Any:
+    return None if rows is None else rows.key
 
 
 def _latest(kept: tuple[tuple[Any, dict[Any, Any]], ...], key: Any) -> tuple[dict[Any, Any], tuple[Any, ...]]:

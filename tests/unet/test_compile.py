@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import sys
 from typing import Any
 
 import pytest
@@ -116,6 +117,77 @@ def test_blocks_of_every_kind_compile_once(what: str, build: Any, draw: Any, psn
             assert psnr(draw(pipe, prompt, **how), picture) > 80
             assert compiles.frame_count == 2, (prompt, compiles.frame_count)
     torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("scale", [1.0, 0.2])
+def test_a_loras_scale_of_one_call(scale: float, build: Any, draw: Any, psnr: Any) -> None:
+    """diffusers sets it inside the forward, where keys and values are made outside."""
+    peft = pytest.importorskip("peft")
+    pipe = build("sd15")
+    pipe.register_modules(unet=copy.deepcopy(pipe.unet))
+    pipe.unet.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["to_k", "to_v", "to_q"]))
+    how = {"cross_attention_kwargs": {"scale": scale}}
+    program = Program(SalienceDropout(0.3))
+    with sdattn_fast.apply(pipe, program):
+        expected = [draw(pipe, prompt, **how) for prompt in PROMPTS[:2]]
+        assert scale == 1.0 or psnr(draw(pipe, PROMPTS[0]), expected[0]) < 60
+    torch._dynamo.reset()
+    pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+    with sdattn_fast.apply(pipe, program):
+        for prompt, picture in zip(PROMPTS[:2], expected, strict=True):
+            assert psnr(draw(pipe, prompt, **how), picture) > 80
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("program", [Program(), Program(SalienceDropout(0.3))], ids=["folded", "rows"])
+def test_a_learnt_gate(program: Program, parts: dict[str, Any]) -> None:
+    unet = copy.deepcopy(parts["sd15"]).requires_grad_(False)
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 77, 32)
+    gate = torch.linspace(0, 3, 77).requires_grad_()
+    found = []
+    for how in ("eager", "compiled"):
+        torch._dynamo.reset()
+        if how == "compiled":
+            unet.compile_repeated_blocks(backend="aot_eager", fullgraph=True)
+        with sdattn_fast.apply(unet, program, gate=gate):
+            out = unet(*inputs)[0]
+            found.append((out.detach(), *torch.autograd.grad(out.square().sum(), gate)))
+            with torch.no_grad():
+                assert torch.allclose(unet(*inputs)[0], out, atol=1e-5)
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-4)
+    torch._dynamo.reset()
+
+
+def test_a_graph_does_not_ask_whether_a_cuda_graph_is_captured(parts: dict[str, Any], monkeypatch: Any) -> None:
+    """Which on a GPU is a call that dynamo cannot take."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("sdattn_fast.") and hasattr(module, "capturing"):
+            monkeypatch.setattr(module, "capturing", torch.compiler.disable(lambda device: False))
+    unet = copy.deepcopy(parts["sd15"])
+    torch._dynamo.reset()
+    unet.compile_repeated_blocks(backend="eager", fullgraph=True)
+    with torch.no_grad(), sdattn_fast.apply(unet, Program(SalienceDropout(0.3)), capture=Capture(tokens=[3])):
+        assert unet(torch.randn(2, 4, 8, 8), 3, torch.randn(2, 77, 32))[0].isfinite().all()
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("how", ["wrapped", "in place"])
+def test_a_compiled_model_that_runs_eagerly_counts_a_step_once(how: str, parts: dict[str, Any]) -> None:
+    unet = copy.deepcopy(parts["sd15"])
+    inputs = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+    asked: dict[str, Any] = dict(program=Program(SalienceDropout(0.3)), dropout_when={0: 0.1, 3: 0.9})
+    found = []
+    for times in range(2):
+        model = unet
+        if times:
+            model = torch.compile(unet, backend="eager") if how == "wrapped" else unet
+            if how == "in place":
+                unet.compile(backend="eager")
+        with torch.no_grad(), sdattn_fast.apply(model, **asked), torch.compiler.set_stance("force_eager"):
+            found.append([model(inputs[0], t, inputs[1])[0] for t in (9, 5, 1)])
+    for mine, theirs in zip(*found, strict=True):
+        assert torch.allclose(mine, theirs, atol=1e-5)
 
 
 class WholeUNet(torch.nn.Module):

@@ -106,7 +106,7 @@ def test_a_graph_serves_prompts_that_it_was_not_captured_with(way: str, twins: A
 
 
 def everything(graph: Any) -> list[Tensor]:
-    calls = [x for prepared in graph.calls.values() for x in prepared.tensors()]
+    calls = [x for _, prepared in graph.calls for x in prepared.tensors()]
     entries = [x for held in graph.layers if held.entry is not None for x in held.entry.tensors()]
     return [graph.text, graph.shown, *calls, *entries]
 
@@ -180,6 +180,35 @@ def test_two_graphs_with_tokens_of_the_same_classes_keep_their_own(twins: Any) -
             assert torch.allclose(captured.replay(), right(theirs, captured, prompt), atol=1e-5)
 
 
+def test_two_graphs_of_one_text_with_other_prompts_between_their_captures(twins: Any) -> None:
+    mine, theirs = twins
+    with apply(mine) as patch, apply(theirs):
+        one = Captured(mine, patch, LONG)
+        for prompt in PROMPTS[:3]:  # more than is kept
+            right(mine, one, prompt)
+        mine.unet(one.x, one.t, one.text)
+        for _ in range(2):
+            two = EmulatedGraph()
+            with two.capture():
+                out = mine.unet(one.x, one.t, one.text)[0]
+        (graph,) = patch._models[0].text.graphs
+        assert len(graph.layers) == len(patch.layers)  # captured again, nothing more is kept
+        one.write("dog")
+        patch.update_text(one.text)
+        expected = right(theirs, one, "dog")
+        two.replay()
+        assert torch.allclose(one.replay(), expected, atol=1e-5) and torch.allclose(out, expected, atol=1e-5)
+
+
+def test_a_copy_of_a_patched_unet_has_graphs_of_its_own(twins: Any) -> None:
+    mine, _ = twins
+    with apply(mine) as patch:
+        Captured(mine, patch, LONG)
+        copied = copy.deepcopy(mine.unet)
+    texts = [module._sdattn_fast_layer.text for module in copied.modules() if hasattr(module, "_sdattn_fast_layer")]
+    assert texts and all(text.graphs == text.given_up == [] and text.graph is None for text in texts)
+
+
 def test_unbatched_guidance_in_one_graph(twins: Any) -> None:
     mine, theirs = twins
     with apply(mine) as patch, apply(theirs):
@@ -214,6 +243,28 @@ def test_maps_are_those_of_the_latest_replay(twins: Any) -> None:
             captured.replay()
             right(theirs, captured, prompt)
             assert torch.allclose(patch.maps[MID], told.maps[MID], atol=1e-5)
+
+
+def test_maps_of_a_text_that_was_not_shown_are_nan(twins: Any) -> None:
+    mine, _ = twins
+    capture = Capture(tokens=(1, 2), layers="*", steps="latest")
+    with apply(mine, capture=capture, layers=[MID]) as patch:
+        captured = Captured(mine, patch, LONG)
+        captured.replay()
+        assert patch.maps[MID].isfinite().all()
+        captured.write("dog")
+        captured.replay()
+        assert patch.maps[MID].isnan().all()
+
+
+def test_maps_beside_two_graphs_are_those_captured_last(twins: Any) -> None:
+    mine, _ = twins
+    with apply(mine, capture=Capture(tokens=(1, 2), layers="*", steps="latest")) as patch:
+        one, two = Captured(mine, patch, LONG), Captured(mine, patch, LONG, size=16)
+        one.write("dog")
+        patch.update_text(one.text)
+        one.replay()
+        assert patch.maps[MID].shape[-1] == 8 and two.replay().isfinite().all()
 
 
 @pytest.mark.parametrize("fold", ["always", "never"])
@@ -287,13 +338,17 @@ def test_a_control_net_and_its_unet_in_one_graph(build: Any) -> None:
 
 
 def test_a_prompt_without_room_leaves_the_graph_as_it_was(twins: Any) -> None:
-    mine, _ = twins
-    with apply(mine) as patch:
+    mine, theirs = twins
+    with apply(mine) as patch, apply(theirs):
         captured = Captured(mine, patch, "a red car")
         before = captured.replay().clone()
         captured.write("dog " * 40)
         with pytest.raises(ValueError, match=r"up to 16 content tokens were there, now there are up to 77.*capture"):
             patch.update_text(captured.text)
+        assert captured.replay().isnan().all()
+        for _ in range(2):  # Python needs no room
+            expected = right(theirs, captured, "dog " * 40)
+            assert torch.allclose(mine.unet(captured.x, captured.t, captured.text)[0], expected, atol=1e-5)
         assert captured.replay().isnan().all()
         captured.write("a red car")
         patch.update_text(captured.text)
@@ -319,6 +374,28 @@ def test_captures_that_cannot_be_right_are_refused(twins: Any) -> None:
             patch.update_text(captured.text.clone())
         with pytest.raises(ValueError, match=r"got another, \(1, 77, 32\)"):
             patch.update_text(captured.text[1:])
+        with pytest.raises(RuntimeError, match=r"cross_attention_kwargs: .*set_adapters"), _capture():
+            mine.unet(x, t, text, cross_attention_kwargs={"scale": 0.2})
+        with pytest.raises(ValueError, match=r"gate: it wants a gradient"), torch.enable_grad():
+            patch.update(gate=torch.ones(77, requires_grad=True))
+    with torch.enable_grad():
+        patch = apply(mine, gate=torch.ones(77, requires_grad=True))
+    with patch:
+        text = text_of(mine, LONG)
+        mine.unet(x, t, text)
+        with pytest.raises(RuntimeError, match=r"gate: it wants a gradient"), _capture():
+            mine.unet(x, t, text)
+    with apply(mine):
+        with torch.inference_mode():
+            text = text_of(mine, LONG)
+            mine.unet(x, t, text)
+            with pytest.raises(RuntimeError, match=r"not made in inference mode"), _capture():
+                mine.unet(x, t, text)
+        mine.unet.compile(backend="eager")
+        text = text_of(mine, LONG)
+        with pytest.raises(RuntimeError, match=r"captured of a compiled model"), _capture():
+            mine.unet(x, t, text)
+        mine.unet._compiled_call_impl = None
     with apply(mine, dropout_when={0: 0.2, 9: 0.5}):
         text = text_of(mine, LONG)
         mine.unet(x, t, text)
