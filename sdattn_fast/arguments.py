@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .graphs import in_graph
 from .plan import TokenSide
 from .program import Capture, Program
 from .streams import to_device
@@ -158,7 +159,7 @@ def token_side(
         if phrases.is_floating_point() or phrases.is_complex() or phrases.dtype == torch.bool:
             raise TypeError(f"phrases: expected an integer dtype, got {phrases.dtype}")
         phrases = phrases.to(torch.int64)
-        if not torch.compiler.is_compiling() and phrases.numel() and int(phrases.min()) < -1:
+        if not in_graph() and phrases.numel() and int(phrases.min()) < -1:
             raise ValueError(f"phrases: expected ids >= 0, or -1 for none, got {int(phrases.min())}")
     for name, x, shape in (("protected", protected, (b, n)), ("active", active, (b,))):
         if x is not None:
@@ -179,7 +180,7 @@ def _gate(gate: Any, b: int, h: int, n: int, device: torch.device) -> Tensor:
         gate = gate.to(torch.float32)
     elif not gate.is_floating_point():
         raise TypeError(f"gate: expected bool or a floating dtype, got {gate.dtype}")
-    elif not torch.compiler.is_compiling():
+    elif not in_graph():
         bad = ~(torch.isfinite(gate) & (gate >= 0))
         if bool(bad.any()):
             raise ValueError(f"gate: expected finite numbers >= 0, got {gate[bad][0].item()}")

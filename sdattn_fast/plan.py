@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .graphs import in_graph
 from .places import version_of
 from .program import Capture, Program
 from .streams import Kept, capturing, to_device
@@ -172,7 +173,7 @@ class Plan:
 
 def make_plan(program: Program, side: TokenSide, capture: Capture | None = None) -> Plan:
     """Lower a program for one text."""
-    compiling = torch.compiler.is_compiling()
+    compiling = in_graph()
     final_capture = capture is not None and capture.stage == "final"
 
     rows = _capture_plan(RowPlan(), side, capture)
