@@ -268,11 +268,12 @@ def _row_steps(rows: RowPlan, program: Program, side: TokenSide, compiling: bool
     content = _content(side)
     count = content.sum(-1)
     exact = side.tokens if compiling else (int(count.max()) if count.numel() else 0)
-    most = _bound(exact, 16, side.tokens)
+    most = exact if compiling else _bound(exact, 16, side.tokens)
     drop, max_drop, ratio = None, 0, -1.0
     if program.dropout is not None and program.dropout.mode == "topk" and program.dropout.axis == "token":
         drop = torch.floor(program.dropout.ratio * count.to(torch.float64) + 1e-9).to(torch.int32)
-        max_drop = _bound(math.floor(program.dropout.ratio * exact + 1e-9), 1, most)
+        max_drop = math.floor(program.dropout.ratio * exact + 1e-9)
+        max_drop = max_drop if compiling else _bound(max_drop, 1, most)
     elif program.dropout is not None and program.dropout.mode == "random":
         ratio = program.dropout.ratio
     threshold = -1.0 if program.refine is None or program.refine.threshold is None else program.refine.threshold

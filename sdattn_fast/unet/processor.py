@@ -237,7 +237,10 @@ def _cross_attention(
             "(Refinement.sigma > 0) needs; sdattn_fast.apply takes them from the enclosing Transformer2DModel"
         )
     captures = layer is not None and layer.captures
-    call = LayerCall(batch, heads_count, states.shape[1], states.device, heads, captures, attn.training)
+    tokens = states.shape[1]
+    if torch.jit.is_tracing():  # sizes are tensors there
+        batch, tokens = int(batch), int(tokens)
+    call = LayerCall(batch, heads_count, tokens, states.device, heads, captures, attn.training)
     key = entry = folded_value = folded = None
     if recorded and layer is not None and layer.compiled is not None and layer.compiled.serves(call):
         compiled = layer.compiled
