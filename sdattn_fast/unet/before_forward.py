@@ -29,7 +29,8 @@ __all__ = ["PatchedModel", "before_forward", "rows_of"]
 
 
 class PatchedModel:
-    """A UNet or ControlNet of a patch. around: its modules with served layers inside."""
+    """A UNet or ControlNet of a patch. around: its modules with served layers inside, of which `torch.compile` wraps
+    one: compiled_inside."""
 
     def __init__(self, module: nn.Module, outer: nn.Module, text: TextState, layers: list[Layer]) -> None:
         self.module = module
@@ -40,6 +41,7 @@ class PatchedModel:
             layer.first = True
         self.seeds = LayerSeeds([layer.name for layer in layers])
         self.around = modules_around(module, layers)
+        self.compiled_inside = any(hasattr(one, "_orig_mod") for one in self.around)
 
 
 def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
@@ -181,7 +183,7 @@ class _ModelHook:
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         if isinstance(text, Tensor) and text.dim() == 3:
             scales = _scales_adapters(args, kwargs)
-            compiled = compiled or is_compiled(model.around)
+            compiled = compiled or model.compiled_inside or is_compiled(model.around)
             if capturing(text.device):
                 _check_capture(compiled, scales)
             self._look_at(text)

@@ -10,6 +10,7 @@ Source: DESIGN.md section 5, "Cached text state must notice".
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -78,14 +79,18 @@ def with_free_bounds(ready: Ready) -> Prepared:
 
 
 def modules_around(model: nn.Module, layers: Sequence[Layer]) -> list[nn.Module]:
-    """The modules of a model that have a served layer inside."""
+    """The modules of a model that are called and have a served layer inside."""
     served = {id(layer.attn) for layer in layers}
-    return [m for m in model.modules() if any(id(inner) in served for inner in m.modules())]
+    called = [m for m in model.modules() if not isinstance(m, nn.ModuleList)]
+    return [m for m in called if any(id(inner) in served for inner in m.modules())]
 
 
 def is_compiled(modules: Sequence[Any]) -> bool:
-    """Whether one of them is compiled, by `torch.compile` or `module.compile()`."""
-    return any(m._compiled_call_impl is not None or "_orig_mod" in m._modules for m in modules)
+    """Whether `module.compile()` was called on one of them. Asked before every forward, so in a hurry."""
+    return any(map(_COMPILED, modules))
+
+
+_COMPILED = operator.attrgetter("_compiled_call_impl")
 
 
 def _power(x: int) -> int:

@@ -125,9 +125,9 @@ class TextState:
         key = _key(rows)
         self.home, self.homes = _latest(self.homes, key)
         self.cache, self.caches = _latest(self.caches, (key, number))
-        graph = next((one for one in self.graphs if one.number == number), None)
-        if graph is not None and not self.cache and _key(graph.rows) == key:
-            self._put_back(graph)
+        for graph in self.graphs:
+            if graph.number == number and not self.cache and _key(graph.rows) == key:
+                self._put_back(graph)
 
     def graph_with(self, text: Tensor) -> GraphText | None:
         """What CUDA graphs that read a tensor read beside it, whatever is in the tensor now."""
@@ -340,6 +340,8 @@ def _key(rows: Rows | None) -> Any:
 
 def _latest(kept: tuple[tuple[Any, dict[Any, Any]], ...], key: Any) -> tuple[dict[Any, Any], tuple[Any, ...]]:
     """What is kept for a key, made if need be, and all that is kept with it, the latest last and no more than TEXTS."""
+    if kept and kept[-1][0] == key:
+        return kept[-1][1], kept
     mine: dict[Any, Any] | None = next((one for of, one in kept if of == key), None)
     mine = {} if mine is None else mine
     others = [one for one in kept if one[0] != key]

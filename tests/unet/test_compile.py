@@ -119,18 +119,17 @@ def test_blocks_of_every_kind_compile_once(what: str, build: Any, draw: Any, psn
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("scale", [1.0, 0.2])
-def test_a_loras_scale_of_one_call(scale: float, build: Any, draw: Any, psnr: Any) -> None:
+def test_a_loras_scale_of_one_call(build: Any, draw: Any, psnr: Any) -> None:
     """diffusers sets it inside the forward, where keys and values are made outside."""
     peft = pytest.importorskip("peft")
     pipe = build("sd15")
     pipe.register_modules(unet=copy.deepcopy(pipe.unet))
     pipe.unet.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["to_k", "to_v", "to_q"]))
-    how = {"cross_attention_kwargs": {"scale": scale}}
+    how = {"cross_attention_kwargs": {"scale": 0.2}}
     program = Program(SalienceDropout(0.3))
     with sdattn_fast.apply(pipe, program):
         expected = [draw(pipe, prompt, **how) for prompt in PROMPTS[:2]]
-        assert scale == 1.0 or psnr(draw(pipe, PROMPTS[0]), expected[0]) < 60
+        assert psnr(draw(pipe, PROMPTS[0]), expected[0]) < 60
     torch._dynamo.reset()
     pipe.unet.compile_repeated_blocks(backend="eager", fullgraph=True)
     with sdattn_fast.apply(pipe, program):
