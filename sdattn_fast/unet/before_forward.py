@@ -37,8 +37,6 @@ class PatchedModel:
         self.outer = outer
         self.text = text
         self.layers = layers
-        for layer in layers[:1]:
-            layer.first = True
         self.seeds = LayerSeeds([layer.name for layer in layers])
         self.around = modules_around(module, layers)
         self.compiled_inside = any(hasattr(one, "_orig_mod") for one in self.around)
@@ -245,7 +243,7 @@ class _ModelHook:
         if graph is None:
             graph = GraphText(number, text, state.cached.hold(number), rows)
             state.graphs.append(graph)
-        state.graph = graph
+        state.graph, graph.is_guarded = graph, False
 
     def _prepare(self, text: Tensor, compiled: bool, weights_change: bool) -> None:
         """Ahead of the layers, so that no graph has to prepare a call."""

@@ -25,9 +25,9 @@ from ..functional import Prepared
 from ..places import Place
 from ..rewrite import difference, rewrite, rewrite_tensors
 from .fold import fold_text
-from .keys_values import key_value
+from .keys_values import key_value, modules_of_text
 from .layers import Layer
-from .text_cache import KeyValue, Served, TextCache
+from .text_cache import KeyValue, Served, TextCache, Weights
 from .text_state import LayerCall, Rows
 
 __all__ = ["GraphText"]
@@ -54,7 +54,8 @@ class GraphText:
     """One text, (B, N, E), and what graphs read of it. text: the tensor that they were captured with.
 
     shown: its numbers when all that was made. calls: each with the key that it was prepared for. maps: of a layer, what
-    the graph captured last writes, weakly. no_room: the version of a text that did not fit.
+    the graph captured last writes, weakly. no_room: the version of a text that did not fit. is_guarded: by the
+    capture that is running.
     """
 
     number: int
@@ -65,6 +66,7 @@ class GraphText:
     layers: list[HeldLayer] = field(default_factory=list)
     maps: dict[str, tuple[weakref.ref[Tensor], Prepared]] = field(default_factory=dict)
     no_room: int | None = None
+    is_guarded: bool = False
 
     def keep(self, layer: Layer, call: LayerCall, entry: KeyValue | None, maps: Tensor | None) -> None:
         """What a layer read, and the maps that it wrote, while a graph was captured."""
@@ -87,14 +89,23 @@ class GraphText:
         return Place(self.text).same_view(Place(text))
 
     def guarded(self, out: Tensor, maps: Tensor | None) -> Tensor:
-        """out (B, M, C) of a layer in a graph, with NaN in it and in its maps where the text was not shown."""
+        """out (B, M, C) of a layer in a graph. Of the first layer with NaN in it and in its maps where the text was not
+        shown: the model spreads them."""
+        if self.is_guarded:
+            return out
+        self.is_guarded = True
         changed = (self.text != self.shown).any()
         if maps is not None:
             maps.detach().masked_fill_(changed, torch.nan)
         if torch.is_grad_enabled():
             return out.masked_fill(changed, torch.nan)
-        out[:, :1, :1].masked_fill_(changed, torch.nan)  # the model spreads it
+        out[:, :1, :1].masked_fill_(changed, torch.nan)
         return out
+
+    def has_weights_of_now(self) -> bool:
+        """Whether keys and values are of the weights that the layers have now."""
+        entries = [(held.entry, held.layer.attn) for held in self.layers if held.entry is not None]
+        return all(entry.weights.still_of(*modules_of_text(attn)) for entry, attn in entries)
 
     def give_up(self) -> None:
         """Graphs that read this give NaN from now on."""
@@ -135,6 +146,10 @@ class GraphText:
                 with _modes(entry.key, held.autocast):
                     key, value = key_value(layer.attn, text)
                 rewrite_tensors([entry.key, entry.value], [key, value])
+                weights = Weights.of(*modules_of_text(layer.attn))
+                if weights is not None:
+                    weights.sample()
+                    entry.weights = weights
             if held.served is not None:
                 _rewrite_served(layer.attn, entry, held.served)
                 entry.served, entry.bound = held.served, None

@@ -11,7 +11,7 @@ from ..streams import capturing
 from .text_cache import KeyValue, Weights
 from .text_state import TextState
 
-__all__ = ["key_value", "kept_key_value"]
+__all__ = ["key_value", "kept_key_value", "modules_of_text"]
 
 
 def key_value(attn: Any, text: Tensor, cross: bool = True) -> tuple[Tensor, Tensor]:
@@ -27,6 +27,11 @@ def key_value(attn: Any, text: Tensor, cross: bool = True) -> tuple[Tensor, Tens
     return key if attn.norm_k is None else attn.norm_k(key), value
 
 
+def modules_of_text(attn: Any) -> tuple[Any, ...]:
+    """What keys and values, and what folds into them, are made with."""
+    return attn.to_k, attn.to_v, attn.to_q, attn.to_out[0], attn.norm_cross, attn.norm_k
+
+
 def kept_key_value(text: TextState, attn: Any, states: Tensor, first_look: bool = False) -> KeyValue | None:
     """The layer's keys and values from the cache, made now if need be; None where nothing may be kept.
 
@@ -36,7 +41,7 @@ def kept_key_value(text: TextState, attn: Any, states: Tensor, first_look: bool 
         return None
     if first_look and text.cached.look(states) is None:
         return None
-    modules = attn.to_k, attn.to_v, attn.to_q, attn.to_out[0], attn.norm_cross, attn.norm_k
+    modules = modules_of_text(attn)
     entry = text.cached.unchanged(attn, states, modules)
     if entry is not None:
         return entry

@@ -44,8 +44,7 @@ class Layer:
     timestep mixed in. captures: whether it keeps maps in this step. captured: maps (B, T, M) or (B, H, T, M), which
     entries are active ((B,) bool on the CPU, None for all), the grid. bias: (B or 1, 1, M, N), added to the logits.
     asks: tokens (T,) int32 and heads (H,) uint8 or None, whose relevance the backward pass is to add up; sink:
-    (B, T, M), whose gradient it will be. first: of its
-    model. compiled: what a graph of torch.compile reads of the text; None outside one.
+    (B, T, M), whose gradient it will be. compiled: what a graph of torch.compile reads of the text; None outside one.
     """
 
     name: str
@@ -59,7 +58,6 @@ class Layer:
     bias: Tensor | None = None
     asks: tuple[Tensor, Tensor | None] | None = None
     sink: Tensor | None = None
-    first: bool = False
     compiled: CompiledText | None = None
     original: Any = None
     placed: Any = None

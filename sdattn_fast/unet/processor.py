@@ -280,7 +280,7 @@ def _cross_attention(
         out = _project_out(attn, out, x if query is None else query, add_image)
     if graph is not None and layer is not None:
         graph.keep(layer, call, entry, maps)
-        return graph.guarded(out, maps) if layer.first else out
+        return graph.guarded(out, maps)
     return out
 
 

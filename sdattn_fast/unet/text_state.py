@@ -160,8 +160,9 @@ class TextState:
             self.cache.setdefault(key, Ready(held, MadeOn(held.side.device)))
 
     def is_current(self, graph: GraphText, text: Tensor, rows: Rows | None) -> bool:
-        """Whether what a graph reads is of this text, as it is now, and of these rows."""
-        return self.cached.is_same(graph.number, text) and _key(graph.rows) == _key(rows)
+        """Whether what a graph reads is of this text and the weights, as they are now, and of these rows."""
+        same_text = self.cached.is_same(graph.number, text) and _key(graph.rows) == _key(rows)
+        return same_text and graph.has_weights_of_now()
 
     def renewal_of(self, graph: GraphText, rows: Rows | None) -> list[tuple[Prepared, Prepared]]:
         """The calls that a graph reads, each with what it is to become for these rows.

@@ -286,7 +286,8 @@ def test_what_is_folded_into_the_text_is_rewritten_in_place(fold: str, twins: An
             assert [x.data_ptr() for one in folds for x in one.tensors()] == before
 
 
-def test_new_weights_reach_the_graph_with_the_text(twins: Any) -> None:
+@pytest.mark.parametrize("how", ["told", "by the model's next call"])
+def test_new_weights_reach_the_graph_with_the_text(how: str, twins: Any) -> None:
     mine, theirs = twins
     with apply(mine) as patch, apply(theirs):
         captured = Captured(mine, patch, LONG)
@@ -294,8 +295,14 @@ def test_new_weights_reach_the_graph_with_the_text(twins: Any) -> None:
             for name, p in pipe.unet.named_parameters():
                 if "attn2.to_k" in name:
                     p.mul_(1.5)
-        patch.update_text(captured.text)
+        if how == "told":
+            patch.update_text(captured.text)
+        else:
+            mine.unet(captured.x, captured.t, captured.text)
         assert torch.allclose(captured.replay(), right(theirs, captured, LONG), atol=1e-5)
+        keys = [held.entry.key._version for held in patch._models[0].text.graphs[0].layers]
+        mine.unet(captured.x, captured.t, captured.text)  # nothing is new
+        assert [held.entry.key._version for held in patch._models[0].text.graphs[0].layers] == keys
 
 
 def test_autocast_is_as_it_was_in_the_capture(twins: Any) -> None:
