@@ -130,7 +130,7 @@ def test_protected_tokens_are_found(pipe_of: Any, data: Path, tmp_path: Path, mo
 
     seen: list[Any] = []
     see = TextState.see
-    monkeypatch.setattr(TextState, "see", lambda self, rows: (seen.append(rows), see(self, rows))[1])
+    monkeypatch.setattr(TextState, "see", lambda self, rows, *number: (seen.append(rows), see(self, rows, *number))[1])
     train_lora(pipe_of("sd15"), data, tmp_path, replace(SHORT, steps=1, empty_captions=0.0), DROPS)
     assert seen and all(rows.prompt == [0, 1] and not rows.protected.all(1).any() for rows in seen)
 

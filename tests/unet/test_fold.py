@@ -11,7 +11,8 @@ from torch import Tensor
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.functional import Prepared, prepare
 from sdattn_fast.unet.fold import KINDS, Shape, choose_fold, fold_text, seconds_of
-from sdattn_fast.unet.processor import _key_value, _query
+from sdattn_fast.unet.keys_values import key_value
+from sdattn_fast.unet.processor import _query
 
 B, H, D, C, E, N, GRID = 2, 3, 12, 37, 20, 19, (5, 9)
 M = GRID[0] * GRID[1]
@@ -44,7 +45,7 @@ def _prepared(program: Program, **keywords: Any) -> Prepared:
 
 
 def _folded(attn: Any, kind: str, prepared: Prepared, x: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Any, Any]:
-    fold = fold_text(attn, kind, *_key_value(attn, text), prepared)
+    fold = fold_text(attn, kind, *key_value(attn, text), prepared)
     out, maps = prepared.call_folded(x if fold.shared_query else _query(attn, x), fold, bias=mask, grid=GRID)
     if not fold.summed:
         out = attn.to_out[0](out.transpose(1, 2).reshape(B, M, -1))
@@ -52,7 +53,7 @@ def _folded(attn: Any, kind: str, prepared: Prepared, x: Tensor, text: Tensor, m
 
 
 def _unfolded(attn: Any, prepared: Prepared, x: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Any, Any]:
-    out, maps = prepared(_query(attn, x), *_key_value(attn, text), bias=mask, grid=GRID)
+    out, maps = prepared(_query(attn, x), *key_value(attn, text), bias=mask, grid=GRID)
     return attn.to_out[0](out.transpose(1, 2).reshape(B, M, -1)), maps
 
 
@@ -111,9 +112,9 @@ def test_one_head_and_one_pixel() -> None:
     attn = Attention(C, E, heads=1, dim_head=D).eval().requires_grad_(False)
     x, text = torch.randn(1, 1, C), torch.randn(1, N, E)
     prepared = prepare(PROGRAMS["nms"], batch=1, heads_count=1, tokens=N, device=torch.device("cpu"))
-    fold = fold_text(attn, "both", *_key_value(attn, text), prepared)
+    fold = fold_text(attn, "both", *key_value(attn, text), prepared)
     got, _ = prepared.call_folded(x, fold)
-    out, _ = prepared(_query(attn, x), *_key_value(attn, text))
+    out, _ = prepared(_query(attn, x), *key_value(attn, text))
     torch.testing.assert_close(got, attn.to_out[0](out.transpose(1, 2).reshape(1, 1, -1)), atol=1e-6, rtol=1e-5)
 
 
@@ -123,7 +124,7 @@ def test_packed_for_another_instruction_set_is_refused() -> None:
     isas = cpu.info()["isas"]
     assert isinstance(isas, list)
     attn, x, text, prepared = _attn(), torch.randn(B, M, C), torch.randn(B, N, E), _prepared(Program())
-    fold = fold_text(attn, "both", *_key_value(attn, text), prepared)
+    fold = fold_text(attn, "both", *key_value(attn, text), prepared)
     now = str(cpu.info()["isa"])
     try:
         cpu.set_isa("portable")
