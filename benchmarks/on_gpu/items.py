@@ -56,7 +56,7 @@ def phases(again: bool = False) -> list[Phase]:
         Phase("check", 65, list(_checks()), cores),
         Phase("times", 100, list(_times("float16"))),
         Phase("step", 100, [*_steps((("sd15", 2), ("sdxl", 2), ("sd15", 16)))]),
-        Phase("text", 60, list(_other_text())),
+        Phase("text", 60, list(_other_text()), 4),
         Phase("suite", 110, list(_suites(cores)), 2),
         Phase("sanitize", 50, list(_sanitized()), 8),
         Phase("more", 120, list(_more())),
@@ -115,7 +115,7 @@ def _other_text() -> Iterator[Item]:
     from .other_text import compiled_once, graph_of_other_text
 
     for backend in ("triton", "cuda"):
-        yield Item(f"text/graph/{backend}", 30, partial(graph_of_other_text, backend, "sd15"))
+        yield Item(f"text/graph/{backend}", 60, partial(graph_of_other_text, backend, "sd15"))
     for backend in ("triton", "cuda"):
         yield Item(f"text/compiled/{backend}", 60, partial(compiled_once, backend))
 
