@@ -293,7 +293,8 @@ def _row_steps(rows: RowPlan, program: Program, side: TokenSide, compiling: bool
 
 
 def _bound(count: int, least: int, most: int) -> int:
-    """Rounded up to a power of two, as kernels have it, so that what was launched for one text serves more. 0 stays."""
+    """Rounded up to a power of two, as kernels have it: one launch serves more texts, and CUDA graphs of torch.compile,
+    recorded for every bound, are few. 0 stays."""
     return min(max(least, 1 << (count - 1).bit_length()), most) if count > 0 else 0
 
 

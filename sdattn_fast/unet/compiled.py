@@ -66,9 +66,8 @@ def with_free_bounds(ready: Ready) -> Prepared:
     plan = prepared.plan
     if plan is not None:
         rows, n = plan.rows, prepared.side.tokens
-        # In steps of powers of two: CUDA graphs of torch.compile are recorded once for every size. And from 2 on, since
         # 0 and 1 are never free to vary.
-        sizes = max(16, _power(rows.max_content)), max(2, _power(rows.max_drop))
+        sizes = max(16, rows.max_content), max(2, rows.max_drop)
         bounds = torch.empty(*sizes, 0, device=prepared.side.device)
         for dim in (0, 1):
             torch._dynamo.maybe_mark_dynamic(bounds, dim)
@@ -91,7 +90,3 @@ def is_compiled(modules: Sequence[Any]) -> bool:
 
 
 _COMPILED = operator.attrgetter("_compiled_call_impl")
-
-
-def _power(x: int) -> int:
-    return 1 << max(0, x - 1).bit_length()

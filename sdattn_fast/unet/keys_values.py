@@ -42,20 +42,18 @@ def kept_key_value(text: TextState, attn: Any, states: Tensor, first_look: bool 
     if first_look and text.cached.look(states) is None:
         return None
     modules = modules_of_text(attn)
-    entry = text.cached.unchanged(attn, states, modules)
-    if entry is not None:
-        return entry
-    weights = Weights.of(*modules)
-    if weights is None or (torch.is_grad_enabled() and weights.requires_grad):
+    if torch.is_grad_enabled() and any(p.requires_grad for m in modules if m is not None for p in m.parameters()):
         return None
-    found = text.cached.find(attn, states, weights)
+    found = text.cached.find(attn, states, modules)
     if found is None:
         return None
     place, entry = found
-    if entry is None and capturing(states.device):  # it would be the graph's own
+    if entry is not None:
+        return entry
+    weights = Weights.of(*modules)
+    if weights is None or capturing(states.device):  # what is made in a capture is the graph's own
         return None
-    if entry is None:
-        weights.sample()
-        entry = KeyValue(*key_value(attn, states), weights)
-        text.cached.keep(attn, place, entry)
+    weights.sample()
+    entry = KeyValue(*key_value(attn, states), weights)
+    text.cached.keep(attn, place, entry)
     return entry

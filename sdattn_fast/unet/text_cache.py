@@ -85,8 +85,11 @@ class TextCache:
             self._looked_at = _Looked(weakref.ref(text), version_of(text), number, self._looks)
             return self._looked_at
 
-    def find(self, attn: nn.Module, text: Tensor, weights: Weights) -> tuple[tuple[Any, ...], KeyValue | None] | None:
-        """What a layer made of a text: (key, entry), entry None where it has to be made and handed to `keep`.
+    def find(
+        self, attn: nn.Module, text: Tensor, modules: tuple[Any, ...]
+    ) -> tuple[tuple[Any, ...], KeyValue | None] | None:
+        """What a layer made of a text with these modules: (key, entry), entry None where it has to be made and handed
+        to `keep`.
 
         None where nothing may be kept.
         """
@@ -94,23 +97,10 @@ class TextCache:
         if found is None:
             return None
         key, entry, look = found
-        if entry is None or not entry.weights.same_as(weights) or not entry.passes(look):
+        if entry is None or not entry.weights.still_of(*modules) or not entry.passes(look):
             return key, None
         entry.made.use(lambda: (entry.key, entry.value))
         return key, entry
-
-    def unchanged(self, attn: nn.Module, text: Tensor, modules: tuple[Any, ...]) -> KeyValue | None:
-        """What a layer made of a text with these modules, seen in a hurry to be what they were; None: see `find`."""
-        found = self._made_of(attn, text)
-        if found is None:
-            return None
-        _, entry, look = found
-        if entry is None or (torch.is_grad_enabled() and entry.weights.requires_grad):
-            return None
-        if not entry.weights.still_of(*modules) or not entry.passes(look):
-            return None
-        entry.made.use(lambda: (entry.key, entry.value))
-        return entry
 
     def bound(self, attn: nn.Module, text: Tensor) -> BoundLayer | None:
         """The call that a layer made with a text before, where weights and modes are what they were then."""
@@ -276,7 +266,6 @@ class Weights:
         self.parameters = parameters
         self.places = tuple(map(_place, parameters))
         self.state = state
-        self.requires_grad = any(p.requires_grad for p in parameters)
         self.samples: list[Tensor] = []
         self.storages: list[StorageWeakRef] = []
 

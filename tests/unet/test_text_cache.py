@@ -472,8 +472,6 @@ def test_a_look_by_another_thread_between(parts: dict[str, Any], monkeypatch: py
     """The worst moment for it: after this thread's look, before its layer asks."""
     cache, other = TextCache(), torch.randn(1, 3, 4)
     attn, text = nn.Linear(4, 4), torch.randn(1, 3, 4)
-    weights = Weights.of(attn)
-    assert weights is not None
     look = TextCache.look
 
     def look_twice(self: TextCache, x: Tensor) -> Any:
@@ -482,10 +480,22 @@ def test_a_look_by_another_thread_between(parts: dict[str, Any], monkeypatch: py
         return mine
 
     look(cache, other)
-    theirs = cache.find(attn, other, weights)
+    theirs = cache.find(attn, other, (attn,))
     monkeypatch.setattr(TextCache, "look", look_twice)
-    mine = cache.find(attn, text, weights)
+    mine = cache.find(attn, text, (attn,))
     assert mine is not None and theirs is not None and mine[0] != theirs[0]
+
+
+def test_weights_that_want_gradients_later_get_them(parts: dict[str, Any]) -> None:
+    """Kept while they were frozen, their keys and values have no part in a graph."""
+    unet = copy.deepcopy(parts["sd15"]).requires_grad_(False)
+    x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
+    with sdattn_fast.apply(unet, Program(SalienceDropout(0.3))):
+        unet(x, 3, text)
+        unet.requires_grad_(True)
+        unet(x, 3, text)[0].sum().backward()
+    grads = [p.grad for name, p in unet.named_parameters() if "attn2.to_k" in name]
+    assert grads and all(grad is not None and grad.abs().max() > 0 for grad in grads)
 
 
 def test_two_pipelines_on_one_unet(build: Callable[[str], Any], draw: Any, psnr: Any) -> None:
