@@ -19,7 +19,7 @@ from torch import Tensor
 
 from ..plan import PicturePlan, Plan, RowPlan
 from ..reference import gaussian_kernel
-from .results import empty_results
+from .results import empty_bits, empty_results
 
 __all__ = [
     "availability", "not_supported_reasons", "attention", "picture_attention", "pack", "Packed", "smooth",
@@ -100,9 +100,7 @@ def attention(
         4 and 5.
     """
     out, maps = empty_results(query, value, rows, keep_layout)
-    bits = None
-    if return_bits:
-        bits = torch.empty((*query.shape[:3], (key.shape[2] + 31) // 32), dtype=torch.int32)
+    bits = empty_bits(query, key.shape[2]) if return_bits else None
     _call(query, key, value, bias, scale, rows, out, maps, bits)
     return out, maps, bits
 

@@ -7,12 +7,17 @@ So long as the maps by head are small, it is faster to write them and add them u
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ..plan import RowPlan
 
-__all__ = ["BY_HEAD_BYTES", "empty_results", "is_by_head", "mean_of_heads"]
+__all__ = ["BY_HEAD_BYTES", "empty_bits", "empty_results", "heads_added_up_after", "is_by_head", "mean_of_heads"]
+
+Attention = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 
 # Beyond that the kernels add the heads up themselves: writing and reading this much takes a GPU longer than it saves.
 BY_HEAD_BYTES = 2**24
@@ -31,6 +36,25 @@ def empty_results(query: Tensor, value: Tensor, rows: RowPlan, keep_layout: bool
     count = captured.shape[0]
     shape = (b, count, m) if rows.capture_mean else (b, h, count, m)
     return out, torch.empty(shape, dtype=torch.float32, device=query.device)
+
+
+def empty_bits(query: Tensor, tokens: int) -> Tensor:
+    """(B, H, M, ceil(tokens / 32)) int32, one bit an entry, as a kernel is to write it."""
+    return torch.empty((*query.shape[:3], (tokens + 31) // 32), dtype=torch.int32, device=query.device)
+
+
+def heads_added_up_after(attention: Attention) -> Attention:
+    """A GPU backend's `attention`, small maps' mean over the heads taken after it."""
+
+    @functools.wraps(attention)
+    def whole(query, key, value, bias, scale, rows, return_bits=False, keep_layout=False):  # type: ignore[no-untyped-def]
+        if not is_by_head(rows, *query.shape[:3]):
+            return attention(query, key, value, bias, scale, rows, return_bits, keep_layout)
+        out, maps, bits = attention(query, key, value, bias, scale, rows.by_head(), return_bits, keep_layout)
+        assert maps is not None
+        return out, mean_of_heads(maps, rows), bits
+
+    return whole
 
 
 def is_by_head(rows: RowPlan, batch: int, heads: int, pixels: int) -> bool:

@@ -21,7 +21,7 @@ from torch.nn.functional import pad
 from ..plan import PicturePlan, Plan, RowPlan
 from ..streams import to_device
 from .devices import gpu_index, on_device
-from .results import empty_results, is_by_head, mean_of_heads
+from .results import empty_bits, empty_results, heads_added_up_after, is_by_head, mean_of_heads
 from .triton_launch import Bound, Call, launch, launch_bound, version
 
 __all__ = [
@@ -113,6 +113,7 @@ def not_supported_reasons(
     return reasons
 
 
+@heads_added_up_after
 def attention(
     query: Tensor,
     key: Tensor,
@@ -135,14 +136,8 @@ def attention(
     """
     b, h, m, _ = query.shape
     n = key.shape[2]
-    if is_by_head(rows, b, h, m):
-        out, maps, bits = attention(query, key, value, bias, scale, rows.by_head(), return_bits, keep_layout)
-        assert maps is not None
-        return out, mean_of_heads(maps, rows), bits
     out, maps = empty_results(query, value, rows, keep_layout)
-    bits = None
-    if return_bits:
-        bits = torch.empty((b, h, m, (n + 31) // 32), dtype=torch.int32, device=query.device)
+    bits = empty_bits(query, n) if return_bits else None
     if b * h * m == 0 or n == 0:
         # No row, or rows over no token: what there is of the results is zero.
         return out.zero_(), None if maps is None else maps.zero_(), bits
