@@ -215,7 +215,8 @@ def test_a_patched_unet_refuses_to_be_traced(how: str, parts: dict[str, Any]) ->
         expected = unet(*inputs)[0]
         with pytest.raises(RuntimeError, match=r"cannot be exported or traced.*remove\(\)"):
             RECORDERS[how](WholeUNet(unet), inputs)
-        assert torch.equal(unet(*inputs)[0], expected)  # nothing is left of it
+        # Nothing is left of it. Not to the bit: memory that lies elsewhere may add up otherwise.
+        torch.testing.assert_close(unet(*inputs)[0], expected)
 
 
 @pytest.mark.parametrize("how", RECORDERS)
