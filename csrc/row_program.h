@@ -1,7 +1,7 @@
 // The row program: what a kernel is told, and the small pieces of its meaning that every kernel shares.
 //
-// DESIGN.md section 2 is the definition and sdattn_fast/reference.py spells it out. This header knows nothing of torch,
-// of threads or of vectors: pointers, sizes, strides. It compiles for host and device alike.
+// docs/design.md, "The row program", is the definition and sdattn_fast/reference.py has it as torch code. This header
+// knows nothing of torch, of threads or of vectors: pointers, sizes, strides. It compiles for host and device alike.
 #pragma once
 
 #include <cstdint>

@@ -1,4 +1,4 @@
-"""Steps 1 to 6 of DESIGN.md, section 2, on a tile of rows in registers.
+"""Steps 1 to 6 of docs/design.md, "The row program", on a tile of rows in registers.
 
 Every step is the same for p and for a multiple of p, so the rows stay unnormalised, relative to their largest entry,
 and the division by the softmax's sum is left to the output. Masks are recomputed rather than held across row

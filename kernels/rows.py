@@ -1,9 +1,11 @@
-"""Attention of rows over few keys, with the row program between the two products: steps 1 to 6 and 8 of DESIGN.md.
+"""Attention of rows over few keys, with the row program between the two products.
 
 A row of logits is whole in registers, so there is no online softmax and the map never exists in memory. The columns
 are two tiles: A holds every content token (the caller's tokens permuted, content first), B protected ones alone; all
 that the program decides happens in A. One launch program serves one head of one batch entry and walks over TILES tiles
 of rows, keys and values staying where they are; with MEAN it serves one tile of rows and walks over the heads instead.
+
+Source: docs/design.md, "The row program", steps 1 to 6 and 8.
 """
 
 import triton

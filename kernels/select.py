@@ -1,9 +1,11 @@
-"""The k-th largest entry of each row, exactly, with multiplicity: what step 4 of DESIGN.md asks for.
+"""The k-th largest entry of each row, exactly, with multiplicity.
 
 k differs between batch entries and its bound is a constant. k = 1 is a maximum. Up to 8, sorting networks: in the
 layout of a tensor-core product a row's columns sit in 4 lanes, column 8*j + 2*lane + e, so peeling j and e off moves
 nothing; each lane sorts its own, and one reduction over the lanes merges sorted lists, keeping the largest. Beyond,
 bisection on the bits, 31 rounds whatever k.
+
+Source: docs/design.md, "Step 4: salience dropout".
 """
 
 import triton

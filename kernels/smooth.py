@@ -1,7 +1,9 @@
-"""Step 7 of DESIGN.md on an output: one pass of a normalised Gaussian along one side of the picture.
+"""Smoothing of an output: one pass of a normalised Gaussian along one side of the picture.
 
 Two launches make `scipy.ndimage.gaussian_filter`: radius floor(4*sigma + 0.5), edges by reflection, over and over where
 the radius is larger than the picture. What lies between them is float32. The weights are made here, from sigma.
+
+Source: docs/design.md, "Step 7: smoothing".
 """
 
 import triton

@@ -70,7 +70,7 @@ def semantic_attention(
         line of the compiler or driver. "auto" goes on to the next backend, with one warning, except under
         torch.compile, whose graph has the backend in it, and in `torch.func`'s transforms of a backward pass.
 
-    Source: DESIGN.md, section 2.
+    Source: docs/design.md, "The row program".
     """
     check_products(query, key, value)
     prepared = prepare(

@@ -3,7 +3,7 @@
 A `Program` and the token side of a call (gate, phrases, token classes, heads) are lowered to a `RowPlan`, the small
 tensors and numbers that a kernel reads. Nothing here touches pixels, so a plan serves every denoising step of a prompt.
 
-Source: DESIGN.md section 1, fact 3 (linear steps fold away) and section 2 (the steps).
+Source: docs/design.md, "The planner" and "Linear steps fold into the values".
 """
 
 from __future__ import annotations
@@ -243,7 +243,8 @@ def _smooths(program: Program) -> bool:
 def fold_into_value(value: Tensor, side: TokenSide) -> Tensor:
     """diag(g) P V: gate and phrase mean, both the identity on protected tokens, inactive entries and inactive heads.
 
-    value: (B, H, N, Dv) of any floating dtype; the result has the same shape and dtype. Source: DESIGN.md, fact 3.
+    value: (B, H, N, Dv) of any floating dtype; the result has the same shape and dtype. Source: docs/design.md,
+    "Linear steps fold into the values".
     """
     v = value.to(torch.promote_types(value.dtype, torch.float32))
     content = _content(side)

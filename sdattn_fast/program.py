@@ -1,7 +1,7 @@
 """The program: what happens to a row of cross-attention between its two products.
 
 Four frozen dataclasses, hashable, printable, cheap to compare. They hold intent alone; token classes, gates and heads
-belong to a call. Source: DESIGN.md, sections 2 (meaning) and 3 (names).
+belong to a call. Source: docs/design.md, "The row program".
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class SalienceDropout:
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range.
 
-    Source: the salience dropout of PnP-OVSS; DESIGN.md section 2, step 4.
+    Source: the salience dropout of PnP-OVSS; docs/design.md, "Step 4: salience dropout".
     """
 
     ratio: float = 0.2
@@ -63,7 +63,7 @@ class Refinement:
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range.
 
-    Source: DESIGN.md section 2, steps 5 to 7 and "repeat".
+    Source: docs/design.md, "Step 5: suppression", "Step 6: renormalise" and "Step 7: smoothing".
     """
 
     steps: int = 1
@@ -100,7 +100,7 @@ class Program:
     Raises:
         TypeError, ValueError: a field is of the wrong type or out of range.
 
-    Source: DESIGN.md section 2, where the order of the steps is fixed.
+    Source: docs/design.md, "The row program".
     """
 
     dropout: SalienceDropout | None = None

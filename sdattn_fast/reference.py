@@ -1,4 +1,4 @@
-"""The definition: section 2 of DESIGN.md in plain torch, step by step, on the whole map.
+"""The definition: docs/design.md, "The row program", in plain torch, step by step, on the whole map.
 
 Obvious code, any floating dtype, differentiable. Every fast path is held against this file. It stores maps of
 B*H*M*N numbers and is slow; nobody should run it for speed.
@@ -55,12 +55,14 @@ def reference_attention(
     b, h, _, d = query.shape
     n = key.shape[2]
 
+    # Step 1: softmax.
     logits = query.to(high) @ key.to(high).transpose(-1, -2) * (d**-0.5 if scale is None else scale)
     if bias is not None:
         logits = logits + bias.to(high)
     p = _softmax(logits)
     softmaxed = p
 
+    # Steps 2 to 7, where the entry and the head are active.
     is_on = torch.ones(b, dtype=torch.bool, device=p.device) if active is None else active
     is_content = torch.ones(b, n, dtype=torch.bool, device=p.device) if protected is None else ~protected
     is_head = torch.ones(h, dtype=torch.bool, device=p.device) if heads is None else heads
@@ -71,6 +73,7 @@ def reference_attention(
         p = p * is_head[:, None, None].to(p.dtype)
         softmaxed = softmaxed * is_head[:, None, None].to(p.dtype)
 
+    # Step 8: output.
     out = (p @ value.to(high)).to(value.dtype)
     if capture is None:
         return out, None
@@ -89,11 +92,11 @@ def row_program(
     """Steps 2 to 7 and their repetition on a map p (B, H, M, N) of probabilities; content is (B, N) bool."""
     c = content[:, None, None, :]
     mass = _content_mass(p, c)
-    if gate is not None:
+    if gate is not None:  # step 2
         p = _gate(p, c, gate)
-    if phrases is not None:
+    if phrases is not None:  # step 3
         p = _phrase_mean(p, content, phrases)
-    if program.dropout is not None:
+    if program.dropout is not None:  # step 4
         drop = _salient(p, c, program.dropout.ratio, program.dropout.axis, program.dropout.mode, seed)
         p = p.masked_fill(drop, 0.0)
 
@@ -101,16 +104,16 @@ def row_program(
     for step in range(1 if refine is None else refine.steps):
         if step > 0:
             mass = _content_mass(p, c)
-        if refine is not None and refine.threshold is not None:
+        if refine is not None and refine.threshold is not None:  # step 5
             p = p.masked_fill(_suppressed(p, c, refine.threshold, refine.axis), 0.0)
-        p = _renormalise(p, c, mass, program.renormalize)
-        if refine is not None and refine.sigma > 0:
+        p = _renormalise(p, c, mass, program.renormalize)  # step 6
+        if refine is not None and refine.sigma > 0:  # step 7
             assert grid is not None
             p = _smooth(p, grid, refine.sigma)
     return p
 
 
-# Step 1.
+# Step 1: softmax.
 
 
 def _softmax(logits: Tensor) -> Tensor:
@@ -122,7 +125,7 @@ def _content_mass(p: Tensor, c: Tensor) -> Tensor:
     return torch.where(c, p, 0.0).sum(-1, keepdim=True)
 
 
-# Step 2.
+# Step 2: gate.
 
 
 def _gate(p: Tensor, c: Tensor, gate: Tensor) -> Tensor:
@@ -131,7 +134,7 @@ def _gate(p: Tensor, c: Tensor, gate: Tensor) -> Tensor:
     return torch.where(c, p * g, p)
 
 
-# Step 3.
+# Step 3: phrases.
 
 
 def _phrase_mean(p: Tensor, content: Tensor, phrases: Tensor) -> Tensor:
@@ -146,7 +149,7 @@ def _phrase_mean(p: Tensor, content: Tensor, phrases: Tensor) -> Tensor:
     return torch.where(member[:, None, None, :], mean.gather(-1, first), p)
 
 
-# Step 4.
+# Step 4: salience dropout.
 
 
 def _salient(p: Tensor, c: Tensor, ratio: float, axis: str, mode: str, seed: int | Tensor) -> Tensor:
@@ -169,7 +172,8 @@ def philox_uniform(seed: int | Tensor, shape: tuple[int, ...] | torch.Size, devi
     """u in [0, 1) for every (b, h, m, n) of shape (B, H, M, N), float32: Philox4x32-10 with key = seed (its low and
     high 32 bits) and counter = (n, m, h, b); u is the upper 24 bits of the first output word, over 2**24.
 
-    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; DESIGN.md section 2, step 4.
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; docs/design.md,
+    "Step 4: salience dropout".
     """
     low32 = 0xFFFFFFFF
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
@@ -191,7 +195,7 @@ def _mul32(a: int, x: Tensor) -> tuple[Tensor, Tensor]:
     return high >> 16, ((high & 0xFFFF) << 16) | (low & 0xFFFF)
 
 
-# Step 5.
+# Step 5: suppression.
 
 
 def _suppressed(p: Tensor, c: Tensor, threshold: float, axis: str) -> Tensor:
@@ -202,7 +206,7 @@ def _suppressed(p: Tensor, c: Tensor, threshold: float, axis: str) -> Tensor:
     return c & (q <= threshold * highest)
 
 
-# Step 6. A smaller sum counts as an empty one: in float32 its inverse may be infinite.
+# Step 6: renormalise. A smaller sum counts as an empty one: in float32 its inverse may be infinite.
 
 LEAST_SUM = 1e-30
 
@@ -217,7 +221,7 @@ def _renormalise(p: Tensor, c: Tensor, mass: Tensor, how: str) -> Tensor:
     return torch.where(c, p * (mass / torch.where(left < LEAST_SUM, 1.0, left)), p)
 
 
-# Step 7.
+# Step 7: smoothing.
 
 
 def _smooth(p: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:

@@ -1,4 +1,5 @@
-// Attention of rows over few keys, with the row program between the two products: steps 1 to 6 and 8 of DESIGN.md.
+// Attention of rows over few keys, with the row program between the two products: steps 1 to 6 and 8 of
+// docs/design.md, "The row program".
 //
 // A warp has 16 rows, or 32; a row of logits lies whole in the registers of four lanes, so there is no online softmax
 // and the map never exists in memory. Columns are permuted on the way into shared memory, content tokens first, so that

@@ -1,4 +1,4 @@
-// The k-th largest entry of a row, exactly and with multiplicity: what step 4 of DESIGN.md asks for.
+// The k-th largest entry of a row, exactly and with multiplicity: docs/design.md, "Step 4: salience dropout".
 //
 // In the layout of a tensor-core product a row lies in the four lanes of a quad. Small k: each lane sorts what it has
 // by a network, keeping the largest 4, 8 or 16, and two bitonic merges across the quad leave the row's in every lane.

@@ -1,4 +1,5 @@
-// Step 7 of DESIGN.md on an output: `scipy.ndimage.gaussian_filter` over the picture, both directions in one launch.
+// Smoothing of an output: `scipy.ndimage.gaussian_filter` over the picture, both directions in one launch;
+// docs/design.md, "Step 7: smoothing".
 //
 // A block has a few rows and columns of one head's picture, and some channels. Along the height it reads what it needs
 // from global memory, every thread one column and up to eight channels, which lie side by side; what comes out, float32,

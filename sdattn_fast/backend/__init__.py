@@ -5,7 +5,7 @@ chooses among them: "auto" takes the fastest that serves the call, as measured.p
 fall back to the reference; a name takes that backend or raises with the reasons why it cannot serve. A kernel that does
 not compile or launch after all (refusal.py) is a reason from then on for calls like that one.
 
-Source: DESIGN.md section 3, "Backends".
+Source: docs/design.md, "Backends".
 """
 
 from __future__ import annotations

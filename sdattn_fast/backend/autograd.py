@@ -8,7 +8,7 @@ an addition an entry, and saving them would cost memory.
 Eager code goes through `torch.autograd.Function`, which torch.func knows (grad, vmap, their compositions); compiled
 code through the ops of `op.py`, with the same formulas. Gradients of gradients are refused.
 
-Source: DESIGN.md section 2, "Gradients".
+Source: docs/design.md, "Gradients".
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ Every few steps the predicted clean picture is decoded and compared with every n
 a phrase under the threshold are silenced ("hard"), turned down ("soft"), or turned up ("amplify"): a missing object may
 need more attention, not less.
 
-Source: the semantic gate of PnP-OVSS, whose score is CLIP's; DESIGN.md section 2, step 2.
+Source: the semantic gate of PnP-OVSS, whose score is CLIP's; docs/design.md, "Step 2: gate".
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@ the filter differs: they approximate it on a permutohedral lattice, here it is s
 exp(-|f_i - f_j|^2 / 2). A Gaussian over positions alone is separable, so it is two small matrix products.
 
 Source: Kraehenbuehl and Koltun 2011, "Efficient inference in fully connected CRFs with Gaussian edge potentials",
-algorithm 1; the code is densecrf.cpp and pairwise.cpp of their densecrf; DESIGN.md section 1, fact 5.
+algorithm 1; the code is densecrf.cpp and pairwise.cpp of their densecrf; docs/design.md,
+"Thresholds live in logits".
 """
 
 from __future__ import annotations

@@ -84,7 +84,7 @@ def apply(
         TypeError, ValueError: naming the argument, what came and what was expected; ValueError also where the model is
             patched already; OSError: a file that cannot be read.
 
-    Source: DESIGN.md, sections 3 and 5.
+    Source: docs/design.md, "From pipe(...) to a kernel and back".
     """
     from_file = isinstance(heads, (str, Path))
     rows, layers, heads, inactive_heads = _from_files(program, layers, heads, inactive_heads)

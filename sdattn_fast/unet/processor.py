@@ -3,7 +3,7 @@
 It holds nothing of a layer, so one instance serves every layer of a patch, and torch.compile sees one object. What a
 layer needs (its text, grid, heads, seed) is the `Layer` that `apply` hangs on the Attention module.
 
-Source: DESIGN.md section 5, the diffusers bullet.
+Source: docs/design.md, "Inside diffusers".
 """
 
 from __future__ import annotations

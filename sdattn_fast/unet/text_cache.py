@@ -13,7 +13,7 @@ That is the text, the weights they went through and torch's modes. Each is looke
 Where any of it cannot be known (a module of an unknown kind, hooks on it or on all modules, DataParallel's replicas,
 inference tensors, gradients), nothing is kept.
 
-Source: DESIGN.md section 1, fact 1, and section 5, "Cached text state must notice".
+Source: docs/design.md, "Text is stationary" and "When kept text is stale".
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ that comes out whether it is a prompt or a negative one and which of its tokens 
 or ControlNet runs, the rows of its encoder_hidden_states are looked up by value. So the batch's order does not matter
 (InstructPix2Pix: positive, negative, negative; ControlNet's guess mode: positives alone; no guidance: positives alone).
 
-Source: DESIGN.md section 5, "Where tokens come from".
+Source: docs/design.md, "Where token classes come from".
 """
 
 from __future__ import annotations

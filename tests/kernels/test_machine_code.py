@@ -146,7 +146,8 @@ def test_what_counts_as_worse():
 
 def test_issue_against_memory():
     code = machine_code.Code("k", "sm_90", 1, 0, 0, 0, {})
-    # DESIGN.md, section 5: at D = 40, 15 to 16 instructions a logit are within 13 % of the time of Q and O.
+    # docs/design.md, "Columns of a tile on a GPU": at D = 40, 15 to 16 instructions a logit are within 13 % of the time
+    # of Q and O.
     row = kernel_figures.row(code, 155, 10, bytes_=160 / 77)
     assert row["per logit"] == 15.5
     assert 1.0 < row["of memory time"] < 1.13
