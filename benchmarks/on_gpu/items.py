@@ -120,10 +120,13 @@ def _other_text() -> Iterator[Item]:
         yield Item(f"text/compiled/{backend}", 60, partial(compiled_once, backend))
 
 
+_SUITES = ("rows", "smooth", "layouts", "refine", "folded", "backward")  # the first three are CUDA's too
+
+
 def _suites(cores: int) -> Iterator[Item]:
     """The tests of the kernels, over many processes."""
-    of_triton = [TESTS / f"interpreted_{name}.py" for name in ("rows", "smooth", "refine", "folded", "backward")]
-    for backend, files in (("triton", of_triton), ("cuda", of_triton[:2])):
+    of_triton = [TESTS / f"interpreted_{name}.py" for name in _SUITES]
+    for backend, files in (("triton", of_triton), ("cuda", of_triton[:3])):
         files = files[1:2] if DRY else files
         # CUDA's compile nothing.
         share = max(1, cores - 2 if backend == "triton" else 2)

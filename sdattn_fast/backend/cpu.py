@@ -19,6 +19,7 @@ from torch import Tensor
 
 from ..plan import PicturePlan, Plan, RowPlan
 from ..reference import gaussian_kernel
+from .layout import address, has_rows, row_strided, strided, with_rows
 from .results import empty_bits, empty_results
 
 __all__ = [
@@ -68,7 +69,7 @@ def not_supported_reasons(
             reasons.append(f"{name} is {x.dtype}, not float32 or bfloat16")
         if name != "bias" and x.dtype != query.dtype:
             reasons.append(f"{name} is {x.dtype} and query {query.dtype}")
-        if name != "bias" and x.shape[3] > 1 and x.stride(3) != 1:
+        if name != "bias" and not has_rows(x):
             reasons.append(f"{name}'s last dimension is not contiguous")
     if key.shape[2] > _MOST:
         reasons.append(f"{key.shape[2]} tokens, more than {_MOST}")
@@ -131,10 +132,10 @@ def picture_attention(
         picture.steps,
         math.floor(picture.drop_ratio * m + 1e-9) if picture.drop_ratio >= 0 else 0,
         picture.nms,
-        _address(picture.active),
+        address(picture.active),
         height,
         width,
-        _address(weights),
+        address(weights),
         0 if weights is None else weights.numel() // 2,
     )
     _call(query, key, value, bias, scale, rows, out, maps, None, picture=over)
@@ -170,8 +171,9 @@ def pack(key: Tensor, value: Tensor, rows: RowPlan, heads_there: list[int] | Non
     sizes, dtype = (b, h, 0, n, d, value.shape[3]), _DTYPES[key.dtype]
     data = torch.empty(_core.cpu_packed_bytes(sizes, dtype) + 64, dtype=torch.uint8)
     data = data[-data.data_ptr() % 64 :]
+    key, value = with_rows(key), with_rows(value)
     threads = torch.get_num_threads()
-    _core.cpu_pack(sizes, dtype, _handle(key), _handle(value), _address(rows.content), data.data_ptr(), threads)
+    _core.cpu_pack(sizes, dtype, row_strided(key), row_strided(value), address(rows.content), address(data), threads)
     return Packed(data, (b, h, n, d, value.shape[3]), key.dtype, _core.cpu_info()["isa"])
 
 
@@ -202,7 +204,8 @@ def folded(
     if packed.isa != _core.cpu_info()["isa"]:
         raise ValueError(f"packed: laid out for {packed.isa}, and the instruction set is now {_core.cpu_info()['isa']}")
     m = x.shape[-2]
-    x = x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+    x = with_rows(x)
+    out_bias = None if out_bias is None else out_bias.contiguous()
     # Not expand, which leaves a stride to a single head: here a stride of 0 is what says "shared".
     query = x.as_strided((b, h, m, d), (x.stride(0), 0, x.stride(1), 1)) if x.dim() == 3 else x
     if summed:
@@ -229,17 +232,17 @@ def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None, 
         (b, h, m, n, d, dv),
         _DTYPES[query.dtype],
         scale,
-        _handle(query),
-        _handle(None if packed else key),
-        _handle(None if packed else value),
-        _handle(out),
-        _handle(bias),
+        row_strided(query),
+        row_strided(None if packed else key),
+        row_strided(None if packed else value),
+        row_strided(out),
+        strided(bias),
         0 if bias is None else _DTYPES[bias.dtype],
-        _address(maps),
-        _address(bits),
+        address(maps),
+        address(bits),
         _row_program(rows),
-        0 if packed is None else packed.data.data_ptr(),
-        _address(out_bias),
+        0 if packed is None else address(packed.data),
+        address(out_bias),
         picture,
         torch.get_num_threads(),
     )
@@ -247,17 +250,17 @@ def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None, 
 
 def _row_program(rows: RowPlan) -> tuple[Any, ...]:
     return (
-        _address(rows.content),
-        _address(rows.gate),
+        address(rows.content),
+        address(rows.gate),
         1 if rows.gate is None else rows.gate.shape[1],
-        _address(rows.phrases),
-        _address(rows.drop),
+        address(rows.phrases),
+        address(rows.drop),
         rows.random_ratio,
         0 if rows.seed is None else int(rows.seed),
         rows.threshold,
         rows.renormalize,
-        _address(rows.head_mode),
-        _address(rows.capture_tokens),
+        address(rows.head_mode),
+        address(rows.capture_tokens),
         0 if rows.capture_tokens is None else rows.capture_tokens.shape[0],
         rows.capture_final,
         rows.capture_mean,
@@ -316,32 +319,32 @@ def backward(
         if grad_out is None:
             grad_out = query.new_zeros(1).expand(b, h, m, dv)
         grad_out = grad_out.to(query.dtype)
-        grad_out = grad_out if grad_out.stride(3) == 1 or dv == 1 else grad_out.contiguous()
+        grad_out = with_rows(grad_out)
         grad_maps = None if grad_maps is None else grad_maps.to(torch.float32).contiguous()
         _core.cpu_backward(
             (b, h, m, n, d, dv),
             _DTYPES[query.dtype],
             scale,
-            _handle(query),
-            _handle(key),
-            _handle(value),
-            _handle(full_bias),
+            row_strided(query),
+            row_strided(key),
+            row_strided(value),
+            strided(full_bias),
             0 if full_bias is None else _DTYPES[full_bias.dtype],
-            _address(bits),
+            address(bits),
             _row_program(rows),
-            _handle(grad_out),
-            _address(grad_maps),
+            row_strided(grad_out),
+            address(grad_maps),
             (
-                *(_handle(x) for x in grads),
-                _address(grad_gate),
-                _address(of_tokens),
-                _handle(None if of_rows is None else of_rows.expand(b, h, m, n)),
+                *(row_strided(x) for x in grads),
+                address(grad_gate),
+                address(of_tokens),
+                strided(None if of_rows is None else of_rows.expand(b, h, m, n)),
             ),
             (
-                _address(relevance),
-                _address(relevance_tokens),
+                address(relevance),
+                address(relevance_tokens),
                 0 if relevance is None else relevance.shape[1],
-                _address(relevance_heads),
+                address(relevance_heads),
             ),
             torch.get_num_threads(),
         )
@@ -367,10 +370,10 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
     _core.cpu_smooth(
         (b, h, grid[0], grid[1], c),
         _DTYPES[x.dtype],
-        x.data_ptr(),
-        out.data_ptr(),
-        _address(where),
-        weights.data_ptr(),
+        address(x),
+        address(out),
+        address(where),
+        address(weights),
         weights.numel() // 2,
         times,
         torch.get_num_threads(),
@@ -391,9 +394,9 @@ def gaussian_attention(features: Tensor, values: Tensor, cutoff: float) -> Tenso
     out = torch.empty_like(values)
     _core.cpu_gaussian_attention(
         (*features.shape, values.shape[1]),
-        features.data_ptr(),
-        values.data_ptr(),
-        out.data_ptr(),
+        address(features),
+        address(values),
+        address(out),
         0.5 * math.log2(math.e) * cutoff,
         torch.get_num_threads(),
     )
@@ -410,11 +413,3 @@ def set_isa(name: str) -> None:
     """Take another instruction set from now on, for tests and measurements. ValueError where it is not available."""
     if _core is None or not _core.cpu_set_isa(name):
         raise ValueError(f"name: expected one of {info().get('isas', [])}, got {name!r}")
-
-
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
-
-
-def _handle(x: Tensor | None) -> tuple[int, ...]:
-    return (0, 0, 0, 0, 0) if x is None else (x.data_ptr(), *x.stride())

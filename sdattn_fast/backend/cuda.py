@@ -16,6 +16,7 @@ from ..plan import Plan, RowPlan
 from ..reference import gaussian_kernel
 from ..streams import Kept, capturing, current_stream
 from .devices import gpu_index, on_device
+from .layout import address, check_rows, has_rows, strided
 from .refusal import launching
 from .results import empty_bits, empty_results, heads_added_up_after
 
@@ -79,7 +80,7 @@ def not_supported_reasons(
             reasons.append(f"{name} is {x.dtype}, not float32, float16 or bfloat16")
         elif x.dtype != query.dtype:
             reasons.append(f"{name} is {x.dtype} and query {query.dtype}")
-        if x.shape[3] > 1 and x.stride(3) != 1:
+        if not has_rows(x):
             reasons.append(f"{name}'s last dimension is not contiguous")
     if query.device.type == "cuda" and not reasons:
         refusal = _refusal_of_device(query.device.index)
@@ -129,25 +130,20 @@ def attention(
         return out.zero_(), None if maps is None else maps.zero_(), bits
     if bias is not None:
         bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, m, n)
+    arguments = (
+        *(_row_strided(x) for x in (query, key, value, out)),
+        _strided(bias),
+        0 if bias is None else _DTYPES[bias.dtype],
+        address(maps),
+        address(bits),
+        _row_program(rows),
+        address(rows.seed),
+        rows.max_content,
+        rows.max_drop,
+    )
     with on_device(query.device), launching("cuda", "rows_kernel"):
-        _cuda.attention(
-            (b, h, m, n, d, dv),
-            _DTYPES[query.dtype],
-            scale,
-            _handle(query),
-            _handle(key),
-            _handle(value),
-            _handle(out),
-            _handle(bias),
-            0 if bias is None else _DTYPES[bias.dtype],
-            _address(maps),
-            _address(bits),
-            _row_program(rows),
-            _address(rows.seed),
-            rows.max_content,
-            rows.max_drop,
-            current_stream(query.device),
-        )
+        sizes, dtype, stream = (b, h, m, n, d, dv), _DTYPES[query.dtype], current_stream(query.device)
+        _cuda.attention(sizes, dtype, scale, *arguments, stream)
     return out, maps, bits
 
 
@@ -173,9 +169,8 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
         for _ in range(times):
             x = x.contiguous()
             out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-            sizes, to = (b, h, *grid, c), out.data_ptr()
-            stream = current_stream(x.device)
-            _cuda.smooth(sizes, _DTYPES[x.dtype], x.data_ptr(), to, _address(where), weights.data_ptr(), radius, stream)
+            sizes, addresses = (b, h, *grid, c), [address(one) for one in (x, out, where, weights)]
+            _cuda.smooth(sizes, _DTYPES[x.dtype], *addresses, radius, current_stream(x.device))
             x = out
     return x.to(kept)
 
@@ -233,29 +228,29 @@ def _gaussian(sigma: float, device: torch.device) -> Tensor:
 def _row_program(rows: RowPlan) -> tuple[Any, ...]:
     programmed = rows.content is not None and rows.max_content > 0
     return (
-        _address(rows.content) if programmed else 0,
-        _address(rows.gate),
+        address(rows.content) if programmed else 0,
+        address(rows.gate),
         1 if rows.gate is None else rows.gate.shape[1],
-        _address(rows.phrases),
-        _address(rows.drop),
+        address(rows.phrases),
+        address(rows.drop),
         rows.random_ratio,
         0,  # the seed is read on the device
         rows.threshold,
         rows.renormalize,
-        _address(rows.head_mode),
-        _address(rows.capture_tokens),
+        address(rows.head_mode),
+        address(rows.capture_tokens),
         0 if rows.capture_tokens is None else rows.capture_tokens.shape[0],
         rows.capture_final,
         rows.capture_mean,
     )
 
 
-def _handle(x: Tensor | None) -> tuple[int, ...]:
-    """Address and strides; 0 for a dimension of size 1, whose stride may be anything and says nothing of alignment."""
-    if x is None:
-        return 0, 0, 0, 0, 0
-    return x.data_ptr(), *(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+def _strided(x: Tensor | None) -> tuple[int, ...]:
+    """As `layout.strided`; 0 for a dimension of size 1, whose stride may be anything and says nothing of alignment."""
+    place, *strides = strided(x)
+    return place, *(strides if x is None else (0 if n == 1 else s for n, s in zip(x.shape, strides, strict=True)))
 
 
-def _address(x: Tensor | None) -> int:
-    return 0 if x is None else x.data_ptr()
+def _row_strided(x: Tensor | None) -> tuple[int, ...]:
+    check_rows(x)
+    return _strided(x)

@@ -21,6 +21,7 @@ from torch.nn.functional import pad
 from ..plan import PicturePlan, Plan, RowPlan
 from ..streams import to_device
 from .devices import gpu_index, on_device
+from .layout import check_contiguous, check_rows, has_rows, with_rows
 from .results import empty_bits, empty_results, heads_added_up_after, is_by_head, mean_of_heads
 from .triton_launch import Bound, Call, launch, launch_bound, version
 
@@ -102,7 +103,7 @@ def not_supported_reasons(
             reasons.append(f"{name} is {x.dtype} and query {query.dtype}")
         elif x.dtype == torch.bfloat16 and kind == "cpu":
             reasons.append(f"{name} is bfloat16, whose products Triton's interpreter computes wrongly (triton #11584)")
-        if x.shape[3] > 1 and x.stride(3) != 1:
+        if not has_rows(x):
             reasons.append(f"{name}'s last dimension is not contiguous")
     if key.shape[2] > _MOST:
         reasons.append(f"{key.shape[2]} tokens, more than {_MOST}")
@@ -310,7 +311,7 @@ def folded(
     Returns: y (B, M, Dv) if summed, else (B, H, M, Dv); and None, for there are no maps.
     """
     b, h, n, _, dv = packed.sizes
-    m = x.shape[-2]
+    m, x = x.shape[-2], with_rows(x)
     y = torch.empty((b, m, dv) if summed else (b, h, m, dv), dtype=x.dtype, device=x.device)
     if packed.key.shape[1] == 0 or n == 0:  # no head is there: nothing but the bias
         return y.zero_() if out_bias is None else y.copy_(out_bias.expand_as(y)), None
@@ -463,11 +464,14 @@ def picture_call(
     gate, captured = rows.gate, rows.capture_tokens
     slots = None if captured is None else rows.derive("slots", captured, lambda tokens: map_slots(tokens, n))
     bias = _full_bias(bias, b, h, m, n)
+    check_contiguous(
+        maps, p, mass, rows.content, gate, rows.phrases, rows.drop, rows.seed, rows.head_mode, picture.active
+    )
     arguments = (
         query, key, value, bias, out, p, mass, maps, rows.content, gate, rows.phrases, rows.drop, rows.seed,
         rows.head_mode, picture.active, slots, histogram, found, highest,
         float(scale) * _LOG2E, float(rows.random_ratio), float(rows.threshold),
-        *strides_of(query), *strides_of(key), *strides_of(value), *strides_of(out),
+        *row_strides_of(query, key, value, out),
         *((0, 0, 0, 0) if bias is None else bias.stride()),
         0 if gate is None else gate.stride(0), 0 if gate is None or gate.shape[1] == 1 else n,
         m, 0 if maps is None else maps.shape[2], groups, _STAGES[stage], shift, bits,
@@ -655,7 +659,7 @@ def rows_call(
     tiles = choose_tiles(n, d, dv, query.element_size(), most, m, b * h, _processors(query.device), mean, lean)
     gate = rows.gate if programmed else None
     groups = -(-m // (tiles.BM * (1 if mean else tiles.TILES)))
-    unit, strides = in_units(*strides_of(query), *strides_of(key), *strides_of(value), *strides_of(out))
+    unit, strides = in_units(*row_strides_of(query, key, value, out))
     bias = _full_bias(bias, b, h, m, n)
     arguments = (
         *rows_tensors(query, key, value, bias, rows, out, maps, bits),
@@ -689,6 +693,7 @@ def rows_tensors(
     """The tensors that `rows_kernel` takes, in order."""
     n, captured = key.shape[2], rows.capture_tokens
     slots = None if captured is None else rows.derive("slots", captured, lambda tokens: map_slots(tokens, n))
+    check_contiguous(maps, bits, rows.content, rows.gate, rows.phrases, rows.drop, rows.seed, rows.head_mode, captured)
     if rows.content is None or rows.max_content == 0:
         return query, key, value, bias, out, maps, bits, *(None,) * 6, rows.head_mode, slots
     # Columns are permuted where those of the content do not fill the only tile.
@@ -729,9 +734,10 @@ def folded_call(
     gate = rows.gate if programmed else None
     bias = _full_bias(bias, b, h, x.shape[-2], n)
     groups = -(-(end - first) // tiles.BM)
-    x_b, x_h, x_m = strides_of(x[:, None] if x.dim() == 3 else x)
+    check_contiguous(packed.key, content, gate, rows.phrases, rows.drop, rows.seed, rows.head_mode, packed.heads)
+    x_b, x_h, x_m = row_strides_of(x[:, None] if x.dim() == 3 else x)
     p_b, p_h, p_m = (p.stride(0), p.stride(2), p.stride(1)) if summed else p.stride()[:3]
-    unit, strides = in_units(x_b, x_h, x_m, *strides_of(packed.key))
+    unit, strides = in_units(x_b, x_h, x_m, *row_strides_of(packed.key))
     arguments = (
         x, packed.key, bias, p, order, content, gate, rows.phrases if programmed else None,
         rows.drop if programmed else None, rows.seed if programmed else None, rows.head_mode, packed.heads,
@@ -754,6 +760,13 @@ def strides_of(x: Tensor) -> tuple[int, int, int]:
     anything: an odd one would keep the compiler from wide loads."""
     b, h, m = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
     return b, h, m
+
+
+def row_strides_of(*tensors: Tensor) -> tuple[int, ...]:
+    """`strides_of` of each. Raises: ValueError where a last dimension, whose stride kernels do not take, is not
+    contiguous."""
+    check_rows(*tensors)
+    return tuple(stride for x in tensors for stride in strides_of(x))
 
 
 def in_units(*strides: int) -> tuple[int, tuple[int, ...]]:

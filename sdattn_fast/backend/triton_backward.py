@@ -19,6 +19,7 @@ from torch import Tensor
 from ..plan import RowPlan
 from . import triton as forward
 from .devices import on_device
+from .layout import check_contiguous, check_rows, with_rows
 from .triton_launch import Call, launch
 
 __all__ = ["gradients", "backward_call", "shared_call", "sum_call", "choose_tiles"]
@@ -60,7 +61,7 @@ def gradients(
         if grad_out is None:
             grad_out = query.new_zeros(1).expand(b, h, m, dv)
         grad_out = grad_out.to(query.dtype)
-        grad_out = grad_out if grad_out.stride(3) == 1 or dv == 1 else grad_out.contiguous()
+        grad_out = with_rows(grad_out)
         grad_maps = None if grad_maps is None else grad_maps.to(torch.float32).contiguous()
         call = _Call(query, key, value, bias, scale, rows, bits, grad_out, grad_maps)
         with on_device(query.device):
@@ -114,6 +115,7 @@ class _Call:
     def pointers(self, permuted: bool) -> tuple[Any, ...]:
         """What both kernels begin with, Query to Slots."""
         rows = self.rows
+        check_contiguous(self.grad_maps, self.bits, rows.content, rows.gate, rows.phrases, rows.head_mode)
         content = rows.content if self.programmed else None
         order = slots = None
         if content is not None and permuted:
@@ -143,7 +145,7 @@ class _Call:
     def unit(self, *more: Tensor | None) -> tuple[int, tuple[int, ...]]:
         """The unit of strides, and those of query, key, value, the gradient of out and `more`, in it."""
         of = (self.query, self.key, self.value, self.grad_out, *more)
-        return forward.in_units(*(s for x in of for s in ((0, 0, 0) if x is None else forward.strides_of(x))))
+        return forward.in_units(*(s for x in of for s in ((0, 0, 0) if x is None else forward.row_strides_of(x))))
 
 
 def _sums_over_rows(
@@ -260,6 +262,7 @@ def sum_call(sums: Tensor, first: Tensor | None, second: Tensor | None) -> Call:
     if sums.dim() == 4:
         sums, first = sums[..., None, :], None if first is None else first[:, :, None]
     b, h, groups, n, channels = sums.shape
+    check_rows(sums, first, second)
     counts = [0 if x is None else x.shape[3] for x in (first, second)]
     bn, bc = min(8, 1 << (n - 1).bit_length()), min(128, forward._power(channels))
     blocks = -(-n // bn)
@@ -287,6 +290,7 @@ def shared_call(
     slots = None
     if relevance is not None and relevance_tokens is not None:
         slots = forward.map_slots(relevance_tokens, n)
+    check_contiguous(relevance, relevance_heads)
     strides_of_rows = (0, 0, 0, 0) if of_rows is None else of_rows.expand(b, h, m, n).stride()
     bias, grad_maps = call.full_bias, call.grad_maps
     unit, strides = call.unit()

@@ -37,8 +37,9 @@ def emulated():
 
 
 def test_the_kernels_on_the_emulated_machine(emulated):
-    """What tests/kernels/interpreted_*.py say of the rows and of smoothing, whose failures show here."""
-    files = [str(KERNELS / f"interpreted_{name}.py") for name in ("rows", "smooth")]
+    """What tests/kernels/interpreted_*.py say of the rows, of smoothing and of layouts, whose failures show
+    here."""
+    files = [str(KERNELS / f"interpreted_{name}.py") for name in ("rows", "smooth", "layouts")]
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", *files]
     environment = {**os.environ, "SDATTN_TEST_BACKEND": "emulated-cuda", "OMP_NUM_THREADS": "1"}
     run = subprocess.run(command, env=environment, cwd=KERNELS, capture_output=True, text=True)
@@ -238,7 +239,7 @@ def test_strides_of_dimensions_of_one_say_nothing(emulated):
     """An odd one must not send a call to the slow kernel; what comes out does not hang on it either."""
     x = torch.randn(1000)
     q, odd = x.as_strided((1, 2, 5, 16), (160, 80, 16, 1)), x.as_strided((1, 2, 5, 16), (777, 80, 16, 1))
-    assert backend._handle(odd)[1:] == backend._handle(q)[1:] == (0, 80, 16, 1)
+    assert backend._row_strided(odd)[1:] == backend._row_strided(q)[1:] == (0, 80, 16, 1)
     rows = make_plan(Program(), TokenSide(1, 2, 5, q.device)).rows
     torch.testing.assert_close(
         backend.attention(odd, odd, odd, None, 0.25, rows)[0], backend.attention(q, q, q, None, 0.25, rows)[0],

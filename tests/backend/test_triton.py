@@ -29,7 +29,7 @@ def interpreted(tmp_path_factory):
     """Everything in tests/kernels/interpreted_*.py, in Triton's interpreter: (the run, the file of its launches)."""
     pytest.importorskip("triton")
     files = [str(f) for f in sorted(KERNELS.glob("interpreted_*.py"))]
-    assert len(files) == 5
+    assert len(files) == 6
     launches = tmp_path_factory.mktemp("interpreted") / "launches.jsonl"
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "recorded_launches"]
     environment = {

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from sdattn_fast import Capture, Program, Refinement, SalienceDropout
+from sdattn_fast import Capture, Program, Refinement, SalienceDropout, SemanticAttnProcessor
 from sdattn_fast.functional import Prepared, prepare
 from sdattn_fast.unet.fold import KINDS, Shape, choose_fold, fold_text, seconds_of
 from sdattn_fast.unet.keys_values import key_value
@@ -162,3 +162,19 @@ def test_folding_pays_where_the_text_is_narrower_than_the_channels() -> None:
         assert once < twice < 2.01 * once
     few = Shape(2, 4096, 2, 77, 40, 320, 320, 320, torch.bfloat16)
     assert choose_fold(few) == "both", "heads that are zero cost nothing"
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 3])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_narrow_heads_are_as_diffusers_has_them(heads: int, head_dim: int) -> None:
+    """With a head dimension of 1 the products that fold come out permuted."""
+    from diffusers.models.attention_processor import Attention
+
+    channels = heads * head_dim
+    attn = Attention(channels, E, heads=heads, dim_head=head_dim).eval().requires_grad_(False)
+    x, text = torch.randn(B, M, channels), torch.randn(B, N, E)
+    stock = attn(x, text)
+    for fold in ("never", "auto", "always"):
+        attn.set_processor(SemanticAttnProcessor(Program(), fold=fold))
+        for laid in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+            torch.testing.assert_close(attn(laid, text), stock, rtol=1e-5, atol=1e-6)
