@@ -70,8 +70,8 @@ def reference_attention(
     changed = row_program(p, program, is_content, gate, phrases, grid, seed)
     p = torch.where((is_on[:, None] & is_head)[:, :, None, None], changed, p)
     if inactive_heads == "zero":
-        p = p * is_head[:, None, None].to(p.dtype)
-        softmaxed = softmaxed * is_head[:, None, None].to(p.dtype)
+        p = torch.where(is_head[:, None, None], p, 0.0)
+        softmaxed = torch.where(is_head[:, None, None], softmaxed, 0.0)
 
     # Step 8: output.
     out = (p @ value.to(high)).to(value.dtype)

@@ -176,6 +176,8 @@ def test_inactive_entries_and_heads():
     torch.testing.assert_close(got[1, 1], plain[1, 1])
     zero, _ = reference_attention(q, k, v, program, active=active, heads=heads, inactive_heads="zero")
     assert (zero[:, 1] == 0).all()
+    poisoned = torch.where(torch.arange(3)[:, None, None] == 1, torch.nan, q)
+    assert (reference_attention(poisoned, k, v, program, heads=heads, inactive_heads="zero")[0][:, 1] == 0).all()
     torch.testing.assert_close(zero[:, [0, 2]], got[:, [0, 2]])
 
 

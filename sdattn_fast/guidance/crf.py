@@ -7,7 +7,7 @@ exp(-|f_i - f_j|^2 / 2). A Gaussian over positions alone is separable, so it is 
 
 Source: Kraehenbuehl and Koltun 2011, "Efficient inference in fully connected CRFs with Gaussian edge potentials",
 algorithm 1; the code is densecrf.cpp and pairwise.cpp of their densecrf; docs/design.md,
-"Thresholds live in logits".
+"A dense CRF is attention".
 """
 
 from __future__ import annotations
