@@ -69,7 +69,7 @@ build/cibuildwheel:
 .venv/installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f ! -name '*.pyc')
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
 	echo $(CUDA_CODE) >$@
 
 clean:

@@ -1,12 +1,7 @@
-"""The Triton backend's Python side, and its kernels under the interpreter, in a process of its own."""
+"""The Triton backend's Python side. Its kernels: tests/kernels/test_interpreted_*.py."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -19,49 +14,7 @@ from sdattn_fast.backend.triton_launch import launch, version
 from sdattn_fast.plan import RowPlan, TokenSide, make_plan
 from sdattn_fast.program import Program, SalienceDropout
 
-TESTS = Path(__file__).parents[1]
-KERNELS, SUPPORT = TESTS / "kernels", TESTS / "support"
 SIDE = TokenSide(2, 2, 77, torch.device("cpu"))
-
-
-@pytest.fixture(scope="module")
-def interpreted(tmp_path_factory):
-    """Everything in tests/kernels/interpreted_*.py, in Triton's interpreter: (the run, the file of its launches)."""
-    pytest.importorskip("triton")
-    files = [str(f) for f in sorted(KERNELS.glob("interpreted_*.py"))]
-    assert len(files) == 6
-    launches = tmp_path_factory.mktemp("interpreted") / "launches.jsonl"
-    command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "-p", "recorded_launches"]
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT),
-        "SDATTN_RECORD_LAUNCHES": str(launches),
-    }  # fmt: skip
-    run = subprocess.run([*command, *files], env=environment, cwd=KERNELS, capture_output=True, text=True)
-    return run, launches
-
-
-def test_the_kernels_under_the_interpreter(interpreted):
-    """Failures in interpreted_*.py show here."""
-    run, _ = interpreted
-    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
-
-
-@pytest.mark.parametrize(
-    "version, stage, most",
-    [("installed", "ttir", 200), ("3.6", "ttir", 200), ("3.6", "binary", 30)],
-)
-def test_what_was_interpreted_compiles(version, stage, most, interpreted, request):
-    """For an H100, with the launches that have every kind of argument between them; `make compile-matrix` does all, on
-    every Triton and target. The machine code that the installed Triton makes is tests/kernels/test_compile.py's."""
-    _, launches = interpreted
-    triton = ["--triton", str(request.getfixturevalue("triton_of_torch_2_11"))] if version == "3.6" else []
-    command = [sys.executable, "compile_launches.py", str(launches), "--stage", stage, "--most", str(most), *triton]
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    run = subprocess.run(command, env=environment, cwd=SUPPORT, capture_output=True, text=True)
-    assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"
-    last = json.loads(run.stdout.splitlines()[-1])
-    assert last["failed"] == 0 and last["launches"] >= 30
-    assert version == "installed" or last["triton"].startswith(version)
 
 
 @pytest.fixture

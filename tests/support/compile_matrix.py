@@ -7,11 +7,12 @@ for each other target, and in bfloat16. Prints a line for each run, and the erro
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
+
+from interpreted import BACKWARD, FORWARD, interpreted
 
 SUPPORT = Path(__file__).parent
 BUILD = Path(__file__).parents[2] / "build"
@@ -35,12 +36,9 @@ def main(versions: list[str]) -> None:
 
 def record(launches: Path) -> None:
     """Runs the interpreted tests, a file after the other."""
-    files = sorted(str(f) for f in SUPPORT.parent.glob("kernels/interpreted_*.py"))
-    environment = {
-        **os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(SUPPORT), "SDATTN_RECORD_LAUNCHES": str(launches),
-    }  # fmt: skip
-    options = ["-q", "-p", "no:cacheprovider", "-p", "recorded_launches"]
-    subprocess.run([sys.executable, "-m", "pytest", *options, *files], env=environment, check=True)
+    run = interpreted((*FORWARD, *BACKWARD), launches)
+    if run.returncode:
+        sys.exit(f"{run.stdout}\n{run.stderr}")
 
 
 def python(script: str) -> list[str]:
