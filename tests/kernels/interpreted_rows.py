@@ -1,5 +1,5 @@
-"""The rows kernels against the definition in float64. Not collected by itself: tests/backend/test_triton.py and
-test_cuda.py run it in processes of their own, under Triton's interpreter and on an emulated machine, and
+"""The rows kernels against the definition in float64. Not collected by itself: tests/kernels/test_interpreted_*.py and
+tests/backend/test_cuda.py run it in processes of their own, under Triton's interpreter and on an emulated machine, and
 benchmarks/on_gpu.sh runs it for both backends on a GPU.
 
 A rounding error flips a near-tie, so there are two comparisons: given the kernel's own selection, the results agree

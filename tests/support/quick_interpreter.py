@@ -1,7 +1,7 @@
 """Triton's interpreter in half its time: a plugin for pytest, `pytest -p quick_interpreter`.
 
-At every call of one jitted function by another the interpreter replaces all of `triton.language` anew, though the launch
-that they are part of has done so. Here that is done once a launch for each module that a kernel sees.
+At every call of one jitted function by another the interpreter replaces all of `triton.language` anew, though the
+launch that they are part of has done so. Here that is done once a launch for each module that a kernel sees.
 """
 
 from __future__ import annotations
