@@ -2,6 +2,8 @@
 # goes into .venv, and what is compiled into build/.
 PYTHON ?= python3
 BIN := .venv/bin
+# pip compiles no module: that takes a minute for all that are installed, and Python does it for those that it imports.
+unexport PYTHONDONTWRITEBYTECODE
 # nvcc takes a minute: CUDA code is compiled where there is a GPU, where SDATTN_FAST_CUDA asks for it, and for the tests.
 export SDATTN_FAST_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 CUDA_CODE = "CUDA code: $(SDATTN_FAST_CUDA), for $(or $(TORCH_CUDA_ARCH_LIST),all)"

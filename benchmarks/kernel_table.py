@@ -88,7 +88,8 @@ def measured(old: dict[str, Any], cases: dict[str, Any]) -> dict[str, Any]:
         new["compilers"], new["triton"] = dict(old["compilers"]), old["triton"]
     with compiling(cases.values()) as found:
         for i, (label, case) in enumerate(cases.items(), 1):
-            new["triton"].setdefault(case.architecture, {})[case.title] = found[label].result()[1]
+            row = found[label].result()[1] | {"digest": case.digest()}
+            new["triton"].setdefault(case.architecture, {})[case.title] = row
             print(f"\r{i} of {len(cases)}: {label:60}", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
     binary = cuda_extension()

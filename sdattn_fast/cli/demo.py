@@ -27,7 +27,7 @@ GUIDANCE, DENOISING_STEPS = 4.0, 20
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder to write demo.html and the PNGs to.")] = Path("."),
+    out: Annotated[Path, typer.Option(help="Folder to write demo.html and the PNGs to.")] = Path("demo"),
     seed: Annotated[int, typer.Option(help="Of the latents.")] = 0,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt of the shapes world; may be repeated.")] = None,
 ) -> None:

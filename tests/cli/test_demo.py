@@ -15,25 +15,28 @@ from sdattn_fast.cli import demo, main
 @pytest.fixture
 def page(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "DENOISING_STEPS", 2)
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit) as exit:
-        main(["demo", "--out", str(tmp_path), "--prompt", "a large red circle and a <small> star"])
+        main(["demo", "--prompt", "a large red circle and a <small> star"])
     assert exit.value.code == 0
-    return (tmp_path / "demo.html").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["demo"], "into a folder of its own"
+    return (tmp_path / "demo/demo.html").read_text()
 
 
 def test_demo(page, tmp_path, capsys):
+    folder = tmp_path / "demo"
     embedded = [base64.b64decode(x) for x in re.findall(r"data:image/png;base64,([^\"]+)", page)]
-    assert Image.open(tmp_path / "demo.png").width > 500
-    files = [path.read_bytes() for path in tmp_path.glob("demo-*.png")]
+    assert Image.open(folder / "demo.png").width > 500
+    files = [path.read_bytes() for path in folder.glob("demo-*.png")]
     assert len(files) == 4 and sorted(files) == sorted(embedded)
     assert not re.search(r"(src|href)=\"(?!data:)", page)
     assert "a &lt;small&gt; star" in page
     for text in ("stock", "plain torch reference", "fused", "ms a UNet step", "SalienceDropout"):
         assert text in page
-    stock, semantic = (np.asarray(Image.open(tmp_path / f"demo-1-{x}.png")) for x in ("stock", "semantic"))
+    stock, semantic = (np.asarray(Image.open(folder / f"demo-1-{x}.png")) for x in ("stock", "semantic"))
     assert stock.shape == (192, 192, 3)
     assert (stock != semantic).any()
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(folder.glob("*.part"))
 
 
 @pytest.mark.parametrize("prompt, words", [("a red circle and a red star", {"red": [2], "circle": [3]})])

@@ -8,6 +8,9 @@ from __future__ import annotations
 
 import ast
 import contextlib
+import functools
+import hashlib
+import inspect
 import os
 import tempfile
 import threading
@@ -87,6 +90,18 @@ class Case:
     def label(self) -> str:
         return f"{self.architecture} {self.title}"
 
+    def digest(self) -> str:
+        """Of all that the machine code and its figures hang on: equal digests, equal rows of the table.
+
+        The kernels' sources (without docstrings and comments), what they are compiled for, the compiler, and the code
+        that reads the machine code.
+        """
+        call = self.call()
+        source = _source(call)
+        told = source.signature, source.constants, source.attrs, call.options, call.logits, call.turn, call.bytes
+        parts = [_code(), triton.__version__, str(self.target), self.kernel, *map(repr, told)]
+        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+
     def call(self) -> Call:
         precision = "tf32x3" if self.target.backend == "cuda" else "ieee"
         with on_an_h100(precision):
@@ -141,6 +156,24 @@ def _compiled(case: Case, call: Call) -> tuple[Code, Row]:
         return code, row(code, in_loop, call.turn / lanes)
     of_loop = in_loop * lanes / call.turn if loop else 0.0
     return code, row(code, code.slots(turns), call.logits / lanes, of_loop, call.bytes)
+
+
+_READERS = ("machine_code.py", "kernel_figures.py")
+
+
+@functools.cache
+def _code() -> str:
+    """The kernels, and what makes figures of machine code, without docstrings and comments."""
+    here = Path(__file__)
+    files = [*sorted(here.parents[2].glob("kernels/*.py")), *(here.with_name(name) for name in _READERS)]
+    modules = []
+    for file in files:
+        module = ast.parse(file.read_text())
+        for node in ast.walk(module):
+            if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None:
+                del node.body[0]
+        modules.append(ast.unparse(module))
+    return "\n".join([*modules, inspect.getsource(_compiled), inspect.getsource(_source)])
 
 
 def _source(call: Call) -> ASTSource:
