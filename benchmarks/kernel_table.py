@@ -82,19 +82,27 @@ def main() -> None:
 
 
 def measured(old: dict[str, Any], cases: dict[str, Any]) -> dict[str, Any]:
-    """The table of what is here; without cases, and where no CUDA extension is built, a part is the old one."""
+    """The table of what is here. Kernels whose digest is the old table's are not compiled; without cases, and where no
+    CUDA extension is built, a part is the old one."""
     new: dict[str, Any] = {"compilers": {"triton": triton.__version__}, "triton": {}, "cuda": old["cuda"]}
     if not cases:
         new["compilers"], new["triton"] = dict(old["compilers"]), old["triton"]
-    with compiling(cases.values()) as found:
-        for i, (label, case) in enumerate(cases.items(), 1):
-            row = found[label].result()[1] | {"digest": case.digest()}
-            new["triton"].setdefault(case.architecture, {})[case.title] = row
-            print(f"\r{i} of {len(cases)}: {label:60}", end="", file=sys.stderr, flush=True)
+    digests = {label: case.digest() for label, case in cases.items()}
+    known = {label: old["triton"].get(case.architecture, {}).get(case.title, {}) for label, case in cases.items()}
+    changed = [label for label in cases if known[label].get("digest") != digests[label]]
+    with compiling(cases[label] for label in changed) as found:
+        for i, label in enumerate(changed, 1):
+            known[label] = found[label].result()[1] | {"digest": digests[label]}
+            print(f"\r{i} of {len(changed)}: {label:60}", end="", file=sys.stderr, flush=True)
+    for label, case in cases.items():
+        new["triton"].setdefault(case.architecture, {})[case.title] = known[label]
     print(file=sys.stderr)
     binary = cuda_extension()
     if binary is not None:
-        new["compilers"]["cuda"], new["cuda"] = cuda_rows(binary)
+        version, rows = cuda_rows(binary)
+        # An extension for fewer architectures leaves the others' figures as they were.
+        others = old["cuda"] if old["compilers"].get("cuda") == version else {}
+        new["compilers"]["cuda"], new["cuda"] = version, {**others, **rows}
     elif "cuda" in old["compilers"]:
         new["compilers"]["cuda"] = old["compilers"]["cuda"]
     return new
@@ -104,7 +112,10 @@ def changes(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
     """A line for each kernel that is not as it was."""
     found = []
     for kind in ("triton", "cuda"):
-        now, then = ({(t, k): row for t, rows in x[kind].items() for k, row in rows.items()} for x in (new, old))
+        now, then = (
+            {(t, k): {**row, "digest": None} for t, rows in x[kind].items() for k, row in rows.items()}
+            for x in (new, old)
+        )
         for key in dict.fromkeys([*now, *then]):
             name = f"{kind} {key[0]} {key[1]}"
             if key not in then:

@@ -39,11 +39,12 @@ def pytest_configure(config: Any) -> None:
 
 
 @contextlib.contextmanager
-def on_an_h100(precision: str = "tf32x3") -> Iterator[None]:
-    """Launchers choose tiles and precision as there."""
+def on_an_h100(precision: str = "tf32x3", bounds_registers: bool = True) -> Iterator[None]:
+    """Launchers choose tiles, precision and registers as there."""
     with (
         mock.patch.object(forward, "_processors", lambda device: MULTIPROCESSORS),
         mock.patch.object(forward, "_precision", lambda device: precision),
+        mock.patch.object(forward, "_bounds_registers", lambda device: bounds_registers),
     ):
         yield
 
