@@ -5,11 +5,20 @@ from __future__ import annotations
 import copy
 import gc
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
 
 from sdattn_fast.places import Place, version_of
+
+
+@pytest.fixture
+def _few_to_collect() -> Iterator[None]:
+    """A collection goes through what the test made, and not through all that was imported, which takes a second."""
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def test_views_of_the_same_are_the_same() -> None:
@@ -31,6 +40,7 @@ def test_what_is_written_to_is_another() -> None:
     assert not before.same_memory(Place(whole))
 
 
+@pytest.mark.usefixtures("_few_to_collect")
 def test_memory_that_was_freed_is_another() -> None:
     """Its address, size and name come again as soon as it is free."""
     addresses = set()
@@ -53,6 +63,7 @@ def test_inference_mode_counts_nothing() -> None:
     assert Place(x) != Place(x)
 
 
+@pytest.mark.usefixtures("_few_to_collect")
 @pytest.mark.parametrize("copied", [copy.copy, copy.deepcopy, lambda place: pickle.loads(pickle.dumps(place))])
 def test_a_copy_is_nowhere(copied) -> None:
     x = torch.zeros(3)
