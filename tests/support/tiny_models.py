@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import string
 from collections.abc import Callable, Iterator
@@ -26,6 +27,19 @@ def _one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _what_is_imported_is_no_garbage() -> Iterator[None]:
+    """Half a million objects of torch and diffusers, at which a garbage collection would look each time."""
+    import diffusers
+    import peft  # noqa: F401
+
+    assert diffusers.StableDiffusionPipeline and diffusers.StableDiffusionXLPipeline  # imported when asked for
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
@@ -57,6 +71,7 @@ def parts(tokenizer: Any, tokenizer_2: Any) -> dict[str, Any]:
             up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=PICTURE,
         ),
         "sd15": _unet(attention_head_dim=2),
+        "small": _unet(**_SMALL),
         "sd2": _unet(attention_head_dim=(2, 4), use_linear_projection=True),
         "inpaint": _unet(attention_head_dim=2, in_channels=9),
         "pix2pix": _unet(attention_head_dim=2, in_channels=8),
@@ -84,6 +99,7 @@ def build(parts: dict[str, Any]) -> Callable[[str], Any]:
             sd["scheduler"] = _scheduler()
         makers: dict[str, Callable[[], Any]] = {
             "sd15": lambda: d.StableDiffusionPipeline(unet=parts["sd15"], requires_safety_checker=False, **sd),
+            "small": lambda: d.StableDiffusionPipeline(unet=parts["small"], requires_safety_checker=False, **sd),
             "sd2": lambda: d.StableDiffusionPipeline(unet=parts["sd2"], requires_safety_checker=False, **sd),
             "sdxl": lambda: d.StableDiffusionXLPipeline(unet=parts["sdxl"], add_watermarker=False, **sd),
             "controlnet": lambda: d.StableDiffusionControlNetPipeline(
@@ -114,11 +130,12 @@ def draw() -> Callable[..., np.ndarray]:
     """draw(pipe, prompt=..., ...): pictures (B, h, w, 3) in [0, 1], always from the same noise."""
 
     def draw(pipe: Any, prompt: Any = "a red car", seed: int = 0, **keywords: Any) -> np.ndarray:
-        asked: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 5.0, **_picture_inputs(pipe), **keywords}
+        asked: dict[str, Any] = {"num_inference_steps": 2, "guidance_scale": 5.0, "output_type": "np"}
+        asked |= {**_picture_inputs(pipe), **keywords}
         if prompt is not None:
             asked["prompt"] = prompt
         # One generator for all pictures: a list would have to know how many there are.
-        return pipe(**asked, generator=torch.Generator().manual_seed(seed), output_type="np").images
+        return pipe(**asked, generator=torch.Generator().manual_seed(seed)).images
 
     return draw
 
@@ -163,6 +180,13 @@ def ip_adapter(parts: dict[str, Any]) -> Callable[[Any], dict[str, Any]]:
     return weights
 
 
+# One layer in a down block and one in the middle, alike: as much of SD 1.5 as a test of many steps or compilations needs.
+_SMALL: dict[str, Any] = {
+    "attention_head_dim": 2,
+    "block_out_channels": (16,),
+    "down_block_types": ("CrossAttnDownBlock2D",),
+    "up_block_types": ("UpBlock2D",),
+}
 _SDXL: dict[str, Any] = {
     "attention_head_dim": (2, 4),
     "use_linear_projection": True,
