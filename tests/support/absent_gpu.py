@@ -13,6 +13,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import functools
+import hashlib
+import os
 import subprocess
 import sys
 import tempfile
@@ -189,11 +191,17 @@ def _guard() -> None:
     if torch.backends.cuda.is_built():
         return
     source, root = Path(__file__).with_suffix(".cpp"), Path(torch.__file__).parent
-    with tempfile.TemporaryDirectory() as folder:
-        library = f"{folder}/absent_gpu.so"
-        flags = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{root}/include", f"-L{root}/lib", "-lc10"]
-        subprocess.run(["g++", str(source), "-o", library, *flags, f"-Wl,-rpath,{root}/lib"], check=True)
-        ctypes.CDLL(library)
+    flags = ["-std=c++20", "-O0", "-fPIC", "-shared", f"-I{root}/include", f"-L{root}/lib", "-lc10"]
+    flags.append(f"-Wl,-rpath,{root}/lib")
+    mark = hashlib.sha256("\0".join([torch.__version__, *flags]).encode() + source.read_bytes()).hexdigest()[:16]
+    library = Path(__file__).parents[2] / "build" / f"absent_gpu-{mark}.so"
+    if not library.is_file():
+        library.parent.mkdir(exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=library.parent) as folder:
+            made = f"{folder}/{library.name}"
+            subprocess.run(["g++", str(source), "-o", made, *flags], check=True)
+            os.replace(made, library)
+    ctypes.CDLL(str(library))
 
 
 def _no_kernels() -> None:

@@ -33,7 +33,6 @@ def _one_thread() -> Iterator[None]:
 def _what_is_imported_is_no_garbage() -> Iterator[None]:
     """Half a million objects of torch and diffusers, at which a garbage collection would look each time."""
     import diffusers
-    import peft  # noqa: F401
 
     assert diffusers.StableDiffusionPipeline and diffusers.StableDiffusionXLPipeline  # imported when asked for
     gc.collect()
@@ -180,7 +179,7 @@ def ip_adapter(parts: dict[str, Any]) -> Callable[[Any], dict[str, Any]]:
     return weights
 
 
-# One layer in a down block and one in the middle, alike: as much of SD 1.5 as a test of many steps or compilations needs.
+# One layer in a down block and one in the middle, alike: as much of SD 1.5 as many steps or a compilation need.
 _SMALL: dict[str, Any] = {
     "attention_head_dim": 2,
     "block_out_channels": (16,),

@@ -57,7 +57,7 @@ PROMPTS = ("a red car", "dog", "a red car and a blue cat beside one dog", "x", "
 def test_a_compiled_unet_compiles_nothing_for_another_prompt(how: str, build: Any, draw: Any, psnr: Any) -> None:
     """Of any length, and for `update`. Compiled before the patch the whole UNet may be one graph; afterwards, the patch
     makes one graph begin at its start."""
-    pipe = build("sd15")
+    pipe = build("sd15" if how == "blocks" else "small")
     pipe.register_modules(unet=copy.deepcopy(pipe.unet))
     program = Program(SalienceDropout(0.3), Refinement(1, 0.2, 0.0), "content")
     asked = dict(gate=torch.ones(77), capture=Capture(tokens=[3], layers="*"))
@@ -103,7 +103,7 @@ MANY = {
 
 @pytest.mark.parametrize("what", MANY)
 def test_blocks_of_every_kind_compile_once(what: str, build: Any, draw: Any, psnr: Any) -> None:
-    pipe = build("sd15")
+    pipe = build("small")
     pipe.register_modules(unet=copy.deepcopy(pipe.unet))
     asked = dict(MANY[what])
     how = {"guidance_scale": asked.pop("guidance_scale", 5.0)}
@@ -111,18 +111,19 @@ def test_blocks_of_every_kind_compile_once(what: str, build: Any, draw: Any, psn
         expected = [draw(pipe, prompt, **how) for prompt in PROMPTS]
     torch._dynamo.reset()
     compiles = CompileCounter()
-    pipe.unet.compile_repeated_blocks(backend=compiles, fullgraph=True)
+    # Whatever the sizes are, as blocks after the first are compiled, and so this one serves all.
+    pipe.unet.compile_repeated_blocks(backend=compiles, fullgraph=True, dynamic=True)
     with sdattn_fast.apply(pipe, **asked):
         for prompt, picture in zip(PROMPTS, expected, strict=True):
             assert psnr(draw(pipe, prompt, **how), picture) > 80
-            assert compiles.frame_count == 2, (prompt, compiles.frame_count)
+            assert compiles.frame_count == 1, (prompt, compiles.frame_count)
     torch._dynamo.reset()
 
 
 def test_a_loras_scale_of_one_call(build: Any, draw: Any, psnr: Any) -> None:
     """diffusers sets it inside the forward, where keys and values are made outside."""
     peft = pytest.importorskip("peft")
-    pipe = build("sd15")
+    pipe = build("small")
     pipe.register_modules(unet=copy.deepcopy(pipe.unet))
     pipe.unet.add_adapter(peft.LoraConfig(r=4, init_lora_weights=False, target_modules=["to_k", "to_v", "to_q"]))
     how = {"cross_attention_kwargs": {"scale": 0.2}}
@@ -140,7 +141,8 @@ def test_a_loras_scale_of_one_call(build: Any, draw: Any, psnr: Any) -> None:
 
 @pytest.mark.parametrize("program", [Program(), Program(SalienceDropout(0.3))], ids=["folded", "rows"])
 def test_a_learnt_gate(program: Program, parts: dict[str, Any]) -> None:
-    unet = copy.deepcopy(parts["sd15"]).requires_grad_(False)
+    # Blocks of two sizes for the program that is ours; the other folds into torch's own ops.
+    unet = copy.deepcopy(parts["sd15" if program.dropout else "small"]).requires_grad_(False)
     inputs = torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 77, 32)
     gate = torch.linspace(0, 3, 77).requires_grad_()
     found = []
@@ -163,7 +165,7 @@ def test_a_graph_does_not_ask_whether_a_cuda_graph_is_captured(parts: dict[str, 
     for name, module in list(sys.modules.items()):
         if name.startswith("sdattn_fast.") and hasattr(module, "capturing"):
             monkeypatch.setattr(module, "capturing", torch.compiler.disable(lambda device: False))
-    unet = copy.deepcopy(parts["sd15"])
+    unet = copy.deepcopy(parts["small"])
     torch._dynamo.reset()
     unet.compile_repeated_blocks(backend="eager", fullgraph=True)
     with torch.no_grad(), sdattn_fast.apply(unet, Program(SalienceDropout(0.3)), capture=Capture(tokens=[3])):
@@ -173,7 +175,7 @@ def test_a_graph_does_not_ask_whether_a_cuda_graph_is_captured(parts: dict[str, 
 
 @pytest.mark.parametrize("how", ["wrapped", "in place"])
 def test_a_compiled_model_that_runs_eagerly_counts_a_step_once(how: str, parts: dict[str, Any]) -> None:
-    unet = copy.deepcopy(parts["sd15"])
+    unet = copy.deepcopy(parts["small"])
     inputs = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
     asked: dict[str, Any] = dict(program=Program(SalienceDropout(0.3)), dropout_when={0: 0.1, 3: 0.9})
     found = []
@@ -209,7 +211,7 @@ RECORDERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("how", RECORDERS)
 def test_a_patched_unet_refuses_to_be_traced(how: str, parts: dict[str, Any]) -> None:
-    unet = copy.deepcopy(parts["sd15"])
+    unet = copy.deepcopy(parts["small"])
     inputs = torch.randn(2, 4, 8, 8), torch.tensor(3), torch.randn(2, 77, 32)
     with torch.no_grad(), sdattn_fast.apply(unet, Program(SalienceDropout(0.3))):
         expected = unet(*inputs)[0]

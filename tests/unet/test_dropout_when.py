@@ -22,8 +22,8 @@ DROPS_NOT = Program(None, Refinement(1, 0.3, 0.0), "content")
 
 @pytest.fixture
 def unet(parts: dict[str, Any]) -> Iterator[Any]:
-    yield parts["sd15"]
-    parts["sd15"].eval()
+    yield parts["small"]
+    parts["small"].eval()
 
 
 def _noise(unet: Any, t: float = 500.0, **how: Any) -> Tensor:
@@ -113,7 +113,7 @@ def test_a_schedule_over_training_steps(unet: Any) -> None:
 
 
 def test_a_pipelines_steps_are_counted(build: Callable[[str], Any], draw: Any) -> None:
-    pipe = build("sd15")
+    pipe = build("small")
     with sdattn_fast.apply(pipe, DROPS_NOT):
         never = draw(pipe, num_inference_steps=3)
     with sdattn_fast.apply(pipe, DROPS):

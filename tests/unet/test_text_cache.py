@@ -305,7 +305,7 @@ def test_whatever_happens(
             events = [event for event in events if event not in unkept]
         if looking == "dear":
             events = [event for event in events if event not in UNSEEN]
-        world = World(parts["sd15"], bare, fold)
+        world = World(parts["small"], bare, fold)
         world.check()
         world.check()
         for event in events:
@@ -332,7 +332,7 @@ def test_refresh_is_for_what_leaves_no_trace(
     event: Callable[[World], None], parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     dear(monkeypatch)
-    world = World(parts["sd15"], bare=False, fold="never")
+    world = World(parts["small"], bare=False, fold="never")
     world.check()
     event(world)
     with pytest.raises(AssertionError):
@@ -344,7 +344,7 @@ def test_refresh_is_for_what_leaves_no_trace(
 @pytest.fixture
 def cached(parts: dict[str, Any]) -> Iterator[tuple[Any, Any, list[int]]]:
     """A patched UNet, its cache, and how often each of two layers' `to_k` ran."""
-    unet = copy.deepcopy(parts["sd15"])
+    unet = copy.deepcopy(parts["small"])
     calls: list[int] = []
     attn = unet.get_submodule(LAYER)
     original = attn.to_k.forward
@@ -421,7 +421,7 @@ def test_memory_is_bounded_and_freed(cached: tuple[Any, Any, list[int]]) -> None
 def test_training_gives_the_uncached_gradients(parts: dict[str, Any]) -> None:
     grads = []
     for cache in (True, False):
-        unet = copy.deepcopy(parts["sd15"])
+        unet = copy.deepcopy(parts["small"])
         torch.manual_seed(0)
         x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32, requires_grad=True)
         with sdattn_fast.apply(unet, text_cache=cache):
@@ -436,7 +436,7 @@ def test_training_gives_the_uncached_gradients(parts: dict[str, Any]) -> None:
 
 
 def test_always_says_why_it_cannot(parts: dict[str, Any]) -> None:
-    unet = copy.deepcopy(parts["sd15"])
+    unet = copy.deepcopy(parts["small"])
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
     with sdattn_fast.apply(unet, fold="always"):
         with pytest.raises(ValueError, match="fold: 'always' needs text that stands still"):
@@ -448,7 +448,7 @@ def test_always_says_why_it_cannot(parts: dict[str, Any]) -> None:
 @pytest.mark.parametrize("fold", ["never", "always"])
 def test_threads_with_texts_of_their_own(parts: dict[str, Any], fold: str) -> None:
     """Two threads share one UNet; what each looks at last is not what the other computes from."""
-    unet: Any = copy.deepcopy(parts["sd15"])
+    unet: Any = copy.deepcopy(parts["small"])
     unet.set_attn_processor(_stock())
     x, texts = torch.randn(2, 4, 8, 8), [torch.randn(2, 77, 32) for _ in range(3)]
     with torch.no_grad():
@@ -488,7 +488,7 @@ def test_a_look_by_another_thread_between(parts: dict[str, Any], monkeypatch: py
 
 def test_weights_that_want_gradients_later_get_them(parts: dict[str, Any]) -> None:
     """Kept while they were frozen, their keys and values have no part in a graph."""
-    unet = copy.deepcopy(parts["sd15"]).requires_grad_(False)
+    unet = copy.deepcopy(parts["small"]).requires_grad_(False)
     x, text = torch.randn(2, 4, 8, 8), torch.randn(2, 77, 32)
     with sdattn_fast.apply(unet, Program(SalienceDropout(0.3))):
         unet(x, 3, text)
@@ -499,7 +499,7 @@ def test_weights_that_want_gradients_later_get_them(parts: dict[str, Any]) -> No
 
 
 def test_two_pipelines_on_one_unet(build: Callable[[str], Any], draw: Any, psnr: Any) -> None:
-    one, two = build("sd15"), build("sd15")
+    one, two = build("small"), build("small")
     assert one.unet is two.unet
     stock = [draw(one, "a red car"), draw(two, "a blue dog")]
     with sdattn_fast.apply(one.unet):
@@ -510,7 +510,7 @@ def test_two_pipelines_on_one_unet(build: Callable[[str], Any], draw: Any, psnr:
 
 def test_replicas_keep_nothing(parts: dict[str, Any]) -> None:
     """DataParallel's replicas hold tensors in their parameters' places, which nobody could watch."""
-    attn = copy.deepcopy(parts["sd15"].get_submodule(LAYER))
+    attn = copy.deepcopy(parts["small"].get_submodule(LAYER))
     assert Weights.of(attn.to_k) is not None
     weight = attn.to_k.weight
     del attn.to_k._parameters["weight"]
@@ -536,7 +536,7 @@ def test_what_is_kept_is_announced_before_it_is_read_on_another_stream(
     announced: set[int] = set()
     monkeypatch.setattr(MadeOn, "use", lambda self, tensors: announced.update(id(x) for x in tensors()))
     monkeypatch.setattr(bound, "current_stream", partial(next, count()))
-    unet: Any = copy.deepcopy(parts["sd15"])
+    unet: Any = copy.deepcopy(parts["small"])
     program = Program(SalienceDropout(0.2))
     patch = sdattn_fast.apply(unet, program, fold=fold, protected=torch.zeros(77, dtype=torch.bool))
     text = torch.randn(2, 77, 32)

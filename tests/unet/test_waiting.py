@@ -17,6 +17,7 @@ def test_no_step_waits() -> None:
     pytest.importorskip("triton")
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider", "waiting_steps.py"]
     environment = {**os.environ, "PYTHONPATH": str(HERE.parent / "support"), "OMP_NUM_THREADS": "1"}
+    environment["PYTEST_DISABLE_PLUGIN_AUTOLOAD"] = "1"  # none is used, and hypothesis alone takes seconds to import
     environment |= {"CUDA_VISIBLE_DEVICES": "", "HIP_VISIBLE_DEVICES": ""}  # one that is there would be in the way
     run = subprocess.run(command, env=environment, cwd=HERE, capture_output=True, text=True)
     assert run.returncode == 0, f"{run.stdout}\n{run.stderr}"

@@ -56,18 +56,26 @@ def _from_nothing() -> None:
     waits.clear()
 
 
-def moved(module: Any) -> Any:
-    """A copy on the GPU."""
-    return copy.deepcopy(module).to(GPU)
+@pytest.fixture(scope="module")
+def moved() -> Callable[[Any], Any]:
+    """moved(module): a copy on the GPU, one for all tests, which leave it as it was."""
+    made: dict[Any, Any] = {}
+
+    def moved(module: Any) -> Any:
+        if module not in made:
+            made[module] = copy.deepcopy(module).to(GPU)
+        return made[module]
+
+    return moved
 
 
 @pytest.fixture
-def unet(parts: dict[str, Any]) -> Any:
-    return moved(parts["sd15"])
+def unet(parts: dict[str, Any], moved: Callable[[Any], Any]) -> Any:
+    return moved(parts["small"])
 
 
 @pytest.fixture
-def pipe(build: Callable[[str], Any]) -> Callable[[str], Any]:
+def pipe(build: Callable[[str], Any], moved: Callable[[Any], Any]) -> Callable[[str], Any]:
     def pipe(name: str) -> Any:
         made = build(name)
         for part, module in made.components.items():
@@ -78,8 +86,18 @@ def pipe(build: Callable[[str], Any]) -> Callable[[str], Any]:
     return pipe
 
 
+@pytest.fixture
+def draw(draw: Callable[..., Any]) -> Callable[..., Any]:
+    """Up to the latents: after the UNet there is none of our code."""
+
+    def latents(pipe: Any, prompt: Any = "a red car", **keywords: Any) -> Any:
+        return draw(pipe, prompt, output_type="latent", **keywords)
+
+    return latents
+
+
 def noise(batch: int = 2, channels: int = 4) -> torch.Tensor:
-    return torch.randn(batch, channels, 16, 16).to(GPU)
+    return torch.randn(batch, channels, 8, 8).to(GPU)
 
 
 def words(batch: int = 2) -> torch.Tensor:
@@ -193,8 +211,7 @@ def test_numbers_for_timesteps(unet: Any) -> None:
 def test_training(asked: str, backend: str, unet: Any) -> None:
     """The forward passes, whose timesteps are drawn at random and new at every step."""
     program, settings = ASKED[asked]
-    unet.train()
-    unet.requires_grad_(True)
+    unet = copy.deepcopy(unet).train().requires_grad_(True)
     gate = torch.rand(N).to(GPU).requires_grad_()
     x, text = noise(), words()
     with sdattn_fast.apply(unet, program, backend=backend, gate=gate, **settings) as patch:
@@ -279,7 +296,7 @@ def test_rows_are_sorted_once_a_prompt(unet: Any, monkeypatch: pytest.MonkeyPatc
 @pytest.mark.parametrize(
     "name, asked",
     [
-        *(("sd15", asked) for asked in ("program", "gate", "capture", "schedule", "seeded", "no cache")),
+        *(("small", asked) for asked in ("program", "gate", "capture", "schedule", "seeded", "no cache")),
         *((name, asked) for name in ("sdxl", "controlnet", "pix2pix") for asked in ("program", "capture")),
     ],
 )
@@ -306,7 +323,7 @@ def test_guess_mode(pipe: Any, draw: Any) -> None:
 
 
 def test_embeds_that_were_made_before(pipe: Any, draw: Any) -> None:
-    made = pipe("sd15")
+    made = pipe("small")
     with sdattn_fast.apply(made, DROPS, backend="triton"):
         embeds = made.encode_prompt("a red car", GPU, 1, False)[0]
         made.encode_prompt("something else", GPU, 1, False)
@@ -321,7 +338,7 @@ def test_where_no_writes_are_counted_a_pipeline_waits_once_a_step(
     """As in inference mode, which these tensors do not know."""
     for module in ("places", "unet.text_cache"):
         monkeypatch.setattr(f"sdattn_fast.{module}.version_of", lambda x: None)
-    made = pipe("sd15")
+    made = pipe("small")
     with sdattn_fast.apply(made, DROPS, backend="triton"):
         draw(made, num_inference_steps=4)
     assert [one.split(" in ")[-1] for one in waits] == ["_read"] * 4
