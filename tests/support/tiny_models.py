@@ -70,7 +70,6 @@ def parts(tokenizer: Any, tokenizer_2: Any) -> dict[str, Any]:
             up_block_types=("UpDecoderBlock2D",) * 2, latent_channels=4, sample_size=PICTURE,
         ),
         "sd15": _unet(attention_head_dim=2),
-        "small": _unet(**_SMALL),
         "sd2": _unet(attention_head_dim=(2, 4), use_linear_projection=True),
         "inpaint": _unet(attention_head_dim=2, in_channels=9),
         "pix2pix": _unet(attention_head_dim=2, in_channels=8),
@@ -78,6 +77,7 @@ def parts(tokenizer: Any, tokenizer_2: Any) -> dict[str, Any]:
     }  # fmt: skip
     made["controlnet"] = _controlnet(made["sd15"])
     made["sdxl_controlnet"] = _controlnet(made["sdxl"])
+    made["small"] = _unet(**_SMALL)
     for module in made.values():
         if isinstance(module, torch.nn.Module):
             module.eval()
