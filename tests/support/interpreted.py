@@ -27,7 +27,7 @@ def interpreted(names: Iterable[str], launches: Path) -> subprocess.CompletedPro
     command += ["-p", "quick_interpreter", "-p", "recorded_launches", *(f"interpreted_{name}.py" for name in names)]
     environment = {
         **os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SUPPORT),
-        "SDATTN_RECORD_LAUNCHES": str(launches),
+        "SDATTN_RECORD_LAUNCHES": str(launches), "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
     }  # fmt: skip
     return subprocess.run(command, env=environment, cwd=KERNELS, capture_output=True, text=True)
 
