@@ -98,9 +98,9 @@ class Case:
         """
         call = self.call()
         source = _source(call)
-        told = source.signature, source.constants, source.attrs, call.options, call.logits, call.turn, call.bytes
-        parts = [_code(), triton.__version__, str(self.target), self.kernel, *map(repr, told)]
-        return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:12]
+        numbers = call.options, call.logits, call.turn, call.bytes
+        parts = _code(), triton.__version__, self.target, self.kernel, source.signature, source.constants, source.attrs
+        return hashlib.sha256("\n".join(map(str, (*parts, *numbers))).encode()).hexdigest()[:12]
 
     def call(self) -> Call:
         nvidia = self.target.backend == "cuda"

@@ -1,4 +1,7 @@
-"""tests/kernels/interpreted_*.py in Triton's interpreter, in a process of its own, and the launches that they make."""
+"""tests/kernels/interpreted_*.py in Triton's interpreter, in a process of its own, and the launches that they make.
+
+`Interpreted` has the tests of one part of the files; test_interpreted_*.py derive from it, each for a core.
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,11 @@ import subprocess
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
-__all__ = ["BACKWARD", "FORWARD", "compiled", "interpreted"]
+import pytest
+
+__all__ = ["BACKWARD", "FORWARD", "Interpreted", "interpreted"]
 
 SUPPORT = Path(__file__).parent
 KERNELS = SUPPORT.parent / "kernels"
@@ -21,8 +27,38 @@ BACKWARD = tuple(
 )
 
 
+class Interpreted:
+    """`make compile-matrix` compiles all launches, on every Triton and for every target; the machine code that the
+    installed Triton makes of the kernels is test_compile.py's."""
+
+    names: tuple[str, ...]
+
+    @pytest.fixture(scope="class")
+    def run(self, request, tmp_path_factory):
+        """(the run of interpreted_*.py, the file of its launches)"""
+        pytest.importorskip("triton")
+        launches = tmp_path_factory.mktemp("interpreted") / "launches.jsonl"
+        return interpreted(request.cls.names, launches), launches
+
+    def test_the_kernels_under_the_interpreter(self, run):
+        """Failures in interpreted_*.py show here."""
+        process, _ = run
+        assert process.returncode == 0, f"{process.stdout}\n{process.stderr}"
+
+    @pytest.mark.parametrize(
+        "version, stage, most, least",
+        [("installed", "ttir", 100, 30), ("3.6", "ttir", 100, 30), ("3.6", "binary", 15, 15)],
+    )
+    def test_what_was_interpreted_compiles(self, version, stage, most, least, run, request):
+        """For an H100. Launches that have every kind of argument between them, or as many of these as `most`."""
+        triton = ["--triton", str(request.getfixturevalue("triton_of_torch_2_11"))] if version == "3.6" else []
+        counts = _compiled(run[1], "--stage", stage, "--most", str(most), *triton)
+        assert counts["failed"] == 0 and counts["launches"] >= least, counts
+        assert version == "installed" or counts["triton"].startswith(version), counts
+
+
 def interpreted(names: Iterable[str], launches: Path) -> subprocess.CompletedProcess[str]:
-    """Run interpreted_<name>.py of each name; what they launch goes to the file, for `compiled`."""
+    """Run interpreted_<name>.py of each name; what they launch goes to the file."""
     command = [sys.executable, "-m", "pytest", "-q", "--tb=short", "-p", "no:cacheprovider"]
     command += ["-p", "quick_interpreter", "-p", "recorded_launches", *(f"interpreted_{name}.py" for name in names)]
     environment = {
@@ -32,11 +68,8 @@ def interpreted(names: Iterable[str], launches: Path) -> subprocess.CompletedPro
     return subprocess.run(command, env=environment, cwd=KERNELS, capture_output=True, text=True)
 
 
-def compiled(launches: Path, *options: str) -> dict[str, object]:
-    """Compile launches for an H100, with options of compile_launches.py; the counts that it prints.
-
-    Raises: AssertionError where one does not compile.
-    """
+def _compiled(launches: Path, *options: str) -> dict[str, Any]:
+    """Compile launches, with options of compile_launches.py; the counts that it prints."""
     command = [sys.executable, "compile_launches.py", str(launches), *options]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     run = subprocess.run(command, env=environment, cwd=SUPPORT, capture_output=True, text=True)
