@@ -70,6 +70,8 @@ def compiled_once(backend: str) -> None:
             for _ in range(3):  # runs, records, replays
                 torch.compiler.cudagraph_mark_step_begin()
                 _close(run(**inputs).sample.clone(), expected, f"{content} content tokens, compiled")
+        graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+        assert graphs == 1, f"the UNet is {graphs} graphs and not one"
     patch.remove()
 
 

@@ -82,9 +82,6 @@ def not_supported_reasons(
             reasons.append(f"{name} is {x.dtype} and query {query.dtype}")
         if not has_rows(x):
             reasons.append(f"{name}'s last dimension is not contiguous")
-    if query.device.type == "cuda" and not reasons:
-        refusal = _refusal_of_device(query.device.index)
-        reasons += [] if refusal is None else [refusal]
     if key.shape[2] > _MOST:
         reasons.append(f"{key.shape[2]} tokens, more than {_MOST}")
     if query.shape[3] > _MOST or value.shape[3] > _MOST:

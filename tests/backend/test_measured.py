@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import warnings
 from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
+from sdattn_fast import Program, SalienceDropout
 from sdattn_fast import backend as backends
 from sdattn_fast.backend import measured
+from sdattn_fast.functional import prepare
 
 ORDER = backends._AUTO["cuda"]
 
@@ -106,3 +110,24 @@ def test_compiled_calls_read_no_file(card, monkeypatch, dynamic):
     key = torch.zeros(2, 8, 77, 40)
     assert compiled(torch.zeros(2, 8, 64, 40), key).max() == 1
     assert compiled(torch.zeros(2, 8, 4, 40), key).max() == 2
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda", "auto"])
+def test_a_choice_on_a_gpu_compiles_whole(card, monkeypatch, name):
+    """On tensors of a device that is not here: a look at the device that is traced breaks the graph on one that is."""
+    card(shape("cuda"))
+    gpu = torch.device("cuda", 0)
+    monkeypatch.setattr(backends, "_unavailable", {("triton", gpu): None, ("cuda", gpu): None})
+    monkeypatch.setattr(backends.triton, "interprets", lambda: False)
+    monkeypatch.setattr(backends.cuda, "_device_type", "cuda")
+    plan = prepare(Program(SalienceDropout(0.3)), batch=2, heads_count=8, tokens=77, device="cpu").plan
+
+    def serves(query, key, value):
+        return query.new_zeros(backends.NAMES.index(backends.choose(name, query, key, value, None, plan, False)))
+
+    torch._dynamo.reset()
+    with FakeTensorMode(), warnings.catch_warnings():
+        warnings.simplefilter("error")  # dynamo warns of a function with a cache, which it traces
+        tensors = [torch.empty(2, 8, n, 40, device=gpu, dtype=torch.float16) for n in (64, 77, 77)]
+        found = torch.compile(serves, backend="eager", fullgraph=True)(*tensors)
+    assert backends.NAMES[len(found)] == ("cuda" if name == "auto" else name)
