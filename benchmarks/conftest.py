@@ -26,7 +26,7 @@ Suites = dict[str, dict[str, dict[str, Any]]]
 @pytest.fixture
 def peak_mib() -> Callable[[Callable[[], object]], float]:
     """MiB, the most that the tensors which a call makes take together, by torch's profiler."""
-    from sdattn_fast.evaluation.memory import peak_mib
+    from sdattn_fast.measure.memory import peak_mib
 
     return peak_mib
 

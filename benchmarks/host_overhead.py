@@ -27,7 +27,7 @@ import sdattn_fast
 from sdattn_fast import places
 from sdattn_fast.backend import triton as backend
 from sdattn_fast.cli.bench import FULL
-from sdattn_fast.unet import steps, text_cache
+from sdattn_fast.patching import steps, text_cache
 
 LAYERS, BATCH, SIDE, CHANNELS, HEADS, TOKENS, TEXT = 16, 2, 8, 320, 8, 77, 768
 ROUNDS = 60

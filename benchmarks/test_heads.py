@@ -17,7 +17,7 @@ pytest.importorskip("diffusers")
 import sdattn_fast
 from sdattn_fast import Program, Refinement, SalienceDropout, SemanticAttnProcessor
 from sdattn_fast.cli.registry import UNET_CONFIGS, UNET_LAYERS, Layer, build_unet, random_inputs, twin_of
-from sdattn_fast.cli.timing import alternate
+from sdattn_fast.measure.timing import alternate
 
 BATCH, TOKENS, CONTENT = 2, 77, 15
 PROGRAM = Program(SalienceDropout(0.2), Refinement(threshold=0.3, sigma=0), "content")

@@ -9,8 +9,8 @@ from __future__ import annotations
 from ._version import __version__ as __version__
 from .backend import backends
 from .functional import semantic_attention
+from .patching import SemanticAttnProcessor, apply
 from .program import Capture, Program, Refinement, SalienceDropout
-from .unet import SemanticAttnProcessor, apply
 
 __all__ = [
     "Program",

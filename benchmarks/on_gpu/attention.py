@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import torch
 
-from sdattn_fast.evaluation.memory import peak_mib
+from sdattn_fast.measure.memory import peak_mib
 
 from . import record, timing
 from .checks import off

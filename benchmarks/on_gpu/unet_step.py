@@ -17,7 +17,7 @@ import torch
 import sdattn_fast
 from sdattn_fast.cli.bench import FULL
 from sdattn_fast.cli.registry import UNET_CONFIGS, build_unet, random_inputs, twin_of
-from sdattn_fast.evaluation.memory import peak_mib
+from sdattn_fast.measure.memory import peak_mib
 
 from . import record, timing
 from .checks import failed_check

@@ -114,8 +114,8 @@ def _time_op(
     import torch
 
     from ..functional import prepare
+    from ..measure.timing import alternate
     from ..program import Program
-    from .timing import alternate
 
     h, m, d = layer.heads, layer.pixels, layer.head_dim
     query, key, value = (torch.randn(batch, h, s, d, device=device).to(dtype) for s in (m, 77, 77))
@@ -144,8 +144,8 @@ def _step_table(name: str, dtype: Any, batch: int, device: str, backend: str, co
     from rich.table import Table
 
     from .. import apply
-    from ..evaluation.memory import peak_mib
-    from .timing import alternate
+    from ..measure.memory import peak_mib
+    from ..measure.timing import alternate
 
     console = Console()
     with console.status(f"Building the {name} UNet, random weights"):

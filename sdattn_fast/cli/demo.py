@@ -9,12 +9,14 @@ import copy
 import functools
 import platform
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+
+from ..lab.pipeline import GUIDANCE, STEPS
+from ..prompts import Prompt, words_to_find
+from .report import Cost, Pictures, write_report
 
 __all__ = ["demo"]
 
@@ -23,7 +25,6 @@ PROMPTS = (
     "a large green triangle and a large yellow circle on a black background",
     "a large cyan triangle and a large pink star on a brown background",
 )
-GUIDANCE, DENOISING_STEPS = 4.0, 20
 
 
 def demo(
@@ -34,8 +35,6 @@ def demo(
     """Make pictures with the pipeline that ships with the package, and a page that shows what the program does."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    from .report import write_report
 
     started = time.perf_counter()
     console = Console()
@@ -51,17 +50,17 @@ def demo(
         loading = progress.add_task("Loading the shapes pipeline", total=1)
         pipe = _load()
         progress.update(loading, advance=1)
-        drawing = progress.add_task("Drawing", total=3 * len(prompts) * DENOISING_STEPS)
-        scenes = [_scene(pipe, p, seed, lambda: progress.update(drawing, advance=1)) for p in prompts]
+        drawing = progress.add_task("Drawing", total=3 * len(prompts) * STEPS)
+        drawn = [_pictures(pipe, p, seed, lambda: progress.update(drawing, advance=1)) for p in prompts]
         measuring = progress.add_task("Measuring", total=2)
         rows = _measure(pipe, prompts[0], lambda: progress.update(measuring, advance=1))
         writing = progress.add_task("Writing the page", total=1)
-        page = write_report(out, scenes, rows, _ground(), str(semantics()))
+        page = write_report(out, drawn, rows, _ground(), str(semantics()))
         progress.update(writing, advance=1)
 
     _print_table(console, rows)
-    for scene in scenes:
-        console.print(f"[bold]{scene.prompt}[/bold]\n  empty program against stock: {scene.empty_difference}")
+    for one in drawn:
+        console.print(f"[bold]{one.prompt}[/bold]\n  empty program against stock: {one.empty_difference}")
     console.print(f"\nOpen {page}   ({time.perf_counter() - started:.0f} s)")
 
 
@@ -70,29 +69,6 @@ def semantics() -> Any:
     from ..program import Program, Refinement, SalienceDropout
 
     return Program(SalienceDropout(0.1), Refinement(1, 0.1, 0.5), "content")
-
-
-@dataclass(frozen=True)
-class Scene:
-    """What the page shows of one prompt. Maps are {word: (height, width) float tensor}, in [0, 1]."""
-
-    prompt: str
-    stock: Any
-    empty: Any
-    semantic: Any
-    empty_difference: str
-    stock_maps: dict[str, Any]
-    semantic_maps: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of the table: milliseconds of a UNet step and peak mebibytes of tensors in it."""
-
-    name: str
-    milliseconds: float
-    share: float
-    mebibytes: float
 
 
 def _load() -> Any:
@@ -105,100 +81,45 @@ def _load() -> Any:
     return pipe
 
 
-def _scene(pipe: Any, prompt: str, seed: int, tick: Any) -> Scene:
+def _pictures(pipe: Any, prompt: str, seed: int, tick: Any) -> Pictures:
     from .. import Capture, Program, apply
+    from ..guidance.phrases import find_phrases, phrase_ids
+    from ..lab.captions import objects_of
 
-    words = _words(pipe, prompt)
-    capture = Capture(tuple(sorted({i for indices in words.values() for i in indices})))
-
+    objects = [" ".join(pair) for pair in objects_of(prompt)]
+    phrases = phrase_ids(find_phrases(prompt, pipe.tokenizer, phrases=objects), fuse="all")
     stock = _draw(pipe, prompt, seed, tick)
-    with apply(pipe, Program(), capture=capture) as patch:
-        maps = _Mean()
-        empty = _draw(pipe, prompt, seed, tick, lambda: maps.add(patch.maps))
-        stock_maps = maps.per_word(words, capture.tokens)
-    with apply(pipe, semantics(), phrases=_phrases(pipe, prompt), capture=capture) as patch:
-        maps = _Mean()
-        semantic = _draw(pipe, prompt, seed, tick, lambda: maps.add(patch.maps))
-        semantic_maps = maps.per_word(words, capture.tokens)
-    return Scene(prompt, stock, empty, semantic, _difference(stock, empty), stock_maps, semantic_maps)
+    with apply(pipe, Program(), capture=Capture()) as patch:
+        empty = _draw(pipe, prompt, seed, tick)
+        stock_maps = _word_maps(patch, prompt)
+    with apply(pipe, semantics(), phrases=phrases, capture=Capture()) as patch:
+        semantic = _draw(pipe, prompt, seed, tick)
+        semantic_maps = _word_maps(patch, prompt)
+    return Pictures(prompt, stock, empty, semantic, _difference(stock, empty), stock_maps, semantic_maps)
 
 
-def _draw(pipe: Any, prompt: str, seed: int, tick: Any, after: Any = None) -> Any:
+def _word_maps(patch: Any, prompt: str) -> dict[str, Any]:
+    """Of the words that name something, the map's range drawn out to [0, 1]."""
+    maps = patch.maps.per_word(prompt, size=(64, 64))
+    words = words_to_find(Prompt(prompt), list(maps))
+    plain = {word: maps[word][0] for word in words}
+    return {word: (x - x.min()) / (x.max() - x.min()).clamp(min=1e-12) for word, x in plain.items()}
+
+
+def _draw(pipe: Any, prompt: str, seed: int, tick: Any) -> Any:
     import torch
 
     def callback(pipe: Any, step: int, timestep: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         tick()
-        if after is not None:
-            after()
         return kwargs
 
     return pipe(
         prompt,
-        num_inference_steps=DENOISING_STEPS,
+        num_inference_steps=STEPS,
         guidance_scale=GUIDANCE,
         generator=torch.Generator().manual_seed(seed),
         callback_on_step_end=callback,
     ).images[0]
-
-
-class _Mean:
-    """The mean over steps and layers of captured maps, upsampled to the picture."""
-
-    def __init__(self) -> None:
-        self.total: Any = 0.0
-
-    def add(self, layers: Mapping[str, Any]) -> None:
-        import torch.nn.functional as F
-
-        for maps in layers.values():
-            self.total = self.total + F.interpolate(maps, size=(64, 64), mode="bicubic", align_corners=False)[0]
-
-    def per_word(self, words: dict[str, list[int]], tokens: tuple[int, ...] | None) -> dict[str, Any]:
-        assert tokens is not None
-        place = {token: i for i, token in enumerate(tokens)}
-        maps = {word: self.total[[place[i] for i in indices]].mean(0) for word, indices in words.items()}
-        return {word: (m - m.min()) / (m.max() - m.min()).clamp(min=1e-12) for word, m in maps.items()}
-
-
-def _words(pipe: Any, prompt: str) -> dict[str, list[int]]:
-    """The prompt's content words -> their token indices; "a", "on" and the like left out."""
-    tokens = _pieces(pipe, prompt)
-    words: dict[str, list[int]] = {}
-    start = 0
-    while start < len(tokens):
-        end = start
-        while end < len(tokens) - 1 and not tokens[end].endswith("</w>"):
-            end += 1
-        word = "".join(tokens[start : end + 1]).replace("</w>", "")
-        if word not in {"a", "an", "and", "on", "of", "the", "to", "background", ","}:
-            name, again = word, 2
-            while name in words:
-                name, again = f"{word} ({again})", again + 1
-            words[name] = list(range(start + 1, end + 2))
-        start = end + 1
-    return words
-
-
-def _phrases(pipe: Any, prompt: str) -> Any:
-    """Ids of the noun phrases of a caption of the shapes world: colour and noun of each object share one."""
-    import torch
-
-    ids = torch.full((1, pipe.tokenizer.model_max_length), -1, dtype=torch.int64)
-    phrase = -1
-    inside = False
-    for index, token in enumerate(_pieces(pipe, prompt), start=1):
-        word = token.replace("</w>", "")
-        if word in {"a", "an"}:
-            phrase, inside = phrase + 1, True
-        elif word in {"and", "on", "left", "above", "of", "the", ","}:
-            inside = False
-        elif inside:
-            ids[0, index] = phrase
-    return ids
-
-
-def _pieces(pipe: Any, prompt: str) -> list[str]:
-    return pipe.tokenizer.tokenize(prompt)[: pipe.tokenizer.model_max_length - 2]
 
 
 def _difference(a: Any, b: Any) -> str:
@@ -211,13 +132,13 @@ def _difference(a: Any, b: Any) -> str:
     return f"PSNR {psnr:.1f} dB, at most {int(np.abs(error).max())} of 255 levels"
 
 
-def _measure(pipe: Any, prompt: str, tick: Any) -> list[Row]:
+def _measure(pipe: Any, prompt: str, tick: Any) -> list[Cost]:
     """A UNet step under guidance: stock, the plain torch reference and the fused kernels run the same program."""
     import torch
 
     from .. import apply
-    from ..evaluation.memory import peak_mib
-    from .timing import alternate
+    from ..measure.memory import peak_mib
+    from ..measure.timing import alternate
 
     unet = pipe.unet
     conditional, unconditional = pipe.encode_prompt(prompt, "cpu", 1, True)
@@ -236,15 +157,18 @@ def _measure(pipe: Any, prompt: str, tick: Any) -> list[Row]:
         peak = {name: peak_mib(run) for name, run in contestants.items()}
         tick()
     first = took["stock (no program)"]
-    return [Row(name, 1e3 * t, t / first, peak[name]) for name, t in took.items()]
+    return [Cost(name, 1e3 * t, t / first, peak[name]) for name, t in took.items()]
 
 
 def _protected(pipe: Any, prompt: str) -> Any:
+    """(2, tokens) bool: all but the prompt's words."""
     import torch
 
-    count = len(_pieces(pipe, prompt))
+    from ..patching.maps import words_of
+
     protected = torch.ones(2, pipe.tokenizer.model_max_length, dtype=torch.bool)
-    protected[:, 1 : 1 + count] = False
+    for tokens in words_of(pipe.tokenizer, prompt).values():
+        protected[:, tokens] = False
     return protected
 
 
@@ -257,7 +181,7 @@ def _ground() -> str:
     return f"{processor_name()}, {torch.get_num_threads()} threads, {software}"
 
 
-def _print_table(console: Any, rows: list[Row]) -> None:
+def _print_table(console: Any, rows: list[Cost]) -> None:
     from rich.table import Table
 
     table = Table(title="One UNet step of the shapes pipeline, both guidance halves")

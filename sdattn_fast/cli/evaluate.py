@@ -55,10 +55,10 @@ def evaluate(
     from ..evaluation.report import write_report
     from ..evaluation.run import Evaluation
     from ..files import ProgramFile, load_heads
+    from ..prompts import cuts_said_once, read_prompts
     from .doctor import processor_name
     from .generate import load_pipeline
     from .heads import clip_of
-    from .prompts import cuts_said_once, read_prompts
 
     for name, value, least in (("--pictures", pictures, 2), ("--batch", batch, 1)):
         if value < least:

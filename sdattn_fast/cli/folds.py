@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
-from .timing import alternate
+from ..measure.timing import alternate
 
 __all__ = ["FoldRow", "fold_table"]
 
@@ -65,7 +65,7 @@ def _look(layer: Any, seen: dict[tuple[Any, ...], tuple[Any, Any, Any, list[str]
 
 
 def _row(layer: Any, x: Any, text: Any, names: list[str]) -> FoldRow:
-    from ..unet.fold import KINDS, seconds_of, shape_of
+    from ..patching.fold import KINDS, seconds_of, shape_of
 
     attn = layer.attn
     took = alternate({"ours": lambda: attn(x, text)}, seconds=0.3)["ours"]

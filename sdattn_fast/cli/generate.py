@@ -17,6 +17,7 @@ from .options import (
     Steps,
     Threshold,
     program_of,
+    sampling_options,
 )
 
 __all__ = ["generate", "load_pipeline"]
@@ -59,7 +60,7 @@ def generate(
 
     from .. import Program, apply
     from ..files import ProgramFile
-    from ..lab import quiet_loading
+    from ..loading import quiet_loading
 
     program = program_of(
         dropout_ratio, dropout_axis, dropout_mode, refine_steps, threshold, sigma, refine_axis, renormalize
@@ -82,16 +83,9 @@ def generate(
                 pipe.load_lora_weights(lora)
         except Exception as error:  # of diffusers, peft, safetensors, or whatever speaks with the hub
             raise ValueError(f"lora: expected a folder or hub id of a LoRA, got {lora!r}: {error}") from error
-    shapes = model == "shapes"
-    asked: dict[str, Any] = {
-        "prompt": prompt,
-        "negative_prompt": negative_prompt,
-        "num_inference_steps": num_inference_steps or (20 if shapes else None),
-        "guidance_scale": guidance_scale if guidance_scale is not None else (4.0 if shapes else None),
-        "height": height,
-        "width": width,
-    }
+    asked: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "height": height, "width": width}
     asked = {key: x for key, x in asked.items() if x is not None}
+    asked |= sampling_options(model, num_inference_steps, guidance_scale)
 
     # The stock picture is what the pipeline gives without the file; an option on the command line holds for both.
     tuned = dict(asked)

@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import sampling_options
+
 __all__ = ["heads", "clip_of", "clip_source"]
 
 # One prompt in so many is kept from the choice, and effective attention is measured there.
@@ -45,11 +47,12 @@ def heads(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..guidance.heads import clip_score, iou_score, observe, rank_heads
-    from ..lab.heads import objects_of, phrases_of, selection_captions, shapes_truth, words_of_objects
-    from ..unet.maps import words_of
+    from ..lab.captions import objects_of, phrases_of, selection_captions, words_of_objects
+    from ..lab.judge import shapes_truth
+    from ..patching.maps import words_of
+    from ..prompts import Prompt, cuts_said_once, read_prompts, words_to_find
+    from ..tuning.heads import clip_score, iou_score, observe, rank_heads
     from .generate import load_pipeline
-    from .prompts import Prompt, cuts_said_once, read_prompts, words_to_find
 
     if score not in ("auto", "masks", "clip"):
         raise typer.BadParameter(f"expected auto, masks or clip, got {score!r}", param_hint="--score")
@@ -79,11 +82,7 @@ def heads(
     ]  # fmt: skip
     if not any(words):
         raise typer.BadParameter("expected words that name something in at least one prompt", param_hint="--prompts")
-    options: dict[str, Any] = {
-        "num_inference_steps": num_inference_steps or (20 if shapes else None),
-        "guidance_scale": guidance_scale if guidance_scale is not None else (4.0 if shapes else None),
-    }
-    options = {key: x for key, x in options.items() if x is not None}
+    options = sampling_options(model, num_inference_steps, guidance_scale)
     if by_masks:
         judge, measure = iou_score(shapes_truth(texts)), "mask IoU"
     else:
@@ -139,7 +138,7 @@ def clip_source(model: str, clip: str | None) -> str:
 
 def _effective(held_back: Sequence[Any], best: Any, judge: Any, measure: str) -> dict[str, Any]:
     """Mean scores of the chosen heads' map and of all heads', on prompts kept from the choice."""
-    from ..guidance.heads import effective_attention
+    from ..tuning.heads import effective_attention
 
     if not held_back:
         return {}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,6 +18,7 @@ __all__ = [
     "RefineAxis",
     "Renormalize",
     "program_of",
+    "sampling_options",
 ]
 
 _PANEL = "Program (none given: plain attention)"
@@ -60,3 +61,16 @@ def program_of(
     if threshold is not None or sigma is not None:
         refine = Refinement(steps, threshold, 0.0 if sigma is None else sigma, refine_axis)
     return Program(dropout, refine, renormalize)
+
+
+def sampling_options(model: str, num_inference_steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
+    """Steps and guidance for the pipeline's call: of the command line, else those of the shapes pipeline; a model of
+    the user's has its own defaults."""
+    from ..lab.pipeline import GUIDANCE, STEPS
+
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE} if model == "shapes" else {}
+    if num_inference_steps is not None:
+        options["num_inference_steps"] = num_inference_steps
+    if guidance_scale is not None:
+        options["guidance_scale"] = guidance_scale
+    return options

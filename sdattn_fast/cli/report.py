@@ -5,21 +5,42 @@ from __future__ import annotations
 import base64
 import io
 import re
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..files import written_aside
 
-if TYPE_CHECKING:
-    from .demo import Row, Scene
-
-__all__ = ["write_report"]
+__all__ = ["Cost", "Pictures", "write_report"]
 
 _ENLARGE = 3
 
 
-def write_report(out: Path, scenes: list[Scene], rows: list[Row], ground: str, program: str) -> Path:
+@dataclass(frozen=True)
+class Pictures:
+    """What the page shows of one prompt. Maps are {word: (height, width) float tensor}, in [0, 1]."""
+
+    prompt: str
+    stock: Any
+    empty: Any
+    semantic: Any
+    empty_difference: str
+    stock_maps: dict[str, Any]
+    semantic_maps: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Cost:
+    """One line of the table: milliseconds of a UNet step and peak mebibytes of tensors in it."""
+
+    name: str
+    milliseconds: float
+    share: float
+    mebibytes: float
+
+
+def write_report(out: Path, prompts: list[Pictures], rows: list[Cost], ground: str, program: str) -> Path:
     """Write `demo.html` and the PNGs into out; returns the page's path.
 
     Raises: OSError where out cannot be written; what was there before is then untouched.
@@ -27,18 +48,18 @@ def write_report(out: Path, scenes: list[Scene], rows: list[Row], ground: str, p
     import jinja2
 
     shown = []
-    for number, scene in enumerate(scenes, start=1):
+    for number, one in enumerate(prompts, start=1):
         pictures = []
         for kind, caption in (
             ("stock", "stock"),
-            ("empty", f"empty program: {scene.empty_difference}"),
+            ("empty", f"empty program: {one.empty_difference}"),
             ("semantic", "with semantics"),
         ):
-            pictures.append((caption, _png(out, f"{number}-{kind}", getattr(scene, kind))))
-        heat = _heat_maps(scene)
-        _write(out / f"demo-{number}-maps-{_slug(scene.prompt)}.png", heat)
-        shown.append({"prompt": scene.prompt, "pictures": pictures, "maps": _uri(heat)})
-    _write(out / "demo.png", _overview(scenes))
+            pictures.append((caption, _png(out, f"{number}-{kind}", getattr(one, kind))))
+        heat = _heat_maps(one)
+        _write(out / f"demo-{number}-maps-{_slug(one.prompt)}.png", heat)
+        shown.append({"prompt": one.prompt, "pictures": pictures, "maps": _uri(heat)})
+    _write(out / "demo.png", _overview(prompts))
     template = resources.files(__package__).joinpath("demo.html.jinja").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
     page = environment.from_string(template).render(scenes=shown, rows=rows, ground=ground, program=program)
@@ -54,7 +75,7 @@ def _png(out: Path, name: str, picture: Any) -> str:
     return _uri(data.getvalue())
 
 
-def _overview(scenes: list[Scene]) -> bytes:
+def _overview(prompts: list[Pictures]) -> bytes:
     """A row for each prompt: stock, with an empty program, with semantics."""
     import matplotlib
 
@@ -63,14 +84,14 @@ def _overview(scenes: list[Scene]) -> bytes:
     import numpy as np
 
     kinds = {"stock": "stock", "empty": "empty program", "semantic": "semantics"}
-    figure, axes = plt.subplots(len(scenes), 3, figsize=(6.4, 2.35 * len(scenes)), squeeze=False)
+    figure, axes = plt.subplots(len(prompts), 3, figsize=(6.4, 2.35 * len(prompts)), squeeze=False)
     for axis, label in zip(axes[0], kinds.values(), strict=True):
         axis.set_title(label, fontsize=10)
-    for line, scene in zip(axes, scenes, strict=True):
+    for line, one in zip(axes, prompts, strict=True):
         for axis, kind in zip(line, kinds, strict=True):
-            axis.imshow(np.asarray(getattr(scene, kind)))
+            axis.imshow(np.asarray(getattr(one, kind)))
             axis.set_axis_off()
-        line[1].text(0.5, -0.06, scene.prompt, transform=line[1].transAxes, ha="center", va="top", fontsize=9)
+        line[1].text(0.5, -0.06, one.prompt, transform=line[1].transAxes, ha="center", va="top", fontsize=9)
     edge = 0.3 / figure.get_figheight()
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - edge, bottom=edge, wspace=0.03, hspace=0.14)
     data = io.BytesIO()
@@ -79,7 +100,7 @@ def _overview(scenes: list[Scene]) -> bytes:
     return data.getvalue()
 
 
-def _heat_maps(scene: Scene) -> bytes:
+def _heat_maps(one: Pictures) -> bytes:
     """A row for the empty program, a row for the semantics; a column for each word, its map over the picture."""
     import matplotlib
 
@@ -87,11 +108,11 @@ def _heat_maps(scene: Scene) -> bytes:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    words = list(scene.stock_maps)
+    words = list(one.stock_maps)
     figure, axes = plt.subplots(2, max(len(words), 1), figsize=(1.45 * max(len(words), 1) + 0.4, 3.2), squeeze=False)
     for axis, word in zip(axes[0], words, strict=False):
         axis.set_title(word, fontsize=10)
-    lines = (("empty program", scene.empty, scene.stock_maps), ("semantics", scene.semantic, scene.semantic_maps))
+    lines = (("empty program", one.empty, one.stock_maps), ("semantics", one.semantic, one.semantic_maps))
     for line, (label, picture, maps) in zip(axes, lines, strict=True):
         for axis, word in zip(line, words, strict=False):
             axis.imshow(np.asarray(picture.convert("L")), cmap="gray", vmin=0, vmax=255)

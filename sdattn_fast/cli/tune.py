@@ -8,6 +8,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import sampling_options
+
 __all__ = ["tune"]
 
 
@@ -52,11 +54,13 @@ def tune(
     from rich.console import Console
 
     from ..files import write_json
-    from ..guidance import reward as tuning
-    from ..guidance.heads import HeadRanking
+    from ..prompts import cuts_said_once, read_prompts
+    from ..tuning.heads import HeadRanking
+    from ..tuning.reward import Reward, compare
+    from ..tuning.search_space import SearchSpace
+    from ..tuning.study import best_program, draw_plots, open_study, shortlisted
     from .generate import load_pipeline
     from .heads import clip_of, clip_source
-    from .prompts import cuts_said_once, read_prompts
 
     counts = {"--trials": trials, "--pictures": pictures, "--report-pictures": report_pictures, "--seeds": seeds,
               "--shortlist": shortlist, "--batch": batch, "--heartbeat": heartbeat}  # fmt: skip
@@ -71,7 +75,8 @@ def tune(
     for name, given in (("--prompts", prompts), ("--report-prompts", report_prompts)):
         if given is None and not shapes:
             raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint=name)
-    from ..lab.heads import bound_objects, held_out_captions, objects_of, selection_captions
+    from ..lab.captions import held_out_captions, objects_of, selection_captions
+    from ..lab.judge import bound_objects
 
     chosen_on = [p.text for p in read_prompts(prompts)] if prompts else selection_captions(pictures)
     reported = (
@@ -84,19 +89,15 @@ def tune(
         raise typer.BadParameter(
             f"expected prompts that are not among those chosen on, got {min(both)!r}", param_hint="--report-prompts"
         )
-    searched = tuning.SearchSpace() if space is None else tuning.SearchSpace.load(space)
+    searched = SearchSpace() if space is None else SearchSpace.load(space)
     ranking = None if heads is None else HeadRanking.load(heads)
     console = Console()
     pipe = load_pipeline(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     scorer = clip_of(model, clip, pipe.device)
-    options: dict[str, Any] = {
-        "num_inference_steps": num_inference_steps or (20 if shapes else None),
-        "guidance_scale": guidance_scale if guidance_scale is not None else (4.0 if shapes else None),
-    }
-    options = {key: x for key, x in options.items() if x is not None}
+    options = sampling_options(model, num_inference_steps, guidance_scale)
     keywords = {"seeds": seeds, "temperature": temperature, "batch": batch, **options}
-    reward = tuning.Reward(pipe, scorer, chosen_on, seed=seed, **keywords)
+    reward = Reward(pipe, scorer, chosen_on, seed=seed, **keywords)
     judging: Any = None
     judged_by = "none"
     if judge is not None:
@@ -107,35 +108,37 @@ def tune(
     elif shapes and all(map(objects_of, [*chosen_on, *reported])):
         judged_by, judging = "detector: objects bound", bound_objects
 
-    found = tuning.open_study(
+    found = open_study(
         storage or out / "study.db", reward, searched, name=study, model=model, ranking=ranking, heartbeat=heartbeat
     )
     with cuts_said_once(pipe, [*chosen_on, *reported], console):
-        _run(console, tuning, found, reward, searched, trials, ranking)
+        _run(console, found, reward, searched, trials, ranking)
         if judging is None:
-            file = tuning.best_program(found, searched, reward, ranking)
+            file = best_program(found, searched, reward, ranking)
             rows: list[dict[str, Any]] = []
         else:
-            rows = tuning.shortlisted(found, searched, reward, judging, ranking, length=shortlist)
+            rows = shortlisted(found, searched, reward, judging, ranking, length=shortlist)
             file = rows[0]["file"]
             for row in rows:
                 console.print(f"trial {row['trial']}: reward {row['reward']:.4f}, {judged_by} {row['judge']:.4f}")
         # The noise of the report is not the noise of the choice either.
-        other = tuning.Reward(pipe, scorer, reported, seed=seed + len(reward.texts), **keywords)
-        figures = tuning.compare(other, file, judging)
+        other = Reward(pipe, scorer, reported, seed=seed + len(reward.texts), **keywords)
+        figures = compare(other, file, judging)
     # What was not searched was fixed, and belongs to what was found.
     file = replace(file, **{key: x for key, x in options.items() if getattr(file, key) is None})
     notes = {**file.notes, "model": model, "judged by": judged_by, "report": figures, "reported on": len(reported)}
     replace(file, notes=notes).save(out / "program.json")
-    shortlisted = [{key: x for key, x in row.items() if key != "file"} for row in rows]
-    write_json(out / "report.json", "sdattn-fast report", {**notes, "shortlist": shortlisted})
-    plots = tuning.draw_plots(found, out)
+    shortlist_of = [{key: x for key, x in row.items() if key != "file"} for row in rows]
+    write_json(out / "report.json", "sdattn-fast report", {**notes, "shortlist": shortlist_of})
+    plots = draw_plots(found, out)
     _show(console, file, figures, judged_by)
     print(f"wrote {out / 'program.json'}, {out / 'report.json'} and {len(plots)} plots")
 
 
-def _run(console: Any, tuning: Any, study: Any, reward: Any, space: Any, trials: int, ranking: Any) -> None:
+def _run(console: Any, study: Any, reward: Any, space: Any, trials: int, ranking: Any) -> None:
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from ..tuning.study import tune as run_trials
 
     ended = ("COMPLETE", "PRUNED")
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -151,7 +154,7 @@ def _run(console: Any, tuning: Any, study: Any, reward: Any, space: Any, trials:
             if not console.is_terminal:
                 print(f"{done} of {trials}: trial {trial.number} {value}, best {best}", flush=True)
 
-        tuning.tune(study, reward, space, trials, ranking=ranking, callbacks=(said,))
+        run_trials(study, reward, space, trials, ranking=ranking, callbacks=(said,))
 
 
 def _show(console: Any, file: Any, figures: dict[str, dict[str, Any]], judged_by: str) -> None:

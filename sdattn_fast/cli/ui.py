@@ -25,7 +25,7 @@ def ui(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
 ) -> None:
     """Serve a page: a prompt stock and patched, each technique with its controls, heat maps, time and memory."""
-    from ..evaluation.memory import peak_mib
+    from ..measure.memory import peak_mib
     from .generate import load_pipeline
     from .heads import clip_of, clip_source
 

@@ -22,8 +22,8 @@ from ..guidance.correction import Correction
 from ..guidance.objectives import Presence
 from ..guidance.phrases import NounPhrase, phrase_ids
 from ..guidance.structure import Structure
+from ..patching.apply import Patch, apply
 from ..program import Capture, Program, Refinement, SalienceDropout
-from ..unet.apply import Patch, apply
 from .sketches import RandomMasks
 
 __all__ = ["Callbacks", "Condition", "Given", "acting_steps", "conditions", "entered"]

@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 
+from ..measure.memory import peak_mib
 from .conditions import STOCK, Condition, Given
-from .memory import peak_mib
 from .run import draw, given_for
 from .subjects import Subject
 

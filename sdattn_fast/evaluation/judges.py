@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..guidance.clip_score import ClipScorer
-from ..guidance.pretrained import load_model
+from ..loading import load_model
 
 __all__ = ["BlipVqa", "Detected", "Detector", "GenEval", "Judge", "Spatial"]
 

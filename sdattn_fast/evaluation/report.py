@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from ..files import written_aside
+from ..measure.paired import said, summary
 from .conditions import STOCK
-from .paired import said, summary
 from .run import KEPT, Evaluation
 
 __all__ = ["verdict", "write_report"]

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 
 from ..files import written_aside
-from ..unet.maps import words_of
+from ..patching.maps import words_of
 from .conditions import Condition, Given, entered
 from .subjects import Subject
 

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..unet.layers import cross_attention_layers
+from ..patching.layers import cross_attention_layers
 
 __all__ = ["RandomMasks"]
 

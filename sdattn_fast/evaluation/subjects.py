@@ -52,11 +52,10 @@ class ShapesWorld:
     needs_maps = True
 
     def __init__(self, count: int, scorer: ClipScorer, first: int | None = None, held_out: bool = True) -> None:
-        from ..lab.evaluate import _FIRST_SEED, GUIDANCE, STEPS
-        from ..lab.world import sample_scene
+        from ..lab.captions import HELD_OUT_SEED, held_out_scenes
+        from ..lab.pipeline import GUIDANCE, STEPS
 
-        first = _FIRST_SEED if first is None else first
-        self.scenes = [sample_scene(first + i, held_out=held_out, objects=1 + i % 3) for i in range(count)]
+        self.scenes = held_out_scenes(count, held_out, HELD_OUT_SEED if first is None else first)
         self.prompts = [scene.caption for scene in self.scenes]
         self.guidance, self.steps, self.scorer = GUIDANCE, STEPS, scorer
 
@@ -72,7 +71,7 @@ class ShapesWorld:
         self, indices: Sequence[int], pictures: Sequence[np.ndarray], maps: Sequence[Sequence[np.ndarray] | None]
     ) -> list[dict[str, float]]:
         from ..lab.detector import detect
-        from ..lab.structure import measure
+        from ..lab.measures import measure
 
         similar = self.scorer.similarity(list(pictures), [self.prompts[i] for i in indices])
         rows = []

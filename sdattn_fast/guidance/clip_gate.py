@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..unet.apply import Patch
+from ..patching.apply import Patch
 from .clip_score import ClipScorer
 from .phrases import NounPhrase, find_phrases
 from .preview import LinearDecoder, Preview

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .pretrained import load_model
+from ..loading import load_model
 
 __all__ = ["ClipScorer"]
 
@@ -39,7 +39,7 @@ class ClipScorer:
         Raises: ValueError where weights are missing or its parts do not belong together; OSError, from transformers,
         where there is no CLIP.
         """
-        from ..lab import quiet_loading
+        from ..loading import quiet_loading
 
         with quiet_loading():
             try:

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..unet.apply import Patch
+from ..patching.apply import Patch
 from .gradcam import Loss, gradcam, run
 
 __all__ = ["Correction"]

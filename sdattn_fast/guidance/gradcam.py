@@ -23,10 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..patching.apply import Patch, apply
+from ..patching.layers import Layer, heads_of_layers, select_layers
+from ..patching.maps import Maps, key_layers
 from ..program import Capture, Program
-from ..unet.apply import Patch, apply
-from ..unet.layers import Layer, heads_of_layers, select_layers
-from ..unet.maps import Maps, key_layers
 
 __all__ = ["Seen", "gradcam", "asked", "run"]
 

@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..unet.maps import words_of
+from ..patching.maps import words_of
 from .crf import PairwiseBilateral, PairwiseGaussian, dense_crf
 from .preview import Preview
 

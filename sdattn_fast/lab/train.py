@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ..files import written_aside
-from . import quiet_loading
+from ..loading import quiet_loading
 from .model import build_clip, build_scheduler, build_text_encoder, build_tokenizer, build_unet, build_vae
 from .world import sample_scene
 

@@ -17,8 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import written_aside
+from ..patching.apply import apply
 from ..program import Program
-from ..unet.apply import apply
 from .captions import CaptionedFolder
 
 __all__ = ["LoraTraining", "train_lora"]

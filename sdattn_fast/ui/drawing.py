@@ -15,10 +15,10 @@ from typing import Any
 import torch
 
 from ..evaluation.conditions import Condition, Given, entered
-from ..evaluation.memory import peak_mib
 from ..guidance.clip_gate import ClipGate
 from ..guidance.clip_score import ClipScorer
-from ..unet.maps import words_of
+from ..measure.memory import peak_mib
+from ..patching.maps import words_of
 from .controls import Asked, Controls, chosen_phrases
 
 __all__ = ["Drawn", "draw_both"]

@@ -17,9 +17,9 @@ os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 
 import gradio as gr
 
-from ..cli.prompts import Prompt, words_to_find
 from ..guidance.clip_score import ClipScorer
-from ..unet.layers import cross_attention_layers
+from ..patching.layers import cross_attention_layers
+from ..prompts import Prompt, words_to_find
 from .controls import Asked, Controls, chosen_phrases, loaded_from
 from .drawing import Drawn, Side, draw_both
 from .script import script

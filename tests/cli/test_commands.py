@@ -67,7 +67,7 @@ def test_doctor_asks_of_every_gpu(monkeypatch):
 
 def test_doctor_shows_what_is_folded_in_a_model(run, monkeypatch):
     # What is worth folding depends on the processor.
-    monkeypatch.setattr("sdattn_fast.unet.fold.seconds_of", lambda shape, kind: 0.0 if kind == "both" else 1.0)
+    monkeypatch.setattr("sdattn_fast.patching.fold.seconds_of", lambda shape, kind: 0.0 if kind == "both" else 1.0)
     code, out, _ = run("doctor", "--model", "shapes")
     assert code == 0
     flat = " ".join(out.split())
@@ -165,7 +165,7 @@ def test_the_installed_command_starts():
 
 
 def test_a_lora_is_trained_and_drawn_with(run, tmp_path):
-    from sdattn_fast.lab.lora import write_scenes
+    from sdattn_fast.studies.lora import write_scenes
 
     write_scenes(tmp_path / "data", 3)
     asked = ("train-lora", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "lora"), "--batch", "1")

@@ -230,7 +230,7 @@ def test_colours_come_from_clip(detector: Path, scorer: ClipScorer) -> None:
 
 
 def test_the_prompts_file_may_be_genevals(tmp_path: Path) -> None:
-    from sdattn_fast.cli.prompts import read_prompts
+    from sdattn_fast.prompts import read_prompts
 
     path = tmp_path / "evaluation_metadata.jsonl"
     line = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdattn_fast.lab.detector import detect, detect_background
-from sdattn_fast.lab.evaluate import judge, table
+from sdattn_fast.lab.judge import judge, table
 from sdattn_fast.lab.world import sample_scene
 
 SCENES = [sample_scene(10_000_000 + i, held_out=i % 2 == 1) for i in range(300)]

@@ -32,7 +32,7 @@ import sdattn_fast
 __all__ = ["GPU", "switched_on", "waits"]
 
 GPU = torch.device("cuda:0")
-waits: list[str] = []  # "equal at unet/text_cache.py:171 in _number"
+waits: list[str] = []  # "equal at patching/text_cache.py:171 in _number"
 
 _READS = {
     "_local_scalar_dense",

@@ -17,8 +17,8 @@ pytest.importorskip("peft")
 pytest.importorskip("accelerate")
 
 from sdattn_fast import Program, SalienceDropout
+from sdattn_fast.patching.processor import SemanticAttnProcessor
 from sdattn_fast.training import LoraTraining, train_lora
-from sdattn_fast.unet.processor import SemanticAttnProcessor
 
 SHORT = LoraTraining(steps=4, batch=2, learning_rate=1e-3, rank=2, seed=3, flip=True, empty_captions=0.2)
 DROPS = Program(SalienceDropout(0.5, mode="random"))
@@ -106,7 +106,7 @@ def test_it_learns(pipe_of: Any, data: Path, tmp_path: Path) -> None:
 
 def test_dropout_applies_when_it_is_said(pipe_of: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
     seen: list[Any] = []
-    from sdattn_fast.unet.text_state import TextState
+    from sdattn_fast.patching.text_state import TextState
 
     prepared = TextState.prepared
 
@@ -126,7 +126,7 @@ def test_dropout_applies_when_it_is_said(pipe_of: Any, data: Path, tmp_path: Pat
 
 
 def test_protected_tokens_are_found(pipe_of: Any, data: Path, tmp_path: Path, monkeypatch: Any) -> None:
-    from sdattn_fast.unet.text_state import TextState
+    from sdattn_fast.patching.text_state import TextState
 
     seen: list[Any] = []
     see = TextState.see

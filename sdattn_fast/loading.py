@@ -1,0 +1,60 @@
+"""Loading of models with diffusers and transformers: whole, and without their progress bars."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+__all__ = ["load_model", "quiet_loading"]
+
+
+def load_model(kind: Any, source: str | Path, argument: str, device: Any = "cpu") -> Any:
+    """``kind.from_pretrained(source)`` in float32, without gradients, in eval mode.
+
+    Raises:
+        ValueError: naming the argument, where files are broken, lack weights or have others than the config says.
+        OSError, from transformers, where there is no model.
+    """
+    source = str(source)
+    try:
+        with quiet_loading():
+            model, found = kind.from_pretrained(
+                source, use_safetensors=True, output_loading_info=True, ignore_mismatched_sizes=True
+            )
+    except (OSError, ImportError):
+        raise
+    except Exception as error:  # of safetensors, or whatever reads the config
+        raise ValueError(f"{argument}: cannot load {source!r} as a {kind.__name__}: {error}") from error
+    weights = {name for name, _ in model.named_parameters()}
+    other = sorted(str(entry[0] if isinstance(entry, (tuple, list)) else entry) for entry in found["mismatched_keys"])
+    missing = sorted(weights & set(found["missing_keys"]))
+    for names, what in ((other, "of another shape than its config says"), (missing, "missing in its files")):
+        if names:
+            raise ValueError(
+                f"{argument}: {source!r} is no whole {kind.__name__}: {len(names)} of its {len(weights)} weights are "
+                f"{what}, such as {names[0]!r}"
+            )
+    return model.float().to(device).eval().requires_grad_(False)
+
+
+@contextlib.contextmanager
+def quiet_loading() -> Iterator[None]:
+    """Without the libraries' progress bars and warnings, as of the missing torchvision, which nothing here needs."""
+    loggers = []
+    for library in ("transformers", "diffusers"):  # in this order: diffusers looks at transformers' switches
+        with contextlib.suppress(ImportError):
+            loggers.append(importlib.import_module(f"{library}.utils.logging"))
+    before = [(logger.get_verbosity(), logger.is_progress_bar_enabled()) for logger in loggers]
+    for logger in loggers:
+        logger.set_verbosity_error()
+        logger.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for logger, (verbosity, bars) in zip(loggers, before, strict=True):
+            logger.set_verbosity(verbosity)
+            if bars:
+                logger.enable_progress_bar()

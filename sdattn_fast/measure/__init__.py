@@ -1,0 +1,1 @@
+"""Measuring: time and memory of calls, and paired comparisons."""

@@ -1,0 +1,284 @@
+"""Does GradCAM help? `python -m sdattn_fast.studies.gradcam`: the shapes pipeline, held-out captions.
+
+Maps: true scenes, whose masks are known, are encoded and noised, and each object's noun gets a map from one forward
+pass (plain attention: the mean of heads, or the head that was best on other scenes) or one forward and backward pass
+(GradCAM, by score). Judged by mask IoU and by the pointing game (Zhang et al. 2018): does the strongest pixel lie in
+the object's mask?
+
+Corrections: captions are drawn from the same noise under each, and the detector says what is there. Everything is
+compared with plain attention, or with no correction, by a paired bootstrap over captions; each batch is kept as it is
+done, so a run can be broken off and taken up again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import typer
+
+from ..lab.captions import SELECTION_SEED, held_out_scenes, words_of_objects
+from ..lab.judge import judge
+from ..lab.measures import iou
+from ..lab.pipeline import GUIDANCE, STEPS, load_clip, load_pipeline, shapes_path
+from ..lab.world import SIDE, Scene, sample_scene
+from ..loading import quiet_loading
+from ..measure.paired import summary, table
+
+__all__ = ["corrections", "draw", "fits", "maps_of_scenes"]
+
+_MAP_MEASURES = ("IoU", "pointing")
+_PICTURE_MEASURES = ("present", "bound", "all right", "latents grow")
+_PLAIN = "attention, mean of heads"
+_BATCH = 32
+_TIMES = (200, 500, 800)  # of 1000
+
+
+def maps_of_scenes(pipe: Any, scenes: Sequence[Scene], t: int, best_head: tuple[str, int]) -> dict[str, list[Any]]:
+    """Way -> of each scene, (objects, 64, 64) float32: the nouns' maps at timestep t, the mean over words' tokens.
+
+    Scene i's noise depends on i and t alone. best_head: (layer, head).
+    """
+    from transformers import CLIPImageProcessor
+
+    from .. import Capture, apply
+    from ..guidance.gradcam import gradcam
+    from ..guidance.objectives import ClipSimilarity, NoisePrediction, Presence
+
+    latents, target, text = _noised(pipe, scenes, t)
+    nouns = [_noun_tokens(pipe, s.caption) for s in scenes]
+    tokens = tuple(sorted({i for some in nouns for noun in some for i in noun}))
+
+    def of_nouns(maps: Any) -> list[Any]:
+        return [_of_nouns(x, some, tokens) for x, some in zip(maps, nouns, strict=True)]
+
+    by_head = _maps_by_head(pipe, latents, t, text, tokens)
+    found = {"attention, best head": of_nouns(by_head[best_head[0]][:, best_head[1]])}
+    clip, tokenizer = load_clip()
+    with quiet_loading():
+        processor = CLIPImageProcessor.from_pretrained(shapes_path() / "clip")
+    scores: dict[str, Any] = {
+        "noise": NoisePrediction(target),
+        "presence": Presence(nouns),
+        "CLIP": ClipSimilarity(pipe, clip, tokenizer, processor, [s.caption for s in scenes]),
+    }
+    with apply(pipe.unet, capture=Capture(tokens)) as patch:
+        pipe.unet(latents, t, encoder_hidden_states=text)
+        found[_PLAIN] = of_nouns(patch.maps.upsample((SIDE, SIDE)).detach())
+        for name, score in scores.items():
+            for rounds in (1, 3):
+                maps = gradcam(patch, latents, t, text, score, tokens=tokens, rounds=rounds, drop=0.1)
+                way = f"GradCAM of {name}" + (f", {rounds} rounds" if rounds > 1 else "")
+                found[way] = of_nouns(maps.upsample((SIDE, SIDE)))
+    return found
+
+
+def fits(scene: Scene, maps: Any) -> dict[str, float]:
+    """IoU of where a map passes the middle of its range, and the share of maps whose strongest pixel is in the mask."""
+    ious, hits = [], []
+    for thing, heat in zip(scene.objects, np.asarray(maps), strict=True):
+        ious.append(iou(heat > (heat.min() + heat.max()) / 2, thing.mask))
+        hits.append(thing.mask.flat[heat.argmax()])
+    return {"IoU": float(np.mean(ious)), "pointing": float(np.mean(hits))}
+
+
+def corrections() -> dict[str, dict[str, Any] | None]:
+    """Name -> keywords of `Correction`, None for none. All raise the presence of the weakest noun."""
+    half = (0, STEPS // 2)
+    return {
+        "none": None,
+        "gradient, 0.05": {"how": "gradient", "strength": 0.05, "steps": half},
+        "gradient, 0.2": {"how": "gradient", "strength": 0.2, "steps": half},
+        "reweight, 0.5": {"how": "reweight", "strength": 0.5, "steps": half},
+        "reweight, 1": {"how": "reweight", "strength": 1.0, "steps": half},
+        "scale, one step": {"how": "scale", "steps": (STEPS // 2, STEPS // 2 + 1)},
+        "scale, every step": {"how": "scale", "steps": half},
+    }
+
+
+def draw(
+    pipe: Any, scenes: Sequence[Scene], first: int, keywords: dict[str, Any] | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (n, 64, 64, 3) uint8, picture i's noise depending on first + i alone; and (n,), by how much latents grew
+    (ratio of root mean squares) at a correction, NaN where there is none."""
+    import torch
+
+    from .. import Capture, apply
+    from ..guidance.correction import Correction
+    from ..guidance.objectives import Presence
+
+    captions = [s.caption for s in scenes]
+    grew = []
+    with contextlib.ExitStack() as stack:
+        patch = stack.enter_context(apply(pipe, capture=Capture()))
+        callback: Callable[..., Any] | None = None
+        if keywords is not None:
+            nouns = [_noun_tokens(pipe, caption) for caption in captions]
+            if keywords["how"] == "reweight":
+                keywords = {**keywords, "tokens": [[i for noun in some for i in noun] for some in nouns]}
+            correct = stack.enter_context(Correction(patch, Presence(nouns), **keywords))
+
+            def callback(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+                before = kept["latents"]
+                after = correct(pipe, step, t, kept)
+                if after["latents"] is not before:
+                    sizes = [x["latents"].square().mean((1, 2, 3)).sqrt() for x in ({"latents": before}, after)]
+                    grew.append((sizes[1] / sizes[0]).numpy())
+                return after
+
+        images = pipe(
+            captions, guidance_scale=GUIDANCE, num_inference_steps=STEPS, output_type="np",
+            callback_on_step_end=callback,
+            generator=[torch.Generator().manual_seed(first + i) for i in range(len(scenes))],
+        ).images  # fmt: skip
+    growth = np.mean(grew, 0) if grew else np.full(len(scenes), np.nan)
+    return np.rint(images * 255).astype(np.uint8), growth
+
+
+def _noised(pipe: Any, scenes: Sequence[Scene], t: int) -> tuple[Any, Any, Any]:
+    """Noised latents, what the UNet is to predict there, and text, of each scene."""
+    import torch
+
+    pixels = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    with torch.no_grad():
+        clean = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+        ids = pipe.tokenizer([s.caption for s in scenes], padding="max_length", return_tensors="pt").input_ids
+        text = pipe.text_encoder(ids)[0]
+    noise = torch.cat(
+        [torch.randn(1, *clean.shape[1:], generator=torch.Generator().manual_seed(t + i)) for i in range(len(clean))]
+    )
+    at = torch.full((len(clean),), t)
+    return pipe.scheduler.add_noise(clean, noise, at), pipe.scheduler.get_velocity(clean, noise, at), text
+
+
+def _maps_by_head(pipe: Any, latents: Any, t: int, text: Any, tokens: Sequence[int]) -> dict[str, Any]:
+    """Layer -> (B, heads, T, height, width)."""
+    import torch
+
+    from .. import Capture, apply
+
+    capture = Capture(tuple(tokens), stage="softmax", reduce="none", layers="*")
+    with torch.no_grad(), apply(pipe.unet, capture=capture) as patch:
+        pipe.unet(latents, t, encoder_hidden_states=text)
+        return dict(patch.maps)
+
+
+def _best_head(pipe: Any, scenes: Sequence[Scene]) -> tuple[str, int]:
+    """The (layer, head) with the best mean IoU on scenes that are not reported on."""
+    scores: dict[tuple[str, int], list[float]] = {}
+    for t in _TIMES:
+        latents, _, text = _noised(pipe, scenes, t)
+        nouns = [_noun_tokens(pipe, s.caption) for s in scenes]
+        tokens = tuple(sorted({i for some in nouns for noun in some for i in noun}))
+        for layer, maps in _maps_by_head(pipe, latents, t, text, tokens).items():
+            for head in range(maps.shape[1]):
+                for scene, x, some in zip(scenes, maps[:, head], nouns, strict=True):
+                    scores.setdefault((layer, head), []).append(fits(scene, _of_nouns(x, some, tokens))["IoU"])
+    return max(scores, key=lambda which: np.mean(scores[which]))
+
+
+def _of_nouns(maps: Any, nouns: Sequence[Sequence[int]], tokens: Sequence[int]) -> Any:
+    """(nouns, 64, 64) of (T, height, width): the mean over each noun's tokens, upsampled bicubically."""
+    import torch
+
+    of = torch.stack([maps[[tokens.index(i) for i in noun]].mean(0) for noun in nouns])
+    return torch.nn.functional.interpolate(of[None].float(), (SIDE, SIDE), mode="bicubic")[0]
+
+
+def _noun_tokens(pipe: Any, caption: str) -> list[list[int]]:
+    """Of each object in the caption, its noun's tokens."""
+    from ..patching.maps import words_of
+
+    words = words_of(pipe.tokenizer, caption)
+    return [words[word] for word in words_of_objects(caption)]
+
+
+def _run(
+    pictures: Annotated[int, typer.Option(help="How many held-out captions.")] = 256,
+    folder: Annotated[Path, typer.Option(help="Where batches are kept, and the figures in the end.")] = Path(
+        "runs/gradcam"
+    ),
+) -> None:
+    """Compare maps and corrections on held-out captions."""
+    from rich.console import Console
+
+    if pictures < 2:
+        raise typer.BadParameter(f"expected at least 2, got {pictures}", param_hint="--pictures")
+    console = Console()
+    folder.mkdir(parents=True, exist_ok=True)
+    scenes = held_out_scenes(pictures)
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    pipe.unet.requires_grad_(False)
+    pipe.vae.requires_grad_(False)
+
+    def kept(name: str, make: Callable[[], Any]) -> Any:
+        path = folder / f"{name}.json"
+        if not path.exists():
+            aside = path.with_suffix(".part")
+            aside.write_text(json.dumps(make()))
+            aside.rename(path)
+            console.print(name)
+        return json.loads(path.read_text())
+
+    best: Any = kept("best head", lambda: _best_head(pipe, [sample_scene(SELECTION_SEED + i) for i in range(64)]))
+    maps: dict[str, list[dict[str, float]]] = {}
+    drawn: dict[str, list[dict[str, float]]] = {}
+    for start in range(0, pictures, _BATCH):
+        part = scenes[start : start + _BATCH]
+
+        def at_times(part: list[Scene] = part) -> dict[str, list[dict[str, float]]]:
+            """The mean over timesteps, of each way and scene."""
+            by_time = [maps_of_scenes(pipe, part, t, tuple(best)) for t in _TIMES]
+            return {
+                way: [
+                    {name: float(np.mean([fits(scene, x[way][i])[name] for x in by_time])) for name in _MAP_MEASURES}
+                    for i, scene in enumerate(part)
+                ]
+                for way in by_time[0]
+            }
+
+        for way, rows in kept(f"maps {start}-{len(part)}", at_times).items():
+            maps.setdefault(way, []).extend(rows)
+        for name, keywords in corrections().items():
+
+            def judged(
+                name: str = name, keywords: Any = keywords, part: list[Scene] = part, start: int = start
+            ) -> list[dict[str, float]]:
+                images, growth = draw(pipe, part, start, keywords)
+                if start == 0:
+                    np.save(folder / f"{name}.npy", images[:8])
+                found = [judge(s, x) for s, x in zip(part, images, strict=True)]
+                return [
+                    dict(zip(_PICTURE_MEASURES, (j.present, j.bound, float(j.right), float(g)), strict=True))
+                    for j, g in zip(found, growth, strict=True)
+                ]
+
+            drawn.setdefault(name, []).extend(kept(f"{name} {start}-{len(part)}", judged))
+
+    tables = {
+        "maps": summary(maps, _MAP_MEASURES, _PLAIN),
+        "corrections": summary(drawn, _PICTURE_MEASURES, "none"),
+    }
+    (folder / "summary.json").write_text(json.dumps({"pictures": pictures, "head": best, **tables}, indent=1) + "\n")
+    for title, found in tables.items():
+        said = f"{title}, {pictures} held-out captions; difference to the first, 95 % bootstrap interval"
+        console.print(table(found, said, "way"))
+    _write_pictures(folder)
+
+
+def _write_pictures(folder: Path) -> None:
+    """One row a correction, the first eight captions."""
+    from PIL import Image
+
+    rows = [np.concatenate(list(np.load(folder / f"{name}.npy", allow_pickle=False)), 1) for name in corrections()]
+    sheet = np.concatenate(rows, 0)
+    Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), 0).save(folder / "pictures.png")
+
+
+if __name__ == "__main__":
+    typer.run(_run)

@@ -1,0 +1,70 @@
+"""Judge the shapes pipeline: `python -m sdattn_fast.studies.shapes`.
+
+Captions are held out by construction: every object is a colour-shape pair that no training scene has. The detector says
+what is in the picture; first it is itself judged on true scenes.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from ..lab.captions import held_out_scenes
+from ..lab.judge import judge, table
+from ..lab.pipeline import GUIDANCE, STEPS, draw, load_pipeline
+
+
+def _evaluate(
+    pictures: Annotated[int, typer.Option(help="How many captions.")] = 258,
+    model: Annotated[Path | None, typer.Option(help="A pipeline's folder; default: the one that ships.")] = None,
+    seen: Annotated[bool, typer.Option("--seen", help="Pairs seen in training instead of held-out ones.")] = False,
+    out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
+    grid: Annotated[Path | None, typer.Option(help="Write the first 32 pictures as a PNG.")] = None,
+) -> None:
+    """Draw held-out captions and count what is there."""
+    from rich.console import Console
+    from rich.progress import Progress
+    from rich.table import Table
+
+    if pictures < 1:
+        raise typer.BadParameter(f"expected at least 1, got {pictures}", param_hint="--pictures")
+    console = Console()
+    scenes = held_out_scenes(pictures, held_out=not seen)
+    truth = [judge(s, s.image) for s in scenes]
+    pipe = load_pipeline(folder=model)
+    pipe.set_progress_bar_config(disable=True)
+    with Progress(console=console, disable=not console.is_terminal) as progress:
+        task = progress.add_task("Drawing", total=pictures)
+        images = draw(pipe, scenes, tick=lambda n: progress.update(task, advance=n))
+    rows = {"true scenes (the detector)": table(truth)["all"]}
+    rows |= table([judge(s, image) for s, image in zip(scenes, images, strict=True)])
+
+    kind = "pairs seen in training" if seen else "pairs never seen in training"
+    shown = Table(title=f"{pictures} captions, {kind}; guidance {GUIDANCE:g}, {STEPS} DDIM steps")
+    shown.add_column("captions of")
+    for column in rows["all"]:
+        shown.add_column(column, justify="right")
+    for name, row in rows.items():
+        shown.add_row(name, f"{row['pictures']:.0f}", *(f"{100 * x:.1f} %" for x in list(row.values())[1:]))
+    console.print(shown)
+    if out is not None:
+        out.write_text(json.dumps({"captions": kind, "guidance": GUIDANCE, "steps": STEPS, **rows}, indent=1) + "\n")
+    if grid is not None:
+        _write_grid(images[:32], grid)
+
+
+def _write_grid(images: np.ndarray, path: Path) -> None:
+    from PIL import Image
+
+    across = min(8, len(images))
+    images = images[: len(images) // across * across]
+    sheet = images.reshape(-1, across, *images.shape[1:]).transpose(0, 2, 1, 3, 4).reshape(-1, across * 64, 3)
+    Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), 0).save(path)
+
+
+if __name__ == "__main__":
+    typer.run(_evaluate)

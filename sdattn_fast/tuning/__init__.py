@@ -1,0 +1,1 @@
+"""Choosing heads and tuning programs for a model and a set of prompts."""

@@ -1,0 +1,125 @@
+"""The reward of a program: what CLIP makes of the pictures that it draws, of a set of prompts.
+
+The reward of a picture is ``sigmoid(cosine / temperature)``, the cosine being CLIP's of picture and prompt; a program's
+is the mean over the prompts, each with the same noise whatever the program. So programs are paired by picture.
+
+Source: the reward after PnP-OVSS (Luo et al. 2024), which tunes without labels by CLIP.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..files import ProgramFile
+from ..guidance.clip_score import ClipScorer
+from ..measure.paired import interval
+from ..patching.apply import apply
+from ..patching.layers import cross_attention_layers
+
+__all__ = ["Judge", "Reward", "compare"]
+
+Judge = Callable[[Sequence[str], Sequence[Any]], np.ndarray]
+
+
+class Reward:
+    """Pictures of a set of prompts under a program, and their rewards.
+
+    Args:
+        pipe: a diffusers pipeline, not patched. clip: what scores. prompts: the texts.
+        seeds: pictures a prompt; the noise of prompt i's picture j is that of ``seed + i * seeds + j``, in every trial.
+        temperature: of the sigmoid, > 0. batch: pictures at once.
+        asked: for the pipeline, where a program's file does not say other: num_inference_steps, guidance_scale, ...
+
+    Raises: TypeError, ValueError, naming the argument.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        clip: ClipScorer,
+        prompts: Sequence[str],
+        *,
+        seeds: int = 1,
+        seed: int = 0,
+        temperature: float = 0.25,
+        batch: int = 8,
+        **asked: Any,
+    ) -> None:
+        if isinstance(prompts, str) or not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
+            raise ValueError(f"prompts: expected at least one, each some words, got {prompts!r}")
+        for name, value in (("seeds", seeds), ("batch", batch)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
+            raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
+        self.pipe = pipe
+        self.clip = clip
+        self.texts = [prompt for prompt in prompts for _ in range(seeds)]
+        self.seed = seed
+        self.temperature = float(temperature)
+        self.batch = batch
+        self.asked = asked
+        self.seeds = seeds
+
+    @property
+    def model_layers(self) -> list[str]:
+        """The names of the pipeline's cross-attention layers."""
+        return [name for name, _ in cross_attention_layers(self.pipe.unet)]
+
+    def pictures(self, file: ProgramFile, which: Sequence[int] | None = None) -> Iterator[tuple[list[int], list[Any]]]:
+        """Batches of (indices into `texts`, PIL pictures)."""
+        which = range(len(self.texts)) if which is None else which
+        asked = dict(self.asked)
+        for name in ("guidance_scale", "num_inference_steps"):
+            if getattr(file, name) is not None:
+                asked[name] = getattr(file, name)
+        with apply(self.pipe, file, seed=self.seed):
+            for start in range(0, len(which), self.batch):
+                part = [int(i) for i in which[start : start + self.batch]]
+                noise = [torch.Generator().manual_seed(self.seed + i) for i in part]
+                yield part, list(self.pipe([self.texts[i] for i in part], **asked, generator=noise).images)
+
+    def score(self, which: Sequence[int], pictures: Sequence[Any]) -> np.ndarray:
+        """(n,) float64 rewards in (0, 1)."""
+        cosines = self.clip.similarity(pictures, [self.texts[i] for i in which]).double()
+        return torch.sigmoid(cosines / self.temperature).numpy()
+
+    def all(self, file: ProgramFile) -> tuple[np.ndarray, list[Any]]:
+        """(rewards, pictures) of every prompt."""
+        pictures = [one for _, batch in self.pictures(file) for one in batch]
+        return self.score(range(len(self.texts)), pictures), pictures
+
+    def describe(self) -> dict[str, Any]:
+        """What makes two rewards comparable; kept with a study."""
+        plain = {key: x for key, x in self.asked.items() if isinstance(x, (str, int, float))}
+        return {"prompts": self.texts[:: self.seeds], "seeds": self.seeds, "seed": self.seed,
+                "temperature": self.temperature, "asked": plain}  # fmt: skip
+
+
+def compare(reward: Reward, file: ProgramFile, judge: Judge | None = None) -> dict[str, dict[str, Any]]:
+    """The program against stock attention on this reward's prompts, which should not be those it was chosen on.
+
+    Returns: "reward", and "judge" where there is one, each with the means "stock" and "tuned", their "difference" and
+    its 95 % percentile bootstrap interval, "low" and "high", over pairs of pictures; and which it "supports": "better",
+    "worse" or "no difference".
+    """
+    stock, tuned = (reward.all(one) for one in (ProgramFile(), file))
+    found = {"reward": _paired(stock[0], tuned[0])}
+    if judge is not None:
+        found["judge"] = _paired(*(np.asarray(judge(reward.texts, one[1]), dtype=float) for one in (stock, tuned)))
+    return found
+
+
+def _paired(stock: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:
+    difference = tuned - stock
+    low, high = interval(difference)
+    supports = "better" if low > 0 else "worse" if high < 0 else "no difference"
+    return {
+        "stock": float(stock.mean()), "tuned": float(tuned.mean()), "difference": float(difference.mean()),
+        "low": low, "high": high, "pictures": len(difference), "supports": supports,
+    }  # fmt: skip

@@ -1,0 +1,157 @@
+"""What reward tuning searches: programs, layers, heads, guidance and steps."""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from ..files import ProgramFile, read_json
+from ..patching.layers import select_layers
+from ..program import Program, Refinement, SalienceDropout
+from .heads import HeadRanking
+
+__all__ = ["SearchSpace"]
+
+
+@dataclass(frozen=True)
+class SearchSpace:
+    """What is searched. Pairs are (lowest, highest), both included; tuples of strings are choices; None: left alone.
+
+    Args:
+        guidance_scale, num_inference_steps: of the pipeline.
+        dropout_ratio, dropout_axis: `SalienceDropout`, which a trial may also do without; None: never.
+        threshold, sigma, refine_steps, refine_axis: `Refinement`, likewise; threshold and sigma None: never.
+        renormalize: `Program.renormalize`.
+        layers: patterns of `apply`; those that match no layer of the model are passed over.
+        heads: the share of the best heads of a ranking that stay active; None, or without a ranking: all.
+        inactive_heads: what becomes of the others.
+
+    Raises:
+        TypeError, ValueError: naming the field.
+    """
+
+    guidance_scale: tuple[float, float] | None = (1.0, 10.0)
+    num_inference_steps: tuple[int, int] | None = None
+    dropout_ratio: tuple[float, float] | None = (0.05, 0.6)
+    dropout_axis: tuple[str, ...] = ("token", "space")
+    threshold: tuple[float, float] | None = (0.0, 0.9)
+    sigma: tuple[float, float] | None = (0.0, 2.0)
+    refine_steps: tuple[int, int] = (1, 4)
+    refine_axis: tuple[str, ...] = ("token", "space")
+    renormalize: tuple[str, ...] = ("none", "content", "row")
+    layers: tuple[str, ...] = ("*", "down_blocks.*", "mid_block.*", "up_blocks.*")
+    heads: tuple[float, float] | None = (0.1, 1.0)
+    inactive_heads: tuple[str, ...] = ("plain", "zero")
+
+    def __post_init__(self) -> None:
+        limits = {
+            "guidance_scale": (0.0, 100.0), "num_inference_steps": (1, 1000), "dropout_ratio": (0.0, 1.0),
+            "threshold": (0.0, 0.999), "sigma": (0.0, 64.0), "refine_steps": (1, 16), "heads": (0.0, 1.0),
+        }  # fmt: skip
+        known = {
+            "dropout_axis": ("token", "space"), "refine_axis": ("token", "space"), "inactive_heads": ("plain", "zero"),
+            "renormalize": ("none", "content", "row"), "layers": None,
+        }  # fmt: skip
+        for name, (low, high) in limits.items():
+            whole = name in ("num_inference_steps", "refine_steps")
+            may_be_none = name != "refine_steps"
+            object.__setattr__(self, name, _range(name, getattr(self, name), low, high, whole, may_be_none))
+        for name, choices in known.items():
+            object.__setattr__(self, name, _choices(name, getattr(self, name), choices))
+
+    @classmethod
+    def load(cls, path: str | Path) -> SearchSpace:
+        """From a JSON file ``{"format": "sdattn-fast space", "version": 1, "sigma": [0, 1], ...}``; fields that it does
+        not name keep their defaults. Raises: ValueError, TypeError, naming file and field; OSError."""
+        content = read_json(path, "sdattn-fast space")
+        unknown = set(content) - {f.name for f in fields(cls)}
+        if unknown:
+            raise ValueError(f"{path}: expected the fields of a search space, got also {min(unknown)!r}")
+        try:
+            return cls(**content)
+        except (ValueError, TypeError) as error:
+            raise type(error)(f"{path}: {error}") from None
+
+    def suggest(self, trial: Any, model_layers: Sequence[str], ranking: HeadRanking | None) -> ProgramFile:
+        """What an Optuna trial is to run. model_layers: the names of the layers there are."""
+        dropout = refine = None
+        if self.dropout_ratio is not None and trial.suggest_categorical("dropout", (False, True)):
+            axis = trial.suggest_categorical("dropout_axis", self.dropout_axis)
+            dropout = SalienceDropout(trial.suggest_float("dropout_ratio", *self.dropout_ratio), axis)
+        refinable = self.threshold is not None or self.sigma is not None
+        if refinable and trial.suggest_categorical("refine", (False, True)):
+            refine = Refinement(
+                trial.suggest_int("refine_steps", *self.refine_steps),
+                None if self.threshold is None else trial.suggest_float("threshold", *self.threshold),
+                0.0 if self.sigma is None else trial.suggest_float("sigma", *self.sigma),
+                trial.suggest_categorical("refine_axis", self.refine_axis),
+            )
+        program = Program(dropout, refine, trial.suggest_categorical("renormalize", self.renormalize))
+        patterns = _matching(self.layers, model_layers)
+        layers = trial.suggest_categorical("layers", patterns)
+        scale = steps = heads = None
+        inactive = "plain"
+        if self.guidance_scale is not None:
+            scale = trial.suggest_float("guidance_scale", *self.guidance_scale)
+        if self.num_inference_steps is not None:
+            steps = trial.suggest_int("num_inference_steps", *self.num_inference_steps)
+        if ranking is not None and self.heads is not None:
+            share = trial.suggest_float("heads", *self.heads)
+            count = max(1, round(share * len(ranking.scores)))
+            inactive = trial.suggest_categorical("inactive_heads", self.inactive_heads)
+            if count < len(ranking.scores):
+                here = set(select_layers(layers, model_layers))
+                heads = {layer: found for layer, found in ranking.best(count).items() if layer in here}
+        return ProgramFile(
+            program, None if layers == "*" else (layers,), heads, inactive if heads else "plain", scale, steps
+        )
+
+    def stock(
+        self, asked: Mapping[str, Any], model_layers: Sequence[str], ranking: HeadRanking | None
+    ) -> dict[str, Any]:
+        """The parameters of the trial that is stock attention, as near to the pipeline's call as the ranges allow."""
+        found: dict[str, Any] = {"renormalize": self.renormalize[0], "layers": _matching(self.layers, model_layers)[0]}
+        if self.dropout_ratio is not None:
+            found["dropout"] = False
+        if self.threshold is not None or self.sigma is not None:
+            found["refine"] = False
+        for name in ("guidance_scale", "num_inference_steps"):
+            limits = getattr(self, name)
+            if limits is not None and name in asked:
+                found[name] = min(max(asked[name], limits[0]), limits[1])
+        if ranking is not None and self.heads is not None:
+            found |= {"heads": self.heads[1], "inactive_heads": self.inactive_heads[0]}
+        return found
+
+
+def _matching(patterns: Sequence[str], layers: Sequence[str]) -> list[str]:
+    found = [p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in layers)]
+    if not found:
+        raise ValueError(f"layers: none of {', '.join(map(repr, patterns))} matches a layer of the model")
+    return found
+
+
+def _range(name: str, given: Any, low: float, high: float, whole: bool, may_be_none: bool) -> Any:
+    expected = f"{'two ints' if whole else 'two numbers'}, lowest and highest, from {low} to {high}"
+    if given is None and may_be_none:
+        return None
+    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != 2:
+        raise TypeError(f"{name}: expected {expected}, got {given!r}")
+    kinds = (int,) if whole else (int, float)
+    if any(isinstance(x, bool) or not isinstance(x, kinds) for x in given):
+        raise TypeError(f"{name}: expected {expected}, got {given!r}")
+    if not low <= given[0] <= given[1] <= high:
+        raise ValueError(f"{name}: expected {expected}, got {given!r}")
+    return tuple(given) if whole else (float(given[0]), float(given[1]))
+
+
+def _choices(name: str, given: Any, known: tuple[str, ...] | None) -> tuple[str, ...]:
+    expected = "patterns of layers" if known is None else f"some of {', '.join(known)}"
+    if isinstance(given, str) or not isinstance(given, Sequence) or any(not isinstance(x, str) for x in given):
+        raise TypeError(f"{name}: expected {expected}, got {given!r}")
+    if not given or len(set(given)) != len(given) or (known is not None and not set(given) <= set(known)):
+        raise ValueError(f"{name}: expected {expected}, each once, got {list(given)!r}")
+    return tuple(given)

@@ -1,0 +1,306 @@
+"""Reward tuning: Optuna searches program, guidance, steps, layers and heads for what CLIP likes best.
+
+Trials are paired by picture (reward.py), and the pruner is Wilcoxon's signed-rank test against the best trial so far.
+The first trial is stock attention.
+
+A reward that was tuned proves nothing: `shortlisted` lets a judge of another kind choose among the best trials, and
+`reward.compare` measures the choice against stock on other prompts, by both.
+
+Trials, workers on many machines, and what becomes of the trials of a killed worker are Optuna's business: its storage
+is an SQLite file or a database server, and a trial whose heartbeat stops is queued again.
+
+Source: Optuna (Akiba et al. 2019).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..files import ProgramFile
+from .heads import HeadRanking
+from .reward import Judge, Reward
+from .search_space import SearchSpace
+
+__all__ = ["best_program", "draw_plots", "open_study", "shortlisted", "tune"]
+
+_MADE = "sdattn-fast"
+_P_THRESHOLD = 0.1
+_FEWEST_BEFORE_PRUNING = 6
+
+
+def open_study(
+    storage: str | Path,
+    reward: Reward,
+    space: SearchSpace,
+    *,
+    name: str = "tune",
+    model: str = "",
+    ranking: HeadRanking | None = None,
+    seed: int | None = None,
+    heartbeat: int = 30,
+) -> Any:
+    """Create an Optuna study, or take one up again.
+
+    Args:
+        storage: an SQLite file, or a URL of SQLAlchemy's (``postgresql+psycopg://...``) that many workers share.
+        name: of the study within the storage. model: whatever names the pipeline.
+        seed: of the sampler; None: another one in every worker, as there must be with several.
+        heartbeat: seconds between signs of life; a trial that misses three is given up, and queued again.
+
+    Raises: ImportError without Optuna; ValueError where the study was made with another model, reward or search space,
+        or not by this package; OSError where the storage cannot be reached.
+    """
+    optuna = _optuna()
+    from sqlalchemy.exc import SQLAlchemyError
+
+    url = _url(storage)
+    options: dict[str, Any] = {"connect_args": {"timeout": 60}} if url.startswith("sqlite") else {"pool_pre_ping": True}
+    with _quiet(optuna), warnings.catch_warnings():
+        warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+        try:
+            database = _database(
+                url, engine_kwargs=options, heartbeat_interval=heartbeat, grace_period=3 * heartbeat,
+                heartbeat_stale_trial_callback=optuna.storages.RetryHeartbeatStaleTrialCallback(max_retry=3),
+            )  # fmt: skip
+            study = optuna.create_study(
+                storage=database, study_name=name, direction="maximize", load_if_exists=True,
+                sampler=optuna.samplers.TPESampler(multivariate=True, group=True, constant_liar=True, seed=seed),
+                pruner=optuna.pruners.WilcoxonPruner(
+                    p_threshold=_P_THRESHOLD, n_startup_steps=max(_FEWEST_BEFORE_PRUNING, reward.batch)
+                ),
+            )  # fmt: skip
+        except (SQLAlchemyError, ImportError) as error:
+            why = getattr(error, "orig", error)
+            raise OSError(f"storage: cannot open {_without_password(url)}: {why}") from None
+    made: dict[str, Any] = {"model": model, "reward": reward.describe(), "space": asdict(space),
+            "heads": None if ranking is None else [list(head) for head in ranking.order]}  # fmt: skip
+    made = _as_json(made)
+    # Trials first: another worker that is creating the study writes its attribute before it queues a trial.
+    trials = study.get_trials(deepcopy=False)
+    found = study.user_attrs.get(_MADE)
+    if found is None and trials:
+        raise ValueError(
+            f"study: {name!r} in {_without_password(url)} was not made by sdattn-fast; choose another name"
+        )
+    if found is None:
+        study.set_user_attr(_MADE, made)
+        stock = space.stock(reward.asked, reward.model_layers, ranking)
+        study.enqueue_trial(stock, user_attrs={"stock": True}, skip_if_exists=True)
+    elif found != made:
+        raise ValueError(
+            f"study: {name!r} in {_without_password(url)} was made with another {_first_difference(found, made)}; "
+            "choose another name or storage, or what it was made with"
+        )
+    return study
+
+
+def tune(
+    study: Any,
+    reward: Reward,
+    space: SearchSpace,
+    trials: int,
+    *,
+    ranking: HeadRanking | None = None,
+    callbacks: Sequence[Callable[[Any, Any], None]] = (),
+) -> None:
+    """Run trials until the study, over all its workers, has `trials` that were finished or pruned.
+
+    callbacks: called with the study and each trial that ended.
+
+    Raises: OSError where the storage cannot be read or written, as on a full disk; what it had it keeps.
+    """
+    optuna = _optuna()
+    states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
+    layers = reward.model_layers
+
+    def objective(trial: Any) -> float:
+        file = space.suggest(trial, layers, ranking)
+        # Another order each time, as the pruner asks: the first prompts alone must not decide.
+        order = np.random.default_rng(trial.number).permutation(len(reward.texts))
+        values: list[float] = []
+        for which, pictures in reward.pictures(file, order.tolist()):
+            for i, value in zip(which, reward.score(which, pictures).tolist(), strict=True):
+                trial.report(value, i)
+                values.append(value)
+            if trial.should_prune():
+                raise optuna.TrialPruned
+        return float(np.mean(values))
+
+    if len(study.get_trials(deepcopy=False, states=states)) >= trials:
+        return
+    enough = optuna.study.MaxTrialsCallback(trials, states=states)
+    with _quiet(optuna), _told_plainly(optuna):
+        study.optimize(objective, callbacks=[*callbacks, enough])
+
+
+def best_program(
+    study: Any, space: SearchSpace, reward: Reward, ranking: HeadRanking | None = None, *, number: int | None = None
+) -> ProgramFile:
+    """The program of a trial, by default of the one with the best reward.
+
+    Raises: ValueError: no trial is complete, or there is none of that number.
+    """
+    complete = {t.number: t for t in _complete(study)}
+    if number is None:
+        number = max(complete, key=lambda n: (complete[n].value, -n))
+    if number not in complete:
+        raise ValueError(f"number: expected a complete trial, got {number}")
+    trial = complete[number]
+    fixed = _optuna().trial.FixedTrial(trial.params)
+    file = space.suggest(fixed, reward.model_layers, ranking)
+    notes = {"study": study.study_name, "trial": number, "reward": trial.value, "trials": len(study.trials)}
+    return ProgramFile(**{f.name: getattr(file, f.name) for f in fields(file) if f.name != "notes"}, notes=notes)
+
+
+def shortlisted(
+    study: Any, space: SearchSpace, reward: Reward, judge: Judge, ranking: HeadRanking | None = None, *, length: int = 5
+) -> list[dict[str, Any]]:
+    """The trials with the best rewards, each drawn again and judged on the same prompts, best by the judge first.
+
+    judge: texts and pictures -> (n,) scores, of another kind than the reward. Returns: dicts of "trial", "reward",
+    "judge" and "file". Raises: ValueError: no trial is complete.
+    """
+    best = sorted(_complete(study), key=lambda t: (-t.value, t.number))
+    distinct: dict[str, Any] = {}
+    for trial in best:
+        distinct.setdefault(repr(sorted(trial.params.items())), trial)
+    rows = []
+    for trial in list(distinct.values())[:length]:
+        file = best_program(study, space, reward, ranking, number=trial.number)
+        _, pictures = reward.all(file)
+        score = float(np.mean(judge(reward.texts, pictures)))
+        rows.append({"trial": trial.number, "reward": trial.value, "judge": score, "file": file})
+    return sorted(rows, key=lambda row: (-row["judge"], -row["reward"]))
+
+
+def draw_plots(study: Any, folder: str | Path) -> list[Path]:
+    """Optuna's plots of a study as PNG files: history, slices, parallel coordinates, timeline, and, from four complete
+    trials on, how much each parameter matters (PED-ANOVA). Raises: ValueError: no trial is complete; OSError."""
+    optuna = _optuna()
+    import matplotlib
+
+    complete = _complete(study)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    written = []
+    before = matplotlib.get_backend()
+    matplotlib.use("Agg")
+    try:
+        from matplotlib import pyplot
+
+        # Optuna sets a style for the whole process.
+        with matplotlib.rc_context(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            plots = optuna.visualization.matplotlib
+            asked: dict[str, Callable[[], Any]] = {
+                "history": lambda: plots.plot_optimization_history(study),
+                "slices": lambda: plots.plot_slice(study),
+                "parallel": lambda: plots.plot_parallel_coordinate(study),
+                "timeline": lambda: plots.plot_timeline(study),
+            }
+            if len(complete) >= 4 and len({t.value for t in complete}) > 1:
+                evaluator = optuna.importance.PedAnovaImportanceEvaluator()
+                asked["importances"] = lambda: plots.plot_param_importances(study, evaluator=evaluator)
+            for name, plot in asked.items():
+                axes = plot()
+                figure = (axes.flat[0] if isinstance(axes, np.ndarray) else axes).figure
+                if name == "parallel":
+                    figure.set_size_inches(1.7 * len({p for t in complete for p in t.params}) + 3, 6)
+                figure.savefig(folder / f"{name}.png", dpi=100, bbox_inches="tight")
+                pyplot.close("all")
+                written.append(folder / f"{name}.png")
+    finally:
+        matplotlib.use(before)
+    return written
+
+
+def _complete(study: Any) -> list[Any]:
+    found = study.get_trials(deepcopy=False, states=(_optuna().trial.TrialState.COMPLETE,))
+    if not found:
+        raise ValueError(f"study: no trial of {study.study_name!r} is complete")
+    return found
+
+
+def _optuna() -> Any:
+    try:
+        import optuna
+    except ImportError as error:
+        raise ImportError("tuning needs Optuna: pip install 'sdattn-fast[tune]'") from error
+    return optuna
+
+
+@contextlib.contextmanager
+def _quiet(optuna: Any) -> Iterator[None]:
+    """Without Optuna's lines, which go between those of whoever shows progress; the callbacks say what happens."""
+    before = optuna.logging.get_verbosity()
+    optuna.logging.set_verbosity(optuna.logging.WARNING)
+    try:
+        yield
+    finally:
+        optuna.logging.set_verbosity(before)
+
+
+def _database(url: str, **options: Any) -> Any:
+    """Optuna's storage. Of workers that start at once on an empty database all want to create its tables, and all but
+    one fail; the tables are there when they look again."""
+    from sqlalchemy.exc import IntegrityError, OperationalError, ProgrammingError
+
+    storage = _optuna().storages.RDBStorage
+    for wait in (0.5, 1.0, 2.0):
+        try:
+            return storage(url, **options)
+        except (IntegrityError, OperationalError, ProgrammingError) as error:
+            if "exists" not in str(error):
+                raise
+            time.sleep(wait)
+    return storage(url, **options)
+
+
+def _url(storage: str | Path) -> str:
+    if isinstance(storage, str) and "://" in storage:
+        return storage
+    path = Path(storage).absolute()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    return f"sqlite:///{path}"
+
+
+@contextlib.contextmanager
+def _told_plainly(optuna: Any) -> Iterator[None]:
+    """What the database said is why a storage fails; SQLAlchemy adds the statement, and Optuna its own words."""
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        yield
+    except (SQLAlchemyError, optuna.exceptions.StorageInternalError) as error:
+        raise OSError(f"storage: {getattr(error.__cause__, 'orig', None) or getattr(error, 'orig', error)}") from error
+
+
+def _without_password(url: str) -> str:
+    from sqlalchemy.engine import make_url
+
+    return make_url(url).render_as_string(hide_password=True)
+
+
+def _as_json(value: Any) -> Any:
+    """As it comes back from the storage, tuples as lists."""
+    import json
+
+    return json.loads(json.dumps(value))
+
+
+def _first_difference(found: Any, made: Any, where: str = "") -> str:
+    """ "space: sigma, [0, 2] and not [0, 1]" """
+    if isinstance(found, dict) and isinstance(made, dict):
+        for key in [*made, *(key for key in found if key not in made)]:
+            if found.get(key) != made.get(key):
+                return _first_difference(found.get(key), made.get(key), f"{where}: {key}" if where else str(key))
+    shown = [text if len(text) < 60 else f"{text[:57]}..." for text in (repr(found), repr(made))]
+    return f"{where}, {shown[0]} and not {shown[1]}"

@@ -1,0 +1,180 @@
+"""Folded layers give what unfolded ones give: every kind, on odd sizes, against float64 and against diffusers' own."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from sdattn_fast import Capture, Program, Refinement, SalienceDropout, SemanticAttnProcessor
+from sdattn_fast.functional import Prepared, prepare
+from sdattn_fast.patching.fold import KINDS, Shape, choose_fold, fold_text, seconds_of
+from sdattn_fast.patching.keys_values import key_value
+from sdattn_fast.patching.processor import _query
+
+B, H, D, C, E, N, GRID = 2, 3, 12, 37, 20, 19, (5, 9)
+M = GRID[0] * GRID[1]
+
+PROGRAMS = {
+    "plain": Program(),
+    "nms": Program(refine=Refinement(1, 0.4, 0.0), renormalize="content"),
+    "dropout": Program(SalienceDropout(0.3), renormalize="row"),
+    "smooth": Program(SalienceDropout(0.2), Refinement(1, 0.2, 0.7), "content"),
+    "random": Program(SalienceDropout(0.4, mode="random")),
+}
+
+
+def _attn(q_bias: bool = False) -> Any:
+    from diffusers.models.attention_processor import Attention
+
+    attn = Attention(C, E, heads=H, dim_head=D, bias=q_bias).eval()
+    return attn.requires_grad_(False)
+
+
+def _prepared(program: Program, **keywords: Any) -> Prepared:
+    generator = torch.Generator().manual_seed(1)
+    protected = torch.ones(B, N, dtype=torch.bool)
+    protected[:, 1:9] = False
+    phrases = torch.full((B, N), -1)
+    phrases[:, 2:4] = 0
+    text = {"protected": protected, "phrases": phrases, "gate": torch.rand(B, N, generator=generator) + 0.5}
+    text |= {"active": torch.tensor([True, False]), **keywords}
+    return prepare(program, batch=B, heads_count=H, tokens=N, device=torch.device("cpu"), seed=7, **text)
+
+
+def _folded(attn: Any, kind: str, prepared: Prepared, x: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Any, Any]:
+    fold = fold_text(attn, kind, *key_value(attn, text), prepared)
+    out, maps = prepared.call_folded(x if fold.shared_query else _query(attn, x), fold, bias=mask, grid=GRID)
+    if not fold.summed:
+        out = attn.to_out[0](out.transpose(1, 2).reshape(B, M, -1))
+    return out, maps
+
+
+def _unfolded(attn: Any, prepared: Prepared, x: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Any, Any]:
+    out, maps = prepared(_query(attn, x), *key_value(attn, text), bias=mask, grid=GRID)
+    return attn.to_out[0](out.transpose(1, 2).reshape(B, M, -1)), maps
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+@pytest.mark.parametrize("program", PROGRAMS)
+@pytest.mark.parametrize("heads", [None, [0, 2]], ids=["all", "some"])
+def test_kinds_and_programs(kind: str, program: str, heads: Any) -> None:
+    attn, x, text = _attn(q_bias=True), torch.randn(B, M, C), torch.randn(B, N, E)
+    mask = torch.randn(B, 1, 1, N)
+    prepared = _prepared(PROGRAMS[program], heads=heads, inactive_heads="zero", capture=Capture((2, 5)))
+    exact, exact_maps = _unfolded(attn.double(), _prepared64(prepared), x.double(), text.double(), mask.double())
+    got, maps = _folded(attn.float(), kind, prepared, x, text, mask)
+    torch.testing.assert_close(got, exact.float(), atol=3e-6, rtol=1e-5)
+    torch.testing.assert_close(maps, exact_maps, atol=2e-6, rtol=1e-5)
+
+
+def _prepared64(prepared: Prepared) -> Prepared:
+    side = prepared.side
+    return Prepared(prepared.program, side, None, prepared.capture, "reference", prepared.seed)
+
+
+def test_smoothing_of_some_heads_does_not_commute_with_their_sum() -> None:
+    assert _prepared(PROGRAMS["smooth"]).may_sum_heads()
+    assert _prepared(PROGRAMS["smooth"], heads=[0], inactive_heads="zero").may_sum_heads()
+    assert not _prepared(PROGRAMS["smooth"], heads=[0]).may_sum_heads()
+
+
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_bfloat16_is_as_good_as_stock(kind: str) -> None:
+    from diffusers.models.attention_processor import AttnProcessor2_0
+
+    errors = {"stock": 0.0, "ours": 0.0}
+    for _ in range(8):
+        attn, x, text = _attn(), torch.randn(B, M, C).bfloat16(), torch.randn(B, N, E).bfloat16()
+        attn = attn.bfloat16()
+        exact = AttnProcessor2_0()(attn.double(), x.double(), text.double())
+        attn = attn.bfloat16()
+        stock = AttnProcessor2_0()(attn, x, text)
+        ours, _ = _folded(attn, kind, _prepared(Program(), gate=None, phrases=None), x, text, None)
+        errors["stock"] += float((stock - exact).square().mean())
+        errors["ours"] += float((ours - exact).square().mean())
+    assert errors["ours"] <= 1.5**2 * errors["stock"]
+
+
+def test_rows_whose_channels_are_not_contiguous() -> None:
+    attn, text, prepared = _attn(), torch.randn(B, N, E), _prepared(PROGRAMS["nms"])
+    x = torch.randn(B, C, M).transpose(1, 2)
+    got, _ = _folded(attn, "both", prepared, x, text, None)
+    want, _ = _folded(attn, "both", prepared, x.contiguous(), text, None)
+    assert torch.equal(got, want)
+
+
+def test_one_head_and_one_pixel() -> None:
+    from diffusers.models.attention_processor import Attention
+
+    attn = Attention(C, E, heads=1, dim_head=D).eval().requires_grad_(False)
+    x, text = torch.randn(1, 1, C), torch.randn(1, N, E)
+    prepared = prepare(PROGRAMS["nms"], batch=1, heads_count=1, tokens=N, device=torch.device("cpu"))
+    fold = fold_text(attn, "both", *key_value(attn, text), prepared)
+    got, _ = prepared.call_folded(x, fold)
+    out, _ = prepared(_query(attn, x), *key_value(attn, text))
+    torch.testing.assert_close(got, attn.to_out[0](out.transpose(1, 2).reshape(1, 1, -1)), atol=1e-6, rtol=1e-5)
+
+
+def test_packed_for_another_instruction_set_is_refused() -> None:
+    from sdattn_fast.backend import cpu
+
+    isas = cpu.info()["isas"]
+    assert isinstance(isas, list)
+    attn, x, text, prepared = _attn(), torch.randn(B, M, C), torch.randn(B, N, E), _prepared(Program())
+    fold = fold_text(attn, "both", *key_value(attn, text), prepared)
+    now = str(cpu.info()["isa"])
+    try:
+        cpu.set_isa("portable")
+        if now == "portable":
+            assert isas == ["portable"]
+            return
+        with pytest.raises(ValueError, match=f"packed: laid out for {now}"):
+            prepared.call_folded(x, fold)
+    finally:
+        cpu.set_isa(now)
+
+
+def test_adapters_are_folded_in() -> None:
+    peft = pytest.importorskip("peft")
+    attn, x, text, prepared = _attn(), torch.randn(B, M, C), torch.randn(B, N, E), _prepared(PROGRAMS["nms"])
+    config = peft.LoraConfig(r=3, target_modules=["to_q", "to_out.0"], init_lora_weights=False)
+    peft.inject_adapter_in_model(config, attn)
+    attn.eval()
+    want, _ = _unfolded(attn, prepared, x, text, None)
+    got, _ = _folded(attn, "both", prepared, x, text, None)
+    torch.testing.assert_close(got, want, atol=1e-4, rtol=1e-4)
+
+
+def test_folding_pays_where_the_text_is_narrower_than_the_channels() -> None:
+    """With equal rates the choice is the flops': H * N < C + N, and the kinds order as flops and calls do."""
+    narrow = Shape(2, 256, 8, 77, 160, 1280, 1280, 1280, torch.bfloat16)
+    wide = Shape(2, 4096, 8, 77, 40, 320, 320, 320, torch.bfloat16)
+    assert choose_fold(narrow) == "both"
+    assert choose_fold(wide) == "none"
+    assert choose_fold(narrow, may_out=False) == "query"
+    assert choose_fold(narrow, may_query=False) == "out"
+    assert choose_fold(narrow, may_query=False, may_out=False) == "none"
+    for shape in (narrow, wide):
+        once, twice = (seconds_of(Shape(**{**shape.__dict__, "batch": b}), "both") for b in (1, 2))
+        assert once < twice < 2.01 * once
+    few = Shape(2, 4096, 2, 77, 40, 320, 320, 320, torch.bfloat16)
+    assert choose_fold(few) == "both", "heads that are zero cost nothing"
+
+
+@pytest.mark.parametrize("head_dim", [1, 2, 3])
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_narrow_heads_are_as_diffusers_has_them(heads: int, head_dim: int) -> None:
+    """With a head dimension of 1 the products that fold come out permuted."""
+    from diffusers.models.attention_processor import Attention
+
+    channels = heads * head_dim
+    attn = Attention(channels, E, heads=heads, dim_head=head_dim).eval().requires_grad_(False)
+    x, text = torch.randn(B, M, channels), torch.randn(B, N, E)
+    stock = attn(x, text)
+    for fold in ("never", "auto", "always"):
+        attn.set_processor(SemanticAttnProcessor(Program(), fold=fold))
+        for laid in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
+            torch.testing.assert_close(attn(laid, text), stock, rtol=1e-5, atol=1e-6)
