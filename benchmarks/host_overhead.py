@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 import sdattn_fast
 from sdattn_fast import places
-from sdattn_fast.backend import triton as backend
+from sdattn_fast.backend.triton import gpu
 from sdattn_fast.cli.bench import FULL
 from sdattn_fast.patching import steps, text_cache
 
@@ -70,8 +70,8 @@ def without_work() -> None:
     torch.set_num_threads(1)
     fake_gpu.use("sm_90")
     triton.runtime.driver.active.launcher_cls = lambda source, metadata: _launch_nothing
-    backend.interprets = lambda: True
-    backend._precision = lambda device: "tf32x3"
+    gpu.interprets = lambda: True
+    gpu.precision = lambda device: "tf32x3"
     for module in (places, steps, text_cache):
         module.looking_is_free = lambda device: False
     results: dict[Any, Tensor] = {}

@@ -44,8 +44,8 @@ class Keep:
 def test_a_relevance_map(benchmark, peak_mib, layers):
     import sdattn_fast
     from sdattn_fast.cli.registry import build_unet, random_inputs
-    from sdattn_fast.guidance.gradcam import gradcam
     from sdattn_fast.guidance.objectives import NoisePrediction
+    from sdattn_fast.guidance.relevance import gradcam
 
     unet = build_unet("sd15", torch.float32).requires_grad_(False)
     inputs = random_inputs(unet.config, 1, torch.float32)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from ._version import __version__ as __version__
 from .backend import backends
+from .files import ProgramFile
 from .functional import semantic_attention
-from .patching import SemanticAttnProcessor, apply
+from .patching import Maps, Patch, SemanticAttnProcessor, apply
 from .program import Capture, Program, Refinement, SalienceDropout
 
 __all__ = [
@@ -20,5 +21,8 @@ __all__ = [
     "semantic_attention",
     "SemanticAttnProcessor",
     "apply",
+    "Patch",
+    "Maps",
+    "ProgramFile",
     "backends",
 ]

@@ -19,7 +19,8 @@ from torch import Tensor
 
 from ..plan import PicturePlan, Plan, RowPlan
 from ..reference import gaussian_kernel
-from .layout import address, has_rows, row_strided, strided, with_rows
+from .layout import address, row_strided, strided, with_rows
+from .limits import beyond_limits
 from .results import empty_bits, empty_results
 
 __all__ = [
@@ -27,7 +28,6 @@ __all__ = [
     "gaussian_attention", "info", "set_isa",
 ]  # fmt: skip
 
-_MOST = 256  # N, D and Dv
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1}
 
 
@@ -59,22 +59,7 @@ def not_supported_reasons(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, plan: Plan, needs_grad: bool
 ) -> list[str]:
     """What of this call the CPU kernel does not serve; looks at shapes, dtypes and devices alone."""
-    reasons = []
-    for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias)):
-        if x is None:
-            continue
-        if x.device.type != "cpu":
-            reasons.append(f"{name} is on {x.device}, not on the CPU")
-        if name != "bias" and x.dtype not in _DTYPES:
-            reasons.append(f"{name} is {x.dtype}, not float32 or bfloat16")
-        if name != "bias" and x.dtype != query.dtype:
-            reasons.append(f"{name} is {x.dtype} and query {query.dtype}")
-        if name != "bias" and not has_rows(x):
-            reasons.append(f"{name}'s last dimension is not contiguous")
-    if key.shape[2] > _MOST:
-        reasons.append(f"{key.shape[2]} tokens, more than {_MOST}")
-    if query.shape[3] > _MOST or value.shape[3] > _MOST:
-        reasons.append(f"head dimension {max(query.shape[3], value.shape[3])}, more than {_MOST}")
+    reasons = beyond_limits(query, key, value, bias, "cpu", _DTYPES)
     if needs_grad and plan.picture is not None:
         reasons.append("gradients are asked for of a program that looks over the picture, which has no backward kernel")
     return reasons

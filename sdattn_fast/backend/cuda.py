@@ -16,13 +16,13 @@ from ..plan import Plan, RowPlan
 from ..reference import gaussian_kernel
 from ..streams import Kept, capturing, current_stream
 from .devices import gpu_index, on_device
-from .layout import address, check_rows, has_rows, strided
+from .layout import address, check_rows, strided
+from .limits import beyond_limits
 from .refusal import launching
 from .results import empty_bits, empty_results, heads_added_up_after
 
 __all__ = ["availability", "not_supported_reasons", "attention", "folded_refusal", "smooth", "info"]
 
-_MOST = 256  # N, D and Dv
 _OLDEST = (8, 0)
 _DTYPES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 _DRIVERS = {12: "525", 13: "580"}  # the first that serves a major version of the runtime
@@ -66,26 +66,7 @@ def not_supported_reasons(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, plan: Plan, needs_grad: bool
 ) -> list[str]:
     """What of this call the kernels do not serve; looks at shapes, strides, dtypes and devices alone."""
-    reasons = []
-    for name, x in (("query", query), ("key", key), ("value", value), ("bias", bias)):
-        if x is None:
-            continue
-        if x.device.type != _device_type:
-            reasons.append(f"{name} is on {x.device}, not on a {_device_type} device")
-        elif x.device != query.device:
-            reasons.append(f"{name} is on {x.device} and query on {query.device}")
-        if name == "bias":
-            continue
-        if x.dtype not in _DTYPES:
-            reasons.append(f"{name} is {x.dtype}, not float32, float16 or bfloat16")
-        elif x.dtype != query.dtype:
-            reasons.append(f"{name} is {x.dtype} and query {query.dtype}")
-        if not has_rows(x):
-            reasons.append(f"{name}'s last dimension is not contiguous")
-    if key.shape[2] > _MOST:
-        reasons.append(f"{key.shape[2]} tokens, more than {_MOST}")
-    if query.shape[3] > _MOST or value.shape[3] > _MOST:
-        reasons.append(f"head dimension {max(query.shape[3], value.shape[3])}, more than {_MOST}")
+    reasons = beyond_limits(query, key, value, bias, _device_type, _DTYPES)
     if query.shape[3] == 0:
         reasons.append("head dimension 0")
     if plan.picture is not None:

@@ -46,7 +46,7 @@ def _rows(unet: Any, inputs: dict[str, Any], keywords: dict[str, Any]) -> list[F
     with torch.no_grad(), apply(unet, **keywords) as patch:
         seen: dict[tuple[Any, ...], tuple[Any, Any, Any, list[str]]] = {}
         handles = [
-            layer.attn.register_forward_pre_hook(_look(layer, seen), with_kwargs=True) for layer in patch._layers
+            layer.attn.register_forward_pre_hook(_look(layer, seen), with_kwargs=True) for layer in patch.unet_layers
         ]
         unet(**inputs)
         for handle in handles:

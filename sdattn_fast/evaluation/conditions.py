@@ -22,7 +22,8 @@ from ..guidance.correction import Correction
 from ..guidance.objectives import Presence
 from ..guidance.phrases import NounPhrase, phrase_ids
 from ..guidance.structure import Structure
-from ..patching.apply import Patch, apply
+from ..patching.apply import apply
+from ..patching.patch import Patch
 from ..program import Capture, Program, Refinement, SalienceDropout
 from .sketches import RandomMasks
 

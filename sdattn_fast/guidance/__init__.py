@@ -1,1 +1,19 @@
-"""What uses the program and its maps: the structure of the picture, so far."""
+"""What acts while a picture is drawn: callbacks that look at the picture and its maps, and what they are made of."""
+
+from __future__ import annotations
+
+from .clip_gate import ClipGate
+from .clip_score import ClipScorer
+from .correction import Correction
+from .crf import PairwiseBilateral, PairwiseGaussian, dense_crf
+from .objectives import ClipSimilarity, NoisePrediction, Presence
+from .phrases import NounPhrase, find_phrases, phrase_ids
+from .preview import LinearDecoder, Preview, predicted_clean
+from .relevance import gradcam
+from .structure import Structure, refine_latents
+
+__all__ = [
+    "ClipGate", "ClipScorer", "ClipSimilarity", "Correction", "LinearDecoder", "NoisePrediction", "NounPhrase",
+    "PairwiseBilateral", "PairwiseGaussian", "Presence", "Preview", "Structure", "dense_crf", "find_phrases", "gradcam",
+    "phrase_ids", "predicted_clean", "refine_latents",
+]  # fmt: skip

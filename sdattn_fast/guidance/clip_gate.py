@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..patching.apply import Patch
+from ..patching.patch import Patch
 from .clip_score import ClipScorer
 from .phrases import NounPhrase, find_phrases
 from .preview import LinearDecoder, Preview
@@ -72,9 +72,9 @@ class ClipGate:
         decoder: LinearDecoder | None = None,
         fuse: str = "adjective-noun",
     ) -> None:
-        if not isinstance(patch, Patch) or patch._memory is None:
+        if not isinstance(patch, Patch) or patch.pipe is None:
             raise TypeError(f"patch: expected sdattn_fast.apply(pipe, ...) of a pipeline, got {patch!r}")
-        if patch._given.gate is not None:
+        if patch.gate is not None:
             raise ValueError("patch: expected one without a gate, which ClipGate sets")
         if not isinstance(scorer, ClipScorer):
             raise TypeError(f"scorer: expected a ClipScorer, got {type(scorer).__name__}")
@@ -85,7 +85,7 @@ class ClipGate:
             raise TypeError(f"distractors: expected a list of texts, got the str {distractors!r}")
         if decoder is not None and not isinstance(decoder, LinearDecoder):
             raise TypeError(f"decoder: expected None or a LinearDecoder, got {type(decoder).__name__}")
-        pipe = patch._memory.pipe
+        pipe = patch.pipe
         prompts = [prompt] if isinstance(prompt, str) or not isinstance(prompt, Sequence) else list(prompt)
         of_prompts: Any = [None] * len(prompts) if phrases is None else phrases
         given: list[Any] = [phrases] if isinstance(prompt, str) else list(of_prompts)
@@ -160,7 +160,7 @@ class ClipGate:
         return (0.0 if self.how == "hard" else self.strength) if missing else 1.0
 
     def _take_away(self) -> None:
-        if self.patch._given.gate is not None:
+        if self.patch.gate is not None:
             self.patch.update(gate=None)
 
     @staticmethod

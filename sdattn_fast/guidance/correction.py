@@ -23,8 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..patching.apply import Patch
-from .gradcam import Loss, gradcam, run
+from ..patching.patch import Patch
+from .relevance import Loss, gradcam, run
 
 __all__ = ["Correction"]
 
@@ -66,7 +66,7 @@ class Correction:
         layers: str | Sequence[str] | None = None,
         heads: Any = None,
     ) -> None:
-        if not isinstance(patch, Patch) or patch._memory is None:
+        if not isinstance(patch, Patch) or patch.pipe is None:
             raise TypeError(f"patch: expected sdattn_fast.apply(pipe, ...) of a pipeline, got {patch!r}")
         if not callable(score):
             raise TypeError(f"score: expected a callable, got {type(score).__name__}")
@@ -87,8 +87,9 @@ class Correction:
         self.tokens, self.layers, self.heads = tokens, layers, heads
         self._inputs: dict[str, Any] | None = None
         self._mine = False
-        unet = patch._models[0].outer
-        self._handle = unet.register_forward_pre_hook(self._watch, with_kwargs=True)
+        if patch.unet is None:
+            raise ValueError(f"patch: expected one with cross-attention layers, got {patch!r}")
+        self._handle = patch.unet.register_forward_pre_hook(self._watch, with_kwargs=True)
 
     def __call__(self, pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
         self._unbiased()
@@ -137,7 +138,7 @@ class Correction:
             mine[:, 0] = torch.tensor([token in wanted for token in maps.tokens])
         batch = (self._inputs or {})["sample"].shape[0]
         relevance = maps.upsample((latents.shape[2], latents.shape[3])).clamp(min=0)  # bicubic undershoots
-        for layer in self.patch._models[0].layers:
+        for layer in self.patch.unet_layers:
             if layer.name not in maps or layer.grid is None:
                 continue
             r = F.adaptive_avg_pool2d(relevance, layer.grid).flatten(2)  # (B, T, M)
@@ -150,7 +151,7 @@ class Correction:
             layer.bias = bias
 
     def _unbiased(self) -> None:
-        for layer in self.patch._models[0].layers:
+        for layer in self.patch.unet_layers:
             layer.bias = None
 
     def _next_inputs(self, pipe: Any, latents: Tensor, timestep: Tensor) -> tuple[dict[str, Any], slice]:

@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .gradcam import Seen
 from .preview import predicted_clean
+from .relevance import Seen
 
 __all__ = ["NoisePrediction", "Presence", "ClipSimilarity"]
 

@@ -164,8 +164,8 @@ class Structure:
         preview: str = "latent",
         **how: Any,
     ) -> None:
-        pipe = None if getattr(patch, "_memory", None) is None else patch._memory.pipe
-        if pipe is None or patch._keeper is None:
+        pipe = getattr(patch, "pipe", None)
+        if pipe is None or not patch.captures:
             raise ValueError("patch: expected sdattn_fast.apply(pipe, ..., capture=Capture()) of a pipeline")
         if preview not in ("latent", "decoded"):
             raise ValueError(f"preview: expected 'latent' or 'decoded', got {preview!r}")

@@ -5,7 +5,9 @@ diffusers and transformers are imported where they are used, so that `import sda
 
 from __future__ import annotations
 
-from .apply import Patch, apply
+from .apply import apply
+from .maps import Maps
+from .patch import Patch
 from .processor import SemanticAttnProcessor
 
-__all__ = ["Patch", "SemanticAttnProcessor", "apply"]
+__all__ = ["Maps", "Patch", "SemanticAttnProcessor", "apply"]

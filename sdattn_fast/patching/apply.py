@@ -1,10 +1,9 @@
-"""`apply`: put a program into the cross-attention of a pipeline or UNet; `Patch`: what takes it off again."""
+"""`apply`: put a program into the cross-attention of a pipeline or UNet."""
 
 from __future__ import annotations
 
-import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,18 +11,15 @@ from torch import Tensor, nn
 
 from ..files import ProgramFile, load_heads
 from ..program import Capture, Program
-from .before_forward import PatchedModel, before_forward, rows_of
-from .graph_text import GraphText
-from .ip_adapter import ip_adapter_processor, is_ip_adapter
-from .layers import LAYER, Layer, cross_attention_layers, heads_of_layers, select_layers, watch_grids
-from .maps import MapKeeper, Maps
-from .processor import SemanticAttnProcessor
+from .before_forward import PatchedModel
+from .ip_adapter import is_ip_adapter
+from .layers import LAYER, Layer, cross_attention_layers, heads_of_layers, select_layers
+from .patch import Patch
 from .settings import DropoutWhen, Heads, Settings
-from .steps import StepCounter
-from .text_state import TOKEN_INPUTS, Given, TextState, checked_token_input
+from .text_state import Given, TextState, checked_token_input
 from .token_classes import PromptMemory
 
-__all__ = ["Patch", "apply"]
+__all__ = ["apply"]
 
 
 def apply(
@@ -131,239 +127,6 @@ def apply(
     patch = Patch(settings, given, patched, [layer for model in patched for layer in model.layers], memory, layers_kept)
     patch._install()
     return patch
-
-
-class Patch:
-    """A program in place. Made by `apply`; ``with apply(pipe, program): ...`` takes it off at the end.
-
-    step: the training step, for a schedule of dropout; the training loop sets it.
-    """
-
-    def __init__(
-        self,
-        settings: Settings,
-        given: Given,
-        models: list[PatchedModel],
-        layers: list[Layer],
-        memory: PromptMemory | None,
-        layers_kept: Sequence[str] | None = None,
-    ) -> None:
-        self._settings = settings
-        self._given = given
-        self._models = models
-        self._layers = layers
-        self._memory = memory
-        self._keeper = None if settings.capture is None else MapKeeper(settings.capture, layers_kept)
-        self._steps = StepCounter()
-        self.step: int | None = None
-        self._handles: list[Any] = []
-        self._installed = False
-        self._warned: set[str] = set()
-        # One instance for all layers: torch.compile guards on the processor.
-        self._processor = SemanticAttnProcessor(
-            settings.program, inactive_heads=settings.inactive_heads, seed=settings.seed, fold=settings.fold,
-            text_cache=settings.text_cache, backend=settings.backend,
-        )  # fmt: skip
-
-    @property
-    def _needs_grids(self) -> bool:
-        """Whether every forward is to find its layers' height and width: a hook a block, which costs time."""
-        refine = self._settings.program.refine
-        return self._keeper is not None or (refine is not None and refine.sigma > 0)
-
-    @contextlib.contextmanager
-    def _grids(self) -> Iterator[None]:
-        """Inside, forwards find their layers' height and width."""
-        watching = [] if self._needs_grids else [h for m in self._models for h in watch_grids(m.module, m.layers)]
-        try:
-            yield
-        finally:
-            for handle in watching:
-                handle.remove()
-
-    @property
-    def layers(self) -> list[str]:
-        """The names of the patched layers."""
-        return [layer.name for layer in self._layers]
-
-    @property
-    def maps(self) -> Maps:
-        """The mean over the run's steps so far: layer name -> (B, T, height, width) float32, B the active entries, mean
-        over the active heads; (B, H, T, height, width) for ``Capture(reduce="none")``. A run is a call of the pipeline;
-        the steps and layers are those of `Capture`, by default all steps of the key layers.
-
-        Also ``maps.upsample(size)``, ``maps.per_word(prompt)``, ``maps.overlay(image, prompt)``, ``maps.save(path)``.
-        Where gradients are on, they are the latest step's and part of its graph; in train mode, a forward with them is
-        a run by itself, at `Patch.step` (None: 0). Raises: ValueError if `apply` was not given `capture`.
-        """
-        if self._keeper is None:
-            raise ValueError("maps: expected apply(..., capture=sdattn_fast.Capture(...)), got no capture")
-        tokenizer = None if self._memory is None else getattr(self._memory.pipe, "tokenizer", None)
-        return self._keeper.read(self._layers, tokenizer)
-
-    def update(self, **inputs: Tensor | None) -> None:
-        """Change gate, phrases, protected or active between steps; those not named stay, None takes one away.
-
-        Raises: TypeError, ValueError, as `apply`.
-        """
-        for name in inputs:
-            if name not in TOKEN_INPUTS:
-                raise TypeError(f"update: expected {', '.join(TOKEN_INPUTS)}, got {name!r}")
-        checked = {name: checked_token_input(name, x) for name, x in inputs.items()}
-        gate = checked.get("gate")
-        if gate is not None and gate.requires_grad and self._graphs():
-            raise ValueError("gate: it wants a gradient, and a captured CUDA graph has none; pass gate.detach()")
-        before = dict(vars(self._given))
-        vars(self._given).update(checked)
-        try:
-            renewals = [(one.text, graph, one.text.renewal_of(graph, graph.rows)) for one, graph in self._graphs()]
-        except ValueError:
-            vars(self._given).update(before)
-            raise
-        for model in self._models:
-            model.text.forget_prepared()
-        for layer in self._layers:
-            layer.compiled = None
-        for text, graph, calls in renewals:
-            text.rewrite_graph(graph, calls, graph.rows)
-
-    def update_text(self, encoder_hidden_states: Tensor) -> None:
-        """Bring captured CUDA graphs up to date with their text: after you wrote another prompt into the tensor that
-        they were captured with, or changed the model's weights, and before the next replay.
-
-        A graph runs no Python, so it cannot see for itself; replayed without this, it gives NaN. Not needed where the
-        model is called from Python, by torch.compile or otherwise.
-
-        Args:
-            encoder_hidden_states: (B, N, E), the tensor itself, not a copy.
-
-        Raises:
-            TypeError: not such a tensor.
-            ValueError: no graph was captured with it; or the new prompt has no room where the graphs read: it has more
-                content tokens than the one they were captured with (rounded up to a power of two, from 16 on). Then
-                `refresh`, and capture again.
-
-        Example::
-
-            unet(x, t, text)                                    # once, then: with torch.cuda.graph(graph): ...
-            text.copy_(another_prompt)                          # (B, N, E), both halves of the batch
-            patch.update_text(text)
-            graph.replay()
-        """
-        x = encoder_hidden_states
-        if not isinstance(x, Tensor) or x.dim() != 3:
-            got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"encoder_hidden_states: expected a torch.Tensor (B, N, E), got {got}")
-        mine = [(model, graph) for model, graph in self._graphs() if graph.is_in(x)]
-        if not mine:
-            have = sorted({f"{tuple(graph.text.shape)} {graph.text.dtype}" for _, graph in self._graphs()})
-            raise ValueError(
-                f"encoder_hidden_states: expected a tensor that a CUDA graph was captured with "
-                f"({', '.join(have) or 'there is none'}), got another, {tuple(x.shape)} {x.dtype}; write into that "
-                "one, or capture again"
-            )
-        if self._memory is not None:
-            self._memory.forget_found()
-        found = [(one, graph, rows_of(self, one, x)) for one, graph in mine]
-        renewals = [(one.text, graph, rows, one.text.renewal_of(graph, rows)) for one, graph, rows in found]
-        for text, graph, rows, calls in renewals:
-            text.rewrite_graph(graph, calls, rows, x)
-
-    def refresh(self) -> None:
-        """Forget everything derived from text; it is derived anew at the next step. CUDA graphs captured so far must be
-        captured again: they give NaN."""
-        for model in self._models:
-            model.text.forget()
-        for layer in self._layers:
-            layer.compiled = None
-        if self._memory is not None:
-            self._memory.forget_found()
-
-    def _graphs(self) -> list[tuple[PatchedModel, GraphText]]:
-        """What captured CUDA graphs read, with the model that it is of."""
-        return [(model, graph) for model in self._models for graph in model.text.graphs]
-
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Inside, forwards that are not the run's: they count as no step, and their maps leave with them."""
-        kept = contextlib.nullcontext() if self._keeper is None else self._keeper.aside(self._layers)
-        with self._steps.aside(), kept:
-            yield
-
-    def remove(self) -> None:
-        """Restore the very processors that were there, and the pipeline's `encode_prompt`. Twice is harmless."""
-        if not self._installed:
-            return
-        self._installed = False
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        for layer in self._layers:
-            if layer.attn.processor is layer.placed:
-                layer.attn.set_processor(layer.original)
-            layer.placed = None
-            if getattr(layer.attn, LAYER, None) is layer:
-                delattr(layer.attn, LAYER)
-        if self._memory is not None:
-            self._memory.uninstall()
-            self._memory.forget()
-        self.refresh()
-
-    def __enter__(self) -> Patch:
-        return self
-
-    def __exit__(self, *error: Any) -> None:
-        self.remove()
-
-    def __repr__(self) -> str:
-        state = f"{len(self._layers)} layers" if self._installed else "removed" if self._layers else "nothing patched"
-        return f"Patch({self._settings.program!r}, {state})"
-
-    def _install(self) -> None:
-        self._installed = True
-        for model in self._models:
-            for layer in model.layers:
-                setattr(layer.attn, LAYER, layer)
-                self._place(layer)
-            if model.layers:
-                self._handles += before_forward(model, self)
-                if self._needs_grids:
-                    self._handles += watch_grids(model.module, model.layers)
-        if self._memory is not None:
-            self._memory.install()
-
-    def _place(self, layer: Layer) -> None:
-        layer.original = layer.attn.processor
-        if is_ip_adapter(layer.original):
-            layer.placed = ip_adapter_processor(self._processor, layer.original)
-        else:
-            layer.placed = self._processor
-        layer.attn.set_processor(layer.placed)
-
-    def _keep_in_place(self, layers: Sequence[Layer]) -> None:
-        """Loading an IP-Adapter replaces our processors, unloading it makes new ones: put ours back. Anything else that
-        replaced one may be somebody's wish, and is left, with a word."""
-        foreign = []
-        for layer in layers:
-            now = layer.attn.processor
-            if now is layer.placed:
-                continue
-            unloaded = is_ip_adapter(layer.placed) and type(now).__name__ in ("AttnProcessor2_0", "AttnProcessor")
-            if is_ip_adapter(now) or unloaded:
-                self._place(layer)
-            elif type(now) is SemanticAttnProcessor:
-                layer.attn.set_processor(layer.placed)
-            elif layer.name not in self._warned:
-                foreign.append((layer.name, type(now).__name__))
-        if foreign:
-            self._warned.update(name for name, _ in foreign)
-            warnings.warn(
-                f"sdattn_fast: {len(foreign)} of {len(layers)} layers run another processor, set over the patch's "
-                f"({foreign[0][0]!r}: {foreign[0][1]}); the program does not run there. To have it back, remove() and "
-                "apply again",
-                UserWarning,
-                stacklevel=2,
-            )
 
 
 def _from_files(

@@ -23,7 +23,7 @@ from .seeds import LayerSeeds
 from .text_state import LayerCall, Rows, TextState
 
 if TYPE_CHECKING:
-    from .apply import Patch
+    from .patch import Patch
 
 __all__ = ["PatchedModel", "before_forward", "rows_of"]
 

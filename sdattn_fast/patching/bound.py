@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backend import autograd
-from ..functional import Bound, FoldedText, Prepared
+from ..execute import Bound, FoldedText, Prepared
 from ..streams import capturing, current_stream
 from .layers import Layer
 from .text_cache import KeyValue, Served, Weights

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..functional import Prepared
+from ..execute import Prepared
 from .keys_values import kept_key_value
 from .layers import Layer
 from .text_state import LayerCall, Ready

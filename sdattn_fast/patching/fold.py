@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..backend import cpu
-from ..functional import FoldedText, Prepared
+from ..execute import FoldedText, Prepared
 
 __all__ = ["KINDS", "Shape", "choose_fold", "fold_refusal", "fold_text", "seconds_of", "shape_of"]
 

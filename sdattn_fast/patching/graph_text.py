@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import Prepared
+from ..execute import Prepared
 from ..places import Place
 from .fold import fold_text
 from .keys_values import key_value, modules_of_text

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import KernelRefused
-from ..functional import FoldedText
+from ..execute import FoldedText
 from ..graphs import in_graph
 from ..program import Capture, Program
 from ..streams import capturing

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..functional import Prepared
+from ..execute import Prepared
 from ..streams import to_device
 
 __all__ = ["difference", "rewrite", "rewrite_tensors"]

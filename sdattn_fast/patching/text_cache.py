@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 
-from ..functional import FoldedText, Prepared
+from ..execute import FoldedText, Prepared
 from ..places import Known, looking_is_free, version_of
 from ..streams import MadeOn, capturing
 

@@ -16,7 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..functional import Prepared, prepare
+from ..execute import Prepared
+from ..functional import prepare
 from ..graphs import in_graph
 from ..program import Program
 from ..streams import MadeOn, capturing, to_device

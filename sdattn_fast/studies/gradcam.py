@@ -46,8 +46,8 @@ def maps_of_scenes(pipe: Any, scenes: Sequence[Scene], t: int, best_head: tuple[
     from transformers import CLIPImageProcessor
 
     from .. import Capture, apply
-    from ..guidance.gradcam import gradcam
     from ..guidance.objectives import ClipSimilarity, NoisePrediction, Presence
+    from ..guidance.relevance import gradcam
 
     latents, target, text = _noised(pipe, scenes, t)
     nouns = [_noun_tokens(pipe, s.caption) for s in scenes]

@@ -1,1 +1,13 @@
-"""Choosing heads and tuning programs for a model and a set of prompts."""
+"""Choosing heads, and tuning programs, for a model and a set of prompts."""
+
+from __future__ import annotations
+
+from .heads import HeadRanking, clip_score, effective_attention, iou_score, observe, rank_heads
+from .reward import Reward, compare
+from .search_space import SearchSpace
+from .study import best_program, draw_plots, open_study, shortlisted, tune
+
+__all__ = [
+    "HeadRanking", "Reward", "SearchSpace", "best_program", "clip_score", "compare", "draw_plots",
+    "effective_attention", "iou_score", "observe", "open_study", "rank_heads", "shortlisted", "tune",
+]  # fmt: skip

@@ -118,7 +118,7 @@ def test_a_choice_on_a_gpu_compiles_whole(card, monkeypatch, name):
     card(shape("cuda"))
     gpu = torch.device("cuda", 0)
     monkeypatch.setattr(backends, "_unavailable", {("triton", gpu): None, ("cuda", gpu): None})
-    monkeypatch.setattr(backends.triton, "interprets", lambda: False)
+    monkeypatch.setattr(backends.triton.gpu, "interprets", lambda: False)
     monkeypatch.setattr(backends.cuda, "_device_type", "cuda")
     plan = prepare(Program(SalienceDropout(0.3)), batch=2, heads_count=8, tokens=77, device="cpu").plan
 

@@ -10,7 +10,8 @@ import torch
 from sdattn_fast import backend as package
 from sdattn_fast.backend import KernelRefused
 from sdattn_fast.backend import triton as backend
-from sdattn_fast.backend.triton_launch import launch, version
+from sdattn_fast.backend.triton import arguments, gpu, tiles
+from sdattn_fast.backend.triton.launch import launch, version
 from sdattn_fast.plan import RowPlan, TokenSide, make_plan
 from sdattn_fast.program import Program, SalienceDropout
 
@@ -36,11 +37,11 @@ def cards(monkeypatch):
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
     monkeypatch.setattr(torch.version, "hip", None)
-    for kept in (backend._refusal_of_device, backend._count_processors):
+    for kept in (gpu._refusal_of_device, gpu._count_sms):
         kept.cache_clear()
     monkeypatch.setattr(package, "_unavailable", {})
     yield
-    for kept in (backend._refusal_of_device, backend._count_processors):
+    for kept in (gpu._refusal_of_device, gpu._count_sms):
         kept.cache_clear()
 
 
@@ -49,9 +50,9 @@ def test_availability_says_how_to_mend(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert "TRITON_INTERPRET=1" in backend.availability()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(backend, "version", lambda: (3, 1))
+    monkeypatch.setattr(gpu.launch, "version", lambda: (3, 1))
     assert "triton 3.1 is older than 3.2" in backend.availability()
-    monkeypatch.setattr(backend.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(gpu.importlib.util, "find_spec", lambda name: None)
     assert "pip install triton" in backend.availability()
 
 
@@ -69,8 +70,8 @@ def test_availability_is_a_devices(cards):
     assert package.unavailable("triton", first) is None
     assert "T4 is older than compute capability 8.0" in package.unavailable("triton", second)
     assert package.unavailable("triton") is None, "of the current device"
-    assert [backend._processors(torch.device("cuda", index)) for index in (0, 1)] == [1, 2]
-    assert backend._processors(torch.device("cuda")) == 1
+    assert [gpu.num_sms(torch.device("cuda", index)) for index in (0, 1)] == [1, 2]
+    assert gpu.num_sms(torch.device("cuda")) == 1
 
 
 def test_what_no_gpu_has_run_says_so(cards, monkeypatch):
@@ -79,9 +80,9 @@ def test_what_no_gpu_has_run_says_so(cards, monkeypatch):
     monkeypatch.setattr(torch.version, "hip", "6.4")
     remark = package.remark("triton", torch.device("cuda", 2))
     assert "for gfx1100 the kernels are compiled in the tests but not yet run" in remark
-    monkeypatch.setattr(backend, "COMPILED_FOR", ())
+    monkeypatch.setattr(gpu, "COMPILED_FOR", ())
     assert "not even compiled" in package.remark("triton", torch.device("cuda", 2))
-    monkeypatch.setattr(backend, "RUN_ON", ("gfx1100",))
+    monkeypatch.setattr(gpu, "RUN_ON", ("gfx1100",))
     assert package.remark("triton", torch.device("cuda", 2)) is None
 
 
@@ -102,15 +103,15 @@ def test_a_launch_that_fails_is_a_refusal():
 def test_strides_of_dimensions_of_one_say_nothing():
     """An odd stride of a batch of one must not keep the compiler from wide loads."""
     x = torch.empty(1000).as_strided((1, 2, 5, 16), (777, 80, 16, 1))
-    assert backend.strides_of(x) == (0, 80, 16)
-    assert backend.in_units(*backend.strides_of(x)) == (8, (0, 10, 2))
-    assert backend.in_units(3, 16) == (1, (3, 16))
+    assert arguments.strides_of(x) == (0, 80, 16)
+    assert arguments.in_units(*arguments.strides_of(x)) == (8, (0, 10, 2))
+    assert arguments.in_units(3, 16) == (1, (3, 16))
 
 
 def test_strides_beyond_32_bits_are_not_multiplied_in_32_bits():
     """In units of 8 such a stride would fit an int32, and the kernel's product with 8 would not."""
-    assert backend.in_units(2**31, 64) == (1, (2**31, 64))
-    unit, strides = backend.in_units(2**31 - 8, 64)
+    assert arguments.in_units(2**31, 64) == (1, (2**31, 64))
+    unit, strides = arguments.in_units(2**31 - 8, 64)
     assert (unit, strides) == (8, (2**28 - 1, 8))
 
 
@@ -137,11 +138,11 @@ def test_what_is_not_supported_is_said(monkeypatch):
 
 def test_content_first_keeps_the_order_within_each_class():
     content = torch.tensor([[0, 1, 0, 1], [0, 0, 0, 0]], dtype=torch.uint8)
-    assert backend.content_first(content).tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
+    assert arguments.content_first(content).tolist() == [[1, 3, 0, 2], [0, 1, 2, 3]]
 
 
 def test_map_slots():
-    assert backend.map_slots(torch.tensor([3, 0], dtype=torch.int32), 5).tolist() == [1, -1, -1, 0, -1]
+    assert arguments.map_slots(torch.tensor([3, 0], dtype=torch.int32), 5).tolist() == [1, -1, -1, 0, -1]
 
 
 def test_the_permutation_is_kept_with_its_plan_and_notices_writes():
@@ -150,7 +151,7 @@ def test_the_permutation_is_kept_with_its_plan_and_notices_writes():
     rows = make_plan(Program(SalienceDropout()), TokenSide(2, 2, 77, SIDE.device, protected=protected)).rows
 
     def order(rows: RowPlan):
-        return rows.derive("order", rows.content, backend.content_first)
+        return rows.derive("order", rows.content, arguments.content_first)
 
     first = order(rows)
     assert order(rows) is first and first[0, 0] == 5
@@ -160,7 +161,7 @@ def test_the_permutation_is_kept_with_its_plan_and_notices_writes():
 
 @pytest.mark.parametrize("size", range(257))
 def test_tiles_hold_everything(size):
-    low, high = backend._split(size)
+    low, high = tiles.split(size)
     assert low + high >= size and low >= 16 and (high == 0 or high >= 16)
 
 
@@ -169,16 +170,16 @@ def test_tiles_hold_everything(size):
 def test_tile_a_holds_all_content(n, content):
     content = None if content is None else min(content, n)
     for d in (8, 40, 160, 256):
-        t = backend.choose_tiles(n, d, d, 2, content, 4096, 16, 132, False)
+        t = tiles.choose_tiles(n, d, d, 2, content, 4096, 16, 132, False)
         assert t.NA + t.NB >= n and t.NA >= (content or 0)
         assert t.STREAM or (t.DA + t.DB >= d and t.VA + t.VB >= d)
 
 
 def test_known_tiles():
     """docs/design.md, "Columns of a tile on a GPU": 77 = 64 + 16 or 16 + 64, 40 = 32 + 16, 80 = 64 + 16."""
-    t = backend.choose_tiles(77, 40, 80, 2, None, 4096, 16, 132, False)
+    t = tiles.choose_tiles(77, 40, 80, 2, None, 4096, 16, 132, False)
     assert (t.NA, t.NB, t.DA, t.DB, t.VA, t.VB) == (64, 16, 32, 16, 64, 16)
-    t = backend.choose_tiles(77, 40, 40, 2, 12, 4096, 16, 132, False)
+    t = tiles.choose_tiles(77, 40, 40, 2, 12, 4096, 16, 132, False)
     assert (t.NA, t.NB) == (16, 64)
 
 
@@ -191,6 +192,6 @@ def test_known_tiles():
 )  # fmt: skip
 def test_programs_fill_whole_rounds(content, pixels, heads, walk, registers):
     """On 132 multiprocessors of 65536 registers: four programs of 128 threads at 128 registers each, three at 168."""
-    t = backend.choose_tiles(77, 40, 40, 2, content, pixels, heads, 132, False, lean=True)
+    t = tiles.choose_tiles(77, 40, 40, 2, content, pixels, heads, 132, False, lean=True)
     assert (t.TILES, t.registers) == (walk, registers)
-    assert backend.choose_tiles(77, 40, 40, 2, content, pixels, heads, 132, False).registers is None
+    assert tiles.choose_tiles(77, 40, 40, 2, content, pixels, heads, 132, False).registers is None

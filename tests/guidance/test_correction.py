@@ -10,8 +10,8 @@ import torch
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.guidance.correction import Correction
-from sdattn_fast.guidance.gradcam import run
 from sdattn_fast.guidance.objectives import Presence
+from sdattn_fast.guidance.relevance import run
 
 CAPTION = "a large red circle and a small blue square on a gray background"
 PHRASES = [(3, 4), (8, 9)]

@@ -46,7 +46,7 @@ def _poisoned(monkeypatch):
 @pytest.fixture(autouse=True)
 def _few_processors(monkeypatch):
     """So that a launch program walks over several tiles, and there is more than one."""
-    monkeypatch.setattr(backend, "_processors", lambda device: 2)
+    monkeypatch.setattr(backend.gpu, "num_sms", lambda device: 2)
 
 
 def _cases():

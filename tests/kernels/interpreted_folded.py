@@ -13,7 +13,7 @@ from chosen_cases import ALL, pairwise
 from poison import poison
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
-from sdattn_fast.backend import triton as backend
+from sdattn_fast.backend.triton import folded_layers
 from sdattn_fast.functional import prepare
 from sdattn_fast.reference import reference_attention
 
@@ -121,12 +121,12 @@ def test_heads(shared, heads, inactive, summed):
 def test_rows_beyond_a_block(monkeypatch):
     """What lies between the two products is a block of rows, and the blocks make the whole."""
     made = []
-    shapes = backend._block_shape
-    monkeypatch.setattr(backend, "_block_shape", lambda *a: made.append(shapes(*a)) or made[-1])
+    shapes = folded_layers.block_shape
+    monkeypatch.setattr(folded_layers, "block_shape", lambda *a: made.append(shapes(*a)) or made[-1])
     c = case(PROGRAMS["random"], grid=(5, 9))
     whole = check(c)
     assert made == [(2, 45, 3, 80)]
-    monkeypatch.setattr(backend, "_BLOCK", 20)
+    monkeypatch.setattr(folded_layers, "_BLOCK", 20)
     for summed in (True, False):
         parts = check(case(PROGRAMS["random"], grid=(5, 9)), summed)
         if summed:

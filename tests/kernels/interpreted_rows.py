@@ -20,6 +20,7 @@ from tested_backend import DEVICE, EMULATED, INTERPRETED, NAME, backend, emulate
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.backend import results
+from sdattn_fast.backend.triton.tiles import choose_tiles
 from sdattn_fast.plan import TokenSide, make_plan
 from sdattn_fast.reference import _gate, _phrase_mean, _renormalise, _softmax, philox_uniform, reference_attention
 
@@ -372,10 +373,10 @@ def test_programs_that_walk_over_tiles_agree(monkeypatch):
         walked, _, _ = check(c)
         emulated_cuda.emulate()
     else:
-        monkeypatch.setattr(backend, "_processors", lambda device: 0)
-        backend.choose_tiles.cache_clear()
+        monkeypatch.setattr(backend.gpu, "num_sms", lambda device: 0)
+        choose_tiles.cache_clear()
         walked, _, _ = check(c)
-        backend.choose_tiles.cache_clear()
+        choose_tiles.cache_clear()
     torch.testing.assert_close(walked, once, rtol=1e-5, atol=1e-6)
 
 

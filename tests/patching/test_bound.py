@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.backend import KernelRefused
-from sdattn_fast.functional import Bound
+from sdattn_fast.execute import Bound
 from sdattn_fast.patching import bound as module
 from sdattn_fast.patching.text_state import Rows, TextState
 

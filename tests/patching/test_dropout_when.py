@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
-from sdattn_fast.guidance.gradcam import run
+from sdattn_fast.guidance.relevance import run
 from sdattn_fast.patching.settings import Settings
 
 DROPS = Program(SalienceDropout(0.3), Refinement(1, 0.3, 0.0), "content")

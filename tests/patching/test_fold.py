@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, SemanticAttnProcessor
-from sdattn_fast.functional import Prepared, prepare
+from sdattn_fast.execute import Prepared
+from sdattn_fast.functional import prepare
 from sdattn_fast.patching.fold import KINDS, Shape, choose_fold, fold_text, seconds_of
 from sdattn_fast.patching.keys_values import key_value
 from sdattn_fast.patching.processor import _query

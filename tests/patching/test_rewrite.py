@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
-from sdattn_fast.functional import Prepared, prepare
+from sdattn_fast.execute import Prepared
+from sdattn_fast.functional import prepare
 from sdattn_fast.patching.rewrite import difference, rewrite
 
 B, H, N, M, D = 2, 2, 20, 6, 8

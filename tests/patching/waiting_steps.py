@@ -283,9 +283,9 @@ def test_a_schedule_is_read_once_and_what_is_written_over_it_again(unet: Any) ->
 def test_rows_are_sorted_once_a_prompt(unet: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Random dropout has another seed in every layer and step, and the same content tokens."""
     sorted_rows = []
-    original = sdattn_fast.backend.triton.content_first
+    original = sdattn_fast.backend.triton.rows.content_first
     monkeypatch.setattr(
-        sdattn_fast.backend.triton, "content_first", lambda content: sorted_rows.append(1) or original(content)
+        sdattn_fast.backend.triton.rows, "content_first", lambda content: sorted_rows.append(1) or original(content)
     )
     x, times, text = noise(), schedule(), words()
     with torch.no_grad(), sdattn_fast.apply(unet, RANDOM, backend="triton", seed=7, protected=torch.arange(N) > 9):

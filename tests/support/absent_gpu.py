@@ -206,14 +206,13 @@ def _guard() -> None:
 
 def _no_kernels() -> None:
     """Both GPU backends, up to the launch."""
-    from sdattn_fast.backend import cuda, triton, triton_backward
+    from sdattn_fast.backend import cuda, triton
+    from sdattn_fast.backend.triton import gpu, launch
 
     for backend in (triton, cuda):
         backend.availability = lambda device=None: None
-    triton._processors = lambda device: 132
-    for module in (triton, triton_backward):
-        module.launch = lambda *call: None
-    triton.launch_bound = lambda *call: None
+    gpu.num_sms = lambda device: 132
+    launch.launch = launch.launch_bound = lambda *call: None
     cuda._refusal_of_device = lambda index: None
     cuda._cuda = SimpleNamespace(**{name: (lambda *call: None) for name in ("attention", "smooth")})
     cuda._handle = cuda._address = lambda x: 0

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.backend import triton as backend
-from sdattn_fast.backend import triton_launch
+from sdattn_fast.backend.triton import gpu, launch
+from sdattn_fast.backend.triton.rows import rows_call
 from sdattn_fast.plan import TokenSide, make_plan
 
 FULL = Program(SalienceDropout(0.3), Refinement(1, 0.2, 0.0), "content")
@@ -27,14 +28,14 @@ asked: list[tuple[Any, Any, Any]] = []  # tensors, the call's own description, t
 
 def main(target: str) -> None:
     fake_gpu.use(target)
-    backend._precision = lambda device: "tf32x3"
-    launch_bound = triton_launch.launch_bound
+    gpu.precision = lambda device: "tf32x3"
+    launch_bound = launch.launch_bound
 
     def listening(kernel: Any, tensors: Any, key: Any, call: Any) -> Any:
         asked.append((kernel, list(tensors), call()))
         return launch_bound(kernel, tensors, key, call)
 
-    backend.launch_bound = listening
+    launch.launch_bound = listening
     draw = random.Random(0)
     calls = [make() for make in CALLS for _ in range(2)]
     counts = {"plain": 0, "bound": 0, "straight": 0}
@@ -99,7 +100,7 @@ def again(program: Program, **of: Any) -> Any:
         seed = torch.tensor([turn[0]]) if program is RANDOM else None
         out, maps = bound(query, seed)
         now = plan.rows if seed is None else plan.rows.with_seed(seed)
-        return backend.rows_call(query, key, value, None, 0.1, now, out, maps, None)
+        return rows_call(query, key, value, None, 0.1, now, out, maps, None)
 
     return call
 

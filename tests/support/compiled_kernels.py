@@ -41,8 +41,8 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
-from sdattn_fast.backend import triton as backend
-from sdattn_fast.backend import triton_backward
+from sdattn_fast.backend.triton import folded_layers, gaussian, rows_backward, smoothing, spatial
+from sdattn_fast.backend.triton import rows as rows_backend
 from sdattn_fast.plan import TokenSide, make_plan
 
 CUDA = {cc: GPUTarget("cuda", cc, 32) for cc in (80, 86, 89, 90, 100, 120)}
@@ -220,7 +220,7 @@ def rows_call(
     words_of_bits = torch.empty(2, 8, m, (n + 31) // 32, dtype=torch.int32) if bits else None
     row = torch.zeros(2, 1, 1, n, dtype=dtype) if bias else None
     out = torch.empty(2, 8, m, d, dtype=dtype)
-    _, arguments, options = backend.rows_call(q, k, v, row, d**-0.5, plan.rows, out, maps, words_of_bits)
+    _, arguments, options = rows_backend.rows_call(q, k, v, row, d**-0.5, plan.rows, out, maps, words_of_bits)
     heads = options["H"] if options["MEAN"] else 1
     logits = options["BM"] * n * options["TILES"] * heads
     return Call(rows_kernel, arguments, options, logits, options["BM"] * n, 2 * d * dtype.itemsize / n)
@@ -236,9 +236,9 @@ def folded_call(m, c, h=8, n=77, d=None, content=12, dtype=torch.float16) -> Cal
         protected[:, :content] = False
         side = {"protected": protected, "gate": torch.ones(2, 1, n), "phrases": torch.zeros(2, n, dtype=torch.int64)}
     plan = make_plan(Program() if content is None else FULL, TokenSide(2, h, n, x.device, **side))
-    packed = backend.pack(key, value, plan.rows)
-    p = torch.empty(backend._block_shape(packed, True, m), dtype=dtype)
-    _, arguments, options = backend.folded_call(x, packed, None, 0.1, plan.rows, p, 0, m, True)
+    packed = folded_layers.pack(key, value, plan.rows)
+    p = torch.empty(folded_layers.block_shape(packed, True, m), dtype=dtype)
+    _, arguments, options = folded_layers.folded_call(x, packed, None, 0.1, plan.rows, p, 0, m, True)
     # Heads that share their rows find them in the L2 cache.
     moved = (options["NP"] + (c / h if d is None else d)) * dtype.itemsize
     return Call(folded_kernel, arguments, options, options["BM"] * n, bytes=moved / n)
@@ -247,7 +247,7 @@ def folded_call(m, c, h=8, n=77, d=None, content=12, dtype=torch.float16) -> Cal
 def smooth_call() -> Call:
     x = torch.empty(2, 4096, 8, 40, dtype=torch.bfloat16).transpose(1, 2)
     where = torch.empty(2, 8, dtype=torch.uint8)
-    _, arguments, options = backend.smooth_call(x, torch.empty(x.shape), where, (64, 64), 0.8, down=True)
+    _, arguments, options = smoothing.smooth_call(x, torch.empty(x.shape), where, (64, 64), 0.8, down=True)
     return Call(smooth_kernel, arguments, options)
 
 
@@ -273,7 +273,7 @@ def picture_call(stage, dtype) -> Call:
     drops, anew = plan.picture.drop_ratio >= 0, stage == "anew"
     p, mass = (None, None) if anew else (torch.empty(b, h, m, n), torch.empty(b, h, m))
     out = torch.empty(b, h, m, d, dtype=dtype)
-    _, arguments, options = backend.picture_call(
+    _, arguments, options = spatial.picture_call(
         q, k, v, None, d**-0.5, plan.rows, plan.picture, out, None, ints if drops else None, ints if drops else None,
         ints if plan.picture.nms else None, "last" if anew else stage, p, mass, **how,
     )  # fmt: skip
@@ -284,7 +284,7 @@ def largest_picture_call(dtype) -> Call:
     q, k = torch.empty(1, 1, 4096, 256, dtype=dtype), torch.empty(1, 1, 256, 256, dtype=dtype)
     plan = make_plan(STAGES["anew"][0], TokenSide(1, 1, 256, q.device))
     ints = torch.empty(1, 1, 256, dtype=torch.int32)
-    _, arguments, options = backend.picture_call(
+    _, arguments, options = spatial.picture_call(
         q, k, k, None, 1 / 16, plan.rows, plan.picture, q, None, ints, ints, ints, "last", None, None
     )
     return Call(picture_kernel, arguments, options, options["BM"] * 256)
@@ -292,7 +292,7 @@ def largest_picture_call(dtype) -> Call:
 
 def gaussian_call(labels) -> Call:
     values = torch.empty(76800, labels)
-    _, arguments, options = backend.gaussian_call(torch.empty(76800, 5), values, values)
+    _, arguments, options = gaussian.gaussian_call(torch.empty(76800, 5), values, values)
     return Call(gaussian_kernel, arguments, options, turn=options["BM"] * options["BN"])
 
 
@@ -307,17 +307,17 @@ def gradients(dtype=torch.float16, m=4096, n=77, d=40, content=12, program=FULL,
         side |= {"gate": torch.ones(2, 1, n)} if gates else {}
     plan = make_plan(Program() if content is None else program, TokenSide(2, 8, n, q.device, **side))
     bits = torch.empty(2, 8, m, (n + 31) // 32, dtype=torch.int32) if plan.rows.decides else None
-    call = triton_backward._Call(q, k, v, None, d**-0.5, plan.rows, bits, torch.empty_like(q), None)
+    call = rows_backward._Call(q, k, v, None, d**-0.5, plan.rows, bits, torch.empty_like(q), None)
     return call, [torch.empty_like(x) for x in (q, k, v)]
 
 
 def backward_call(**how) -> Call:
     call, (of_query, of_key, of_value) = gradients(**how)
-    tiles = triton_backward._tiles(call, True, True)
+    tiles = rows_backward._tiles(call, True, True)
     b, h, _, n, d, dv = call.sizes
     sums = torch.empty(b, h, tiles.groups, n, d + dv)
     gates = torch.empty(b, h, tiles.groups, n) if how.get("gates") else None
-    _, arguments, options = triton_backward.backward_call(call, tiles, of_query, of_key, of_value, sums, gates, None)
+    _, arguments, options = rows_backward.backward_call(call, tiles, of_query, of_key, of_value, sums, gates, None)
     # Programs that share a row's channels compute its logits each.
     logits = options["BM"] * n * options["TILES"] // options["SLICES"]
     moved = (2 * d + dv) * of_query.dtype.itemsize + (0 if call.bits is None else 4 * call.bits.shape[3])
@@ -330,13 +330,13 @@ def shared_call(what) -> Call:
         (torch.empty(2, 3, 4096), torch.zeros(3, dtype=torch.int32)) if what == "relevance" else (None, None)
     )
     of_rows = torch.empty(1, 1, 4096, 77) if what == "bias" else None
-    _, arguments, options = triton_backward.shared_call(call, of_rows, relevance, tokens, None)
+    _, arguments, options = rows_backward.shared_call(call, of_rows, relevance, tokens, None)
     return Call(shared_kernel, arguments, options, options["BM"] * 77 * options["ENTRIES"] * options["HEADS"])
 
 
 def sum_call() -> Call:
     of_key = torch.empty(2, 77, 8, 40, dtype=torch.bfloat16).transpose(1, 2)
-    _, arguments, options = triton_backward.sum_call(torch.empty(2, 8, 64, 77, 80), of_key, of_key)
+    _, arguments, options = rows_backward.sum_call(torch.empty(2, 8, 64, 77, 80), of_key, of_key)
     return Call(sum_kernel, arguments, options)
 
 

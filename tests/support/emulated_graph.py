@@ -19,8 +19,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdattn_fast import functional
-from sdattn_fast.functional import Prepared
+from sdattn_fast import execute
+from sdattn_fast.backend import smoothing
+from sdattn_fast.execute import Prepared
 
 __all__ = ["EmulatedGraph", "emulated_gpu"]
 
@@ -82,7 +83,8 @@ def emulated_gpu() -> Iterator[None]:
                     patch.setattr(module, "capturing", lambda device: _state["capturing"])
                 if hasattr(module, "looking_is_free"):
                     patch.setattr(module, "looking_is_free", lambda device: False)
-        patch.setattr(functional, "in_graph", lambda: _state["capturing"])
+        for module in (execute, smoothing):
+            patch.setattr(module, "in_graph", lambda: _state["capturing"])
         patch.setattr(Prepared, "to", to)
         yield
 

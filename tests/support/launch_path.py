@@ -16,6 +16,7 @@ import torch
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.backend import triton as backend
+from sdattn_fast.backend.triton import gpu
 from sdattn_fast.plan import TokenSide, make_plan
 
 B, H, HEIGHT, WIDTH, N, D = 2, 3, 1, 33, 77, 40
@@ -24,7 +25,7 @@ M = HEIGHT * WIDTH
 
 def main(target: str) -> None:
     fake_gpu.use(target)
-    backend._precision = lambda device: "tf32x3"
+    gpu.precision = lambda device: "tf32x3"
     q, k, v = (torch.randn(B, s, H, D, dtype=torch.float16).transpose(1, 2) for s in (M, N, N))
     names = {"query": q, "key": k, "value": v}
     protected = torch.arange(N).expand(B, N) > 12

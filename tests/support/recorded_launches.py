@@ -19,14 +19,17 @@ import torch
 from compile_launches import argument_class
 from kernel_figures import MULTIPROCESSORS
 
-from sdattn_fast.backend import triton as forward
-from sdattn_fast.backend import triton_backward
+from sdattn_fast.backend.triton import folded_layers, gaussian, gpu, rows, rows_backward, smoothing, spatial
 
 __all__ = ["on_an_h100", "spec"]
 
 _CALLS = {
-    forward: ("rows_call", "folded_call", "picture_call", "gaussian_call", "smooth_call"),
-    triton_backward: ("backward_call", "shared_call", "sum_call"),
+    rows: ("rows_call",),
+    folded_layers: ("folded_call",),
+    spatial: ("picture_call",),
+    gaussian: ("gaussian_call",),
+    smoothing: ("smooth_call",),
+    rows_backward: ("backward_call", "shared_call", "sum_call"),
 }
 _seen: set[str] = set()
 
@@ -42,9 +45,9 @@ def pytest_configure(config: Any) -> None:
 def on_an_h100(precision: str = "tf32x3", bounds_registers: bool = True) -> Iterator[None]:
     """Launchers choose tiles, precision and registers as there."""
     with (
-        mock.patch.object(forward, "_processors", lambda device: MULTIPROCESSORS),
-        mock.patch.object(forward, "_precision", lambda device: precision),
-        mock.patch.object(forward, "_bounds_registers", lambda device: bounds_registers),
+        mock.patch.object(gpu, "num_sms", lambda device: MULTIPROCESSORS),
+        mock.patch.object(gpu, "precision", lambda device: precision),
+        mock.patch.object(gpu, "bounds_registers", lambda device: bounds_registers),
     ):
         yield
 
@@ -67,7 +70,7 @@ def _recording(make: Callable[..., Any], kernel: str, path: str) -> Callable[...
             if make.__name__ == "backward_call":  # it is handed the tiles that were chosen for the interpreter
                 call, _, _, of_key, of_value, _, of_gate, of_tokens = args
                 walks = of_gate is not None or of_tokens is not None
-                again[1] = triton_backward._tiles(call, of_key is not None or of_value is not None, walks)
+                again[1] = rows_backward._tiles(call, of_key is not None or of_value is not None, walks)
             _, arguments, options = make(*again, **kwargs)
         launch = spec(kernel, arguments, options)
         kind = json.dumps({**launch, "arguments": [argument_class(x) for x in launch["arguments"]]})

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .refusal import launching
+from ..refusal import launching
 
 __all__ = ["Bound", "Call", "launch", "launch_bound", "version"]
 

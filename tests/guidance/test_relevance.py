@@ -12,8 +12,8 @@ from diffusers import UNet2DConditionModel
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
-from sdattn_fast.guidance.gradcam import Seen, gradcam
 from sdattn_fast.guidance.objectives import ClipSimilarity, NoisePrediction, Presence
+from sdattn_fast.guidance.relevance import Seen, gradcam
 from sdattn_fast.reference import _smooth, row_program
 
 TOKENS = 7
@@ -181,7 +181,7 @@ def test_clip_similarity_is_what_clip_says(pipe) -> None:
     with sdattn_fast.apply(pipe) as patch:
         text = pipe.encode_prompt(caption, "cpu", 1, False)[0]
         maps = gradcam(patch, latents, t, text, score, tokens=(3, 4))
-        from sdattn_fast.guidance.gradcam import run
+        from sdattn_fast.guidance.relevance import run
 
         seen = run(patch, latents, t, text)
         value = score(seen)

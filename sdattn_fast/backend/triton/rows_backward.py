@@ -16,16 +16,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import RowPlan
-from . import triton as forward
-from .devices import on_device
-from .layout import check_contiguous, check_rows, with_rows
-from .triton_launch import Call, launch
+from ...plan import RowPlan
+from ..devices import on_device
+from ..layout import check_contiguous, check_rows, with_rows
+from . import gpu, launch
+from .arguments import LOG2E, content_first, full_bias, in_units, map_slots, row_strides_of
+from .launch import Call
+from .tiles import next_power_of_2, split
 
-__all__ = ["gradients", "backward_call", "shared_call", "sum_call", "choose_tiles"]
+__all__ = ["backward", "backward_call", "shared_call", "sum_call", "choose_tiles"]
 
 
-def gradients(
+def backward(
     grad_out: Tensor | None,
     grad_maps: Tensor | None,
     query: Tensor,
@@ -36,10 +38,22 @@ def gradients(
     rows: RowPlan,
     bits: Tensor | None,
     wanted: Sequence[bool],
-    relevance_tokens: Tensor | None,
-    relevance_heads: Tensor | None,
+    relevance_tokens: Tensor | None = None,
+    relevance_heads: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """`triton.backward`, which says what they are."""
+    """Gradients of `attention`, the same numbers every time on the same device.
+
+    Args:
+        grad_out: (B, H, M, Dv); grad_maps: as the maps, float32. None: zeros.
+        query, key, value, bias, scale, rows: what `attention` was called with; bias of four dimensions.
+        bits: what `attention` returned, where the program decides anything.
+        wanted: whether the gradients of query, key, value, bias and gate are wanted, and the relevance.
+        relevance_tokens: (T,) int32; relevance_heads: (H,) uint8, None for all.
+
+    Returns:
+        The gradients of query, key, value, bias and gate, each like what it is of, and the relevance (B, T, M) float32,
+        the sum over heads of A * max(dL/dA, 0); None for what is not wanted.
+    """
     b, h, m, _ = query.shape
     n, dv = key.shape[2], value.shape[3]
     to_bias, to_gate, to_pixels = wanted[3:]
@@ -68,10 +82,10 @@ def gradients(
             if any(x is not None for x in (*like, of_gate, of_tokens)):
                 _sums_over_rows(call, like, of_gate, of_tokens)
             if of_rows is not None or relevance is not None:
-                from ..kernels import shared_kernel
+                from ...kernels import shared_kernel
 
                 programs, arguments, options = shared_call(call, of_rows, relevance, relevance_tokens, relevance_heads)
-                launch(shared_kernel, programs, arguments, options)
+                launch.launch(shared_kernel, programs, arguments, options)
     grad_bias = of_rows
     if of_tokens is not None and bias is not None:
         grad_bias = of_tokens[:, :, None].sum_to_size(bias.shape)
@@ -107,10 +121,7 @@ class _Call:
 
     @property
     def full_bias(self) -> Tensor | None:
-        if self.bias is None:
-            return None
-        bias = self.bias if self.bias.dtype in forward._DTYPES else self.bias.to(torch.float32)
-        return bias.expand(*self.sizes[:4])
+        return full_bias(self.bias, *self.sizes[:4])
 
     def pointers(self, permuted: bool) -> tuple[Any, ...]:
         """What both kernels begin with, Query to Slots."""
@@ -119,10 +130,10 @@ class _Call:
         content = rows.content if self.programmed else None
         order = slots = None
         if content is not None and permuted:
-            order = rows.derive("order", content, forward.content_first)
+            order = rows.derive("order", content, content_first)
         if self.grad_maps is not None and rows.capture_tokens is not None:
             n = self.sizes[3]
-            slots = rows.derive("slots", rows.capture_tokens, lambda tokens: forward.map_slots(tokens, n))
+            slots = rows.derive("slots", rows.capture_tokens, lambda tokens: map_slots(tokens, n))
         return (
             self.query, self.key, self.value, self.full_bias, self.grad_out, self.grad_maps,
             self.bits if content is not None else None, order, content,
@@ -139,19 +150,19 @@ class _Call:
         return dict(
             H=h, N=n, D=d, DV=dv, RENORM=self.rows.renormalize if self.programmed else 0,
             FINAL=self.rows.capture_final, MEAN=self.rows.capture_mean,
-            PRECISION=forward._precision(self.query.device),
+            PRECISION=gpu.precision(self.query.device),
         )  # fmt: skip
 
     def unit(self, *more: Tensor | None) -> tuple[int, tuple[int, ...]]:
         """The unit of strides, and those of query, key, value, the gradient of out and `more`, in it."""
         of = (self.query, self.key, self.value, self.grad_out, *more)
-        return forward.in_units(*(s for x in of for s in ((0, 0, 0) if x is None else forward.row_strides_of(x))))
+        return in_units(*(s for x in of for s in ((0, 0, 0) if x is None else row_strides_of(x))))
 
 
 def _sums_over_rows(
     call: _Call, like: Sequence[Tensor | None], of_gate: Tensor | None, of_tokens: Tensor | None
 ) -> None:
-    from ..kernels import backward_kernel, sum_kernel
+    from ...kernels import backward_kernel, sum_kernel
 
     b, h, _, n, d, dv = call.sizes
     of_query, of_key, of_value = like
@@ -163,11 +174,11 @@ def _sums_over_rows(
     gate_sums = torch.zeros((b, h, tiles.groups, n), **on) if of_gate is not None else None
     bias_sums = torch.empty((b, h, tiles.groups, n), **on) if of_tokens is not None else None
     programs, arguments, options = backward_call(call, tiles, of_query, of_key, of_value, sums, gate_sums, bias_sums)
-    launch(backward_kernel, programs, arguments, options)
+    launch.launch(backward_kernel, programs, arguments, options)
     for partial, first, second in ((sums, of_key, of_value), (gate_sums, of_gate, None), (bias_sums, of_tokens, None)):
         if partial is not None:
             programs, arguments, options = sum_call(partial, first, second)
-            launch(sum_kernel, programs, arguments, options)
+            launch.launch(sum_kernel, programs, arguments, options)
 
 
 @dataclass(frozen=True)
@@ -198,9 +209,9 @@ def choose_tiles(
     n: int, d: int, dv: int, size: int, most_content: int | None, pixels: int, heads: int, processors: int,
     sums: bool, walks: bool,
 ) -> Tiles:  # fmt: skip
-    """Tiles, as `triton.choose_tiles`. sums: dK or dV is wanted; walks: anything that is summed over rows is."""
+    """Tiles, as `tiles.choose_tiles`. sums: dK or dV is wanted; walks: anything that is summed over rows is."""
     na, nb = _columns(n, most_content)
-    widest, wide = forward._power(max(d, dv)), na + nb > 160
+    widest, wide = next_power_of_2(max(d, dv)), na + nb > 160
     stream = size == 4 or na >= 128 or wide or widest > 64
     bm = 16 if size == 4 or na >= 128 or wide else 32
     c = widest
@@ -219,15 +230,15 @@ def choose_tiles(
 def _tiles(call: _Call, sums: bool, walks: bool) -> Tiles:
     b, h, m, n, d, dv = call.sizes
     most = call.rows.max_content if call.programmed else None
-    processors = forward._processors(call.query.device)
+    processors = gpu.num_sms(call.query.device)
     return choose_tiles(n, d, dv, call.query.element_size(), most, m, b * h, processors, sums, sums or walks)
 
 
 def _columns(n: int, most_content: int | None) -> tuple[int, int]:
     if most_content is None:
-        return forward._split(n)
-    na = min(forward._power(most_content), forward._power(n))
-    return na, forward._power(n - na) if n > na else 0
+        return split(n)
+    na = min(next_power_of_2(most_content), next_power_of_2(n))
+    return na, next_power_of_2(n - na) if n > na else 0
 
 
 def backward_call(
@@ -246,7 +257,7 @@ def backward_call(
     unit, strides = call.unit(of_query)
     arguments = (
         *call.pointers(tiles.NB > 0), of_query, sums, gate_sums, bias_sums,
-        float(call.scale) * forward._LOG2E, float(call.scale), *strides,
+        float(call.scale) * LOG2E, float(call.scale), *strides,
         *((0, 0, 0, 0) if bias is None else bias.stride()), *call.strides_of_gate(),
         m, 0 if grad_maps is None else grad_maps.shape[-2], tiles.groups,
     )  # fmt: skip
@@ -264,7 +275,7 @@ def sum_call(sums: Tensor, first: Tensor | None, second: Tensor | None) -> Call:
     b, h, groups, n, channels = sums.shape
     check_rows(sums, first, second)
     counts = [0 if x is None else x.shape[3] for x in (first, second)]
-    bn, bc = min(8, 1 << (n - 1).bit_length()), min(128, forward._power(channels))
+    bn, bc = min(8, 1 << (n - 1).bit_length()), min(128, next_power_of_2(channels))
     blocks = -(-n // bn)
     strides = [s for x in (first, second) for s in ((0, 0, 0) if x is None else x.stride()[:3])]
     options = dict(H=h, N=n, CF=counts[0], CS=counts[1], BN=bn, BC=bc, num_warps=4)
@@ -289,20 +300,20 @@ def shared_call(
     heads = h if relevance is not None or (of_rows is not None and of_rows.shape[1] == 1) else 1
     slots = None
     if relevance is not None and relevance_tokens is not None:
-        slots = forward.map_slots(relevance_tokens, n)
+        slots = map_slots(relevance_tokens, n)
     check_contiguous(relevance, relevance_heads)
     strides_of_rows = (0, 0, 0, 0) if of_rows is None else of_rows.expand(b, h, m, n).stride()
     bias, grad_maps = call.full_bias, call.grad_maps
     unit, strides = call.unit()
     arguments = (
         *call.pointers(nb > 0), of_rows, relevance, slots, relevance_heads if relevance is not None else None,
-        float(call.scale) * forward._LOG2E, *strides,
+        float(call.scale) * LOG2E, *strides,
         *((0, 0, 0, 0) if bias is None else bias.stride()), *strides_of_rows, *call.strides_of_gate(),
         m, 0 if grad_maps is None else grad_maps.shape[-2], 0 if relevance is None else relevance.shape[1],
         tiles, h // heads,
     )  # fmt: skip
     options = dict(
-        **call.constants(), NA=na, NB=nb, DA=min(32 if small else 16, forward._power(max(d, dv))), BM=bm, UNIT=unit,
+        **call.constants(), NA=na, NB=nb, DA=min(32 if small else 16, next_power_of_2(max(d, dv))), BM=bm, UNIT=unit,
         ENTRIES=entries, HEADS=heads, num_warps=8 if wide else 4, num_stages=2,
     )  # fmt: skip
     return tiles * (h // heads) * (b // entries), arguments, options

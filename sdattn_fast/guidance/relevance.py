@@ -23,9 +23,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..patching.apply import Patch, apply
+from ..patching.apply import apply
 from ..patching.layers import Layer, heads_of_layers, select_layers
-from ..patching.maps import Maps, key_layers
+from ..patching.maps import Maps
+from ..patching.patch import Patch
 from ..program import Capture, Program
 
 __all__ = ["Seen", "gradcam", "asked", "run"]
@@ -103,22 +104,23 @@ def gradcam(
                 salient = _most_salient(found, drop)
                 dropped = salient if dropped is None else dropped | salient
         size = (int(latents.shape[2]), int(latents.shape[3]))
-        return Maps(total, wanted, size, _tokenizer(patch))
+        return Maps(total, wanted, size, getattr(patch.pipe, "tokenizer", None))
 
 
 def run(patch: Patch, latents: Tensor, t: Any, text: Tensor, **inputs: Any) -> Seen:
     """One forward with gradients on, beside those of a pipeline: its maps do not enter the run's mean."""
-    model = patch._models[0]
+    unet = patch.unet
+    assert unet is not None
     with torch.enable_grad(), patch.aside():
-        out = model.outer(latents, t, encoder_hidden_states=text, return_dict=False, **inputs)[0]
-        maps = Maps({}, (), None) if patch._keeper is None else patch.maps
+        out = unet(latents, t, encoder_hidden_states=text, return_dict=False, **inputs)[0]
+        maps = patch.maps if patch.captures else Maps({}, (), None)
     return Seen(out, latents, t, maps)
 
 
 @contextlib.contextmanager
 def asked(patch: Patch, layers: Sequence[Layer], tokens: Sequence[int], heads: Any = None) -> Iterator[None]:
     """Inside, forwards of these layers ask their backward pass for the relevance of tokens, summed over heads."""
-    by_layer = heads_of_layers(heads, [(layer.name, layer.attn) for layer in patch._layers])
+    by_layer = heads_of_layers(heads, [(layer.name, layer.attn) for layer in patch.all_layers])
     of_tokens = torch.tensor(tuple(tokens), dtype=torch.int32)
     for layer in layers:
         chosen = by_layer[layer.name]
@@ -128,7 +130,7 @@ def asked(patch: Patch, layers: Sequence[Layer], tokens: Sequence[int], heads: A
             summed[list(chosen)] = 1
         layer.asks = (of_tokens, summed)
     try:
-        with patch._grids():
+        with patch.watching_grids():
             yield
     finally:
         for layer in layers:
@@ -183,7 +185,7 @@ def _without(layers: Sequence[Layer], dropped: Tensor | None, tokens: Sequence[i
 @contextlib.contextmanager
 def _patched(unet: Any, program: Program, loss: Loss) -> Iterator[Patch]:
     if isinstance(unet, Patch):
-        if not unet._installed or not unet._models:
+        if not unet.installed or unet.unet is None:
             raise ValueError(f"unet: expected a patch in place, got {unet!r}")
         yield unet
         return
@@ -192,23 +194,19 @@ def _patched(unet: Any, program: Program, loss: Loss) -> Iterator[Patch]:
     needed = getattr(loss, "tokens", None)
     capture = None if needed is None else Capture(tuple(sorted(set(needed))))
     with apply(unet, program, capture=capture) as patch:
-        if not patch._models:
+        if patch.unet is None:
             raise ValueError("unet: it has no cross-attention layer to serve")
         yield patch
 
 
 def _chosen(patch: Patch, wanted: str | Sequence[str] | None, latents: Tensor) -> list[Layer]:
     # A ControlNet's layers do not run in the UNet's forward.
-    mine = patch._models[0].layers
+    mine = patch.unet_layers
     if wanted is None:
-        names = key_layers(patch._models[0].module, mine, (int(latents.shape[2]), int(latents.shape[3])))
+        names = patch.key_layers((int(latents.shape[2]), int(latents.shape[3])))
     else:
         names = set(select_layers(wanted, [layer.name for layer in mine]))
     return [layer for layer in mine if layer.name in names]
-
-
-def _tokenizer(patch: Patch) -> Any:
-    return None if patch._memory is None else getattr(patch._memory.pipe, "tokenizer", None)
 
 
 def _scalar(value: Any) -> Tensor:
