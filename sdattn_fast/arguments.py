@@ -17,7 +17,8 @@ from .program import Capture, Program
 from .streams import to_device
 
 __all__ = [
-    "check_products", "check_bias", "check_scale", "check_grid", "check_seed", "check_program", "token_side", "indexed",
+    "check_products", "check_bias", "check_scale", "check_grid", "check_seed", "check_program", "checked_heads",
+    "token_side", "indexed",
 ]  # fmt: skip
 
 
@@ -174,6 +175,32 @@ def token_side(
     return TokenSide(b, h, n, device, gate, phrases, protected, active, is_head, inactive_heads)
 
 
+def checked_heads(heads: Any, count: int, where: str = "") -> tuple[int, ...] | None:
+    """Indices of the active heads, sorted, or None for all; `where` goes into the messages (", in layer ...").
+
+    Raises: TypeError (not ints), ValueError (out of range, twice).
+    """
+    if heads is None:
+        return None
+    if isinstance(heads, Tensor) and heads.dtype == torch.bool:
+        if tuple(heads.shape) != (count,):
+            raise ValueError(f"heads: expected a bool tensor of shape ({count},){where}, got {tuple(heads.shape)}")
+        heads = heads.nonzero().flatten()
+    if isinstance(heads, Tensor):
+        heads = heads.tolist()
+    if isinstance(heads, (str, bytes)) or not isinstance(heads, (Sequence, range)):
+        raise TypeError(f"heads: expected indices, a mapping of layers to indices, or None, got {type(heads).__name__}")
+    if any(isinstance(i, bool) or not isinstance(i, int) for i in heads):
+        raise TypeError(f"heads: expected ints, got {list(heads)!r}")
+    there = f"{where}, which has {count} heads" if where else ""
+    for i in heads:
+        if not 0 <= i < count:
+            raise ValueError(f"heads: expected indices in [0, {count}){there}, got {i}")
+    if len(set(heads)) != len(heads):
+        raise ValueError(f"heads: expected each index once, got {list(heads)!r}")
+    return tuple(sorted(heads))
+
+
 def _gate(gate: Any, b: int, h: int, n: int, device: torch.device) -> Tensor:
     _tensor("gate", gate, ((b, n), (b, h, n)), device)
     if gate.dtype == torch.bool:
@@ -192,22 +219,8 @@ def _heads(heads: Any, count: int, device: torch.device) -> Tensor:
     if isinstance(heads, Tensor) and heads.dtype == torch.bool:
         _tensor("heads", heads, ((count,),), device)
         return heads
-    if isinstance(heads, Tensor):
-        if heads.is_floating_point() or heads.is_complex() or heads.dim() != 1:
-            raise TypeError(f"heads: expected a 1-D tensor of ints or bool, got {heads.dtype} of shape {_shape(heads)}")
-        heads = heads.tolist()
-    if isinstance(heads, (str, bytes)) or not isinstance(heads, Sequence):
-        raise TypeError(f"heads: expected a sequence of ints, a tensor or None, got {_type(heads)}")
-    chosen = list(heads)
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in chosen):
-        raise TypeError(f"heads: expected ints, got {heads!r}")
-    for i in chosen:
-        if not 0 <= i < count:
-            raise ValueError(f"heads: expected indices in [0, {count}), got {i}")
-    if len(set(chosen)) != len(chosen):
-        raise ValueError(f"heads: expected each index once, got {heads!r}")
-    mask = [i in set(chosen) for i in range(count)]
-    return to_device(torch.tensor(mask, dtype=torch.bool), device)
+    chosen = set(checked_heads(heads, count) or ())
+    return to_device(torch.tensor([i in chosen for i in range(count)], dtype=torch.bool), device)
 
 
 def _tensor(name: str, x: Any, shapes: tuple[tuple[int, ...], ...], device: torch.device) -> None:

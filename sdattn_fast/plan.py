@@ -21,7 +21,18 @@ from .places import version_of
 from .program import Capture, Program
 from .streams import Kept, capturing, to_device
 
-__all__ = ["TokenSide", "RowPlan", "PicturePlan", "Plan", "make_plan", "plan_on", "side_on", "fold_into_value"]
+__all__ = [
+    "TokenSide",
+    "RowPlan",
+    "PicturePlan",
+    "Plan",
+    "make_plan",
+    "plan_on",
+    "side_on",
+    "fold_into_value",
+    "gaussian_radius",
+    "number_dropped",
+]
 
 RENORMALIZE = {"none": 0, "content": 1, "row": 2}
 HEAD_PROGRAM, HEAD_PLAIN, HEAD_ZERO = 0, 1, 2
@@ -237,7 +248,7 @@ def _picture_plan(program: Program, side: TokenSide) -> PicturePlan | None:
 
 
 def _smooths(program: Program) -> bool:
-    return program.refine is not None and program.refine.sigma > 0 and _radius(program.refine.sigma) > 0
+    return program.refine is not None and program.refine.sigma > 0 and gaussian_radius(program.refine.sigma) > 0
 
 
 def fold_into_value(value: Tensor, side: TokenSide) -> Tensor:
@@ -273,7 +284,7 @@ def _row_steps(rows: RowPlan, program: Program, side: TokenSide, compiling: bool
     drop, max_drop, ratio = None, 0, -1.0
     if program.dropout is not None and program.dropout.mode == "topk" and program.dropout.axis == "token":
         drop = torch.floor(program.dropout.ratio * count.to(torch.float64) + 1e-9).to(torch.int32)
-        max_drop = math.floor(program.dropout.ratio * exact + 1e-9)
+        max_drop = number_dropped(program.dropout.ratio, exact)
         max_drop = max_drop if compiling else _bound(max_drop, 1, most)
     elif program.dropout is not None and program.dropout.mode == "random":
         ratio = program.dropout.ratio
@@ -360,5 +371,11 @@ def _capture_plan(rows: RowPlan, side: TokenSide, capture: Capture | None) -> Ro
     )
 
 
-def _radius(sigma: float) -> int:
+def gaussian_radius(sigma: float) -> int:
+    """Pixels on either side that the Gaussian reaches, as `scipy.ndimage.gaussian_filter` truncates it."""
     return int(4.0 * sigma + 0.5)
+
+
+def number_dropped(ratio: float, count: int) -> int:
+    """How many of `count` entries the salience dropout takes away."""
+    return math.floor(ratio * count + 1e-9)

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Plan, RowPlan
+from ..plan import Plan, RowPlan, gaussian_radius
 from ..reference import gaussian_kernel
 from ..streams import Kept, capturing, current_stream
 from .devices import gpu_index, on_device
@@ -134,7 +134,7 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
     """A new tensor: x (B, H, height * width, C) convolved `times` times with the Gaussian over the grid where `where`,
     a (B, H) bool, says so (None: everywhere), else copied. `scipy.ndimage.gaussian_filter`'s radius and edges."""
     b, h, _, c = x.shape
-    radius = int(4.0 * sigma + 0.5)
+    radius = gaussian_radius(sigma)
     if x.numel() == 0 or times == 0 or radius == 0:
         return x.clone(memory_format=torch.contiguous_format)
     kept = x.dtype

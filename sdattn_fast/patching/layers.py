@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from ..arguments import checked_heads
 from ..backend.autograd import Relevance
 from ..streams import to_device
-from .settings import checked_heads
 from .text_state import TextState
 
 if TYPE_CHECKING:

@@ -16,6 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..arguments import checked_heads
 from ..backend import KernelRefused
 from ..execute import FoldedText
 from ..graphs import in_graph
@@ -25,7 +26,7 @@ from .bound import Moment, bind
 from .fold import choose_fold, fold_refusal, fold_text, shape_of
 from .keys_values import kept_key_value, key_value
 from .layers import LAYER, Layer, is_served
-from .settings import DropoutWhen, Heads, Settings, checked_heads
+from .settings import DropoutWhen, Heads, Settings
 from .text_cache import KeyValue, Served
 from .text_state import Given, LayerCall, TextState, checked_token_input
 

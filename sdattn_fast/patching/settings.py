@@ -13,7 +13,7 @@ from ..arguments import check_program, check_seed
 from ..functional import prepare
 from ..program import Capture, Program, SalienceDropout
 
-__all__ = ["Heads", "Settings", "checked_heads"]
+__all__ = ["Heads", "Settings"]
 
 Heads = Sequence[int] | Tensor | Mapping[str, Sequence[int]] | None
 DropoutSchedule = tuple[tuple[int, float], ...]
@@ -101,28 +101,3 @@ def _checked_when(when: Any, program: Program) -> DropoutWhen:
     if when != "always" and program.dropout is None:
         raise ValueError(f"dropout_when: {when!r} says when to drop, and the program has no dropout")
     return when
-
-
-def checked_heads(heads: Any, count: int, where: str = "") -> tuple[int, ...] | None:
-    """Indices of the active heads, sorted, or None for all; `where` goes into the messages (", in layer ...").
-
-    Raises: TypeError (not ints), ValueError (out of range, twice).
-    """
-    if heads is None:
-        return None
-    if isinstance(heads, Tensor) and heads.dtype == torch.bool:
-        if tuple(heads.shape) != (count,):
-            raise ValueError(f"heads: expected a bool tensor of shape ({count},){where}, got {tuple(heads.shape)}")
-        heads = heads.nonzero().flatten()
-    if isinstance(heads, Tensor):
-        heads = heads.tolist()
-    if isinstance(heads, (str, bytes)) or not isinstance(heads, (Sequence, range)):
-        raise TypeError(f"heads: expected indices, a mapping of layers to indices, or None, got {type(heads).__name__}")
-    if any(isinstance(i, bool) or not isinstance(i, int) for i in heads):
-        raise TypeError(f"heads: expected ints, got {list(heads)!r}")
-    for i in heads:
-        if not 0 <= i < count:
-            raise ValueError(f"heads: expected indices in [0, {count}){where}, which has {count} heads, got {i}")
-    if len(set(heads)) != len(heads):
-        raise ValueError(f"heads: expected each index once, got {list(heads)!r}")
-    return tuple(sorted(heads))

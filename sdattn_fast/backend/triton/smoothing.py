@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ...plan import gaussian_radius
 from ..devices import on_device
 from . import launch
 from .arguments import in_units, strides_of
@@ -19,7 +20,7 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
     a (B, H) bool, says so (None: everywhere), else copied. `scipy.ndimage.gaussian_filter`'s radius and edges."""
     b, h = x.shape[:2]
     kept = x.dtype
-    if x.numel() == 0 or times == 0 or _radius(sigma) == 0:
+    if x.numel() == 0 or times == 0 or gaussian_radius(sigma) == 0:
         return x.clone(memory_format=torch.contiguous_format)
     if where is not None:
         where = where.to(torch.uint8).expand(b, h).contiguous()
@@ -46,14 +47,10 @@ def smooth_call(x: Tensor, y: Tensor, where: Tensor | None, grid: tuple[int, int
     pixels = 1024 // channels
     blocks = -(-m // pixels)
     unit, strides = in_units(*strides_of(x))
-    radius = _radius(sigma)
+    radius = gaussian_radius(sigma)
     options = dict(
         C=c, RADIUS=radius, DOWN=down, NEAR=radius <= grid[0 if down else 1], BP=pixels, BC=channels, UNIT=unit,
         num_warps=4,
     )  # fmt: skip
     arguments = (x, y, where, float(sigma), *grid, *strides, x.stride(3), h, blocks)
     return blocks * -(-c // channels) * b * h, arguments, options
-
-
-def _radius(sigma: float) -> int:
-    return int(4.0 * sigma + 0.5)

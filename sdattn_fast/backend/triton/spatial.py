@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...plan import PicturePlan, RowPlan
+from ...plan import PicturePlan, RowPlan, number_dropped
 from ..devices import on_device
 from ..layout import check_contiguous
 from ..results import empty_results, mean_of_heads
@@ -52,7 +51,7 @@ def picture_attention(
     content = rows.content
     assert content is not None
 
-    drop = math.floor(picture.drop_ratio * m + 1e-9) if picture.drop_ratio >= 0 else 0
+    drop = number_dropped(picture.drop_ratio, m) if picture.drop_ratio >= 0 else 0
     found = torch.zeros((b, h, n), dtype=torch.int32, **on) if drop > 0 else None
     histogram = torch.empty((b, h, n, 2048), dtype=torch.int32, **on) if drop > 0 else None
     highest = torch.empty((b, h, n), dtype=torch.int32, **on) if picture.nms else None
