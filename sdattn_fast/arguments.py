@@ -187,9 +187,13 @@ def checked_heads(heads: Any, count: int, where: str = "") -> tuple[int, ...] | 
             raise ValueError(f"heads: expected a bool tensor of shape ({count},){where}, got {tuple(heads.shape)}")
         heads = heads.nonzero().flatten()
     if isinstance(heads, Tensor):
+        if heads.is_floating_point() or heads.is_complex() or heads.dim() != 1:
+            raise TypeError(
+                f"heads: expected a 1-D tensor of ints or bool{where}, got {heads.dtype} of shape {_shape(heads)}"
+            )
         heads = heads.tolist()
-    if isinstance(heads, (str, bytes)) or not isinstance(heads, (Sequence, range)):
-        raise TypeError(f"heads: expected indices, a mapping of layers to indices, or None, got {type(heads).__name__}")
+    if isinstance(heads, (str, bytes)) or not isinstance(heads, Sequence):
+        raise TypeError(f"heads: expected a sequence of ints, a tensor or None{where}, got {_type(heads)}")
     if any(isinstance(i, bool) or not isinstance(i, int) for i in heads):
         raise TypeError(f"heads: expected ints, got {list(heads)!r}")
     there = f"{where}, which has {count} heads" if where else ""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .arguments import check_bias, check_grid, check_products, check_scale, check_seed
 from .backend import KernelRefused, autograd, choose, cpu, fused, op, pass_over, triton, unavailable
+from .backend.limits import MAX_SIZE
 from .backend.smoothing import smooth, smooth_maps
 from .graphs import in_graph
 from .plan import Plan, TokenSide, fold_into_value, plan_on, side_on
@@ -148,7 +149,7 @@ class Prepared:
             return "autocast is on"
         if self._needs_grad(x, x, x, None):
             return "gradients are asked for"
-        if self.side.tokens > 256 or x.shape[-1] > 65536:
+        if self.side.tokens > MAX_SIZE or x.shape[-1] > 65536:
             return f"{self.side.tokens} tokens of {x.shape[-1]} channels are too many"
         return None
 

@@ -22,17 +22,9 @@ from .program import Capture, Program
 from .streams import Kept, capturing, to_device
 
 __all__ = [
-    "TokenSide",
-    "RowPlan",
-    "PicturePlan",
-    "Plan",
-    "make_plan",
-    "plan_on",
-    "side_on",
-    "fold_into_value",
+    "TokenSide", "RowPlan", "PicturePlan", "Plan", "make_plan", "plan_on", "side_on", "fold_into_value",
     "gaussian_radius",
-    "number_dropped",
-]
+]  # fmt: skip
 
 RENORMALIZE = {"none": 0, "content": 1, "row": 2}
 HEAD_PROGRAM, HEAD_PLAIN, HEAD_ZERO = 0, 1, 2
@@ -162,6 +154,10 @@ class PicturePlan:
     nms: bool = False
     active: Tensor | None = None
 
+    def dropped(self, pixels: int) -> int:
+        """How many pixels of each token step 4 drops."""
+        return _number_dropped(self.drop_ratio, pixels) if self.drop_ratio >= 0 else 0
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -284,7 +280,7 @@ def _row_steps(rows: RowPlan, program: Program, side: TokenSide, compiling: bool
     drop, max_drop, ratio = None, 0, -1.0
     if program.dropout is not None and program.dropout.mode == "topk" and program.dropout.axis == "token":
         drop = torch.floor(program.dropout.ratio * count.to(torch.float64) + 1e-9).to(torch.int32)
-        max_drop = number_dropped(program.dropout.ratio, exact)
+        max_drop = _number_dropped(program.dropout.ratio, exact)
         max_drop = max_drop if compiling else _bound(max_drop, 1, most)
     elif program.dropout is not None and program.dropout.mode == "random":
         ratio = program.dropout.ratio
@@ -376,6 +372,6 @@ def gaussian_radius(sigma: float) -> int:
     return int(4.0 * sigma + 0.5)
 
 
-def number_dropped(ratio: float, count: int) -> int:
+def _number_dropped(ratio: float, count: int) -> int:
     """How many of `count` entries the salience dropout takes away."""
     return math.floor(ratio * count + 1e-9)

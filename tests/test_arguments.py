@@ -55,6 +55,8 @@ SMOOTH = Program(refine=Refinement())
         (TypeError, "heads: expected", {"heads": "0"}),
         (TypeError, "heads: expected", {"heads": [0.5]}),
         (TypeError, "heads: expected", {"heads": torch.tensor([0.0])}),
+        (TypeError, "heads: expected a 1-D tensor of ints", {"heads": torch.tensor([])}),
+        (TypeError, "heads: expected a sequence of ints", {"heads": {"mid_block": [0]}}),
         (ValueError, "heads: expected shape", {"heads": torch.ones(4, dtype=torch.bool)}),
         (ValueError, "inactive_heads: expected", {"inactive_heads": "off"}),
         (TypeError, "inactive_heads: expected", {"inactive_heads": None}),

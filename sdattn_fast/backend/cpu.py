@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import PicturePlan, Plan, RowPlan, number_dropped
+from ..plan import PicturePlan, Plan, RowPlan
 from ..reference import gaussian_kernel
 from .layout import address, row_strided, strided, with_rows
 from .limits import beyond_limits
@@ -115,7 +115,7 @@ def picture_attention(
     height, width = (0, 0) if grid is None else grid
     over = (
         picture.steps,
-        number_dropped(picture.drop_ratio, m) if picture.drop_ratio >= 0 else 0,
+        picture.dropped(m),
         picture.nms,
         address(picture.active),
         height,

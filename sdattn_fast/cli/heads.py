@@ -35,7 +35,7 @@ def heads(
         int | None, typer.Option(help="How many heads to choose; default: where their map is best.")
     ] = None,
     layers: Annotated[str, typer.Option(help="Names or a pattern of layers.")] = "*",
-    num_inference_steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
     seed: Annotated[int, typer.Option(help="Prompt i is drawn from seed + i.")] = 0,
     batch: Annotated[int, typer.Option(help="Prompts drawn at once.")] = 8,

@@ -42,7 +42,7 @@ def tune(
     seeds: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
     seed: Annotated[int, typer.Option(help="Of the noise; the same in every trial.")] = 0,
     shortlist: Annotated[int, typer.Option(help="Best trials by reward that the judge chooses among.")] = 5,
-    num_inference_steps: Annotated[int | None, typer.Option("--steps", help="Steps, where not searched.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option("--steps", min=1, help="Where not searched.")] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="Guidance of stock attention.")] = None,
     batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 8,
     heartbeat: Annotated[int, typer.Option(help="Seconds between a worker's signs of life.")] = 30,

@@ -54,14 +54,14 @@ def load_clip(dtype: Any = None) -> tuple[Any, Any]:
         return model.to(dtype or torch.float32).eval(), CLIPTokenizer.from_pretrained(folder)
 
 
-def draw(pipe: Any, scenes: Sequence[Any], *, batch: int = 32, tick: Any = None) -> np.ndarray:
-    """Pictures (n, 64, 64, 3) uint8 for the captions of `world.Scene`s; picture i's noise depends on i alone."""
+def draw(pipe: Any, scenes: Sequence[Any], *, first: int = 0, batch: int = 32, tick: Any = None) -> np.ndarray:
+    """Pictures (n, 64, 64, 3) uint8 for captions of `world.Scene`s; picture i's noise depends on first + i alone."""
     import torch
 
     pictures = []
     for start in range(0, len(scenes), batch):
         part = scenes[start : start + batch]
-        generators = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
+        generators = [torch.Generator().manual_seed(first + start + i) for i in range(len(part))]
         images = pipe(
             [s.caption for s in part], guidance_scale=GUIDANCE, num_inference_steps=STEPS, generator=generators,
             output_type="np",

@@ -28,6 +28,7 @@ from ..lab.pipeline import GUIDANCE, STEPS, load_clip, load_pipeline, shapes_pat
 from ..lab.world import SIDE, Scene, sample_scene
 from ..loading import quiet_loading
 from ..measure.paired import summary, table
+from .sheet import save_sheet
 
 __all__ = ["corrections", "draw", "fits", "maps_of_scenes"]
 
@@ -268,16 +269,8 @@ def _run(
     for title, found in tables.items():
         said = f"{title}, {pictures} held-out captions; difference to the first, 95 % bootstrap interval"
         console.print(table(found, said, "way"))
-    _write_pictures(folder)
-
-
-def _write_pictures(folder: Path) -> None:
-    """One row a correction, the first eight captions."""
-    from PIL import Image
-
-    rows = [np.concatenate(list(np.load(folder / f"{name}.npy", allow_pickle=False)), 1) for name in corrections()]
-    sheet = np.concatenate(rows, 0)
-    Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), 0).save(folder / "pictures.png")
+    sheet = [np.load(folder / f"{name}.npy", allow_pickle=False) for name in corrections()]
+    save_sheet(sheet, folder / "pictures.png")  # a row a correction
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import typer
 
 from ..lab.captions import held_out_scenes, phrases_of, selection_captions, words_of_objects
 from ..lab.judge import judge, shapes_truth
-from ..lab.pipeline import GUIDANCE, STEPS, load_pipeline, shapes_path
+from ..lab.pipeline import GUIDANCE, STEPS, draw, load_pipeline, shapes_path
 from ..measure.paired import interval
 
 _BATCH = 32
@@ -111,8 +111,6 @@ def _effect(
     pipe: Any, scenes: Sequence[Any], heads: Mapping[str, Any], folder: Path, selection: int, console: Any
 ) -> dict[str, Any]:
     """What the detector says of the pictures under each condition, against stock."""
-    import torch
-
     from .. import apply
 
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in _conditions(heads)}
@@ -122,11 +120,8 @@ def _effect(
             kept = folder / f"{selection} {start}-{len(part)} {name}.json"
             if not kept.exists():
                 with apply(pipe, **keywords):
-                    images = pipe(
-                        [s.caption for s in part], guidance_scale=GUIDANCE, num_inference_steps=STEPS, output_type="np",
-                        generator=[torch.Generator().manual_seed(start + i) for i in range(len(part))],
-                    ).images  # fmt: skip
-                judged = [judge(s, np.rint(x * 255).astype(np.uint8)) for s, x in zip(part, images, strict=True)]
+                    images = draw(pipe, part, first=start)
+                judged = [judge(s, x) for s, x in zip(part, images, strict=True)]
                 kept.write_text(json.dumps([(j.present, j.bound, float(j.right)) for j in judged]))
             rows[name] += [tuple(row) for row in json.loads(kept.read_text())]
     return _compared(rows, console)

@@ -10,12 +10,12 @@ import json
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
 import typer
 
 from ..lab.captions import held_out_scenes
 from ..lab.judge import judge, table
 from ..lab.pipeline import GUIDANCE, STEPS, draw, load_pipeline
+from .sheet import save_sheet
 
 
 def _evaluate(
@@ -54,16 +54,9 @@ def _evaluate(
     if out is not None:
         out.write_text(json.dumps({"captions": kind, "guidance": GUIDANCE, "steps": STEPS, **rows}, indent=1) + "\n")
     if grid is not None:
-        _write_grid(images[:32], grid)
-
-
-def _write_grid(images: np.ndarray, path: Path) -> None:
-    from PIL import Image
-
-    across = min(8, len(images))
-    images = images[: len(images) // across * across]
-    sheet = images.reshape(-1, across, *images.shape[1:]).transpose(0, 2, 1, 3, 4).reshape(-1, across * 64, 3)
-    Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), 0).save(path)
+        some = images[:32]
+        across = min(8, len(some))
+        save_sheet([some[i : i + across] for i in range(0, len(some) - across + 1, across)], grid)
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ from ..lab.measures import MEASURES, measure
 from ..lab.pipeline import GUIDANCE, STEPS, load_pipeline
 from ..lab.world import SIDE, Scene
 from ..measure.paired import summary, table
+from .sheet import save_sheet
 
 _BATCH = 32
 _REFINED_STEPS = (STEPS // 2, 3 * STEPS // 4)  # and before decoding
@@ -115,16 +116,8 @@ def _run(
     (folder / "summary.json").write_text(json.dumps({"pictures": pictures, **found}, indent=1) + "\n")
     title = f"{pictures} held-out captions; difference to none, 95 % bootstrap interval"
     console.print(table(found, title, "condition"))
-    _write_pictures(folder, list(conditions()))
-
-
-def _write_pictures(folder: Path, names: Sequence[str]) -> None:
-    """One row a condition, the first eight captions."""
-    from PIL import Image
-
-    rows = [np.concatenate(list(np.load(folder / f"{name}.npy", allow_pickle=False)[:8]), 1) for name in names]
-    sheet = np.concatenate(rows, 0)
-    Image.fromarray(sheet).resize((sheet.shape[1] * 2, sheet.shape[0] * 2), 0).save(folder / "pictures.png")
+    sheet = [np.load(folder / f"{name}.npy", allow_pickle=False)[:8] for name in conditions()]
+    save_sheet(sheet, folder / "pictures.png")  # a row a condition
 
 
 if __name__ == "__main__":

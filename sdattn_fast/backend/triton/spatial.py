@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ...plan import PicturePlan, RowPlan, number_dropped
+from ...plan import PicturePlan, RowPlan
 from ..devices import on_device
 from ..layout import check_contiguous
 from ..results import empty_results, mean_of_heads
@@ -51,7 +51,7 @@ def picture_attention(
     content = rows.content
     assert content is not None
 
-    drop = number_dropped(picture.drop_ratio, m) if picture.drop_ratio >= 0 else 0
+    drop = picture.dropped(m)
     found = torch.zeros((b, h, n), dtype=torch.int32, **on) if drop > 0 else None
     histogram = torch.empty((b, h, n, 2048), dtype=torch.int32, **on) if drop > 0 else None
     highest = torch.empty((b, h, n), dtype=torch.int32, **on) if picture.nms else None
