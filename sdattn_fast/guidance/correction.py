@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..patching.patch import Patch
-from .relevance import Loss, gradcam, run
+from .relevance import Loss, check_gradients_may_be, gradcam, run
 
 __all__ = ["Correction"]
 
@@ -92,6 +92,7 @@ class Correction:
         self._handle = patch.unet.register_forward_pre_hook(self._watch, with_kwargs=True)
 
     def __call__(self, pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        check_gradients_may_be("Correction")
         self._unbiased()
         following = pipe.scheduler.timesteps[step + 1 : step + 2]
         if not self.steps[0] <= step < self.steps[1] or not len(following):
@@ -132,27 +133,30 @@ class Correction:
     def _reweight(self, latents: Tensor, inputs: dict[str, Any], entries: slice) -> None:
         x, t, text = (inputs.pop(name) for name in ("sample", "timestep", "encoder_hidden_states"))
         of_entries, asked = _by_entry(self.tokens, len(latents))
-        maps = gradcam(self.patch, x, t, text, self.score, tokens=asked, layers=self.layers, heads=self.heads, **inputs)
+        with self.patch.aside():
+            maps = gradcam(
+                self.patch, x, t, text, self.score, tokens=asked, layers=self.layers, heads=self.heads, **inputs
+            )
+            grids = {layer.name: layer.grid for layer in self.patch.unet_layers}
         theirs = torch.ones(len(latents), len(maps.tokens), 1, dtype=torch.bool, device=latents.device)
         for mine, wanted in zip(theirs, of_entries, strict=False):
             mine[:, 0] = torch.tensor([token in wanted for token in maps.tokens])
         batch = (self._inputs or {})["sample"].shape[0]
         relevance = maps.upsample((latents.shape[2], latents.shape[3])).clamp(min=0)  # bicubic undershoots
-        for layer in self.patch.unet_layers:
-            if layer.name not in maps or layer.grid is None:
+        for name, grid in grids.items():
+            if name not in maps or grid is None:
                 continue
-            r = F.adaptive_avg_pool2d(relevance, layer.grid).flatten(2)  # (B, T, M)
+            r = F.adaptive_avg_pool2d(relevance, grid).flatten(2)  # (B, T, M)
             mean = r.mean(2, keepdim=True)
             weight = torch.where(
                 theirs & (mean > 0), 1 - self.strength + self.strength * r / mean.clamp(min=1e-30), 1.0
             )
             bias = torch.zeros(batch, 1, r.shape[2], text.shape[1], device=r.device)
             bias[entries, 0, :, list(maps.tokens)] = weight.clamp(min=1e-4).log().transpose(1, 2)
-            layer.bias = bias
+            self.patch.current_call.bias[name] = bias
 
     def _unbiased(self) -> None:
-        for layer in self.patch.unet_layers:
-            layer.bias = None
+        self.patch.current_call.bias.clear()
 
     def _next_inputs(self, pipe: Any, latents: Tensor, timestep: Tensor) -> tuple[dict[str, Any], slice]:
         """The UNet's inputs for the prompts at the next timestep, and which entries of its batch those are."""

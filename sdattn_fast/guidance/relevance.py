@@ -29,7 +29,7 @@ from ..patching.maps import Maps
 from ..patching.patch import Patch
 from ..program import Capture, Program
 
-__all__ = ["Seen", "gradcam", "asked", "run"]
+__all__ = ["Seen", "gradcam", "asked", "check_gradients_may_be", "run"]
 
 
 @dataclass(frozen=True)
@@ -87,14 +87,15 @@ def gradcam(
 
     Memory: (B, T, M) floats a layer asked, and the UNet's own activations; with rounds > 1 a bias (B, 1, M, N) a layer.
     """
+    check_gradients_may_be("gradcam")
     _check(latents, text, loss, rounds, drop)
-    with _patched(unet, program, loss) as patch:
+    with _patched(unet, program, loss) as patch, patch.aside():
         chosen = _chosen(patch, layers, latents)
         total: dict[str, Tensor] = {}
         wanted = tuple(range(text.shape[1])) if tokens is None else _indices(tokens, text.shape[1])
         dropped: Tensor | None = None
         for turn in range(rounds):
-            with asked(patch, chosen, wanted, heads), _without(chosen, dropped, wanted, text.shape[1]):
+            with asked(patch, chosen, wanted, heads), _without(patch, chosen, dropped, wanted, text.shape[1]):
                 seen = run(patch, latents, t, text, **inputs)
                 with torch.enable_grad():  # pipelines call from inside no_grad
                     value = _scalar(loss(seen))
@@ -107,14 +108,43 @@ def gradcam(
         return Maps(total, wanted, size, getattr(patch.pipe, "tokenizer", None))
 
 
+def check_gradients_may_be(what: str) -> None:
+    """Raises: RuntimeError inside torch.inference_mode, where nothing can turn gradients on."""
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            f"{what}: it needs gradients, which torch.inference_mode forbids for all that is inside; leave that off "
+            "(torch.no_grad is fine)"
+        )
+
+
 def run(patch: Patch, latents: Tensor, t: Any, text: Tensor, **inputs: Any) -> Seen:
-    """One forward with gradients on, beside those of a pipeline: its maps do not enter the run's mean."""
+    """One forward with gradients on, beside those of a pipeline: its maps do not enter the run's mean.
+
+    Raises: RuntimeError for a model whose weights were made in torch.inference_mode.
+    """
     unet = patch.unet
     assert unet is not None
+    if any(p.is_inference() for p in unet.parameters()):
+        raise RuntimeError(
+            "unet: its weights were made in torch.inference_mode, which gradients cannot pass; load it outside, or "
+            "replace them by clones"
+        )
+    latents, t, text, inputs = _outside_inference_mode((latents, t, text, inputs))
     with torch.enable_grad(), patch.aside():
         out = unet(latents, t, encoder_hidden_states=text, return_dict=False, **inputs)[0]
         maps = patch.maps if patch.captures else Maps({}, (), None)
     return Seen(out, latents, t, maps)
+
+
+def _outside_inference_mode(x: Any) -> Any:
+    """Tensors made in inference mode as ones that a graph may keep, inside tuples, lists and dicts too."""
+    if isinstance(x, Tensor):
+        return x.clone() if x.is_inference() else x
+    if isinstance(x, dict):
+        return {key: _outside_inference_mode(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(_outside_inference_mode(value) for value in x)
+    return x
 
 
 @contextlib.contextmanager
@@ -163,23 +193,26 @@ def _most_salient(relevance: dict[str, Tensor], drop: float) -> Tensor:
 
 
 @contextlib.contextmanager
-def _without(layers: Sequence[Layer], dropped: Tensor | None, tokens: Sequence[int], count: int) -> Iterator[None]:
+def _without(
+    patch: Patch, layers: Sequence[Layer], dropped: Tensor | None, tokens: Sequence[int], count: int
+) -> Iterator[None]:
     """Inside, the dropped pixels (B, height, width) pay these tokens no attention."""
     if dropped is None:
         yield
         return
-    before = [layer.bias for layer in layers]
+    biases = patch.current_call.bias
+    before = dict(biases)
     try:
         for layer in layers:
             assert layer.grid is not None
             there = F.adaptive_max_pool2d(dropped[:, None].float(), layer.grid).flatten(1) > 0
             bias = torch.zeros(len(dropped), 1, there.shape[1], count, device=dropped.device)
             bias[..., list(tokens)] = torch.where(there, -math.inf, 0.0)[:, None, :, None]
-            layer.bias = bias if layer.bias is None else layer.bias + bias
+            biases[layer.name] = bias + before[layer.name] if layer.name in before else bias
         yield
     finally:
-        for layer, biased in zip(layers, before, strict=True):
-            layer.bias = biased
+        biases.clear()
+        biases.update(before)
 
 
 @contextlib.contextmanager

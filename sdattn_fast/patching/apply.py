@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from ..files import ProgramFile, load_heads
 from ..program import Capture, Program
 from .before_forward import PatchedModel
-from .ip_adapter import is_ip_adapter
+from .known_processors import why_foreign
 from .layers import LAYER, Layer, cross_attention_layers, heads_of_layers, select_layers
 from .patch import Patch
 from .settings import DropoutWhen, Heads, Settings
 from .text_state import Given, TextState, checked_token_input
-from .token_classes import PromptMemory
+from .watched_pipeline import encode_function
 
 __all__ = ["apply"]
 
@@ -73,8 +73,9 @@ def apply(
             training loop sets.
 
     Returns:
-        A `Patch`, also a context manager. A model without a layer to serve (added-KV models such as DeepFloyd) gives a
-        warning and a patch of nothing.
+        A `Patch`, also a context manager. Layers whose processor is of a class that ours cannot stand in for (anybody's
+        own, HunyuanDiT's, Sana's) are left alone, with a warning. A model without a layer to serve (added-KV models
+        such as DeepFloyd) gives a warning and a patch of nothing.
 
     Raises:
         TypeError, ValueError: naming the argument, what came and what was expected; ValueError also where the model is
@@ -88,7 +89,7 @@ def apply(
     given = Given()
     for name, x in (("gate", gate), ("phrases", phrases), ("protected", protected), ("active", active)):
         setattr(given, name, checked_token_input(name, x))
-    models, memory = _models(pipe_or_unet)
+    models, pipe = _models(pipe_or_unet)
 
     found = [(name, attn) for prefix, model, _ in models for name, attn in cross_attention_layers(model, prefix)]
     if not found:
@@ -103,7 +104,14 @@ def apply(
     if taken is not None:
         raise ValueError(f"pipe_or_unet: layer {taken!r} is patched already; call remove() on that patch first")
 
-    wanted = set(select_layers(layers, [name for name, _ in found])) - _with_weights_of_their_own(found)
+    wanted = set(select_layers(layers, [name for name, _ in found]))
+    whys = {name: why_foreign(attn) for name, attn in found if name in wanted}
+    foreign = {name: why for name, why in whys.items() if why is not None}
+    wanted -= set(foreign)
+    if foreign:
+        _say_what_is_foreign(type(pipe_or_unet).__name__, foreign, nothing_left=not wanted)
+        if not wanted:
+            return Patch(settings, given, [], [], None)
     chosen = [(name, attn) for name, attn in found if name in wanted]
     if from_file and isinstance(heads, dict):
         # The file names all layers of its model; those that `layers` leaves out have no use for it.
@@ -119,12 +127,13 @@ def apply(
             if name in wanted
         ]
         patched.append(PatchedModel(model, outer, text, mine))
-    if memory is not None and not memory.watches:
-        memory = None
+    if pipe is not None and encode_function(pipe) is None:
+        _warn_of_unknown_prompts(pipe, patched[0].text)
+        pipe = None
     layers_kept = None
     if capture is not None and capture.layers is not None:
         layers_kept = select_layers(capture.layers, [name for name, _ in chosen], "Capture.layers")
-    patch = Patch(settings, given, patched, [layer for model in patched for layer in model.layers], memory, layers_kept)
+    patch = Patch(settings, given, patched, [layer for model in patched for layer in model.layers], pipe, layers_kept)
     patch._install()
     return patch
 
@@ -145,27 +154,36 @@ def _from_files(
     return program, layers, load_heads(heads)[0] if isinstance(heads, (str, Path)) else heads, inactive_heads
 
 
-def _with_weights_of_their_own(found: Sequence[tuple[str, Any]]) -> set[str]:
-    """Layers whose processor was trained (Custom Diffusion): ours in its place would compute something else."""
-    theirs = {
-        name: type(attn.processor).__name__
-        for name, attn in found
-        if isinstance(attn.processor, nn.Module) and not is_ip_adapter(attn.processor)
-    }
-    if theirs:
-        name, kind = next(iter(theirs.items()))
+def _say_what_is_foreign(model: str, foreign: dict[str, str], nothing_left: bool) -> None:
+    """One warning of all layers whose processors ours cannot stand in for (name -> why)."""
+    name, why = next(iter(foreign.items()))
+    others = len(set(foreign.values()) - {why})
+    more = f", and {others} other kinds" if others else ""
+    theirs = f"{len(foreign)} layers run processors that ours cannot stand in for, {name!r}: {why}{more}"
+    warnings.warn(
+        f"sdattn_fast.apply: {model} has no cross-attention layer to serve ({theirs}); nothing is patched"
+        if nothing_left
+        else f"sdattn_fast.apply: {theirs}; they are left alone",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
+def _warn_of_unknown_prompts(pipe: Any, text: TextState) -> None:
+    given = text.given
+    told = given.active is not None and (given.protected is not None or not text.needs_protected())
+    if text.needs_active() and not told:
         warnings.warn(
-            f"sdattn_fast.apply: {len(theirs)} layers have processors with weights of their own ({name!r}: {kind}); "
-            "they are left alone",
+            f"sdattn_fast.apply: a {type(pipe).__name__} has no encode_prompt, so prompts cannot be found in its text: "
+            "every entry of the batch counts as a prompt and every token as content. Pass active= and protected=",
             UserWarning,
             stacklevel=3,
         )
-    return set(theirs)
 
 
-def _models(pipe_or_unet: Any) -> tuple[list[tuple[str, nn.Module, nn.Module]], PromptMemory | None]:
+def _models(pipe_or_unet: Any) -> tuple[list[tuple[str, nn.Module, nn.Module]], Any]:
     """The models to patch, each with the prefix of its layers' names and as it is called (compiled, say), and the
-    memory of a pipeline's prompts."""
+    pipeline, None where a UNet was given."""
     if isinstance(pipe_or_unet, nn.Module):
         return [("", _unwrapped(pipe_or_unet), _as_called(pipe_or_unet))], None
     unet = getattr(pipe_or_unet, "unet", None)
@@ -180,7 +198,7 @@ def _models(pipe_or_unet: Any) -> tuple[list[tuple[str, nn.Module, nn.Module]], 
             found += [(f"controlnet.nets.{i}.", net) for i, net in enumerate(nets)]
         else:
             found.append(("controlnet.", controlnet))
-    return [(prefix, _unwrapped(model), _as_called(model)) for prefix, model in found], PromptMemory(pipe_or_unet)
+    return [(prefix, _unwrapped(model), _as_called(model)) for prefix, model in found], pipe_or_unet
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:

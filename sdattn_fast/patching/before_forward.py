@@ -1,4 +1,5 @@
-"""What happens before a patched model runs: its step is counted, its text looked up, its calls prepared, seeds mixed.
+"""What happens before a patched model runs: whose picture it is and which step, its text looked up, its calls prepared,
+seeds mixed; and after it.
 
 All that needs Python and no layer is done here, once a forward, and outside the graph of a compiled model.
 """
@@ -16,10 +17,12 @@ from torch import Tensor, nn
 from ..graphs import in_graph
 from ..places import looking_is_free, version_of
 from ..streams import capturing, current_stream
+from .call import Call
 from .compiled import compiled_text, is_compiled, modules_around
 from .graph_text import GraphText
 from .layers import Layer
 from .seeds import LayerSeeds
+from .states import ModelState, States
 from .text_state import LayerCall, Rows, TextState
 
 if TYPE_CHECKING:
@@ -29,17 +32,32 @@ __all__ = ["PatchedModel", "before_forward", "rows_of"]
 
 
 class PatchedModel:
-    """A UNet or ControlNet of a patch. around: its modules with served layers inside, of which `torch.compile` wraps
-    one: compiled_inside."""
+    """A UNet or ControlNet of a patch. layers: by which it is known outside its forwards. states: what those work on.
+    around: its modules with served layers inside, of which `torch.compile` wraps one: compiled_inside."""
 
     def __init__(self, module: nn.Module, outer: nn.Module, text: TextState, layers: list[Layer]) -> None:
         self.module = module
         self.outer = outer
-        self.text = text
         self.layers = layers
+        self.states = States(text, layers)
         self.seeds = LayerSeeds([layer.name for layer in layers])
         self.around = modules_around(module, layers)
         self.compiled_inside = any(hasattr(one, "_orig_mod") for one in self.around)
+
+    @property
+    def text(self) -> TextState:
+        """As this thread's forwards see it."""
+        return self.states.current.text
+
+    @property
+    def texts(self) -> list[TextState]:
+        """As any thread's forwards do."""
+        return [state.text for state in self.states.all]
+
+    @property
+    def all_layers(self) -> list[Layer]:
+        """The layers of all states."""
+        return [layer for state in self.states.all for layer in state.layers]
 
 
 def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
@@ -50,20 +68,24 @@ def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
     they must not meet this one. So it goes around the compiled call, with one inside that is silent while traced.
     """
     hook, module, outer = _ModelHook(patch, model), model.module, model.outer
+    after = _outside_graphs(lambda *_: hook.end())
     if outer is not module:
         inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
         return [
             outer.register_forward_pre_hook(_compiled(hook), with_kwargs=True),
-            outer.register_forward_hook(lambda *_: hook.end(), always_call=True),
+            outer.register_forward_hook(after, always_call=True),
             inside,
         ]
     compiled_call = module._compiled_call_impl
     if compiled_call is None:
-        return [module.register_forward_pre_hook(_breaking_graphs(hook), with_kwargs=True)]
+        return [
+            module.register_forward_pre_hook(_breaking_graphs(hook), with_kwargs=True),
+            module.register_forward_hook(after, always_call=True),
+        ]
 
     def call(*args: Any, **kwargs: Any) -> Any:
-        hook.begin(args, kwargs)
         try:
+            hook.begin(args, kwargs)
             return compiled_call(*args, **kwargs)
         finally:
             hook.end()
@@ -75,14 +97,16 @@ def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
 
 def rows_of(patch: Patch, model: PatchedModel, text: Tensor) -> Rows | None:
     """What is known of a batch of text. Raises: ValueError where it matters, and nothing is known."""
-    rows = None if patch._memory is None else patch._memory.find(text)
+    call = patch._calls.current
+    rows = None if patch._memory is None else patch._memory.find(text, call.number, call.encoded, call.guidance())
     told = patch._given.active is not None and (patch._given.protected is not None or not model.text.needs_protected())
     if patch._memory is not None and rows is None and not told and model.text.needs_active():
         raise ValueError(
             f"encoder_hidden_states: its rows {tuple(text.shape)} are not what this pipeline's encode_prompt "
-            "returned, so prompts and unconditional entries cannot be told apart. Pass active=, bool "
-            f"({text.shape[0]},), True for prompts, and protected=, bool ({text.shape[1]},), True for BOS, EOS and "
-            "padding, to sdattn_fast.apply or patch.update; or apply to the pipeline that encodes the text"
+            "returned, or equal both prompts and negative prompts in an unknown order, so prompts and unconditional "
+            f"entries cannot be told apart. Pass active=, bool ({text.shape[0]},), True for prompts, and protected=, "
+            f"bool ({text.shape[1]},), True for BOS, EOS and padding, to sdattn_fast.apply or patch.update; or, where "
+            "another pipeline on the same UNet encodes the text, patch.watch(that_pipeline)"
         )
     return rows
 
@@ -154,7 +178,13 @@ class _ModelHook:
         self.begun = True
 
     def end(self) -> None:
+        """After the forward, and where it was broken off."""
         self.begun = False
+        patch, states = self.patch, self.model.states
+        if patch._keeper is not None:
+            state = states.current
+            patch._keeper.end(patch._calls.current, state.text, state.layers)
+        states.end()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool = False) -> None:
         """compiled: the forward that begins is a graph's."""
@@ -164,35 +194,46 @@ class _ModelHook:
                 f"{type(model.module).__name__}: a patched model cannot be exported or traced, since {_NO_GRAPH}"
             )
         patch._keep_in_place(model.layers)
+        compiled = compiled or model.compiled_inside or is_compiled(model.around)
+        state = model.states.begin(base=compiled)
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
-        scheduled = not isinstance(patch._settings.dropout_when, str)
-        training, step = model.module.training, patch.step
-        # A training loop draws its timesteps at random: they say nothing of a step, and `Patch.step` does.
-        alone = training and (torch.is_grad_enabled() or step is not None)
-        if not alone and (patch._keeper is not None or scheduled):
-            step = patch._steps.begin(model.module, timestep, 0 if patch._memory is None else patch._memory.encoded)
-        if patch._keeper is not None:
-            x = kwargs.get("sample", args[0] if args else None)
-            patch._keeper.begin_step(model.module, model.layers, x, step or 0, new_run=alone or step == 0)
-        if scheduled:
-            model.text.step = patch.step if training else step
-        for layer in model.layers:
-            layer.grid = None
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
-        if isinstance(text, Tensor) and text.dim() == 3:
-            scales = _scales_adapters(args, kwargs)
-            compiled = compiled or model.compiled_inside or is_compiled(model.around)
+        call, begins = self._step(state.text, timestep)
+        for layer in state.layers:
+            layer.grid = None
+            layer.bias = call.bias.get(layer.name)
+        text = text if isinstance(text, Tensor) and text.dim() == 3 else None
+        if text is not None:
             if capturing(text.device):
-                _check_capture(compiled, scales)
+                _check_capture(compiled, _scales_adapters(args, kwargs))
             self._look_at(text)
-            if patch._settings.text_cache or compiled:
-                self._prepare(text, compiled, scales)
+        if patch._keeper is not None:
+            prompts = None if text is None else state.text.prompts_asked(len(text))
+            x = kwargs.get("sample", args[0] if args else None)
+            patch._keeper.begin(call, begins, model.module, state.layers, x, prompts)
+        if text is not None and (patch._settings.text_cache or compiled):
+            self._prepare(state, text, compiled, _scales_adapters(args, kwargs))
         seed = patch._settings.seed
         if seed is not None:
-            device = text.device if isinstance(text, Tensor) else torch.device("cpu")
+            device = torch.device("cpu") if text is None else text.device
             seeds = model.seeds.at(seed, timestep, device)
-            for layer, one in zip(model.layers, seeds.split(1), strict=True):
+            for layer, one in zip(state.layers, seeds.split(1), strict=True):
                 layer.seed = one
+
+    def _step(self, text: TextState, timestep: Any) -> tuple[Call, bool]:
+        """The call that a forward is of, and whether a step of it begins. Steps are counted where that matters."""
+        patch, training = self.patch, self.model.module.training
+        scheduled = not isinstance(patch._settings.dropout_when, str)
+        if patch._keeper is None and not scheduled:
+            return patch._calls.current, False
+        if training and (torch.is_grad_enabled() or patch.step is not None):
+            # A training loop draws its timesteps at random: they say nothing of a step, and `Patch.step` does.
+            call, begins = patch._calls.alone(patch.step or 0), True
+        else:
+            call, begins = patch._calls.step(timestep)
+        if scheduled:
+            text.step = patch.step if training else call.steps.index
+        return call, begins
 
     def _look_at(self, text: Tensor) -> None:
         state, settings = self.model.text, self.patch._settings
@@ -245,9 +286,9 @@ class _ModelHook:
             state.graphs.append(graph)
         state.graph, graph.is_guarded = graph, False
 
-    def _prepare(self, text: Tensor, compiled: bool, weights_change: bool) -> None:
+    def _prepare(self, of_model: ModelState, text: Tensor, compiled: bool, weights_change: bool) -> None:
         """Ahead of the layers, so that no graph has to prepare a call."""
-        state, layers, device = self.model.text, self.model.layers, text.device
+        state, layers, device = of_model.text, of_model.layers, text.device
         per_layer = [(one.attn.heads, one.heads, one.captures, one.attn.training) for one in layers]
         ready_for = text.shape, device, current_stream(device), state.step, compiled, per_layer
         if not compiled and state.ready_for is not None:

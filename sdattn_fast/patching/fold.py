@@ -20,6 +20,7 @@ from torch.func import functional_call
 
 from ..backend import cpu
 from ..execute import FoldedText, Prepared
+from .text_cache import why_unread
 
 __all__ = ["KINDS", "Shape", "choose_fold", "fold_refusal", "fold_text", "seconds_of", "shape_of"]
 
@@ -105,13 +106,17 @@ def fold_refusal(attn: Any, prepared: Prepared, x: Tensor) -> str | None:
     """Why a layer cannot be folded at all in this call, or None."""
     if getattr(attn, "norm_q", None) is not None:
         return "its queries are normalised, which is no linear step"
+    for name, module in (("to_q", attn.to_q), ("to_out[0]", attn.to_out[0])):
+        why = why_unread(module)
+        if why is not None:
+            return f"{name} {why}"
     return prepared.fold_refusal(x)
 
 
 def fold_text(attn: Any, kind: str, key: Tensor, value: Tensor, prepared: Prepared) -> FoldedText:
     """Fold key and value (B, H, N, D) of a layer; kind is "query", "out" or "both".
 
-    The projections are called, not read, so that adapters are in them; products are in float32.
+    Adapters are in it; products are in float32. Raises: ValueError for projections that `fold_refusal` refuses.
     """
     heads, head_dim = key.shape[1], key.shape[3]
     inner = heads * head_dim
@@ -135,6 +140,9 @@ def _affine(module: Any, width: int, device: torch.device) -> tuple[Tensor, Tens
     Where it is more than a Linear, with an adapter around it, it runs on the unit vectors, its parameters widened and
     its bias out of the way, so that nothing is rounded beside it.
     """
+    why = why_unread(module)
+    if why is not None:
+        raise ValueError(f"fold: cannot be served, because a projection {why}")
     if type(module) is nn.Linear:
         bias = None if module.bias is None else module.bias.detach().float()
         return module.weight.detach().float().t(), bias

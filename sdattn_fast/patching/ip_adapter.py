@@ -15,14 +15,10 @@ from typing import Any
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .known_processors import is_ip_adapter
 from .processor import attention_layer
 
-__all__ = ["is_ip_adapter", "ip_adapter_processor"]
-
-
-def is_ip_adapter(processor: Any) -> bool:
-    """Whether a processor carries an IP-Adapter (known without diffusers: nothing else has these projections)."""
-    return isinstance(processor, nn.Module) and hasattr(processor, "to_k_ip") and hasattr(processor, "to_v_ip")
+__all__ = ["ip_adapter_processor", "is_ip_adapter"]
 
 
 def ip_adapter_processor(base: Any, loaded: Any) -> Any:

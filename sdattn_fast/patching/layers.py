@@ -26,6 +26,7 @@ from .text_state import TextState
 
 if TYPE_CHECKING:
     from .compiled import CompiledText
+    from .states import States
 
 __all__ = ["Layer", "cross_attention_layers", "is_served", "select_layers", "heads_of_layers", "watch_grids"]
 
@@ -45,6 +46,8 @@ class Layer:
     entries are active ((B,) bool on the CPU, None for all), the grid. bias: (B or 1, 1, M, N), added to the logits.
     asks: tokens (T,) int32 and heads (H,) uint8 or None, whose relevance the backward pass is to add up; sink:
     (B, T, M), whose gradient it will be. compiled: what a graph of torch.compile reads of the text; None outside one.
+
+    A forward has a Layer of its own where threads run at once: `of_thread`, of one of the `states`, at the same index.
     """
 
     name: str
@@ -61,6 +64,12 @@ class Layer:
     compiled: CompiledText | None = None
     original: Any = None
     placed: Any = None
+    states: States | None = None
+    index: int = 0
+
+    def of_thread(self) -> Layer:
+        """The layer as this thread's forward sees it."""
+        return self if self.states is None else self.states.current.layers[self.index]
 
     def grid_of(self, pixels: int) -> tuple[int, int] | None:
         """The grid, if it has so many pixels: blocks without a grid of their own say nothing, and one left from
@@ -154,7 +163,7 @@ class _GridHook:
         if getattr(block, "is_input_patches", False):
             height, width = height // block.patch_size, width // block.patch_size
         for layer in self.layers:
-            layer.grid = (height, width)
+            layer.of_thread().grid = (height, width)
 
 
 def _matching(argument: str, pattern: str, names: Sequence[str]) -> list[str]:

@@ -5,20 +5,24 @@ from __future__ import annotations
 import contextlib
 import warnings
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor, nn
 
 from .before_forward import PatchedModel, before_forward, rows_of
+from .call import Call, Calls
 from .graph_text import GraphText
 from .ip_adapter import ip_adapter_processor, is_ip_adapter
 from .layers import LAYER, Layer, watch_grids
-from .maps import MapKeeper, Maps, key_layers
+from .map_keeper import MapKeeper, key_layers
+from .maps import Maps
 from .processor import SemanticAttnProcessor
+from .prompt_memory import PromptMemory
 from .settings import Settings
-from .steps import StepCounter
-from .text_state import TOKEN_INPUTS, Given, checked_token_input
-from .token_classes import PromptMemory
+from .text_state import TOKEN_INPUTS, Given, TextState, checked_token_input
+from .token_classes import EncoderListener
+from .watched_pipeline import WatchedPipeline, encode_function
 
 __all__ = ["Patch"]
 
@@ -35,16 +39,18 @@ class Patch:
         given: Given,
         models: list[PatchedModel],
         layers: list[Layer],
-        memory: PromptMemory | None,
+        pipe: Any,
         layers_kept: Sequence[str] | None = None,
     ) -> None:
         self._settings = settings
         self._given = given
         self._models = models
         self._layers = layers
-        self._memory = memory
+        self._pipe = pipe
+        self._memory = None if pipe is None else PromptMemory()
+        self._watched: list[WatchedPipeline] = []
+        self._calls = Calls(self._scheduler)
         self._keeper = None if settings.capture is None else MapKeeper(settings.capture, layers_kept)
-        self._steps = StepCounter()
         self.step: int | None = None
         self._handles: list[Any] = []
         self._installed = False
@@ -78,13 +84,13 @@ class Patch:
 
     @property
     def all_layers(self) -> list[Layer]:
-        """The patched layers, the UNet's and ControlNets'."""
-        return list(self._layers)
+        """The patched layers, the UNet's and ControlNets', as this thread's forwards see them."""
+        return [layer.of_thread() for layer in self._layers]
 
     @property
     def unet_layers(self) -> list[Layer]:
-        """The UNet's patched layers: a ControlNet's do not run in its forward."""
-        return list(self._models[0].layers) if self._models else []
+        """The UNet's patched layers, as this thread's forwards see them: a ControlNet's do not run in its forward."""
+        return list(self._models[0].states.current.layers) if self._models else []
 
     @property
     def unet(self) -> nn.Module | None:
@@ -94,7 +100,7 @@ class Patch:
     @property
     def pipe(self) -> Any:
         """The pipeline whose prompts are known; None: a UNet was patched, or a pipeline without `encode_prompt`."""
-        return None if self._memory is None else self._memory.pipe
+        return self._pipe
 
     @property
     def gate(self) -> Tensor | None:
@@ -118,17 +124,19 @@ class Patch:
     @property
     def maps(self) -> Maps:
         """The mean over the run's steps so far: layer name -> (B, T, height, width) float32, B the active entries, mean
-        over the active heads; (B, H, T, height, width) for ``Capture(reduce="none")``. A run is a call of the pipeline;
-        the steps and layers are those of `Capture`, by default all steps of the key layers.
+        over the active heads; (B, H, T, height, width) for ``Capture(reduce="none")``. A run is a call of the pipeline,
+        or what `call` is around; the steps and layers are those of `Capture`, by default all steps of the key layers.
+        In a thread that drew they are of its own latest run.
 
         Also ``maps.upsample(size)``, ``maps.per_word(prompt)``, ``maps.overlay(image, prompt)``, ``maps.save(path)``.
         Where gradients are on, they are the latest step's and part of its graph; in train mode, a forward with them is
-        a run by itself, at `Patch.step` (None: 0). Raises: ValueError if `apply` was not given `capture`.
+        a run by itself, at `Patch.step` (None: 0). Raises: ValueError if `apply` was not given `capture`,
+        and in a thread that did not draw where several others did.
         """
         if self._keeper is None:
             raise ValueError("maps: expected apply(..., capture=sdattn_fast.Capture(...)), got no capture")
         tokenizer = getattr(self.pipe, "tokenizer", None)
-        return self._keeper.read(self._layers, tokenizer)
+        return self._keeper.read(self._calls.to_read(), self.layers, tokenizer)
 
     def update(self, **inputs: Tensor | None) -> None:
         """Change gate, phrases, protected or active between steps; those not named stay, None takes one away.
@@ -145,14 +153,15 @@ class Patch:
         before = dict(vars(self._given))
         vars(self._given).update(checked)
         try:
-            renewals = [(one.text, graph, one.text.renewal_of(graph, graph.rows)) for one, graph in self._graphs()]
+            renewals = [(text, graph, text.renewal_of(graph, graph.rows)) for text, graph in self._graphs()]
         except ValueError:
             vars(self._given).update(before)
             raise
         for model in self._models:
-            model.text.forget_prepared()
-        for layer in self._layers:
-            layer.compiled = None
+            for one in model.texts:
+                one.forget_prepared()
+            for layer in model.all_layers:
+                layer.compiled = None
         for text, graph, calls in renewals:
             text.rewrite_graph(graph, calls, graph.rows)
 
@@ -183,7 +192,7 @@ class Patch:
         if not isinstance(x, Tensor) or x.dim() != 3:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"encoder_hidden_states: expected a torch.Tensor (B, N, E), got {got}")
-        mine = [(model, graph) for model, graph in self._graphs() if graph.is_in(x)]
+        mine = [(model, graph) for model in self._models for graph in model.text.graphs if graph.is_in(x)]
         if not mine:
             have = sorted({f"{tuple(graph.text.shape)} {graph.text.dtype}" for _, graph in self._graphs()})
             raise ValueError(
@@ -202,22 +211,93 @@ class Patch:
         """Forget everything derived from text; it is derived anew at the next step. CUDA graphs captured so far must be
         captured again: they give NaN."""
         for model in self._models:
-            model.text.forget()
-        for layer in self._layers:
-            layer.compiled = None
+            for text in model.texts:
+                text.forget()
+            for layer in model.all_layers:
+                layer.compiled = None
         if self._memory is not None:
             self._memory.forget_found()
 
-    def _graphs(self) -> list[tuple[PatchedModel, GraphText]]:
-        """What captured CUDA graphs read, with the model that it is of."""
-        return [(model, graph) for model in self._models for graph in model.text.graphs]
+    def _graphs(self) -> list[tuple[TextState, GraphText]]:
+        """What captured CUDA graphs read, with the text state of its model."""
+        return [(model.text, graph) for model in self._models for graph in model.text.graphs]
+
+    def call(self) -> AbstractContextManager[Call]:
+        """Around a loop of your own: what this thread draws inside is one run, with one mean of maps and one count of
+        steps, in whatever order its timesteps come.
+
+        Without it a run of a loop begins where the patched pipeline encodes prompts, where its scheduler's timesteps
+        are set, or where timesteps rise; a pipeline's own calls need none of this.
+
+        Example::
+
+            with patch.call():
+                for t in timesteps:
+                    noise = unet(latents, t, encoder_hidden_states=text).sample
+                    ...
+        """
+        return self._calls.within(Call(explicit=True))
 
     @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Inside, forwards that are not the run's: they count as no step, and their maps leave with them."""
-        kept = contextlib.nullcontext() if self._keeper is None else self._keeper.aside(self._layers)
-        with self._steps.aside(), kept:
-            yield
+    def aside(self) -> Iterator[Call]:
+        """Inside, this thread's forwards are not the run's: they count as no step, and their maps leave with them; and
+        its `unet_layers` are theirs alone."""
+        with contextlib.ExitStack() as kept:
+            for model in self._models:
+                kept.enter_context(model.states.kept())
+            yield kept.enter_context(self._calls.aside())
+
+    @property
+    def current_call(self) -> Call:
+        """This thread's call in progress, or its latest one."""
+        return self._calls.current
+
+    def watch(self, pipe: Any) -> None:
+        """Know the prompts of another pipeline on the same UNet too: `from_pipe`, or of shared components. Copies made
+        by `copy.copy` after `apply` are known without.
+
+        Raises: TypeError: not a pipeline with `encode_prompt`. ValueError: its UNet is another, this patch has no
+        pipeline or was removed, or another patch watches it.
+        """
+        if encode_function(pipe) is None:
+            raise TypeError(f"pipe: expected a pipeline with encode_prompt, got {type(pipe).__name__}")
+        if self._memory is None or not self._installed:
+            raise ValueError("pipe: expected a patch in place, of a pipeline with encode_prompt, to watch another")
+        if not self._serves(pipe):
+            raise ValueError(f"pipe: expected a pipeline on the patched UNet, got a {type(pipe).__name__} on another")
+        if not any(one.watches(pipe) for one in self._watched):
+            self._watched.append(WatchedPipeline(pipe, self))
+
+    def calling(self, pipe: Any) -> AbstractContextManager[Call]:
+        """As `PipelineWatcher` has it."""
+        if not self._serves(pipe) and "unet" not in self._warned:
+            self._warned.add("unet")
+            warnings.warn(
+                f"sdattn_fast: the unet of this {type(pipe).__name__} was exchanged after apply, and the program does "
+                "not run in the new one; remove() and apply again",
+                UserWarning,
+                stacklevel=4,
+            )
+        return self._calls.of_pipeline(pipe)
+
+    def encoded(
+        self, pipe: Any, result: Any, heard: EncoderListener, function: Any, args: Sequence[Any], kwargs: dict[str, Any]
+    ) -> None:
+        """As `PipelineWatcher` has it."""
+        if self._memory is not None:
+            encoded = self._memory.remember(result, heard, function, args, kwargs)
+            if encoded is not None:
+                self._calls.encoded(encoded)
+
+    def _serves(self, pipe: Any) -> bool:
+        """Whether the pipeline's UNet is the patched one."""
+        unet = getattr(pipe, "unet", None)
+        if not self._models or not isinstance(unet, nn.Module):
+            return False
+        return unet is self._models[0].outer or any(m is self._models[0].module for m in unet.modules())
+
+    def _scheduler(self) -> Any:
+        return getattr(self._pipe, "scheduler", None)
 
     def remove(self) -> None:
         """Restore the very processors that were there, and the pipeline's `encode_prompt`. Twice is harmless."""
@@ -233,8 +313,10 @@ class Patch:
             layer.placed = None
             if getattr(layer.attn, LAYER, None) is layer:
                 delattr(layer.attn, LAYER)
+        for one in self._watched:
+            one.remove()
+        self._watched.clear()
         if self._memory is not None:
-            self._memory.uninstall()
             self._memory.forget()
         self.refresh()
 
@@ -258,8 +340,8 @@ class Patch:
                 self._handles += before_forward(model, self)
                 if self._needs_grids:
                     self._handles += watch_grids(model.module, model.layers)
-        if self._memory is not None:
-            self._memory.install()
+        if self._pipe is not None:
+            self._watched.append(WatchedPipeline(self._pipe, self))
 
     def _place(self, layer: Layer) -> None:
         layer.original = layer.attn.processor

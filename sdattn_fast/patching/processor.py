@@ -204,6 +204,8 @@ def _cross_attention(
 ) -> Tensor:
     """Up to and with `to_out[0]`: x (B, M, C) attends to the text, states (B, N, E), through the program."""
     layer: Layer | None = getattr(attn, LAYER, None)
+    if layer is not None and not in_graph():
+        layer = layer.of_thread()
     query = moment = None
     if layer is not None and mask is None and not in_graph():
         moment = Moment.of(layer, attn, x, grid)

@@ -1,73 +1,115 @@
-"""Which denoising step a model is at, told from its timesteps.
+"""Which denoising step a forward belongs to, told from its timestep and the scheduler.
 
-A run is a call of the pipeline, or, for a UNet alone, timesteps that do not rise.
+A step is what lies between two moves of the scheduler: its forwards have the same timestep, however many they are
+(guidance in two forwards, a ControlNet before the UNet, the second look of self-attention guidance).
 """
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..places import Place, looking_is_free
 
-__all__ = ["StepCounter"]
+__all__ = ["Steps", "Timesteps"]
 
 _MOST = 65536  # bytes that are read to learn a schedule's timesteps; schedules have 8000 at most
 
 
-class StepCounter:
-    """Counts every forward of every model of a patch."""
+class Steps:
+    """Counts the steps of one call. index: of the latest step, -1 before the first."""
 
-    def __init__(self) -> None:
-        self._runs: dict[int, tuple[int, int, float]] = {}  # of a model: the prompts encoded, steps done, last timestep
-        self._times = _Timesteps()
+    def __init__(self, index: int = -1, at: Any = None) -> None:
+        self.index = index
+        self._at = at
 
-    def begin(self, model: nn.Module, timestep: Any, encoded: int) -> int:
-        """The index of the step that begins, 0 where a run begins. encoded: how often the pipeline encoded prompts."""
-        then, steps, last = self._runs.get(id(model), (-1, 0, -math.inf))
-        if isinstance(timestep, Tensor) and not looking_is_free(timestep.device) and encoded:
-            time = last  # the pipeline says where a run begins
-        else:
-            time = self._times.of(timestep)
-        if then != encoded or time > last:
-            steps = 0
-        self._runs[id(model)] = (encoded, steps + 1, time)
-        return steps
+    def begin(self, timestep: Any, scheduler: Any) -> bool:
+        """A forward at a timestep begins; whether a step does."""
+        at = _position(timestep), getattr(scheduler, "step_index", None), getattr(scheduler, "counter", None)
+        if self.index >= 0 and _same(at, self._at):
+            return False
+        self.index += 1
+        self._at = at
+        return True
 
-    @contextlib.contextmanager
-    def aside(self) -> Iterator[None]:
-        """Inside, forwards that are not the run's."""
-        runs = dict(self._runs)
-        try:
-            yield
-        finally:
-            self._runs = runs
+    def would_begin(self, timestep: Any, scheduler: Any) -> bool:
+        """What `begin` would say."""
+        return Steps(self.index, self._at).begin(timestep, scheduler)
+
+    def copy(self) -> Steps:
+        return Steps(self.index, self._at)
 
 
-class _Timesteps:
-    """Reads timesteps, those of a GPU once a schedule: a loop hands out one element after the other of a tensor."""
+class Timesteps:
+    """Reads timesteps as numbers, those of a GPU once a schedule: a loop hands out one element after the other of a
+    tensor."""
 
     def __init__(self) -> None:
         self._place: Place | None = None
         self._dtype: torch.dtype | None = None
         self._numbers: list[float] = []
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Timesteps, ()
+
     def of(self, timestep: Any) -> float:
         if not isinstance(timestep, Tensor):
             return float(timestep)
-        first = timestep.detach().reshape(-1)[:1]
+        if not timestep.numel():
+            return 0.0
+        first = _first(timestep)
         if looking_is_free(timestep.device):
             return float(first)
+        return float(first) if not self._read(first) else float(self._numbers[first.storage_offset()])
+
+    def rises(self, timestep: Any) -> bool:
+        """Whether a timestep is an element of a schedule that rises, as those that invert pictures do."""
+        if not isinstance(timestep, Tensor) or not _is_of_schedule(timestep) or not self._read(_first(timestep)):
+            return False
+        return self._numbers[0] < self._numbers[-1]
+
+    def _read(self, first: Tensor) -> bool:
+        """Read the schedule that a number lies in; False where it cannot be told again."""
         place = Place(first)
         if not place.lasts or first.untyped_storage().nbytes() > _MOST:
-            return float(first)
+            return False
         if self._place is None or not self._place.same_memory(place) or self._dtype != first.dtype:
             count = first.untyped_storage().nbytes() // first.element_size()
             self._numbers = torch.as_strided(first, (count,), (1,), 0).tolist()
             self._place, self._dtype = place, first.dtype
-        return float(self._numbers[first.storage_offset()])
+        return True
+
+
+def _position(timestep: Any) -> Any:
+    """What is equal for equal timesteps: of elements of a schedule, which may have a number twice, where they lie. A
+    GPU is not waited for then."""
+    if not isinstance(timestep, Tensor):
+        return float(timestep)
+    if not timestep.numel():
+        return 0.0
+    first = _first(timestep)
+    # The tensor itself, so that its memory is not given to another while it is compared.
+    return first if _is_of_schedule(timestep) else float(first)
+
+
+def _same(a: tuple[Any, ...], b: tuple[Any, ...]) -> bool:
+    if a[1:] != b[1:]:
+        return False
+    x, y = a[0], b[0]
+    if isinstance(x, Tensor) and isinstance(y, Tensor):
+        return x.data_ptr() == y.data_ptr() and x.device == y.device
+    if isinstance(x, Tensor) or isinstance(y, Tensor):
+        return float(x) == float(y)
+    return bool(x == y)
+
+
+def _is_of_schedule(timestep: Tensor) -> bool:
+    """Whether it is one element of a longer tensor, expanded perhaps."""
+    one = all(stride == 0 or size == 1 for stride, size in zip(timestep.stride(), timestep.shape, strict=True))
+    return one and timestep.untyped_storage().nbytes() > timestep.element_size()
+
+
+def _first(timestep: Tensor) -> Tensor:
+    return timestep.detach().reshape(-1)[:1]

@@ -10,8 +10,8 @@ That is the text, the weights they went through and torch's modes. Each is looke
   and, on a CPU, a strided sample of the numbers at every forward, for writes through `.data`. A single number changed
   that way can slip through, and, off the CPU, any number until the text changes: `Patch.refresh` again.
 - modes: autocast and inference mode.
-Where any of it cannot be known (a module of an unknown kind, hooks on it or on all modules, DataParallel's replicas,
-inference tensors, gradients), nothing is kept.
+Where any of it cannot be known (a class that `known_modules` does not list, hooks on a module or on all, DataParallel's
+replicas, inference tensors, gradients), nothing is kept.
 
 Source: docs/design.md, "Text is stationary" and "When kept text is stale".
 """
@@ -33,11 +33,12 @@ from torch.nn.modules import module as torch_module
 from ..execute import FoldedText, Prepared
 from ..places import Known, looking_is_free, version_of
 from ..streams import MadeOn, capturing
+from .known_modules import is_hooked, is_known, unknown_class
 
 if TYPE_CHECKING:
     from .bound import BoundLayer
 
-__all__ = ["KeyValue", "Served", "TextCache", "Weights"]
+__all__ = ["KeyValue", "Served", "TextCache", "Weights", "why_unread"]
 
 TEXTS = 2  # prompts remembered: an unbatched guidance alternates between two
 _SAMPLES = 64
@@ -283,13 +284,13 @@ class Weights:
             if module is None:
                 continue
             if type(module) is nn.Linear:  # nearly all are, and this is asked by every layer at every step
-                if _hooked(module) or "weight" not in module._parameters:
+                if is_hooked(module) or "weight" not in module._parameters:
                     return None
                 parameters += [p for p in module._parameters.values() if p is not None]
                 state.append(nn.Linear)
                 continue
             for inner in module.modules():
-                if not _is_plain(inner):
+                if not is_known(inner):
                     return None
                 if hasattr(inner, "active_adapters") and hasattr(inner, "base_layer"):
                     if inner.training:  # its dropout is on
@@ -312,7 +313,7 @@ class Weights:
             if type(module) is not nn.Linear:
                 now = Weights.of(*modules)
                 return now is not None and self.same_as(now)
-            if _hooked(module):
+            if is_hooked(module):
                 return False
         owned = [p for module in modules if module is not None for p in module._parameters.values() if p is not None]
         return _same_objects(self.parameters, owned) and all(map(_is_at, owned, self.places))
@@ -336,6 +337,16 @@ class Weights:
         return not self.samples or all(
             torch.equal(kept, _sampled(p)) for kept, p in zip(self.samples, self.parameters, strict=True)
         )
+
+
+def why_unread(module: Any) -> str | None:
+    """Why a module's parameters must not stand for what it computes, as the end of a sentence; None: they may."""
+    if type(module) is nn.Linear and not is_hooked(module) and type(module._parameters.get("weight")) is nn.Parameter:
+        return None
+    kind = unknown_class(module)
+    if kind is not None:
+        return f"is a {kind}, whose weights are never read"
+    return "has hooks, or weights that are no plain parameters" if Weights.of(module) is None else None
 
 
 @dataclass(frozen=True)
@@ -371,19 +382,6 @@ def _modes(text: Tensor) -> tuple[Any, ...]:
     kind = text.device.type
     autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
     return autocast, torch.is_inference_mode_enabled(), torch.is_grad_enabled() and text.requires_grad
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Whether a module's forward is its class's, of a library whose modules keep their state in parameters."""
-    known = type(module).__module__.split(".")[0] in ("torch", "diffusers", "peft")
-    parametrized = hasattr(module, "parametrizations")
-    # DataParallel's replicas have tensors where parameters were.
-    others = module._buffers or any(isinstance(x, Tensor) for x in module.__dict__.values())
-    return known and not parametrized and not _hooked(module) and not others
-
-
-def _hooked(module: nn.Module) -> bool:
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
 
 
 def _adapter_state(module: Any) -> tuple[Any, ...]:

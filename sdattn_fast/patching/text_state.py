@@ -10,6 +10,7 @@ Source: docs/design.md, "Text is stationary" and "Where token classes come from"
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -37,18 +38,24 @@ class Rows:
     """What the pipeline knows of a batch of text.
 
     prompt: for every batch entry the index of its prompt, -1 for an unconditional entry. prompts: how many there are.
-    protected: (B, N) bool on the CPU; None where the tokens of a prompt are unknown.
+    protected: (B, N) bool on the CPU; None where the tokens of a prompt are unknown. repeated: which entries are of the
+    same picture as an earlier one.
     """
 
     prompt: list[int]
     prompts: int
     protected: Tensor | None
+    repeated: Sequence[bool] = ()
 
     @functools.cached_property
     def key(self) -> tuple[Any, ...]:
         """Equal for rows that are alike."""
         protected = self.protected
-        return tuple(self.prompt), None if protected is None else (*protected.shape, protected.numpy().tobytes())
+        return (
+            tuple(self.prompt),
+            tuple(self.repeated),
+            None if protected is None else (*protected.shape, protected.numpy().tobytes()),
+        )
 
 
 class LayerCall(NamedTuple):
@@ -102,6 +109,10 @@ class TextState:
         """Without what CUDA graphs read: they read the original's."""
         return {**self.__dict__, "graphs": [], "given_up": [], "graph": None}
 
+    def beside(self) -> TextState:
+        """For forwards of another thread: rows and calls are its own, keys, values and graphs are shared."""
+        return TextState(self.settings, self.given, cached=self.cached, graphs=self.graphs, given_up=self.given_up)
+
     def forget(self) -> None:
         """Everything derived from text. CUDA graphs captured so far give NaN from now on."""
         self.forget_prepared()
@@ -109,7 +120,8 @@ class TextState:
         for graph in self.graphs:
             graph.give_up()
         self.given_up += self.graphs
-        self.graphs, self.graph = [], None
+        self.graphs.clear()
+        self.graph = None
 
     def forget_prepared(self) -> None:
         """What hangs on the user's inputs, but not the keys and values."""
@@ -246,6 +258,20 @@ class TextState:
                 )
             return None
         return torch.tensor([p >= 0 for p in self.rows.prompt], dtype=torch.bool)
+
+    def pictures(self, active: Tensor | None) -> Tensor | None:
+        """Of the active entries those that are the first of their picture, (B,) bool on the CPU; None for all."""
+        rows = self.rows
+        if rows is None or self.given.active is not None or not any(rows.repeated):
+            return active
+        first = torch.tensor([not again for again in rows.repeated])
+        return first if active is None else first & active
+
+    def prompts_asked(self, batch: int) -> tuple[int, ...] | None:
+        """Of every active entry the prompt; None where prompts are not known."""
+        if self.given.active is None and self.rows is None:
+            return None
+        return tuple(prompt for prompt in self._prompt_of_entries(batch) if prompt >= 0)
 
     def _prepare(self, program: Program, call: LayerCall) -> Prepared:
         """On the CPU; a gate that wants a gradient is left for later, and of its shape here."""

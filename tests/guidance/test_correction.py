@@ -75,11 +75,11 @@ def test_reweighting_moves_attention_to_where_it_is_relevant(pipe) -> None:
                 def watched(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
                     found.append(patch.maps.upsample().clone())
                     after = c(pipe, step, t, kept)
-                    biases.append([layer.bias for layer in patch._layers if layer.bias is not None])
+                    biases.append(list(patch.current_call.bias.values()))
                     return after
 
                 draw(pipe, watched)
-            assert all(layer.bias is None for layer in patch._layers)
+            assert not patch.current_call.bias
         return found
 
     plain, moved = maps(0.0), maps(0.8)
@@ -166,3 +166,15 @@ def test_presence_says_which_maps_it_misses(pipe) -> None:
             draw(pipe, correct)
     with pytest.raises(ValueError, match="phrases: expected token indices"):
         Presence([()])
+
+
+@pytest.mark.parametrize("how", ["gradient", "reweight", "scale"])
+def test_inference_mode_is_refused_in_one_line(pipe, how) -> None:
+    with (
+        sdattn_fast.apply(pipe, capture=Capture()) as patch,
+        Correction(patch, Presence(PHRASES), how=how, strength=0.5, tokens=(4, 9)) as correct,
+        torch.inference_mode(),
+        pytest.raises(RuntimeError, match=r"Correction: .*leave that off \(torch\.no_grad is fine\)"),
+    ):
+        draw(pipe, correct)
+    assert not patch.current_call.bias

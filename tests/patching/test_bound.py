@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import copy
 import gc
-import itertools
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,7 +20,6 @@ from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.backend import KernelRefused
 from sdattn_fast.execute import Bound
 from sdattn_fast.patching import bound as module
-from sdattn_fast.patching.text_state import Rows, TextState
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 FULL = Program(SalienceDropout(0.3), Refinement(1, 0.2, 0.8), "content")
@@ -155,8 +152,9 @@ def _update(twins: Twins, **inputs: Any) -> None:
 
 def _bias(twins: Twins, bias: Tensor | None) -> None:
     for patch in twins.patches:
-        for layer in patch._layers:
-            layer.bias = bias
+        patch.current_call.bias.update({} if bias is None else dict.fromkeys(patch.layers, bias))
+        if bias is None:
+            patch.current_call.bias.clear()
 
 
 def _smaller(twins: Twins) -> None:
@@ -327,31 +325,6 @@ def test_a_query_is_projected_once(parts: dict[str, Any]) -> None:
     twins.attns()[0].to_q.register_forward_hook(lambda module, args, out: out.transpose(1, 2).clone().transpose(1, 2))
     twins.unets[0](torch.randn(2, 4, 8, 8), 5, twins.text)
     assert len(counts) == 5
-
-
-@torch.no_grad()
-def test_a_call_prepared_from_another_threads_rows_is_not_bound(
-    parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The step itself may be wrong where one pipeline serves two threads; the steps after it must not be."""
-    twins = Twins(parts["small"], protected=None, gate=None)
-    mine, other = (Rows([0, 1], 2, torch.arange(77).expand(2, 77) > most) for most in (30, 10))
-    for patch in twins.patches:
-        patch._memory = SimpleNamespace(encoded=0, find=lambda text: mine, watches=True)
-    prepared, turns = TextState.prepared, itertools.count()
-
-    def racing(self: TextState, *args: Any) -> Any:
-        if next(turns) != 1:
-            return prepared(self, *args)
-        self.see(other)
-        call = prepared(self, *args)
-        self.see(Rows(mine.prompt, 2, mine.protected))
-        return call
-
-    monkeypatch.setattr(TextState, "prepared", racing)
-    twins.unets[0](twins.x, 5, twins.text)
-    monkeypatch.undo()
-    twins.step(3)
 
 
 @torch.no_grad()

@@ -26,10 +26,10 @@ def unet(parts: dict[str, Any]) -> Iterator[Any]:
     parts["small"].eval()
 
 
-def _noise(unet: Any, t: float = 500.0, **how: Any) -> Tensor:
+def _noise(unet: Any, t: float | Tensor = 500.0, **how: Any) -> Tensor:
     make = torch.Generator().manual_seed(0)
     x, text = torch.randn(2, 4, 16, 16, generator=make), torch.randn(2, 9, 32, generator=make)
-    return unet(x, torch.tensor(t), encoder_hidden_states=text).sample.detach()
+    return unet(x, torch.as_tensor(t), encoder_hidden_states=text).sample.detach()
 
 
 @contextmanager
@@ -73,11 +73,12 @@ def test_a_schedule_over_denoising_steps(unet: Any, capture: Capture | None) -> 
             expected.append(_noise(unet))
     with _patched(unet, DROPS, dropout_when={0: 0.0, 2: 0.5}, capture=capture) as patch:
         for run_number in range(2):
-            for i, want in enumerate(expected):
-                # The timestep changes the UNet, so the same one every time; it does not rise, so the run goes on.
+            # The timestep changes the UNet, so the same one every time, in four places of a schedule: four steps.
+            for i, (t, want) in enumerate(zip(torch.full((4,), 500.0), expected, strict=True)):
                 if i == 0 and run_number:
                     _noise(unet, 1.0)  # lower, so that 500 begins a run
-                torch.testing.assert_close(_noise(unet), want)
+                torch.testing.assert_close(_noise(unet, t), want)
+                torch.testing.assert_close(_noise(unet, t), want, msg="a step's second forward counts as no step")
                 if capture is not None and i == 1:
                     x, text = torch.randn(2, 4, 16, 16), torch.randn(2, 9, 32)
                     run(patch, x, torch.tensor(900.0), text)  # beside the run: counts as no step

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, SemanticAttnProcessor
 from sdattn_fast.execute import Prepared
 from sdattn_fast.functional import prepare
@@ -179,3 +181,128 @@ def test_narrow_heads_are_as_diffusers_has_them(heads: int, head_dim: int) -> No
         attn.set_processor(SemanticAttnProcessor(Program(), fold=fold))
         for laid in (x, x.transpose(1, 2).contiguous().transpose(1, 2)):
             torch.testing.assert_close(attn(laid, text), stock, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.usefixtures("cheap_to_fold")
+@pytest.mark.parametrize("which", [("to_q",), ("to_out.0",), ("to_k", "to_v"), ("to_q", "to_k", "to_v", "to_out.0")])
+@pytest.mark.parametrize("fold", ["never", "auto"])
+def test_quantised_projections_are_called_and_never_read(which: tuple[str, ...], fold: str) -> None:
+    """Their `weight` is a method, their `bias` no parameter: read as a Linear's, the bias lands in the weights."""
+    attn, x, text = _layer()
+    for name in which:
+        _replace(attn, name, torch.ao.nn.quantized.dynamic.Linear.from_float(_quantisable(attn.get_submodule(name))))
+    stock = attn(x, text)
+    attn.set_processor(SemanticAttnProcessor(Program(), fold=fold))
+    for _ in range(2):
+        torch.testing.assert_close(attn(x, text), stock, rtol=1e-5, atol=1e-6)
+    attn.set_processor(SemanticAttnProcessor(Program(), fold="always"))
+    with pytest.raises(ValueError, match=r"fold: 'always'.*torch\.ao\.nn\.quantized\.dynamic\.modules\.linear\.Linear"):
+        attn(x, text)
+
+
+@pytest.mark.usefixtures("cheap_to_fold")
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+def test_a_dynamically_quantised_unet(parts: dict[str, Any]) -> None:
+    unet = torch.ao.quantization.quantize_dynamic(copy.deepcopy(parts["small"]), {torch.nn.Linear})
+    inputs = torch.randn(2, 4, 8, 8), 5, torch.randn(2, 77, 32)
+    with torch.no_grad():
+        stock = unet(*inputs).sample
+        with sdattn_fast.apply(unet):
+            for _ in range(2):
+                torch.testing.assert_close(unet(*inputs).sample, stock, rtol=1e-5, atol=1e-5)
+        with sdattn_fast.apply(unet, fold="always"), pytest.raises(ValueError, match="to_k is a torch.ao.nn.quantized"):
+            unet(*inputs)
+
+
+@pytest.mark.usefixtures("cheap_to_fold")
+@pytest.mark.parametrize("name", ["to_q", "to_k", "to_out.0"])
+def test_modules_of_a_class_that_is_not_known_are_called(name: str) -> None:
+    """As of bitsandbytes, quanto, GGUF: subclasses of Linear, whose forward is their own and whose state nobody sees
+    change."""
+    attn, x, text = _layer()
+    inner = attn.get_submodule(name)
+    mine = _Turned(inner.in_features, inner.out_features, bias=inner.bias is not None)
+    mine.load_state_dict(inner.state_dict())
+    _replace(attn, name, mine.requires_grad_(False))
+    stocks = []
+    for sign in (1.0, -1.0):
+        mine.sign = sign
+        stocks.append(attn(x, text))
+    assert not torch.allclose(*stocks, atol=1e-2)
+    attn.set_processor(SemanticAttnProcessor(Program()))
+    for sign, stock in zip((1.0, -1.0), stocks, strict=True):
+        mine.sign = sign
+        torch.testing.assert_close(attn(x, text), stock, rtol=1e-5, atol=1e-6)
+    attn.set_processor(SemanticAttnProcessor(Program(), fold="always"))
+    with pytest.raises(ValueError, match=r"fold: 'always'.*_Turned"):
+        attn(x, text)
+
+
+class _Turned(torch.nn.Linear):
+    sign = 1.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sign * super().forward(x).roll(1, -1)
+
+
+@pytest.mark.usefixtures("cheap_to_fold")
+@pytest.mark.parametrize("how", ["parametrize", "weight_norm", "layerwise casting", "hook", "forward"])
+@pytest.mark.parametrize("name", ["to_q", "to_k", "to_out.0"])
+def test_linears_that_are_more_than_their_class_are_called(name: str, how: str) -> None:
+    attn, x, text = _layer()
+    linear = attn.get_submodule(name)
+    if how == "parametrize":
+        torch.nn.utils.parametrize.register_parametrization(linear, "weight", torch.nn.Tanh())
+    elif how == "weight_norm":
+        torch.nn.utils.weight_norm(linear)
+    elif how == "layerwise casting":
+        from diffusers.hooks import apply_layerwise_casting
+
+        apply_layerwise_casting(linear, torch.float8_e4m3fn, torch.float32, skip_modules_pattern=())
+    elif how == "hook":
+        linear.register_forward_hook(lambda module, args, out: 2 * out)
+    else:
+        forward = linear.forward
+        linear.forward = lambda x: 2 * forward(x)  # type: ignore[method-assign]
+    stock = attn(x, text)
+    attn.set_processor(SemanticAttnProcessor(Program()))
+    for _ in range(2):
+        torch.testing.assert_close(attn(x, text), stock, rtol=1e-5, atol=1e-6)
+    attn.set_processor(SemanticAttnProcessor(Program(), fold="always"))
+    with pytest.raises(ValueError, match="fold: 'always'"):
+        attn(x, text)
+
+
+@pytest.mark.usefixtures("cheap_to_fold")
+def test_keys_and_values_are_kept_beside_a_query_projection_that_is_not_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    attn, x, text = _layer()
+    _replace(attn, "to_q", torch.ao.nn.quantized.dynamic.Linear.from_float(_quantisable(attn.to_q)))
+    attn.set_processor(SemanticAttnProcessor(Program()))
+    calls: list[int] = []
+    forward = torch.nn.Linear.forward
+    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: calls.append(id(self)) or forward(self, x))
+    first, second = attn(x, text), attn(x, text)
+    assert torch.equal(first, second)
+    assert calls.count(id(attn.to_k)) == calls.count(id(attn.to_v)) == 1
+
+
+@pytest.fixture
+def cheap_to_fold(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a machine where "auto" folds whatever may be folded."""
+    from sdattn_fast.patching import processor
+
+    monkeypatch.setattr(processor, "choose_fold", lambda shape, may_out=True: "both" if may_out else "query")
+
+
+def _layer() -> tuple[Any, Tensor, Tensor]:
+    return _attn(q_bias=True), torch.randn(B, M, C), torch.randn(B, N, E)
+
+
+def _quantisable(linear: Any) -> Any:
+    linear.qconfig = torch.ao.quantization.default_dynamic_qconfig
+    return linear
+
+
+def _replace(attn: Any, name: str, module: Any) -> None:
+    parent, _, last = name.rpartition(".")
+    setattr(attn.get_submodule(parent) if parent else attn, last, module)

@@ -15,8 +15,10 @@ from PIL import Image
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
-from sdattn_fast.patching import maps as maps_module
-from sdattn_fast.patching.maps import Maps, key_layers, words_of
+from sdattn_fast.patching import map_keeper
+from sdattn_fast.patching.map_keeper import key_layers
+from sdattn_fast.patching.maps import Maps
+from sdattn_fast.patching.words import words_of
 
 DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2"
@@ -266,11 +268,11 @@ def test_a_mean_over_steps_is_not_captured_in_a_cuda_graph(
     inputs = torch.randn(2, 4, 8, 8), 5, torch.randn(2, 77, 32)
     with sdattn_fast.apply(unet, capture=Capture((1,), steps=steps)) as patch:
         unet(*inputs)
-        monkeypatch.setattr(maps_module, "capturing", lambda device: True)
+        monkeypatch.setattr(map_keeper, "capturing", lambda device: True)
         if steps == "latest":
             unet(*inputs)
             kept = {name: layer.data_ptr() for name, layer in patch.maps.items()}
-            assert kept == {layer.name: layer.captured[0].data_ptr() for layer in patch._layers if layer.captured}
+            assert kept == {name: maps.data_ptr() for name, (maps, _, _) in patch.current_call.maps.latest.items()}
         else:
             with pytest.raises(RuntimeError, match=r"capture: a CUDA graph .* expected Capture\(steps='latest'\)"):
                 unet(*inputs)

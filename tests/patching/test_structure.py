@@ -68,3 +68,28 @@ def test_without_words_nothing_is_smoothed(
         stock = draw(pipe, prompt)
         with Structure(patch, prompt, words=words) as structure:
             assert np.array_equal(draw(pipe, prompt, callback_on_step_end=structure), stock)
+
+
+def test_as_many_words_as_there_are_labels(build: Callable[[str], Any], draw: Any) -> None:
+    """Refused before anything is drawn; a comma is no word."""
+    pipe = build("sd15")
+    letters = [chr(ord("a") + i % 26) for i in range(32)]
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        for prompt, words in ((" ".join(letters), None), ("a", ["a"] * 32), (["a", " ".join(letters)], None)):
+            with pytest.raises(ValueError, match="words: expected at most 31 of a prompt's, got 32: name the objects"):
+                Structure(patch, prompt, words=words)
+        few = ", ".join(letters[:31])
+        with Structure(patch, few) as structure:
+            assert np.isfinite(draw(pipe, few, callback_on_step_end=structure)).all()
+        with Structure(patch, " ".join(letters), words=["A", "z"]) as structure:
+            assert np.isfinite(draw(pipe, " ".join(letters), callback_on_step_end=structure)).all()
+
+
+def test_a_pipeline_without_a_tokenizer(build: Callable[[str], Any]) -> None:
+    pipe = build("sd15")
+    pipe.tokenizer = None
+    with (
+        sdattn_fast.apply(pipe, capture=Capture()) as patch,
+        pytest.raises(ValueError, match="patch: expected a pipeline with a tokenizer, got StableDiffusionPipeline"),
+    ):
+        Structure(patch, "a car")

@@ -34,7 +34,7 @@ def test_bos_and_everything_from_the_first_eos_are_protected() -> None:
         ("sd15", {"prompt": ["a red car", "cat"]}, "0011", [0, 0, 7, 3]),
         ("sd15", {"prompt": ["car", "cats"], "num_images_per_prompt": 2}, "00001111", [0, 0, 0, 0, 3, 3, 4, 4]),
         ("sd15", {"prompt": "x" * 200}, "01", [0, 75]),
-        ("sd15", {"prompt": ""}, "11", [0, 0]),
+        ("sd15", {"prompt": ""}, "01", [0, 0]),
         ("sdxl", {"prompt": "a red car"}, "01", [0, 7]),
         ("sdxl", {"prompt": "a red car", "negative_prompt": "ugly"}, "01", [0, 7]),
         ("sdxl", {"prompt": "cat", "prompt_2": "a red car"}, "01", [0, 7]),

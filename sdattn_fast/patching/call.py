@@ -1,0 +1,168 @@
+"""Whose picture it is: a `Call` is one call of a pipeline, or one run of a loop, in one thread.
+
+It has the prompts that were encoded for it, the step it is at, and the maps of its steps. A call of a pipeline begins
+and ends with it. A loop's begins where it encodes prompts, sets the scheduler's timesteps, or goes back to an earlier
+timestep; `Patch.call` says so where none of this shows.
+
+Source: docs/design.md, "The call".
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from typing import Any
+
+from torch import Tensor
+
+from .map_sums import MapSums
+from .prompt_memory import Encoded
+from .prompt_rows import Guidance
+from .steps import Steps, Timesteps
+
+__all__ = ["Call", "Calls"]
+
+_numbers = itertools.count(1)
+
+
+class Call:
+    """One picture being drawn, or a batch of them.
+
+    pipe: whose call it is, None for a loop's. explicit: it ends where somebody says so, and not where timesteps turn.
+    bias: layer name -> (B or 1, 1, M, N), added to the logits of the layer's forwards. aside: its forwards are beside
+    those of the picture.
+    """
+
+    def __init__(self, pipe: Any = None, *, explicit: bool = False, aside: bool = False) -> None:
+        self.number = next(_numbers)
+        self.pipe = pipe
+        self.explicit = explicit or pipe is not None
+        self.aside = aside
+        self.over = False
+        self.encoded: list[Encoded] = []  # the newest first
+        self.steps = Steps()
+        self.maps = MapSums()
+        self.bias: dict[str, Tensor] = {}
+        self.time: float | None = None  # the latest timestep, where it was read
+        self.schedule: Any = None  # the scheduler's timesteps at the first step
+
+    def guidance(self) -> Guidance:
+        """What the pipeline says now of its UNet's text."""
+        guided = getattr(self.pipe, "do_classifier_free_guidance", None)
+        perturbed = getattr(self.pipe, "do_perturbed_attention_guidance", False)
+        windows = callable(getattr(self.pipe, "get_views", None))
+        return Guidance(None if guided is None else bool(guided), bool(perturbed), windows)
+
+
+class Calls:
+    """The calls of a patch: for every thread the one in progress, or its latest."""
+
+    def __init__(self, scheduler: Callable[[], Any]) -> None:
+        """scheduler: gives the patched pipeline's, or None."""
+        self._scheduler = scheduler
+        self._local = threading.local()
+        self._latest: Call | None = None
+        self._threads: set[int] = set()
+        self._timesteps = Timesteps()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Calls, (_nothing,)
+
+    @property
+    def current(self) -> Call:
+        """This thread's."""
+        call: Call | None = getattr(self._local, "call", None)
+        if call is None:
+            call = self._local.call = Call()
+        return call
+
+    def to_read(self) -> Call:
+        """The call whose maps are asked for: this thread's, or the only other thread's that drew.
+
+        Raises: ValueError where several others drew.
+        """
+        call: Call | None = getattr(self._local, "call", None)
+        if call is not None and (call.aside or call.steps.index >= 0):
+            return call
+        if len(self._threads) > 1:
+            raise ValueError(
+                f"maps: {len(self._threads)} threads drew with this patch, and this one did not; read them in the "
+                "thread that drew"
+            )
+        return Call() if self._latest is None else self._latest
+
+    @contextlib.contextmanager
+    def within(self, call: Call) -> Iterator[Call]:
+        """Inside, this thread's forwards are of a call; one that is in progress goes on after it."""
+        before: Call | None = getattr(self._local, "call", None)
+        self._local.call = call
+        try:
+            yield call
+        finally:
+            call.pipe, call.explicit, call.over = None, False, True
+            if before is not None and (before.explicit or call.aside):
+                self._local.call = before
+
+    def of_pipeline(self, pipe: Any) -> AbstractContextManager[Call]:
+        """Around a call of a pipeline; part of the one that `Patch.call` began, where there is one."""
+        call = self.current
+        if call.explicit and call.pipe is None and not call.aside:
+            return contextlib.nullcontext(call)
+        return self.within(Call(pipe))
+
+    def aside(self) -> AbstractContextManager[Call]:
+        """Inside, forwards are beside those of the picture: they count as no step of it, and their maps leave with
+        them."""
+        call, beside = self.current, Call(aside=True)
+        beside.encoded, beside.steps, beside.bias = list(call.encoded), call.steps.copy(), dict(call.bias)
+        return self.within(beside)
+
+    def encoded(self, encoded: Encoded) -> None:
+        """This thread encoded prompts: for the call in progress, or for the run that begins."""
+        call = self.current
+        if not call.explicit and call.steps.index >= 0:
+            call = self._local.call = Call()
+        call.encoded = [encoded, *call.encoded[: _ENCODED - 1]]
+
+    def alone(self, index: int) -> Call:
+        """A forward begins that is a run by itself, at a step."""
+        call = self._local.call = Call()
+        call.encoded, call.steps = [], Steps(index)
+        return self._drew(call)
+
+    def step(self, timestep: Any) -> tuple[Call, bool]:
+        """A forward at a timestep begins: the call it is of, and whether a step of it begins."""
+        call = self.current
+        scheduler = self._scheduler() if call.pipe is None else getattr(call.pipe, "scheduler", None)
+        if not call.explicit and not call.aside:
+            # A loop: of a UNet alone, timesteps that rise begin a run, unless their whole schedule rises.
+            schedule, time = getattr(scheduler, "timesteps", None), self._timesteps.of(timestep)
+            others = call.schedule is not None and schedule is not None and call.schedule is not schedule
+            if call.over or others or self._turns(call, timestep, time):
+                encoded = call.encoded
+                call = self._local.call = Call()
+                call.encoded = encoded
+            call.time, call.schedule = time, schedule
+        begins = call.steps.begin(timestep, scheduler)
+        return self._drew(call), begins
+
+    def _turns(self, call: Call, timestep: Any, time: float) -> bool:
+        if call.time is None or time == call.time:
+            return False
+        return (time < call.time) if self._timesteps.rises(timestep) else (time > call.time)
+
+    def _drew(self, call: Call) -> Call:
+        if not call.aside:
+            self._latest = call
+            self._threads.add(threading.get_ident())
+        return call
+
+
+_ENCODED = 16  # of a loop that encodes and encodes: what is before these is looked up among all
+
+
+def _nothing() -> None:
+    return None

@@ -1,0 +1,60 @@
+"""Modules whose output follows from parameters that can be watched, told by their exact class.
+
+Any other module is called, never read, and what it gave is not kept: a quantised layer's weights are no parameters, a
+subclass of Linear computes what it likes, and a parametrized module has a class of its own.
+
+Source: docs/design.md, "When kept text is stale".
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+
+__all__ = ["is_hooked", "is_known", "unknown_class"]
+
+_TORCH = frozenset(
+    {
+        nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Identity, nn.Dropout, nn.ModuleList, nn.ModuleDict,
+        nn.ParameterDict,
+    }
+)  # fmt: skip
+# By name, since `import sdattn_fast` needs torch alone.
+_ELSEWHERE = frozenset(
+    {
+        ("diffusers.models.normalization", "RMSNorm"),
+        ("diffusers.models.normalization", "FP32LayerNorm"),
+        ("diffusers.models.normalization", "LpNorm"),
+        ("peft.tuners.lora.layer", "Linear"),
+        ("peft.tuners.lora.dora", "DoraLinearLayer"),
+    }
+)
+
+
+def unknown_class(*modules: Any) -> str | None:
+    """The full name of the first class among these modules, and the modules inside them, that is not known."""
+    for module in modules:
+        if module is None or type(module) is nn.Linear:
+            continue
+        inside = module.modules() if isinstance(module, nn.Module) else (module,)
+        for inner in inside:
+            kind = type(inner)
+            if kind not in _TORCH and (kind.__module__, kind.__qualname__) not in _ELSEWHERE:
+                return f"{kind.__module__}.{kind.__qualname__}"
+    return None
+
+
+def is_known(module: nn.Module) -> bool:
+    """Whether a module, apart from those inside it, computes what its class says, of parameters alone."""
+    kind = type(module)
+    if kind not in _TORCH and (kind.__module__, kind.__qualname__) not in _ELSEWHERE:
+        return False
+    # DataParallel's replicas have tensors where parameters were.
+    others = module._buffers or any(isinstance(x, Tensor) for x in module.__dict__.values())
+    return not is_hooked(module) and not others
+
+
+def is_hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its class's forward."""
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)

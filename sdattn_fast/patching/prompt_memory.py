@@ -1,0 +1,276 @@
+"""What pipelines encoded lately: the rows of a UNet's text are looked up here.
+
+Of every row a fingerprint is kept, and which of its tokens are content; so prompts that were encoded long ago are known
+when they come back as `prompt_embeds`, and nothing of the text itself stays in memory.
+
+Source: docs/design.md, "Where token classes come from".
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections import OrderedDict, deque
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..places import Known, looking_is_free
+from .fingerprints import DTYPES, fingerprints, read_dtype
+from .prompt_rows import EncodedRows, Guidance, RowPlace, place_rows
+from .text_state import Rows
+from .token_classes import EncoderListener
+
+__all__ = ["Encoded", "PromptMemory"]
+
+_ROWS = 10_000  # whose classes are remembered: a few megabytes
+_TEXTS = 16  # whose rows were found: two for each of some threads
+
+
+class PromptMemory:
+    """The rows that pipelines encoded. Threads may share it."""
+
+    def __init__(self) -> None:
+        self.encoded = 0
+        self._lock = threading.Lock()
+        self._calls: deque[Encoded] = deque()  # the newest first
+        self._tokens: OrderedDict[int, Tensor] = OrderedDict()  # fingerprint -> (N,) bool, the protected tokens
+        # Replaced as a whole, never changed: other threads may be reading it.
+        self._found: tuple[tuple[Known, tuple[int, int], Rows | None], ...] = ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return PromptMemory, ()
+
+    def forget(self) -> None:
+        with self._lock:
+            self._calls.clear()
+            self._tokens.clear()
+            self.encoded += 1
+        self.forget_found()
+
+    def forget_found(self) -> None:
+        """Look texts up anew."""
+        self._found = ()
+
+    def remember(
+        self,
+        result: Any,
+        heard: EncoderListener,
+        function: Callable[..., Any],
+        args: Sequence[Any],
+        kwargs: dict[str, Any],
+    ) -> Encoded | None:
+        """Take in what `encode_prompt`, called with these arguments, gave; None where it was no text of a UNet."""
+        asked = _arguments(function, args, kwargs)
+        encoded = _encoded(result, heard, asked)
+        if encoded is not None:
+            with self._lock:
+                self.encoded += 1
+                self._calls.appendleft(encoded)
+                rows = 0
+                for i, one in enumerate(self._calls):
+                    rows += one.count
+                    if rows > _ROWS and i:
+                        while len(self._calls) > i:
+                            self._calls.pop()
+                        break
+        return encoded
+
+    def find(
+        self, text: Tensor, number: int = 0, first: Sequence[Encoded] = (), guidance: Guidance = Guidance()
+    ) -> Rows | None:
+        """The rows of encoder_hidden_states (B, N, E); None where one of them is not known, or what it is.
+
+        number: of the call that asks, whose own encodings, `first`, go before all others. A GPU is waited for once a
+        text, and not again while the text and what was encoded stay what they are.
+        """
+        stamp = number, self.encoded
+        for known, then, rows in self._found:
+            if then == stamp and known.is_same(text):
+                return rows
+        rows = self._find(text, first, guidance)
+        self._found = (*self._found, (Known(text), stamp, rows))[-_TEXTS:]
+        return rows
+
+    def _find(self, text: Tensor, first: Sequence[Encoded], guidance: Guidance) -> Rows | None:
+        if text.dim() != 3:
+            return None
+        with self._lock:
+            mine = [one for one in self._calls if any(one is of_call for of_call in first)]
+            others = [one for one in self._calls if not any(one is of_call for of_call in first)]
+            calls = [one for one in (*mine, *others) if one.shape == tuple(text.shape[1:])]
+            if not calls:
+                return None
+            prints = self._read(text, calls)
+            dtype = read_dtype(text.dtype)
+            for call in calls:
+                places = place_rows(prints, call.rows[dtype], guidance)
+                if places is not None:
+                    return self._rows(prints, text.shape[1], [(call, place) for place in places])
+            found = _of_several(prints, calls, dtype)
+            return None if found is None else self._rows(prints, text.shape[1], found)
+
+    def _rows(self, prints: Sequence[int], tokens: int, found: list[tuple[Encoded, RowPlace]]) -> Rows:
+        # Prompts are counted over all calls that the batch is made of; usually there is one.
+        offset: dict[int, int] = {}
+        prompts = 0
+        for call, place in found:
+            if place.is_prompt and id(call) not in offset:
+                offset[id(call)] = prompts
+                prompts += call.prompts
+        prompt = [offset[id(c)] + c.prompt_of(p.index) if p.is_prompt else -1 for c, p in found]
+        repeated = [p.repeated for _, p in found]
+        protected: list[Tensor] = []
+        for row, (_, place) in zip(prints, found, strict=True):
+            of_row = self._tokens.get(row) if place.is_prompt else torch.ones(tokens, dtype=torch.bool)
+            if of_row is None:
+                return Rows(prompt, prompts, None, repeated)
+            protected.append(of_row)
+        return Rows(prompt, prompts, torch.stack(protected), repeated)
+
+    def _read(self, text: Tensor, calls: Sequence[Encoded]) -> list[int]:
+        """The fingerprints of a text's rows. What was encoded meanwhile is read with them: a GPU is waited for once."""
+        unread = [call for call in calls if call.unread is not None]
+        wanted = [fingerprints(text.detach().to(read_dtype(text.dtype)))]
+        for call in unread:
+            assert call.unread is not None
+            wanted += [call.unread.prints, *(x for x in call.unread.protected if x is not None)]
+        far = [x for x in wanted if not looking_is_free(x.device)]
+        if far:
+            flat = torch.cat([x.flatten().to(text.device, torch.int64) for x in far]).cpu()
+            near = iter(flat.split([x.numel() for x in far]))
+            wanted = [x if looking_is_free(x.device) else next(near).view(x.shape) for x in wanted]
+        read = iter(wanted)
+        own: list[int] = next(read).tolist()
+        for call in unread:
+            assert call.unread is not None
+            prints = next(read)
+            protected = [None if x is None else next(read).bool() for x in call.unread.protected]
+            self._take_in(call, prints, protected)
+        return own
+
+    def _take_in(self, call: Encoded, prints: Tensor, protected: Sequence[Tensor | None]) -> None:
+        positives = call.positives
+        for dtype, of_dtype in zip(DTYPES, prints.tolist(), strict=True):
+            call.rows[dtype] = EncodedRows(tuple(of_dtype[:positives]), tuple(of_dtype[positives:]), call.blocks)
+            for of_kind, rows in zip(protected, (of_dtype[:positives], of_dtype[positives:]), strict=True):
+                if of_kind is None or not len(of_kind) or len(rows) % len(of_kind):
+                    continue
+                each = len(rows) // len(of_kind)
+                for i, row in enumerate(rows):
+                    self._tokens[row] = of_kind[i // each]
+                    self._tokens.move_to_end(row)
+        while len(self._tokens) > len(DTYPES) * _ROWS:
+            self._tokens.popitem(last=False)
+        call.unread = None
+
+
+@dataclass
+class _Unread:
+    """prints: (len(DTYPES), rows) int64. protected: (P, N) bool, of the prompts and of the negative prompts."""
+
+    prints: Tensor
+    protected: tuple[Tensor | None, Tensor | None]
+
+
+@dataclass(eq=False)
+class Encoded:
+    """One call of `encode_prompt`. shape: (N, E) of its rows. positives: how many rows are of its `prompts` prompts.
+    unread: on the text's device, until the first text is looked up."""
+
+    shape: tuple[int, int]
+    prompts: int
+    positives: int
+    count: int
+    blocks: tuple[bool, ...] | None
+    unread: _Unread | None
+    rows: dict[torch.dtype, EncodedRows] = field(default_factory=dict)
+
+    def prompt_of(self, row: int) -> int:
+        return row * self.prompts // self.positives
+
+
+def _encoded(result: Any, heard: EncoderListener, asked: dict[str, Any]) -> Encoded | None:
+    given, negative_given = asked.get("prompt_embeds"), asked.get("negative_prompt_embeds")
+    prompts, images = _prompts(asked), _images(asked)
+    blocks = None
+    if isinstance(result, (tuple, list)):
+        positive, negative = [x if isinstance(x, Tensor) else None for x in (*result, None, None)][:2]
+    else:
+        # InstructPix2Pix: the prompts, and twice the negative ones.
+        positive, negative = (result if isinstance(result, Tensor) else None), None
+        if positive is not None and prompts is not None:
+            blocks = {1: (True,), 2: (False, True), 3: (True, False, False)}.get(len(positive) // (prompts * images))
+            if blocks is None or len(positive) != len(blocks) * prompts * images:
+                return None
+            parts = positive.split(prompts * images) if positive.dim() == 3 else ()
+            positive = next((x for x, is_prompt in zip(parts, blocks, strict=True) if is_prompt), None)
+            negative = next((x for x, is_prompt in zip(parts, blocks, strict=False) if not is_prompt), None)
+    if positive is None or positive.dim() != 3 or not len(positive):
+        return None
+    if negative is not None and (negative.dim() != 3 or negative.shape[1:] != positive.shape[1:]):
+        negative = None
+    if prompts is None or len(positive) % prompts:
+        prompts = len(positive)
+    protected = None if given is not None else heard.protected(0)
+    of_negative = None if negative_given is not None else heard.protected(0 if given is not None else 1)
+    tokens = positive.shape[1]
+    rows = positive if negative is None else torch.cat([positive, negative.to(positive)])
+    prints = torch.stack([fingerprints(rows.to(dtype)) for dtype in DTYPES])
+    return Encoded(
+        (tokens, positive.shape[2]), prompts, len(positive), len(rows), blocks,
+        _Unread(prints, (_fitting(protected, prompts, tokens), _fitting(of_negative, None, tokens))),
+    )  # fmt: skip
+
+
+def _fitting(protected: Tensor | None, prompts: int | None, tokens: int) -> Tensor | None:
+    if protected is None or protected.shape[1] != tokens or prompts not in (None, len(protected)):
+        return None
+    return protected
+
+
+def _of_several(
+    prints: Sequence[int], calls: Sequence[Encoded], dtype: torch.dtype
+) -> list[tuple[Encoded, RowPlace]] | None:
+    """Rows of several calls of `encode_prompt`, each of the newest that gave it."""
+    newest: list[Encoded] = []
+    for row in prints:
+        of_row = (one for one in calls if row in (*one.rows[dtype].prompts, *one.rows[dtype].negatives))
+        call = next(of_row, None)
+        if call is None:
+            return None
+        newest.append(call)
+    found: list[tuple[Encoded, RowPlace] | None] = [None] * len(prints)
+    for call in dict.fromkeys(newest):
+        mine = [i for i, one in enumerate(newest) if one is call]
+        places = place_rows([prints[i] for i in mine], call.rows[dtype])
+        if places is None:
+            return None
+        for i, place in zip(mine, places, strict=True):
+            found[i] = call, place
+    return [one for one in found if one is not None]
+
+
+def _prompts(asked: dict[str, Any]) -> int | None:
+    """How many prompts were asked for."""
+    given, prompt = asked.get("prompt_embeds"), asked.get("prompt")
+    if isinstance(given, Tensor):
+        return len(given)
+    return 1 if isinstance(prompt, str) else len(prompt) if isinstance(prompt, (list, tuple)) else None
+
+
+def _images(asked: dict[str, Any]) -> int:
+    images = asked.get("num_images_per_prompt", asked.get("num_videos_per_prompt"))
+    return images if isinstance(images, int) and images > 0 else 1
+
+
+def _arguments(function: Callable[..., Any], args: Sequence[Any], kwargs: dict[str, Any]) -> dict[str, Any]:
+    try:
+        bound = inspect.signature(function).bind_partial(*args, **kwargs)
+    except (TypeError, ValueError):
+        return dict(kwargs)
+    bound.apply_defaults()
+    return dict(bound.arguments)

@@ -1,0 +1,374 @@
+"""Whose picture, which step, which rows: in every kind of call, copy, loop and thread. What is right is told by stock
+pipelines, by single prompts, or by arithmetic."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sdattn_fast
+from sdattn_fast import Capture, Program, SalienceDropout
+
+DROPS = Program(dropout=SalienceDropout(0.3))
+KEEP = Capture(layers="*")
+
+
+def first_maps(patch: Any) -> torch.Tensor:
+    return next(iter(patch.maps.values()))
+
+
+def latents_of(pipe: Any, count: int = 1, seed: int = 0) -> torch.Tensor:
+    return torch.randn(count, 4, 16, 16, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize(
+    "prompts, negative",
+    [(["a red car", ""], None), (["cat", "ugly"], "ugly"), (["cat", "cat"], "cat"), (["", ""], None)],
+)
+def test_a_picture_does_not_depend_on_its_neighbours_prompt(
+    prompts: list[str], negative: str | None, build: Callable[[str], Any]
+) -> None:
+    pipe, noise = build("sd15"), latents_of(None, 2)
+    how = {"num_inference_steps": 2, "output_type": "np", "guidance_scale": 5.0}
+    gate = torch.ones(2, 77)
+    gate[0, 1:4], gate[1, 1:3] = 0.0, 3.0
+
+    def drawn(which: slice) -> tuple[np.ndarray, torch.Tensor]:
+        asked = {"negative_prompt": None if negative is None else [negative] * len(prompts[which])}
+        with sdattn_fast.apply(pipe, DROPS, capture=KEEP, gate=gate[which]) as patch:
+            pictures = pipe(prompts[which], latents=noise[which], **asked, **how).images
+            return pictures, first_maps(patch)
+
+    together, maps = drawn(slice(0, 2))
+    assert len(maps) == 2
+    for i in range(2):
+        alone, of_one = drawn(slice(i, i + 1))
+        np.testing.assert_allclose(together[i : i + 1], alone, atol=2e-5)
+        torch.testing.assert_close(maps[i : i + 1], of_one, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("conditional_first", [True, False])
+def test_a_loop_that_asks_twice(conditional_first: bool, build: Callable[[str], Any]) -> None:
+    """Guidance in two forwards: maps of the conditional one, one step counted."""
+    pipe, x = build("sd15"), latents_of(None)
+    pipe.scheduler.set_timesteps(3)
+    found = []
+    for apart in (False, True):
+        with (
+            torch.no_grad(),
+            sdattn_fast.apply(pipe, DROPS, capture=Capture(layers="*", steps=(0, 2)), dropout_when={0: 0.1, 2: 0.5}) as p,
+        ):
+            positive, negative = pipe.encode_prompt("a red car", "cpu", 1, True)
+            noises = []
+            for t in pipe.scheduler.timesteps:
+                if apart:
+                    texts = (positive, negative) if conditional_first else (negative, positive)
+                    parts = [pipe.unet(x, t, text).sample for text in texts]
+                    noises.append(torch.cat(parts[::-1] if conditional_first else parts))
+                else:
+                    noises.append(pipe.unet(torch.cat([x, x]), t, torch.cat([negative, positive])).sample)
+            found.append((torch.stack(noises), first_maps(p)))
+    assert len(found[0][1]) == len(found[1][1]) == 1
+    torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
+
+
+def test_a_loop_that_inverts_and_one_that_draws_after_it(build: Callable[[str], Any], parts: dict[str, Any]) -> None:
+    """Rising timesteps are one run, and falling ones after them another."""
+    from diffusers import DDIMInverseScheduler
+
+    pipe, x = build("sd15"), latents_of(None)
+    inverse = DDIMInverseScheduler.from_config(pipe.scheduler.config)
+    inverse.set_timesteps(4)
+    pipe.scheduler.set_timesteps(4)
+    for times in (inverse.timesteps, pipe.scheduler.timesteps, inverse.timesteps):
+        for patched in (pipe, pipe.unet):
+            with torch.no_grad(), sdattn_fast.apply(patched, capture=KEEP) as patch:
+                text = pipe.encode_prompt("a red car", "cpu", 1, False)[0]
+                singles = []
+                for t in times:
+                    with patch.call():
+                        pipe.unet(x, t, text)
+                    singles.append(first_maps(patch))
+                for again in range(2):
+                    for t in times:
+                        pipe.unet(x, t, text)
+                    torch.testing.assert_close(first_maps(patch), torch.stack(singles).mean(0), msg=f"run {again}")
+
+
+def test_one_step_runs_and_loops_that_set_their_timesteps(build: Callable[[str], Any]) -> None:
+    pipe = build("sd15")
+    with torch.no_grad(), sdattn_fast.apply(pipe, capture=KEEP) as patch:
+        text = pipe.encode_prompt("a red car", "cpu", 1, False)[0]
+        found = []
+        for seed in (1, 2):
+            pipe.scheduler.set_timesteps(1)
+            for t in pipe.scheduler.timesteps:
+                pipe.unet(latents_of(None, 1, seed), t, text)
+            found.append(first_maps(patch))
+        with patch.call():
+            pipe.unet(latents_of(None, 1, 2), t, text)
+        torch.testing.assert_close(found[1], first_maps(patch))
+        assert not torch.allclose(found[0], found[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("scheduler", ["HeunDiscreteScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler"])
+def test_steps_are_the_callbacks(scheduler: str, build: Callable[[str], Any], draw: Any) -> None:
+    """Schedules that name a timestep twice, with what each step's maps are by themselves."""
+    import diffusers
+
+    pipe = build("sd15")
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
+    singles: list[torch.Tensor] = []
+    with sdattn_fast.apply(pipe, capture=Capture(layers="*", steps="latest")) as patch:
+
+        def keep(pipe: Any, step: int, t: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+            singles.append(first_maps(patch))
+            return inputs
+
+        draw(pipe, num_inference_steps=4, callback_on_step_end=keep)
+    assert len(singles) >= 4
+    for wanted in ((0, 2), (1,), tuple(range(len(singles)))):
+        with sdattn_fast.apply(pipe, capture=Capture(layers="*", steps=wanted)) as patch:
+            draw(pipe, num_inference_steps=4)
+            torch.testing.assert_close(first_maps(patch), torch.stack([singles[i] for i in wanted]).mean(0))
+
+
+def test_image_to_image_counts_its_own_steps(build: Callable[[str], Any], draw: Any) -> None:
+    pipe = build("img2img")
+    counted: list[int] = []
+    with sdattn_fast.apply(pipe, capture=KEEP) as patch:
+
+        def count(pipe: Any, step: int, t: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+            assert patch.current_call.steps.index == step
+            counted.append(step)
+            return inputs
+
+        draw(pipe, num_inference_steps=6, strength=0.5, callback_on_step_end=count)
+    assert counted == [0, 1, 2]
+
+
+def test_embeddings_made_once_and_drawn_twice(build: Callable[[str], Any], draw: Any) -> None:
+    pipe, found = build("sd15"), []
+    with sdattn_fast.apply(pipe, capture=KEEP) as patch:
+        positive, negative = pipe.encode_prompt("a red car", "cpu", 1, True)
+        for seed in (1, 2, 1):
+            draw(pipe, None, seed=seed, prompt_embeds=positive, negative_prompt_embeds=negative)
+            found.append(first_maps(patch))
+    torch.testing.assert_close(found[0], found[2])
+    assert not torch.allclose(found[0], found[1], atol=1e-4)
+
+
+def test_many_prompts_encoded_at_once_and_long_ago(build: Callable[[str], Any], draw: Any) -> None:
+    pipe = build("sd15")
+    words = [c * 2 for c in "abcdefghijklmnopqrst"]
+    with sdattn_fast.apply(pipe, DROPS) as patch:
+        positive, negative = pipe.encode_prompt(words, "cpu", 1, True, negative_prompt=[""] * 20)
+        before = draw(pipe, "bb")
+        for word in ("u", "v", "w") * 10:
+            pipe.encode_prompt(word, "cpu", 1, True)
+        gc.collect()
+        got = draw(pipe, None, prompt_embeds=positive[1:2], negative_prompt_embeds=negative[1:2])
+        np.testing.assert_allclose(got, before, atol=1e-5)
+        # As a server does that keeps embeddings on disk, in half the size.
+        half = positive[1:2].half()
+        assert patch._memory.find(half).prompt == [0] and patch._memory.find(positive[1:2].double()).protected is not None
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_perturbed_attention_guidance(guidance_scale: float, build: Callable[[str], Any], draw: Any) -> None:
+    """Maps of the prompts, not of the perturbed pass; a program that changes nothing changes nothing."""
+    import diffusers
+
+    sd = build("sd15")
+    pipe = diffusers.StableDiffusionPAGPipeline(**sd.components, requires_safety_checker=False, pag_applied_layers=["mid"])
+    pipe.set_progress_bar_config(disable=True)
+    how = {"guidance_scale": guidance_scale, "pag_scale": 2.0, "num_inference_steps": 1}
+    stock = draw(pipe, ["a red car", ""], **how)
+    with sdattn_fast.apply(pipe, capture=KEEP, gate=torch.ones(2, 77)) as patch:
+        np.testing.assert_allclose(draw(pipe, ["a red car", ""], **how), stock, atol=2e-5)
+        found = first_maps(patch)
+    with sdattn_fast.apply(sd, capture=KEEP) as patch:
+        draw(sd, ["a red car", ""], guidance_scale=guidance_scale, num_inference_steps=1)
+        torch.testing.assert_close(found, first_maps(patch), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
+def test_self_attention_guidance_looks_twice(guidance_scale: float, build: Callable[[str], Any], draw: Any) -> None:
+    import diffusers
+
+    sd = build("sd15")
+    kind = getattr(diffusers, "StableDiffusionSAGPipeline", None)
+    pipe = kind(**{k: v for k, v in sd.components.items() if k != "image_encoder"}, requires_safety_checker=False)
+    pipe.set_progress_bar_config(disable=True)
+    steps: list[int] = []
+    with sdattn_fast.apply(pipe, DROPS, capture=KEEP) as patch:
+        draw(
+            pipe, guidance_scale=guidance_scale, sag_scale=1.0, num_inference_steps=3, height=32, width=32,
+            callback=lambda *_: steps.append(patch.current_call.steps.index), callback_steps=1,
+        )  # fmt: skip
+        assert len(first_maps(patch)) == 1
+    assert steps == [0, 1, 2]
+
+
+def test_a_batch_in_two_forwards_has_no_maps(build: Callable[[str], Any], draw: Any) -> None:
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe, capture=KEEP) as patch, torch.no_grad():
+        with patch._calls.of_pipeline(pipe):
+            text = pipe.encode_prompt(["a red car", "cat"], "cpu", 1, False)[0]
+            pipe.unet(latents_of(None), 5, text[:1])
+            with pytest.raises(ValueError, match=r"capture: StableDiffusionPipeline asked for prompts \[0\].*\[1\]"):
+                pipe.unet(latents_of(None), 5, text[1:])
+
+
+@pytest.mark.parametrize("threads", [2, 3])
+def test_requests_in_threads(threads: int, build: Callable[[str], Any]) -> None:
+    """A copy of the pipeline and a scheduler of its own for each request, as in diffusers' example of a server."""
+    pipe = build("sd15")
+    prompts = ["a red car", "cat", "dog in fog", "", "many words in a row", "b"] * 2
+    how = {"num_inference_steps": 3, "output_type": "np", "guidance_scale": 5.0}
+
+    def request(i: int, patch: Any) -> tuple[np.ndarray, torch.Tensor, list[int]]:
+        mine = copy.copy(pipe)
+        mine.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        steps: list[int] = []
+
+        def count(pipe: Any, step: int, t: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+            assert pipe is mine
+            steps.append(patch.current_call.steps.index)
+            return inputs
+
+        pictures = mine(prompts[i], latents=latents_of(None, 1, i), callback_on_step_end=count, **how).images
+        return pictures, first_maps(patch), steps
+
+    with sdattn_fast.apply(pipe, DROPS, capture=KEEP, dropout_when={0: 0.1, 2: 0.4}) as patch:
+        right = [request(i, patch) for i in range(len(prompts))]
+        before = len(patch._models[0].states.all)
+        with ThreadPoolExecutor(threads) as pool:
+            found = list(pool.map(request, range(len(prompts)), [patch] * len(prompts)))
+        assert before == 1 and len(patch._models[0].states.all) <= threads
+    for (want, maps, steps), (got, of_thread, counted) in zip(right, found, strict=True):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+        torch.testing.assert_close(of_thread, maps, atol=1e-5, rtol=1e-4)
+        assert steps == counted == [0, 1, 2]
+
+
+def test_maps_are_read_in_the_thread_that_drew(build: Callable[[str], Any], draw: Any) -> None:
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe, capture=KEEP) as patch:
+        with ThreadPoolExecutor(1) as pool:
+            pool.submit(draw, pipe).result()
+        assert len(first_maps(patch)) == 1, "one thread drew"
+        together = threading.Barrier(2)
+
+        def drawn() -> None:
+            together.wait()
+            draw(copy.copy(pipe))
+
+        with ThreadPoolExecutor(2) as pool:
+            for one in [pool.submit(drawn) for _ in range(2)]:
+                one.result()
+        with pytest.raises(ValueError, match="maps: [23] threads drew with this patch, and this one did not"):
+            patch.maps  # noqa: B018
+
+
+class _Stop(KeyboardInterrupt):
+    pass
+
+
+@pytest.mark.parametrize("error", [_Stop, RuntimeError])
+def test_a_call_that_was_broken_off(error: type[BaseException], build: Callable[[str], Any], draw: Any) -> None:
+    """In the middle of a forward; the next call is clean."""
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe, DROPS, capture=KEEP, dropout_when={0: 0.1, 1: 0.5}) as patch:
+        want = draw(pipe), first_maps(patch)
+        turns = iter(range(10))
+
+        def interrupt(*_: Any) -> None:
+            if next(turns) == 1:
+                raise error
+
+        handle = pipe.unet.mid_block.register_forward_pre_hook(interrupt)
+        with pytest.raises(error):
+            draw(pipe, "something else")
+        handle.remove()
+        np.testing.assert_array_equal(draw(pipe), want[0])
+        torch.testing.assert_close(first_maps(patch), want[1])
+        assert len(patch._models[0].states.all) == 1
+        with ThreadPoolExecutor(1) as pool:
+            np.testing.assert_allclose(pool.submit(draw, copy.copy(pipe)).result(), want[0], atol=1e-6)
+
+
+def test_pipelines_on_one_unet(build: Callable[[str], Any], draw: Any) -> None:
+    """Another class of pipeline is watched where asked, and refused with a word how where not."""
+    pipe, other = build("sd15"), build("img2img")
+    want = {}
+    with sdattn_fast.apply(other, DROPS):
+        want = draw(other, num_inference_steps=3, strength=0.7)
+    with sdattn_fast.apply(pipe, DROPS) as patch:
+        with pytest.raises(ValueError, match=r"encoder_hidden_states: .*patch\.watch\(that_pipeline\)"):
+            draw(other)
+        patch.watch(other)
+        patch.watch(other)
+        np.testing.assert_allclose(draw(other, num_inference_steps=3, strength=0.7), want, atol=1e-6)
+        with pytest.raises(ValueError, match="pipe: expected a pipeline on the patched UNet, got a StableDiffusionPipe"):
+            patch.watch(build("sd2"))
+        with pytest.raises(TypeError, match="pipe: expected a pipeline with encode_prompt, got int"):
+            patch.watch(3)
+    assert type(pipe).__mro__[1].__name__ != "StableDiffusionPipeline"
+    assert type(other).__mro__[1].__name__ != "StableDiffusionImg2ImgPipeline"
+    with pytest.raises(ValueError, match="pipe: expected a patch in place"):
+        patch.watch(other)
+
+
+def test_a_patched_pipeline_is_of_its_class(build: Callable[[str], Any], draw: Any, tmp_path: Any) -> None:
+    import diffusers
+
+    pipe = build("sd15")
+    stock = draw(pipe)
+    with sdattn_fast.apply(pipe, DROPS):
+        assert isinstance(pipe, diffusers.StableDiffusionPipeline)
+        assert type(pipe).__name__ == "StableDiffusionPipeline"
+        assert diffusers.StableDiffusionImg2ImgPipeline.from_pipe(pipe).unet is pipe.unet
+        pipe.save_pretrained(tmp_path / "saved")
+        twin = copy.copy(pipe)
+    assert type(pipe) is diffusers.StableDiffusionPipeline and "encode_prompt" not in vars(pipe)
+    np.testing.assert_array_equal(draw(twin), stock)  # a copy made meanwhile runs as before
+    loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
+    loaded.set_progress_bar_config(disable=True)
+    np.testing.assert_allclose(draw(loaded), stock, atol=1e-6)
+    assert type(pickle.loads(pickle.dumps(pipe.scheduler))) is type(pipe.scheduler)
+
+
+def test_a_pipeline_that_does_not_say_what_it_encodes(parts: dict[str, Any]) -> None:
+    class Own:
+        def __init__(self) -> None:
+            self.unet = parts["sd15"]
+
+    with pytest.warns(UserWarning, match="a Own has no encode_prompt.*Pass active= and protected="):
+        sdattn_fast.apply(Own(), DROPS).remove()
+    own = {"active": torch.tensor([False, True]), "protected": torch.zeros(77, dtype=torch.bool)}
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        sdattn_fast.apply(Own(), DROPS, **own).remove()
+        sdattn_fast.apply(Own()).remove()
+
+
+def test_a_unet_exchanged_after_apply(build: Callable[[str], Any], draw: Any, parts: dict[str, Any]) -> None:
+    pipe = build("sd15")
+    stock_parts = pipe.unet
+    with sdattn_fast.apply(pipe, DROPS):
+        pipe.unet = copy.deepcopy(parts["sd2"])
+        with pytest.warns(UserWarning, match="the unet of this StableDiffusionPipeline was exchanged after apply"):
+            draw(pipe)
+    pipe.unet = stock_parts
