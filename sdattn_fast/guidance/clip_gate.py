@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..patching.patch import Patch
+from ..patching.words import tokenizer_of
 from .clip_score import ClipScorer
 from .phrases import NounPhrase, find_phrases
 from .preview import LinearDecoder, Preview
@@ -91,15 +92,21 @@ class ClipGate:
         given: list[Any] = [phrases] if isinstance(prompt, str) else list(of_prompts)
         if len(given) != len(prompts):
             raise ValueError(f"phrases: expected a list for each of {len(prompts)} prompts, got {len(given)}")
-        self.phrases = [_phrases(p, some, pipe.tokenizer) for p, some in zip(prompts, given, strict=True)]
+        tokenizer = tokenizer_of(pipe)
+        if tokenizer is None:
+            raise ValueError(f"patch: expected one of a pipeline with a tokenizer, got a {type(pipe).__name__} without")
+        self.phrases = [_phrases(p, some, tokenizer) for p, some in zip(prompts, given, strict=True)]
         for phrase in (p for some in self.phrases for p in some):
             phrase.tokens(fuse)
         self.patch, self.scorer, self.how, self.distractors = patch, scorer, how, tuple(distractors)
         self.threshold, self.steps, self.every = float(threshold), steps, every
         self.strength, self.temperature, self.decoder, self.fuse = float(strength), float(temperature), decoder, fuse
         self.scores: list[tuple[int, list[Tensor]]] = []
-        self._tokens = int(pipe.tokenizer.model_max_length)
-        self._preview = Preview(pipe.unet)
+        self._tokens = int(tokenizer.model_max_length)
+        self._preview = Preview(patch)
+
+    # As diffusers' MultiPipelineCallbacks asks.
+    tensor_inputs = ("latents",)
 
     def __call__(self, pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
         if step == 0:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..loading import load_model
+from .pictures import check_finite
 
 __all__ = ["ClipScorer"]
 
@@ -53,13 +54,24 @@ class ClipScorer:
 
     @torch.no_grad()
     def pictures(self, pictures: Sequence[Any]) -> Tensor:
-        """(n, width) float32, unit length, of PIL pictures or (height, width, 3) uint8 arrays."""
+        """(n, width) float32, unit length, of PIL pictures or (height, width, 3) uint8 arrays.
+
+        Raises: ValueError for a picture, or an embedding of one, that is not finite.
+        """
+        check_finite(pictures)  # the processor makes bytes of floats, and black pixels of NaN
         found = []
         for start in range(0, len(pictures), _BATCH):
             part = list(pictures[start : start + _BATCH])
             pixels = self.processor(part, return_tensors="pt").pixel_values.to(self.model.device, torch.float32)
             found.append(self.model.visual_projection(self.model.vision_model(pixels).pooler_output))
-        return torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
+        embeddings = torch.nn.functional.normalize(torch.cat(found), dim=-1).cpu()
+        bad = (~torch.isfinite(embeddings).all(1)).nonzero().flatten().tolist()
+        if bad:
+            raise ValueError(
+                f"pictures: expected finite embeddings from CLIP, got NaN or infinity for picture {bad[0]} of "
+                f"{len(pictures)}; are its weights whole?"
+            )
+        return embeddings
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:

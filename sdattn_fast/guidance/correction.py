@@ -15,14 +15,14 @@ Source: Chefer et al. 2023, "Attend-and-Excite", algorithm 1; gradcam.py beside 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..patching.forwards import Forward, entries_of
 from ..patching.patch import Patch
 from .relevance import Loss, check_gradients_may_be, gradcam, run
 
@@ -85,25 +85,25 @@ class Correction:
             raise ValueError(f"strength: expected a number in [0, {most:g}], got {strength!r}")
         self.patch, self.score, self.how, self.steps, self.strength = patch, score, how, steps, float(strength)
         self.tokens, self.layers, self.heads = tokens, layers, heads
-        self._inputs: dict[str, Any] | None = None
-        self._mine = False
         if patch.unet is None:
             raise ValueError(f"patch: expected one with cross-attention layers, got {patch!r}")
-        self._handle = patch.unet.register_forward_pre_hook(self._watch, with_kwargs=True)
+        self._stop = patch.keep_forwards()
+
+    # As diffusers' MultiPipelineCallbacks asks.
+    tensor_inputs = ("latents",)
 
     def __call__(self, pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
         check_gradients_may_be("Correction")
         self._unbiased()
-        following = pipe.scheduler.timesteps[step + 1 : step + 2]
-        if not self.steps[0] <= step < self.steps[1] or not len(following):
+        following = _next_timestep(pipe, step, timestep)
+        if not self.steps[0] <= step < self.steps[1] or following is None:
             return kept
         latents: Tensor = kept["latents"]
-        inputs, entries = self._next_inputs(pipe, latents, following[0])
-        with self._aside():
-            if self.how == "reweight":
-                self._reweight(latents, inputs, entries)
-                return kept
-            gradient = self._gradient(latents, inputs)
+        inputs, entries = self._next_inputs(pipe, latents, following)
+        if self.how == "reweight":
+            self._reweight(latents, inputs, entries)
+            return kept
+        gradient = self._gradient(latents, inputs)
         if self.how == "scale":
             return {**kept, "latents": latents * (1 + torch.sigmoid(gradient.mean(1, keepdim=True)))}
         size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
@@ -111,7 +111,7 @@ class Correction:
 
     def remove(self) -> None:
         """Stop watching the UNet, and take the last bias off its layers."""
-        self._handle.remove()
+        self._stop()
         self._unbiased()
 
     def __enter__(self) -> Correction:
@@ -130,7 +130,7 @@ class Correction:
         # Of the latents: an inpainting model has further channels, and a scheduler's scaling cancels in the direction.
         return gradient[:, : latents.shape[1]].to(latents.dtype)
 
-    def _reweight(self, latents: Tensor, inputs: dict[str, Any], entries: slice) -> None:
+    def _reweight(self, latents: Tensor, inputs: dict[str, Any], entries: list[int]) -> None:
         x, t, text = (inputs.pop(name) for name in ("sample", "timestep", "encoder_hidden_states"))
         of_entries, asked = _by_entry(self.tokens, len(latents))
         with self.patch.aside():
@@ -141,7 +141,7 @@ class Correction:
         theirs = torch.ones(len(latents), len(maps.tokens), 1, dtype=torch.bool, device=latents.device)
         for mine, wanted in zip(theirs, of_entries, strict=False):
             mine[:, 0] = torch.tensor([token in wanted for token in maps.tokens])
-        batch = (self._inputs or {})["sample"].shape[0]
+        batch = len(self._asked().prediction)
         relevance = maps.upsample((latents.shape[2], latents.shape[3])).clamp(min=0)  # bicubic undershoots
         for name, grid in grids.items():
             if name not in maps or grid is None:
@@ -151,45 +151,54 @@ class Correction:
             weight = torch.where(
                 theirs & (mean > 0), 1 - self.strength + self.strength * r / mean.clamp(min=1e-30), 1.0
             )
-            bias = torch.zeros(batch, 1, r.shape[2], text.shape[1], device=r.device)
-            bias[entries, 0, :, list(maps.tokens)] = weight.clamp(min=1e-4).log().transpose(1, 2)
+            of_prompts = torch.zeros(len(entries), r.shape[2], text.shape[1], device=r.device)
+            of_prompts[:, :, list(maps.tokens)] = weight.clamp(min=1e-4).log().transpose(1, 2)
+            bias = torch.zeros(batch, 1, *of_prompts.shape[1:], device=r.device)
+            bias[entries, 0] = of_prompts
             self.patch.current_call.bias[name] = bias
 
     def _unbiased(self) -> None:
         self.patch.current_call.bias.clear()
 
-    def _next_inputs(self, pipe: Any, latents: Tensor, timestep: Tensor) -> tuple[dict[str, Any], slice]:
+    def _asked(self) -> Forward:
+        """The step's forward that asked the prompts."""
+        forwards = self.patch.current_call.forwards
+        asked = next((one for one in forwards if one.prompts), None)
+        if asked is None:
+            raise ValueError(
+                "patch: expected a callback of the pipeline that was patched, whose UNet has run with prompts that are "
+                "known; pass active= and protected= to sdattn_fast.apply where they are not"
+            )
+        return asked
+
+    def _next_inputs(self, pipe: Any, latents: Tensor, timestep: Tensor) -> tuple[dict[str, Any], list[int]]:
         """The UNet's inputs for the prompts at the next timestep, and which entries of its batch those are."""
-        if self._inputs is None:
-            raise ValueError("patch: expected a callback of the pipeline that was patched, whose UNet has run")
-        inputs = dict(self._inputs)
-        sample: Tensor = inputs["sample"]
-        parts, rest = divmod(sample.shape[0], latents.shape[0])
-        guided = bool(getattr(pipe, "do_classifier_free_guidance", False))
-        if rest or parts not in (1, 2) or (parts == 2) != guided:
-            raise ValueError(f"patch: a UNet's batch of {sample.shape[0]} for {latents.shape[0]} latents is not known")
-        entries = slice(sample.shape[0] - latents.shape[0], sample.shape[0])
-        inputs = {name: _entries(x, sample.shape[0], entries) for name, x in inputs.items()}
+        asked = self._asked()
+        batch, entries = len(asked.prediction), asked.prompts
+        if len(entries) != len(latents):
+            raise ValueError(
+                f"patch: expected a picture for each of {len(latents)} latents of {type(pipe).__name__}, got "
+                f"{len(entries)} in the UNet's batch of {batch}"
+            )
+        inputs: dict[str, Any] = entries_of(asked.inputs, batch, entries)
+        inputs.pop("return_dict", None)
         scaled = pipe.scheduler.scale_model_input(latents, timestep)
         inputs["sample"] = torch.cat([scaled, inputs["sample"][:, latents.shape[1] :]], 1)
         inputs["timestep"] = timestep
         return inputs, entries
 
-    @contextlib.contextmanager
-    def _aside(self) -> Iterator[None]:
-        self._mine = True
-        try:
-            yield
-        finally:
-            self._mine = False
 
-    def _watch(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self._mine:
-            return
-        names = ("sample", "timestep", "encoder_hidden_states")
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        given.pop("return_dict", None)
-        self._inputs = given
+def _next_timestep(pipe: Any, step: int, timestep: Any) -> Tensor | None:
+    """After a step of a call; None where none follows. A call may begin and end inside the scheduler's timesteps, as
+    image-to-image and SDXL's base model do."""
+    times: Tensor = pipe.scheduler.timesteps
+    if step + 1 >= int(getattr(pipe, "num_timesteps", len(times))):
+        return None
+    if isinstance(timestep, Tensor) and timestep.untyped_storage().data_ptr() == times.untyped_storage().data_ptr():
+        place = timestep.storage_offset() - times.storage_offset()
+    else:
+        place = int((times == timestep).nonzero()[-1])
+    return times[place + 1] if place + 1 < len(times) else None
 
 
 def _by_entry(tokens: Any, entries: int) -> tuple[list[Sequence[int]], Sequence[int] | None]:
@@ -199,14 +208,3 @@ def _by_entry(tokens: Any, entries: int) -> tuple[list[Sequence[int]], Sequence[
     if len(tokens) != entries:
         raise ValueError(f"tokens: expected a list of them for each of {entries} entries, got {len(tokens)}")
     return list(tokens), sorted({token for some in tokens for token in some})
-
-
-def _entries(x: Any, batch: int, entries: slice) -> Any:
-    """The entries of whatever has a batch dimension, inside lists and dicts too."""
-    if isinstance(x, Tensor):
-        return x[entries] if x.dim() > 0 and x.shape[0] == batch else x
-    if isinstance(x, dict):
-        return {key: _entries(value, batch, entries) for key, value in x.items()}
-    if isinstance(x, (list, tuple)):
-        return type(x)(_entries(value, batch, entries) for value in x)
-    return x

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .pictures import decode_latents
 from .preview import predicted_clean
 from .relevance import Seen
 
@@ -96,10 +97,8 @@ class ClipSimilarity:
             self.texts = F.normalize(clip.text_projection(clip.text_model(ids).pooler_output), dim=-1)
 
     def __call__(self, seen: Seen) -> Tensor:
-        vae = self.pipe.vae
-        clean = predicted_clean(self.pipe.scheduler, seen.latents, seen.t, seen.prediction).to(vae.dtype)
-        clean = clean / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-        picture = (vae.decode(clean, return_dict=False)[0].float() / 2 + 0.5).clamp(0, 1)
+        clean = predicted_clean(self.pipe.scheduler, seen.latents, seen.t, seen.prediction)
+        picture = (decode_latents(self.pipe.vae, clean) / 2 + 0.5).clamp(0, 1)
         picture = F.interpolate(picture, size=self._size(), mode="bicubic", antialias=True)
         mean, deviation = (
             torch.tensor(x, device=picture.device)[:, None, None]

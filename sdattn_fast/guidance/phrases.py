@@ -13,14 +13,16 @@ from __future__ import annotations
 import difflib
 import re
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["NounPhrase", "Word", "find_phrases", "phrase_ids"]
+from ..patching.text_tokens import covering, text_tokens
+
+__all__ = ["NounPhrase", "Word", "find_phrases", "head_words", "phrase_ids"]
 
 # Adjectives, participles and nouns before a noun; a lone adjective after a determiner stands for one ("the red").
 _GRAMMAR = r"""
@@ -83,22 +85,29 @@ class NounPhrase:
 
 
 def find_phrases(
-    prompt: str, tokenizer: Any, *, phrases: Iterable[str] | None = None, parser: Any = None
+    prompt: str,
+    tokenizer: Any,
+    *,
+    phrases: Iterable[str] | None = None,
+    parser: Any = None,
+    tokens: int | None = None,
 ) -> list[NounPhrase]:
     """The prompt's noun phrases, in its order; none where it has no noun or is empty. The tagger is one of English.
 
     Args:
-        prompt: a text. What lies beyond the tokenizer's length, 77 tokens for CLIP's, has no tokens: words there are
-            left out, and phrases without their noun.
+        prompt: a text. Words for which it has no room among its tokens are left out, and so are phrases without their
+            noun.
         tokenizer: of the text encoder, CLIP's or another of transformers.
         phrases: the phrases themselves, each as it stands in the prompt, with its weights or without; the second
             mention of one is its second place there, and so is "car (2)". No tagger is asked, and every word counts as
             one of the noun's.
         parser: a loaded spaCy pipeline, whose noun chunks are taken; None: TextBlob's pattern tagger and a grammar.
+        tokens: how many tokens the text has, as in `text_tokens`, such as 154 in two chunks; None: the tokenizer's
+            length, 77 for CLIP's.
 
     Raises:
-        TypeError: a prompt that is no str. ValueError: a phrase that the prompt does not have. ImportError: TextBlob or
-            NLTK is missing.
+        TypeError: a prompt that is no str. ValueError: a phrase that the prompt does not have; tokens or a tokenizer,
+            as `text_tokens`. ImportError: TextBlob or NLTK is missing.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt: expected a str, got {type(prompt).__name__}")
@@ -109,10 +118,14 @@ def find_phrases(
         chunks = _of_spacy(plain, parser)
     else:
         chunks = _of_grammar(plain)
-    spans = _token_spans(prompt, tokenizer)
+    of_text = text_tokens(tokenizer, prompt, tokens)
+
+    def word(start: int, end: int, tag: str) -> Word:
+        return Word(prompt[start:end], tag, start, end, tuple(t.index for t in covering(of_text, start, end)))
+
     found = []
     for chunk in chunks:
-        words = [Word(prompt[start:end], tag, start, end, _tokens(spans, start, end)) for start, end, tag in chunk]
+        words = [word(*place) for place in chunk]
         if words and words[-1].tokens:
             kept = tuple(w for w in words if w.tokens)
             start, end = kept[0].start, kept[-1].end
@@ -140,6 +153,16 @@ def phrase_ids(
                 raise ValueError(f"tokens: expected more than {max(members)}, which {phrase.text!r} has, got {tokens}")
             row[list(members)] = number
     return ids if lists is phrases else ids[0]
+
+
+def head_words(phrases: Iterable[NounPhrase], words: Mapping[str, Sequence[int]]) -> list[str]:
+    """Of each phrase the word that its head is, or is a part of, without the phrases whose head is none.
+
+    words: word -> token indices, of `words_of`. Example: the phrases of "a red car, an old house" have "car", "house".
+    """
+    heads = [phrase.head.tokens for phrase in phrases]
+    found = [next((word for word, tokens in words.items() if set(head) <= set(tokens)), None) for head in heads]
+    return [word for word in found if word is not None]
 
 
 Chunk = list[tuple[int, int, str]]  # words: start, end, tag
@@ -213,31 +236,3 @@ def _given(prompt: str, phrases: Iterable[str]) -> list[Chunk]:
 
 def _windows(words: list[str], count: int) -> list[str]:
     return [" ".join(words[i : i + count]) for i in range(len(words) - count + 1)]
-
-
-def _tokens(spans: list[tuple[int, int]], start: int, end: int) -> tuple[int, ...]:
-    return tuple(i for i, (first, last) in enumerate(spans) if first < end and start < last)
-
-
-def _token_spans(prompt: str, tokenizer: Any) -> list[tuple[int, int]]:
-    """Of every token that the text encoder sees, its characters in the prompt, (0, 0) for special ones."""
-    asked = {"truncation": True, "max_length": tokenizer.model_max_length}
-    if getattr(tokenizer, "is_fast", False):
-        encoded = tokenizer(prompt, return_offsets_mapping=True, **asked)
-        return [(int(a), int(b)) for a, b in encoded.offset_mapping]
-    # No offsets: cut the prompt into words as CLIP does, and each of them into pieces by itself.
-    ids = tokenizer(prompt, **asked).input_ids
-    special = set(tokenizer.all_special_ids)
-    spans: list[tuple[int, int]] = []
-    for word in re.finditer(r"'(?:s|t|re|ve|m|ll|d)(?!\w)|[^\W\d_]+|\d|(?:[^\s\w]|_)+", prompt, re.IGNORECASE):
-        spans += [word.span()] * len(tokenizer.tokenize(word[0]))
-    content = [i for i, token in enumerate(ids) if token not in special]
-    whole = tokenizer(prompt).input_ids
-    if len(spans) != sum(token not in special for token in whole):
-        raise ValueError(
-            f"tokenizer: {type(tokenizer).__name__} cuts the prompt into other words than CLIP's; use its fast version"
-        )
-    of_tokens = [(0, 0)] * len(ids)
-    for i, span in zip(content, spans, strict=False):
-        of_tokens[i] = span
-    return of_tokens

@@ -12,42 +12,45 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..patching.forwards import entries_of
+from ..patching.patch import Patch
+from .guided import guided_prediction
+from .pictures import decode_latents
+
 __all__ = ["LinearDecoder", "Preview", "predicted_clean"]
 
 
 class Preview:
-    """Watches a pipeline's UNet from here on."""
+    """Of what a patched pipeline draws, from here on."""
 
-    def __init__(self, unet: Any) -> None:
-        self._seen: tuple[Tensor, Any, Tensor] | None = None
-        self._handle = unet.register_forward_hook(self._watch, with_kwargs=True)
+    def __init__(self, patch: Patch) -> None:
+        self.patch = patch
+        self.remove = patch.keep_forwards()
 
     def latent(self, pipe: Any) -> Tensor:
-        """(B, C, height, width), the prompts' entries, guidance applied. Raises: ValueError before the first step, and
-        as `predicted_clean`."""
-        if self._seen is None:
-            raise ValueError("pipe: its UNet has not run yet")
-        sample, timestep, prediction = self._seen
-        if getattr(pipe, "do_classifier_free_guidance", False):
-            unconditional, conditional = prediction.chunk(2)
-            prediction = unconditional + pipe.guidance_scale * (conditional - unconditional)
-            sample = sample.chunk(2)[1]
+        """(B, C, height, width), the prompts' entries, guidance applied.
+
+        Raises: ValueError before the first step, where the pipeline's guidance is not known, and as `predicted_clean`.
+        """
+        forwards = self.patch.current_call.forwards
+        if not forwards:
+            raise ValueError("pipe: its UNet has not run yet; expected the pipeline that was patched")
+        first = next((one for one in forwards if one.prompts), None)
+        if first is None:
+            raise ValueError(
+                f"pipe: {type(pipe).__name__} asked its UNet for no prompt that is known in this step; pass active= and "
+                "protected= to sdattn_fast.apply where prompts are not known"
+            )
+        prediction = guided_prediction(pipe, forwards)
+        sample = entries_of(first.inputs["sample"], len(first.prediction), first.prompts)
         # Inpainting models have further channels beside the latent.
-        return predicted_clean(pipe.scheduler, sample[:, : prediction.shape[1]], timestep, prediction)
+        sample = sample.detach()[:, : prediction.shape[1]]
+        return predicted_clean(pipe.scheduler, sample, first.inputs["timestep"], prediction)
 
     @torch.no_grad()
     def decoded(self, pipe: Any) -> Tensor:
         """(B, 3, height, width) float32, about [-1, 1]: `latent` through the pipeline's VAE."""
-        return _decoded(pipe.vae, self.latent(pipe))
-
-    def remove(self) -> None:
-        self._handle.remove()
-
-    def _watch(self, module: Any, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        sample: Tensor = kwargs["sample"] if "sample" in kwargs else args[0]
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-        prediction = output[0] if isinstance(output, tuple) else output.sample
-        self._seen = (sample.detach(), timestep, prediction.detach())
+        return decode_latents(pipe.vae, self.latent(pipe))
 
 
 @dataclass(frozen=True)
@@ -72,7 +75,7 @@ class LinearDecoder:
             raise ValueError(f"pictures: expected (n, 3, height, width), got {got}")
         encoded = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode()
         latents = (encoded - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
-        small = F.interpolate(_decoded(vae, latents), size=latents.shape[2:], mode="area")
+        small = F.interpolate(decode_latents(vae, latents), size=latents.shape[2:], mode="area")
         x = latents.float().movedim(1, -1).flatten(0, 2)
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)
         if x.shape[0] < x.shape[1]:
@@ -108,8 +111,3 @@ def predicted_clean(scheduler: Any, sample: Tensor, timestep: Any, prediction: T
         return signal * sample - noise * prediction
     # At zero terminal SNR there is no signal to divide by; epsilon says nothing of the picture there.
     return (sample - noise * prediction) / max(signal, 1e-3)
-
-
-def _decoded(vae: Any, latents: Tensor) -> Tensor:
-    latents = latents.to(vae.dtype) / vae.config.scaling_factor + (getattr(vae.config, "shift_factor", None) or 0.0)
-    return vae.decode(latents, return_dict=False)[0].float()

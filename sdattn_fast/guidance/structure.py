@@ -11,18 +11,21 @@ Source: Canny 1986, "A computational approach to edge detection", as kornia impl
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..patching.maps import words_of
+from ..patching.words import tokenizer_of, words_of
 from .crf import PairwiseBilateral, PairwiseGaussian, dense_crf
 from .preview import Preview
 
 __all__ = ["Structure", "refine_latents", "object_marginals", "canny_edges"]
+
+# `dense_crf` has 32 labels, and background is one.
+_MOST_WORDS = 31
 
 
 def refine_latents(
@@ -141,8 +144,8 @@ class Structure:
     Args:
         patch: of a pipeline, with a capture.
         prompt: whose words' maps are asked; a list where the pipeline draws several prompts.
-        words: the objects among them, None: all; with a list of prompts, a list for each. Without any, or for a prompt
-            in which the tokenizer knows no word, the latents stay as they are.
+        words: the objects among them, at most 31 of a prompt; None: all of them; with a list of prompts, a list for
+            each. Without any, or for a prompt in which the tokenizer knows no word, the latents stay as they are.
         steps: indices of the steps after which latents are refined. before_decoding: after the last step too.
         preview: "latent": edges and colours of the predicted clean latent; "decoded": of its decoded picture.
         **how: strength, sigma, background, iterations of `refine_latents`.
@@ -184,8 +187,17 @@ class Structure:
             raise TypeError(f"how: expected strength, sigma, background, iterations, got {sorted(unknown)}")
         self.patch = patch
         self.steps, self.before_decoding, self.preview, self.how = set(steps), before_decoding, preview, how
-        self._tokenizer = pipe.tokenizer
-        self._preview = Preview(pipe.unet)
+        tokenizer = tokenizer_of(pipe)
+        if tokenizer is None:
+            raise ValueError(f"patch: expected a pipeline with a tokenizer, got {type(pipe).__name__} without one")
+        asked = [words_of(tokenizer, p) for p in self.prompts] if self.words is None else self.words
+        self._any = [len(some) > 0 for some in asked]
+        for some in asked:
+            _check_count(some)
+        self._preview = Preview(patch)
+
+    # As diffusers' MultiPipelineCallbacks asks.
+    tensor_inputs = ("latents",)
 
     def __call__(self, pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         last = step + 1 == getattr(pipe, "num_timesteps", -1)
@@ -202,13 +214,14 @@ class Structure:
     def _maps(self, entry: int, latents: Tensor) -> dict[str, Tensor]:
         """The maps of one entry's words, (1, height, width). A pipeline's entries are its prompts, each repeated."""
         place = entry * len(self.prompts) // len(latents)
-        if not (self.words[place] if self.words is not None else words_of(self._tokenizer, self.prompts[place])):
+        if not self._any[place]:
             return {}
         maps = self.patch.maps.per_word(self.prompts[place], (latents.shape[2], latents.shape[3]))
         words: list[str] = list(maps if self.words is None else self.words[place])
         missing = [word for word in words if word not in maps]
         if missing:
             raise ValueError(f"words: {missing[0]!r} is not among the prompt's words, {list(maps)}")
+        _check_count(words)  # a text in chunks may have more words than its first
         return {word: maps[word][entry : entry + 1] for word in words}
 
     def remove(self) -> None:
@@ -261,6 +274,11 @@ def _with_moments_of(x: Tensor, y: Tensor) -> Tensor:
     return (y - mean_y) * scale + mean
 
 
+def _check_count(words: Collection[str]) -> None:
+    if len(words) > _MOST_WORDS:
+        raise ValueError(f"words: expected at most {_MOST_WORDS} of a prompt's, got {len(words)}: name the objects")
+
+
 def _stacked(maps: Any) -> Tensor:
     if isinstance(maps, Mapping):
         if not maps:
@@ -268,7 +286,7 @@ def _stacked(maps: Any) -> Tensor:
         maps = torch.stack(list(maps.values()), 1)
     if not isinstance(maps, Tensor):
         raise TypeError(f"maps: expected a torch.Tensor or a mapping of words to them, got {type(maps).__name__}")
-    _check_picture("maps", maps, most=31)
+    _check_picture("maps", maps, most=_MOST_WORDS)
     return maps
 
 

@@ -68,27 +68,29 @@ def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
     they must not meet this one. So it goes around the compiled call, with one inside that is silent while traced.
     """
     hook, module, outer = _ModelHook(patch, model), model.module, model.outer
-    after = _outside_graphs(lambda *_: hook.end())
+    after = _outside_graphs(lambda module, args, kwargs, output: hook.end(args, kwargs, output))
     if outer is not module:
         inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
         return [
             outer.register_forward_pre_hook(_compiled(hook), with_kwargs=True),
-            outer.register_forward_hook(after, always_call=True),
+            outer.register_forward_hook(after, with_kwargs=True, always_call=True),
             inside,
         ]
     compiled_call = module._compiled_call_impl
     if compiled_call is None:
         return [
             module.register_forward_pre_hook(_breaking_graphs(hook), with_kwargs=True),
-            module.register_forward_hook(after, always_call=True),
+            module.register_forward_hook(after, with_kwargs=True, always_call=True),
         ]
 
     def call(*args: Any, **kwargs: Any) -> Any:
+        output = None
         try:
             hook.begin(args, kwargs)
-            return compiled_call(*args, **kwargs)
+            output = compiled_call(*args, **kwargs)
         finally:
-            hook.end()
+            hook.end(args, kwargs, output)
+        return output
 
     module._compiled_call_impl = call
     inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
@@ -177,13 +179,15 @@ class _ModelHook:
         self(args, kwargs, compiled=True)
         self.begun = True
 
-    def end(self) -> None:
-        """After the forward, and where it was broken off."""
+    def end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """After the forward. output: None where it was broken off."""
         self.begun = False
         patch, states = self.patch, self.model.states
+        state, call = states.current, patch._calls.current
         if patch._keeper is not None:
-            state = states.current
-            patch._keeper.end(patch._calls.current, state.text, state.layers)
+            patch._keeper.end(call, state.text, state.layers)
+        if patch._wants_forwards and not call.aside and self.model is patch._models[0]:
+            call.keep_forward(args, kwargs, output, state.text)
         states.end()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool = False) -> None:
@@ -224,7 +228,7 @@ class _ModelHook:
         """The call that a forward is of, and whether a step of it begins. Steps are counted where that matters."""
         patch, training = self.patch, self.model.module.training
         scheduled = not isinstance(patch._settings.dropout_when, str)
-        if patch._keeper is None and not scheduled:
+        if patch._keeper is None and not scheduled and not patch._wants_forwards:
             return patch._calls.current, False
         if training and (torch.is_grad_enabled() or patch.step is not None):
             # A training loop draws its timesteps at random: they say nothing of a step, and `Patch.step` does.

@@ -12,16 +12,18 @@ from __future__ import annotations
 import contextlib
 import itertools
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
+from .forwards import Forward, forward_inputs
 from .map_sums import MapSums
 from .prompt_memory import Encoded
 from .prompt_rows import Guidance
 from .steps import Steps, Timesteps
+from .text_state import TextState
 
 __all__ = ["Call", "Calls"]
 
@@ -46,8 +48,17 @@ class Call:
         self.steps = Steps()
         self.maps = MapSums()
         self.bias: dict[str, Tensor] = {}
+        self.forwards: list[Forward] = []  # of the UNet in the latest step, where somebody wants them
         self.time: float | None = None  # the latest timestep, where it was read
         self.schedule: Any = None  # the scheduler's timesteps at the first step
+
+    def keep_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, text: TextState) -> None:
+        """The UNet ran for this call."""
+        prediction = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
+        if isinstance(prediction, Tensor):
+            said = {name: getattr(self.pipe, name, None) for name in _SAID_OF_GUIDANCE}
+            rows = text.rows_told(len(prediction))
+            self.forwards.append(Forward(forward_inputs(args, kwargs), prediction.detach(), rows, said))
 
     def guidance(self) -> Guidance:
         """What the pipeline says now of its UNet's text."""
@@ -147,6 +158,8 @@ class Calls:
                 call.encoded = encoded
             call.time, call.schedule = time, schedule
         begins = call.steps.begin(timestep, scheduler)
+        if begins:
+            call.forwards = []
         return self._drew(call), begins
 
     def _turns(self, call: Call, timestep: Any, time: float) -> bool:
@@ -161,6 +174,8 @@ class Calls:
         return call
 
 
+# A callback may change them before another one looks.
+_SAID_OF_GUIDANCE = ("do_classifier_free_guidance", "guidance_scale", "image_guidance_scale", "guidance_rescale")
 _ENCODED = 16  # of a loop that encodes and encodes: what is before these is looked up among all
 
 

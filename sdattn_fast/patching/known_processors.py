@@ -66,9 +66,8 @@ def _kind(processor: Any) -> tuple[str, str]:
 
 def _is_fused_of_its_parts(attn: Any) -> bool:
     """Adapters, say, may have changed to_k and to_v since, which a fused projection does not see."""
-    parts = attn.to_k, attn.to_v
-    if any(type(module) is not torch.nn.Linear for module in (*parts, attn.to_kv)):
+    if any(type(module) is not torch.nn.Linear for module in (attn.to_k, attn.to_v, attn.to_kv)):
         return False
-    both = [None if p[0] is None else torch.cat(p) for p in zip(*((m.weight, m.bias) for m in parts), strict=True)]
-    fused = attn.to_kv.weight, attn.to_kv.bias
-    return all((a is None and b is None) or torch.equal(a, b) for a, b in zip(both, fused, strict=True))
+    names = ["weight"] if attn.to_kv.bias is None else ["weight", "bias"]
+    parts = ((getattr(attn.to_kv, name), getattr(attn.to_k, name), getattr(attn.to_v, name)) for name in names)
+    return all(torch.equal(fused, torch.cat([key, value])) for fused, key, value in parts)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -23,6 +23,7 @@ from .settings import Settings
 from .text_state import TOKEN_INPUTS, Given, TextState, checked_token_input
 from .token_classes import EncoderListener
 from .watched_pipeline import WatchedPipeline, encode_function
+from .words import tokenizer_of
 
 __all__ = ["Patch"]
 
@@ -50,6 +51,7 @@ class Patch:
         self._memory = None if pipe is None else PromptMemory()
         self._watched: list[WatchedPipeline] = []
         self._calls = Calls(self._scheduler)
+        self._wants_forwards = 0  # so many look at them between steps
         self._keeper = None if settings.capture is None else MapKeeper(settings.capture, layers_kept)
         self.step: int | None = None
         self._handles: list[Any] = []
@@ -135,8 +137,7 @@ class Patch:
         """
         if self._keeper is None:
             raise ValueError("maps: expected apply(..., capture=sdattn_fast.Capture(...)), got no capture")
-        tokenizer = getattr(self.pipe, "tokenizer", None)
-        return self._keeper.read(self._calls.to_read(), self.layers, tokenizer)
+        return self._keeper.read(self._calls.to_read(), self.layers, tokenizer_of(self.pipe))
 
     def update(self, **inputs: Tensor | None) -> None:
         """Change gate, phrases, protected or active between steps; those not named stay, None takes one away.
@@ -246,6 +247,18 @@ class Patch:
             for model in self._models:
                 kept.enter_context(model.states.kept())
             yield kept.enter_context(self._calls.aside())
+
+    def keep_forwards(self) -> Callable[[], None]:
+        """Keep the UNet's forwards of each step, in `Call.forwards`, until the function that this gives is called."""
+        self._wants_forwards += 1
+        stopped: list[bool] = []
+
+        def stop() -> None:
+            if not stopped:
+                stopped.append(True)
+                self._wants_forwards -= 1
+
+        return stop
 
     @property
     def current_call(self) -> Call:

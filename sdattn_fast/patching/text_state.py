@@ -267,6 +267,13 @@ class TextState:
         first = torch.tensor([not again for again in rows.repeated])
         return first if active is None else first & active
 
+    def rows_told(self, batch: int) -> Rows | None:
+        """Of the latest text, as the user or the pipeline says."""
+        if self.given.active is None:
+            return self.rows
+        prompt = self._prompt_of_entries(batch)
+        return Rows(prompt, max(prompt, default=-1) + 1, None)
+
     def prompts_asked(self, batch: int) -> tuple[int, ...] | None:
         """Of every active entry the prompt; None where prompts are not known."""
         if self.given.active is None and self.rows is None:
@@ -334,7 +341,9 @@ class TextState:
         entries = [b for b, p in enumerate(prompt) if p >= 0]
         prompts = max([p + 1 for p in prompt], default=0)
         lead = x.shape[0]
-        if x.shape[-1] != tokens or lead not in (1, prompts, len(entries), batch):
+        again = 0 if self.rows is None or self.given.active is not None else sum(self.rows.repeated)
+        pictures = len(entries) - again  # those that repeat are as many as those that do not, and follow them
+        if x.shape[-1] != tokens or lead not in (1, prompts, pictures, len(entries), batch):
             raise ValueError(
                 f"{name}: expected ({tokens},), ({prompts}, {tokens}) for the prompts or ({batch}, {tokens}) for the "
                 f"UNet's batch, got {tuple(given.shape)}"
@@ -348,7 +357,7 @@ class TextState:
         elif lead == prompts:
             source = [prompt[b] for b in entries]
         else:
-            source = list(range(lead))
+            source = [i % lead for i in range(len(entries))]
         to, of = (to_device(torch.tensor(i, dtype=torch.long), x.device) for i in (entries, source))
         return whole.index_copy(0, to, x[of])
 

@@ -138,10 +138,8 @@ def test_the_preview_of_a_true_picture(pipe: Any) -> None:
         LinearDecoder.fit(pipe.vae, pictures[:1, :, :8, :8])
     with pytest.raises(ValueError, match=r"\(n, 3, height, width\)"):
         LinearDecoder.fit(pipe.vae, pictures[0])
-    preview = Preview(pipe.unet)
-    with pytest.raises(ValueError, match="has not run"):
-        preview.latent(pipe)
-    preview.remove()
+    with sdattn_fast.apply(pipe) as patch, pytest.raises(ValueError, match="has not run"):
+        Preview(patch).latent(pipe)
 
 
 def test_calibration_is_the_best_threshold() -> None:

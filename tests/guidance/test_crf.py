@@ -152,7 +152,7 @@ print(peaks[1] - peaks[0])
 def test_memory_does_not_grow_with_pixels_squared():
     """16,384 pixels: a P x P array would be 1 GiB; what the allocator and the libraries keep is not ours to bound."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, check=True)
-    assert float(done.stdout) < 512
+    assert float(done.stdout) < 768
 
 
 def test_bad_input():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
@@ -9,30 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from clip_tokenizers import WithoutOffsets
 
 pytest.importorskip("textblob")
 pytest.importorskip("nltk")
 
-from sdattn_fast.guidance import phrases as module
-from sdattn_fast.guidance.phrases import find_phrases, phrase_ids
+from sdattn_fast.guidance.phrases import find_phrases, head_words, phrase_ids
 from sdattn_fast.lab import load_pipeline
 from sdattn_fast.lab.world import sample_scene
-
-
-class Slow:
-    """A tokenizer without offsets, as transformers 4's CLIPTokenizer."""
-
-    is_fast = False
-
-    def __init__(self, tokenizer: Any) -> None:
-        self.tokenizer = tokenizer
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.tokenizer, name)
-
-    def __call__(self, *args: Any, **how: Any) -> Any:
-        assert "return_offsets_mapping" not in how
-        return self.tokenizer(*args, **how)
+from sdattn_fast.patching.text_tokens import text_tokens
+from sdattn_fast.patching.words import words_of
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +62,7 @@ def test_every_phrase_of_the_shapes_world(tokenizer: Any) -> None:
 @pytest.mark.parametrize("slow", [False, True])
 def test_tokens(slow: bool, tokenizer: Any) -> None:
     """The shapes tokenizer knows few words: fire is four pieces, truck five."""
-    found = find_phrases("a red fire truck, a circle", Slow(tokenizer) if slow else tokenizer)
+    found = find_phrases("a red fire truck, a circle", WithoutOffsets(tokenizer) if slow else tokenizer)
     pieces = tokenizer.convert_ids_to_tokens(tokenizer("a red fire truck, a circle").input_ids)
 
     def said(tokens: tuple[int, ...]) -> str:
@@ -102,10 +89,7 @@ def test_tokens(slow: bool, tokenizer: Any) -> None:
     ],
 )
 def test_without_offsets_words_have_the_same_tokens(prompt: str, tokenizer: Any) -> None:
-    fast, slow = module._token_spans(prompt, tokenizer), module._token_spans(prompt, Slow(tokenizer))
-    assert len(fast) == len(slow) <= 77
-    for (a, b), (first, last) in zip(fast, slow, strict=True):
-        assert first <= a <= b <= last
+    assert text_tokens(WithoutOffsets(tokenizer), prompt) == text_tokens(tokenizer, prompt) != []
 
 
 def test_beyond_the_tokenizers_length(tokenizer: Any) -> None:
@@ -114,6 +98,34 @@ def test_beyond_the_tokenizers_length(tokenizer: Any) -> None:
     assert _texts("red " * 80 + "circle", tokenizer) == []
     with pytest.raises(ValueError, match="expected more than 3"):
         phrase_ids(find_phrases("a red circle", tokenizer), 3)
+
+
+def test_in_chunks(tokenizer: Any) -> None:
+    """Chunks of 75 between BOS and EOS, as compel makes them."""
+    prompt = "a red circle, " + "very " * 80 + "a circle"
+    (bos, *ids, eos), text = tokenizer(prompt).input_ids, []
+    for at in range(0, len(ids), 75):
+        text += [bos, *ids[at : at + 75], eos]
+    room = -(-len(ids) // 75) * 77
+    longer = find_phrases(prompt, tokenizer, tokens=room)
+    assert [p.text for p in longer] == ["a red circle", "a circle"]
+    assert longer[1].tokens("noun") == (len(text) - 2,) and text[-2] == text[longer[0].tokens("noun")[0]]
+    assert find_phrases(prompt, tokenizer) == longer[:1]
+    assert phrase_ids(longer, room).shape == (room,)
+
+
+def test_the_words_of_heads(tokenizer: Any) -> None:
+    tokenizer = copy.deepcopy(tokenizer)
+    tokenizer.add_tokens(["<thing>", "<thing>_1"])
+    prompt = "a red circle, the Circle, a blue <thing>, an old t-shirt"
+    phrases = find_phrases(
+        prompt, tokenizer, phrases=["a red circle", "the Circle", "a blue <thing>", "an old t-shirt"]
+    )
+    words = words_of(tokenizer, prompt)
+    assert head_words(phrases, words) == ["circle", "Circle (2)", "<thing>", "t-shirt"]
+    assert phrases[2].tokens("noun") == tuple(words["<thing>"]) and len(words["<thing>"]) == 2
+    assert head_words(phrases, {"circle": words["circle"]}) == ["circle"]
+    assert head_words(find_phrases("a cat/dog", tokenizer), words_of(tokenizer, "a cat/dog")) == ["cat/dog"]
 
 
 def test_given_phrases(tokenizer: Any) -> None:
@@ -167,10 +179,10 @@ def test_bad_input(tokenizer: Any) -> None:
         find_phrases(None, tokenizer)
     with pytest.raises(ValueError, match="which: expected"):
         find_phrases("a car", tokenizer)[0].tokens("verb")
-    bytes_level = Slow(tokenizer)
-    bytes_level.tokenize = lambda word: list(word)
+    other_pieces = WithoutOffsets(tokenizer)
+    other_pieces.tokenize = lambda text: list(text)
     with pytest.raises(ValueError, match="fast version"):
-        find_phrases("a red circle", bytes_level)
+        find_phrases("a red circle", other_pieces)
 
 
 def test_phrases_are_fused_in_a_pipeline(tokenizer: Any) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import replace
 from typing import Any
 
@@ -246,3 +247,27 @@ def test_bad_input(unet, changes, said) -> None:
     given = {"unet": unet, "latents": x, "t": t, "text": text, "loss": shift} | changes
     with pytest.raises((TypeError, ValueError), match=said):
         gradcam(**given)
+
+
+def test_inference_mode_is_refused_and_no_grad_is_not(unet) -> None:
+    x, t, text = inputs()
+    want = stored_relevance(unet, Program(), shift, x.clone(), t, text, [1, 4], [0, 1, 2, 3])
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"gradcam: .*leave that off \(torch.no_grad is"):
+        gradcam(unet, x, t, text, shift, tokens=[1, 4], layers="*")
+    assert not any(isinstance(p, sdattn_fast.SemanticAttnProcessor) for p in unet.attn_processors.values())
+    with torch.no_grad():
+        got = gradcam(unet, x, t, text, shift, tokens=[1, 4], layers="*")
+    with torch.inference_mode():
+        latents, texts, step = x.clone(), text.clone(), torch.tensor(t)
+    of_inference = gradcam(unet, latents, step, texts, shift, tokens=[1, 4], layers="*")
+    for name, maps in got.items():
+        torch.testing.assert_close(maps.flatten(2), want[name], rtol=1e-3, atol=3e-4 * float(want[name].max()))
+        torch.testing.assert_close(maps, of_inference[name])
+
+
+def test_a_model_made_in_inference_mode_is_named(unet) -> None:
+    x, t, text = inputs()
+    with torch.inference_mode():
+        made_there = copy.deepcopy(unet)
+    with pytest.raises(RuntimeError, match=r"unet: its weights were made in torch\.inference_mode.*load it outside"):
+        gradcam(made_there, x, t, text, shift, layers="*")

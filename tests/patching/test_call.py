@@ -65,7 +65,9 @@ def test_a_loop_that_asks_twice(conditional_first: bool, build: Callable[[str], 
     for apart in (False, True):
         with (
             torch.no_grad(),
-            sdattn_fast.apply(pipe, DROPS, capture=Capture(layers="*", steps=(0, 2)), dropout_when={0: 0.1, 2: 0.5}) as p,
+            sdattn_fast.apply(
+                pipe, DROPS, capture=Capture(layers="*", steps=(0, 2)), dropout_when={0: 0.1, 2: 0.5}
+            ) as p,
         ):
             positive, negative = pipe.encode_prompt("a red car", "cpu", 1, True)
             noises = []
@@ -120,7 +122,9 @@ def test_one_step_runs_and_loops_that_set_their_timesteps(build: Callable[[str],
         assert not torch.allclose(found[0], found[1], atol=1e-4)
 
 
-@pytest.mark.parametrize("scheduler", ["HeunDiscreteScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler"])
+@pytest.mark.parametrize(
+    "scheduler", ["HeunDiscreteScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LCMScheduler"]
+)
 def test_steps_are_the_callbacks(scheduler: str, build: Callable[[str], Any], draw: Any) -> None:
     """Schedules that name a timestep twice, with what each step's maps are by themselves."""
     import diffusers
@@ -180,7 +184,9 @@ def test_many_prompts_encoded_at_once_and_long_ago(build: Callable[[str], Any], 
         np.testing.assert_allclose(got, before, atol=1e-5)
         # As a server does that keeps embeddings on disk, in half the size.
         half = positive[1:2].half()
-        assert patch._memory.find(half).prompt == [0] and patch._memory.find(positive[1:2].double()).protected is not None
+        assert (
+            patch._memory.find(half).prompt == [0] and patch._memory.find(positive[1:2].double()).protected is not None
+        )
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 5.0])
@@ -189,7 +195,9 @@ def test_perturbed_attention_guidance(guidance_scale: float, build: Callable[[st
     import diffusers
 
     sd = build("sd15")
-    pipe = diffusers.StableDiffusionPAGPipeline(**sd.components, requires_safety_checker=False, pag_applied_layers=["mid"])
+    pipe = diffusers.StableDiffusionPAGPipeline(
+        **sd.components, requires_safety_checker=False, pag_applied_layers=["mid"]
+    )
     pipe.set_progress_bar_config(disable=True)
     how = {"guidance_scale": guidance_scale, "pag_scale": 2.0, "num_inference_steps": 1}
     stock = draw(pipe, ["a red car", ""], **how)
@@ -319,7 +327,9 @@ def test_pipelines_on_one_unet(build: Callable[[str], Any], draw: Any) -> None:
         patch.watch(other)
         patch.watch(other)
         np.testing.assert_allclose(draw(other, num_inference_steps=3, strength=0.7), want, atol=1e-6)
-        with pytest.raises(ValueError, match="pipe: expected a pipeline on the patched UNet, got a StableDiffusionPipe"):
+        with pytest.raises(
+            ValueError, match="pipe: expected a pipeline on the patched UNet, got a StableDiffusionPipe"
+        ):
             patch.watch(build("sd2"))
         with pytest.raises(TypeError, match="pipe: expected a pipeline with encode_prompt, got int"):
             patch.watch(3)

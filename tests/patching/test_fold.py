@@ -210,7 +210,7 @@ def test_a_dynamically_quantised_unet(parts: dict[str, Any]) -> None:
         with sdattn_fast.apply(unet):
             for _ in range(2):
                 torch.testing.assert_close(unet(*inputs).sample, stock, rtol=1e-5, atol=1e-5)
-        with sdattn_fast.apply(unet, fold="always"), pytest.raises(ValueError, match="to_k is a torch.ao.nn.quantized"):
+        with sdattn_fast.apply(unet, fold="always"), pytest.raises(ValueError, match=r"to_k is a torch\.ao\.nn"):
             unet(*inputs)
 
 

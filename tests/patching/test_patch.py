@@ -261,7 +261,7 @@ def test_trained_processors_are_left_alone(parts: dict[str, Any]) -> None:
     trained = CustomDiffusionAttnProcessor2_0(hidden_size=16, cross_attention_dim=32)
     attn.set_processor(trained)
     try:
-        with pytest.warns(UserWarning, match=r"1 layers have processors with weights of their own.*left alone"):
+        with pytest.warns(UserWarning, match=r"1 layers run .*\.CustomDiffusionAttnProcessor2_0; they are left alone"):
             patch = sdattn_fast.apply(parts["sd15"])
         assert DOWN not in patch.layers and attn.processor is trained
         patch.remove()

@@ -1,0 +1,66 @@
+"""What a UNet was asked in a step of a call, and what it said: for guidance that looks at it between steps."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .text_state import Rows
+
+__all__ = ["Forward", "entries_of", "forward_inputs"]
+
+_NAMES = ("sample", "timestep", "encoder_hidden_states")
+
+
+@dataclass(frozen=True)
+class Forward:
+    """One forward of the UNet.
+
+    inputs: by name. prediction: (B, C, height, width). rows: of its text; None where they are not known. guidance: what
+    the pipeline's attributes of guidance were.
+    """
+
+    inputs: Mapping[str, Any]
+    prediction: Tensor
+    rows: Rows | None
+    guidance: Mapping[str, Any]
+
+    @property
+    def prompts(self) -> list[int]:
+        """The entries that are prompts, each picture once."""
+        if self.rows is None:
+            return []
+        repeated = self.rows.repeated or [False] * len(self.rows.prompt)
+        return [i for i, p in enumerate(self.rows.prompt) if p >= 0 and not repeated[i]]
+
+    @property
+    def unconditional(self) -> list[int]:
+        return [] if self.rows is None else [i for i, p in enumerate(self.rows.prompt) if p < 0]
+
+    @property
+    def perturbed(self) -> list[int]:
+        """The entries that ask a picture again, with perturbed attention."""
+        return [] if self.rows is None else [i for i, again in enumerate(self.rows.repeated) if again]
+
+
+def forward_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """A UNet's arguments by name."""
+    return {**dict(zip(_NAMES, args, strict=False)), **kwargs}
+
+
+def entries_of(x: Any, batch: int, entries: Sequence[int]) -> Any:
+    """The entries of whatever has a batch dimension, inside lists and dicts too."""
+    if isinstance(x, Tensor):
+        if x.dim() == 0 or x.shape[0] != batch:
+            return x
+        if entries and entries[-1] - entries[0] + 1 == len(entries):  # an index would be sent to the device
+            return x[entries[0] : entries[-1] + 1]
+        return x[list(entries)]
+    if isinstance(x, Mapping):
+        return {key: entries_of(value, batch, entries) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(entries_of(value, batch, entries) for value in x)
+    return x
