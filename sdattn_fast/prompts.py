@@ -54,15 +54,15 @@ def read_prompts(path: Path, name: str = "prompts") -> list[Prompt]:
 
 
 @contextlib.contextmanager
-def cuts_said_once(pipe: Any, prompts: Sequence[str], console: Any) -> Iterator[None]:
+def cuts_said_once(tokenizer: Any, prompts: Sequence[str], console: Any) -> Iterator[None]:
     """Tells rich's console which prompts are longer than the model reads, and keeps diffusers from telling it at every
     call, with the padding of all the prompts beside them."""
     from .loading import quiet_loading
 
-    most = int(pipe.tokenizer.model_max_length)
+    most = int(tokenizer.model_max_length)
     with quiet_loading():
         for prompt in dict.fromkeys(prompts):
-            tokens = len(pipe.tokenizer(prompt).input_ids)
+            tokens = len(tokenizer(prompt).input_ids)
             if tokens > most:
                 console.print(
                     f"the model reads {most} tokens, and {prompt[:40]!r}... has {tokens}: what is beyond is not drawn",
@@ -75,8 +75,9 @@ def words_to_find(prompt: Prompt, words: list[str]) -> list[str]:
     """Of all words of a prompt, those its file asks for, or else those that may name something."""
     if prompt.words is not None:
         return list(prompt.words)
-    plain = [word for word in words if word.partition(" (")[0].isalpha()]
-    return [word for word in plain if word.partition(" (")[0].lower() not in _NAMELESS]
+    plain = [(word, word.partition(" (")[0].lower()) for word in words]
+    # An emoji names something, and has no letter.
+    return [word for word, name in plain if name not in _NAMELESS and any(c.isalpha() or c > "\x7f" for c in name)]
 
 
 def _from_json(line: str, where: str) -> Prompt:

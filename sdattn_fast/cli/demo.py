@@ -164,7 +164,7 @@ def _protected(pipe: Any, prompt: str) -> Any:
     """(2, tokens) bool: all but the prompt's words."""
     import torch
 
-    from ..patching.maps import words_of
+    from ..patching.words import words_of
 
     protected = torch.ones(2, pipe.tokenizer.model_max_length, dtype=torch.bool)
     for tokens in words_of(pipe.tokenizer, prompt).values():

@@ -55,6 +55,7 @@ def evaluate(
     from ..evaluation.report import write_report
     from ..evaluation.run import Evaluation
     from ..files import ProgramFile, load_heads
+    from ..patching.words import tokenizer_of
     from ..prompts import cuts_said_once, read_prompts
     from .doctor import processor_name
     from .generate import load_pipeline
@@ -93,7 +94,7 @@ def evaluate(
     _check_fits(pipe, chosen, program)
     scorer = clip_of(model, clip, pipe.device)
     subject = _subject(read, pictures, scorer, blip, detector, num_inference_steps, guidance_scale, str(pipe.device))
-    with cuts_said_once(pipe, subject.prompts, console):
+    with cuts_said_once(tokenizer_of(pipe), subject.prompts, console):
         if threshold is None and any("threshold" in c.needs for c in every):
             threshold = _calibrated(folder, state, pipe, subject, scorer)
             console.print(f"the CLIP gate's threshold, calibrated: {threshold:.4f}")
@@ -189,6 +190,7 @@ def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any) 
     from ..evaluation.subjects import ShapesWorld
     from ..files import read_json, write_json
     from ..guidance.clip_gate import calibrate
+    from ..patching.words import tokenizer_of
 
     path = folder / "threshold.json"
     with state.main_process_first():
@@ -197,7 +199,7 @@ def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any) 
             world = isinstance(subject, ShapesWorld)
             asked: Any = ShapesWorld(32, scorer, first=60_000_000, held_out=False) if world else subject
             count = min(32, len(asked.prompts))
-            texts = [[p.text for p in asked.phrases(i, pipe.tokenizer)[1]] for i in range(count)]
+            texts = [[p.text for p in asked.phrases(i, tokenizer_of(pipe))[1]] for i in range(count)]
             found = calibrate(
                 pipe, scorer, asked.prompts[:count], texts, num_inference_steps=subject.steps,
                 guidance_scale=subject.guidance,

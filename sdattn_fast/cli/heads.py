@@ -49,7 +49,7 @@ def heads(
 
     from ..lab.captions import objects_of, phrases_of, selection_captions, words_of_objects
     from ..lab.judge import shapes_truth
-    from ..patching.maps import words_of
+    from ..patching.words import tokenizer_of, words_of
     from ..prompts import Prompt, cuts_said_once, read_prompts, words_to_find
     from ..tuning.heads import clip_score, iou_score, observe, rank_heads
     from .generate import load_pipeline
@@ -77,7 +77,7 @@ def heads(
     words = [
         words_of_objects(p.text)
         if by_masks or (shapes and p.words is None and objects_of(p.text))
-        else words_to_find(p, list(words_of(pipe.tokenizer, p.text)))
+        else words_to_find(p, list(words_of(tokenizer_of(pipe), p.text)))
         for p in asked
     ]  # fmt: skip
     if not any(words):
@@ -91,7 +91,7 @@ def heads(
 
     seen = []
     with (
-        cuts_said_once(pipe, texts, console),
+        cuts_said_once(tokenizer_of(pipe), texts, console),
         Progress(console=console, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("Drawing", total=len(texts))

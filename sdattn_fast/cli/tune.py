@@ -54,6 +54,7 @@ def tune(
     from rich.console import Console
 
     from ..files import write_json
+    from ..patching.words import tokenizer_of
     from ..prompts import cuts_said_once, read_prompts
     from ..tuning.heads import HeadRanking
     from ..tuning.reward import Reward, compare
@@ -111,7 +112,7 @@ def tune(
     found = open_study(
         storage or out / "study.db", reward, searched, name=study, model=model, ranking=ranking, heartbeat=heartbeat
     )
-    with cuts_said_once(pipe, [*chosen_on, *reported], console):
+    with cuts_said_once(tokenizer_of(pipe), [*chosen_on, *reported], console):
         _run(console, found, reward, searched, trials, ranking)
         if judging is None:
             file = best_program(found, searched, reward, ranking)

@@ -17,7 +17,9 @@ import numpy as np
 import torch
 
 from ..files import written_aside
-from ..patching.maps import words_of
+from ..guidance.phrases import head_words
+from ..guidance.pictures import uint8_pictures
+from ..patching.words import tokenizer_of, words_of
 from .conditions import Condition, Given, entered
 from .subjects import Subject
 
@@ -128,12 +130,12 @@ class Evaluation:
 def given_for(subject: Subject, part: range, pipe: Any, given: Given) -> Given:
     """`given` with the prompts, phrases, objects and words of one batch."""
     phrases, objects, words = [], [], []
+    tokenizer = tokenizer_of(pipe)
     for i in part:
-        every, things = subject.phrases(i, pipe.tokenizer)
-        names = {tuple(tokens): word for word, tokens in words_of(pipe.tokenizer, subject.prompts[i]).items()}
+        every, things = subject.phrases(i, tokenizer)
         phrases.append(every)
         objects.append(things)
-        words.append([names[p.head.tokens] for p in things if p.head.tokens in names])
+        words.append(head_words(things, words_of(tokenizer, subject.prompts[i])))
     prompts = [subject.prompts[i] for i in part]
     return replace(given, prompts=prompts, phrases=phrases, objects=objects, words=words, steps=subject.steps)
 
@@ -149,7 +151,7 @@ def draw(
             asked["callback_on_step_end"] = callback
         noise = [torch.Generator().manual_seed(_FIRST_NOISE + i) for i in part]
         images = pipe(list(given.prompts), generator=noise, output_type="np", **asked).images
-        pictures = [np.rint(image * 255).astype(np.uint8) for image in images]
+        pictures = list(uint8_pictures(images))
         maps: list[list[np.ndarray] | None] = [None] * len(pictures)
         if patch is not None and subject.needs_maps:
             whole = patch.maps.upsample(pictures[0].shape[:2])

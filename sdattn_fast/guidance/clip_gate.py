@@ -20,6 +20,7 @@ from ..patching.patch import Patch
 from ..patching.words import tokenizer_of
 from .clip_score import ClipScorer
 from .phrases import NounPhrase, find_phrases
+from .pictures import check_finite, uint8_pictures
 from .preview import LinearDecoder, Preview
 
 __all__ = ["ClipGate", "calibrate", "calibrated_threshold"]
@@ -138,6 +139,7 @@ class ClipGate:
             latent = self._preview.latent(pipe)
             size = [int(s) * int(pipe.vae_scale_factor) for s in latent.shape[2:]]
             pictures = F.interpolate(self.decoder(latent), size=size, mode="bilinear")
+        check_finite(pictures)
         pixels = ((pictures.clamp(-1, 1) + 1) * 127.5).round().to(torch.uint8).movedim(1, -1).cpu().numpy()
         seen = self.scorer.pictures(list(pixels))
         if len(seen) % len(self.phrases):
@@ -220,7 +222,7 @@ def calibrate(
         part = list(prompts[start : start + batch])
         noise = [torch.Generator().manual_seed(start + i) for i in range(len(part))]
         images = pipe(part, generator=noise, output_type="np", **how).images
-        scores = scorer.pictures([(image * 255).round().astype("uint8") for image in images]) @ scorer.texts(every).T
+        scores = scorer.pictures(list(uint8_pictures(images))) @ scorer.texts(every).T
         for mine, row in zip(phrases[start : start + batch], scores.tolist(), strict=True):
             for phrase, score in zip(every, row, strict=True):
                 (present if phrase in mine else absent).append(score)

@@ -15,7 +15,7 @@ from torch import Tensor
 from ..patching.forwards import entries_of
 from ..patching.patch import Patch
 from .guided import guided_prediction
-from .pictures import decode_latents
+from .pictures import decode_latents, encode_pictures
 
 __all__ = ["LinearDecoder", "Preview", "predicted_clean"]
 
@@ -38,8 +38,8 @@ class Preview:
         first = next((one for one in forwards if one.prompts), None)
         if first is None:
             raise ValueError(
-                f"pipe: {type(pipe).__name__} asked its UNet for no prompt that is known in this step; pass active= and "
-                "protected= to sdattn_fast.apply where prompts are not known"
+                f"pipe: {type(pipe).__name__} asked its UNet for no prompt that is known in this step; pass active= "
+                "and protected= to sdattn_fast.apply where prompts are not known"
             )
         prediction = guided_prediction(pipe, forwards)
         sample = entries_of(first.inputs["sample"], len(first.prediction), first.prompts)
@@ -73,8 +73,7 @@ class LinearDecoder:
         if not isinstance(pictures, Tensor) or pictures.dim() != 4 or pictures.shape[1] != 3:
             got = tuple(pictures.shape) if isinstance(pictures, Tensor) else type(pictures).__name__
             raise ValueError(f"pictures: expected (n, 3, height, width), got {got}")
-        encoded = vae.encode(pictures.to(vae.device, vae.dtype)).latent_dist.mode()
-        latents = (encoded - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        latents = encode_pictures(vae, pictures)
         small = F.interpolate(decode_latents(vae, latents), size=latents.shape[2:], mode="area")
         x = latents.float().movedim(1, -1).flatten(0, 2)
         x = torch.cat([x, torch.ones_like(x[:, :1])], 1)

@@ -58,6 +58,8 @@ def draw(pipe: Any, scenes: Sequence[Any], *, first: int = 0, batch: int = 32, t
     """Pictures (n, 64, 64, 3) uint8 for captions of `world.Scene`s; picture i's noise depends on first + i alone."""
     import torch
 
+    from ..guidance.pictures import uint8_pictures
+
     pictures = []
     for start in range(0, len(scenes), batch):
         part = scenes[start : start + batch]
@@ -66,7 +68,7 @@ def draw(pipe: Any, scenes: Sequence[Any], *, first: int = 0, batch: int = 32, t
             [s.caption for s in part], guidance_scale=GUIDANCE, num_inference_steps=STEPS, generator=generators,
             output_type="np",
         ).images  # fmt: skip
-        pictures.append(np.rint(images * 255).astype(np.uint8))
+        pictures.append(uint8_pictures(images))
         if tick is not None:
             tick(len(part))
     return np.concatenate(pictures)

@@ -100,7 +100,7 @@ def apply(
             stacklevel=2,
         )
         return Patch(settings, given, [], [], None)
-    taken = next((name for name, attn in found if hasattr(attn, LAYER)), None)
+    taken = next((name for name, attn in found if getattr(attn, LAYER, None) is not None), None)
     if taken is not None:
         raise ValueError(f"pipe_or_unet: layer {taken!r} is patched already; call remove() on that patch first")
 

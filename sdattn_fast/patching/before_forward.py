@@ -7,6 +7,7 @@ All that needs Python and no layer is done here, once a forward, and outside the
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -20,7 +21,7 @@ from ..streams import capturing, current_stream
 from .call import Call
 from .compiled import compiled_text, is_compiled, modules_around
 from .graph_text import GraphText
-from .layers import Layer
+from .layers import Layer, no_hook
 from .seeds import LayerSeeds
 from .states import ModelState, States
 from .text_state import LayerCall, Rows, TextState
@@ -70,17 +71,16 @@ def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
     hook, module, outer = _ModelHook(patch, model), model.module, model.outer
     after = _outside_graphs(lambda module, args, kwargs, output: hook.end(args, kwargs, output))
     if outer is not module:
-        inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
         return [
-            outer.register_forward_pre_hook(_compiled(hook), with_kwargs=True),
-            outer.register_forward_hook(after, with_kwargs=True, always_call=True),
-            inside,
+            outer.register_forward_pre_hook(_Hook(_compiled(hook)), with_kwargs=True),
+            outer.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True),
+            module.register_forward_pre_hook(_Hook(_silent_in_graphs(hook)), with_kwargs=True),
         ]
     compiled_call = module._compiled_call_impl
     if compiled_call is None:
         return [
-            module.register_forward_pre_hook(_breaking_graphs(hook), with_kwargs=True),
-            module.register_forward_hook(after, with_kwargs=True, always_call=True),
+            module.register_forward_pre_hook(_Hook(_breaking_graphs(hook)), with_kwargs=True),
+            module.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True),
         ]
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -93,7 +93,7 @@ def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
         return output
 
     module._compiled_call_impl = call
-    inside = module.register_forward_pre_hook(_silent_in_graphs(hook), with_kwargs=True)
+    inside = module.register_forward_pre_hook(_Hook(_silent_in_graphs(hook)), with_kwargs=True)
     return [_CompiledCall(module, call, compiled_call), inside]
 
 
@@ -111,6 +111,24 @@ def rows_of(patch: Patch, model: PatchedModel, text: Tensor) -> Rows | None:
             "another pipeline on the same UNet encodes the text, patch.watch(that_pipeline)"
         )
     return rows
+
+
+class _Hook:
+    """A forward hook, of which a copy of the model has none."""
+
+    def __init__(self, function: Callable[..., Any]) -> None:
+        self.function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self.function(*args)
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        warnings.warn(
+            "sdattn_fast: a patched model is copied or saved as a whole, and the copy is not patched; apply to it",
+            UserWarning,
+            stacklevel=2,
+        )
+        return no_hook, ()
 
 
 Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]

@@ -79,9 +79,6 @@ class Calls:
         self._threads: set[int] = set()
         self._timesteps = Timesteps()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Calls, (_nothing,)
-
     @property
     def current(self) -> Call:
         """This thread's."""
@@ -177,7 +174,3 @@ class Calls:
 # A callback may change them before another one looks.
 _SAID_OF_GUIDANCE = ("do_classifier_free_guidance", "guidance_scale", "image_guidance_scale", "guidance_rescale")
 _ENCODED = 16  # of a loop that encodes and encodes: what is before these is looked up among all
-
-
-def _nothing() -> None:
-    return None

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .known_processors import is_ip_adapter
-from .processor import attention_layer
+from .processor import attention_layer, same
 
 __all__ = ["ip_adapter_processor", "is_ip_adapter"]
 
@@ -27,6 +27,7 @@ def ip_adapter_processor(base: Any, loaded: Any) -> Any:
     nn.Module.__init__(processor)
     for name in ("hidden_size", "cross_attention_dim", "num_tokens", "scale", "to_k_ip", "to_v_ip"):
         setattr(processor, name, getattr(loaded, name))
+    processor.in_place_of = (loaded,)  # not a module's own
     processor.settings, processor.text, processor.heads = base.settings, base.text, base.heads
     return processor
 
@@ -36,6 +37,9 @@ def _processor_class() -> Any:
     from diffusers.models.attention_processor import IPAdapterAttnProcessor2_0
 
     class SemanticIPAdapterAttnProcessor(IPAdapterAttnProcessor2_0):
+        def __reduce__(self) -> Any:
+            return same, self.in_place_of  # copies of a patched model are not patched
+
         def __call__(
             self,
             attn: Any,

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .compiled import CompiledText
     from .states import States
 
-__all__ = ["Layer", "cross_attention_layers", "is_served", "select_layers", "heads_of_layers", "watch_grids"]
+__all__ = ["Layer", "cross_attention_layers", "is_served", "no_hook", "select_layers", "heads_of_layers", "watch_grids"]
 
 # Where a processor finds its layer: an attribute of the Attention module, there while a patch lives.
 LAYER = "_sdattn_fast_layer"
@@ -66,6 +66,9 @@ class Layer:
     placed: Any = None
     states: States | None = None
     index: int = 0
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _nothing, ()  # copies of a model are not patched
 
     def of_thread(self) -> Layer:
         """The layer as this thread's forward sees it."""
@@ -151,9 +154,25 @@ def watch_grids(model: nn.Module, layers: Sequence[Layer]) -> list[Any]:
     return handles
 
 
+def no_hook() -> Any:
+    """What stands for a patch's hook in a copy of the model."""
+    return _do_nothing
+
+
+def _do_nothing(*args: Any, **kwargs: Any) -> None:
+    return None
+
+
+def _nothing() -> None:
+    return None
+
+
 class _GridHook:
     def __init__(self, layers: list[Layer]) -> None:
         self.layers = layers
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return no_hook, ()
 
     def __call__(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         x = args[0] if args else kwargs["hidden_states"]

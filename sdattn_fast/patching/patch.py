@@ -14,6 +14,7 @@ from .before_forward import PatchedModel, before_forward, rows_of
 from .call import Call, Calls
 from .graph_text import GraphText
 from .ip_adapter import ip_adapter_processor, is_ip_adapter
+from .known_processors import why_foreign
 from .layers import LAYER, Layer, watch_grids
 from .map_keeper import MapKeeper, key_layers
 from .maps import Maps
@@ -362,6 +363,7 @@ class Patch:
             layer.placed = ip_adapter_processor(self._processor, layer.original)
         else:
             layer.placed = self._processor
+            self._processor.in_place_of = layer.original
         layer.attn.set_processor(layer.placed)
 
     def _keep_in_place(self, layers: Sequence[Layer]) -> None:
@@ -372,7 +374,7 @@ class Patch:
             now = layer.attn.processor
             if now is layer.placed:
                 continue
-            unloaded = is_ip_adapter(layer.placed) and type(now).__name__ in ("AttnProcessor2_0", "AttnProcessor")
+            unloaded = is_ip_adapter(layer.placed) and why_foreign(layer.attn) is None
             if is_ip_adapter(now) or unloaded:
                 self._place(layer)
             elif type(now) is SemanticAttnProcessor:

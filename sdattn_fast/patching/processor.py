@@ -30,7 +30,7 @@ from .settings import DropoutWhen, Heads, Settings
 from .text_cache import KeyValue, Served
 from .text_state import Given, LayerCall, TextState, checked_token_input
 
-__all__ = ["SemanticAttnProcessor"]
+__all__ = ["SemanticAttnProcessor", "attention_layer", "same"]
 
 
 class SemanticAttnProcessor:
@@ -87,6 +87,11 @@ class SemanticAttnProcessor:
             active=checked_token_input("active", active),
         )
         self.text = TextState(self.settings, given)
+        self.in_place_of: Any = None  # the processor that a patch put this one over
+
+    def __reduce__(self) -> Any:
+        # Copies of a patched model are not patched.
+        return super().__reduce__() if self.in_place_of is None else (same, (self.in_place_of,))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.settings.program!r})"
@@ -115,6 +120,11 @@ class SemanticAttnProcessor:
                 "use sdattn_fast.apply(pipe, ...), which puts one there"
             )
         return attention_layer(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+
+
+def same(x: Any) -> Any:
+    """What pickles and copies of a patch's processors call."""
+    return x
 
 
 # Attention.forward asks for the signature at every call, which takes as long as all the rest of Python in a layer.

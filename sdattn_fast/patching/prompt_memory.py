@@ -41,9 +41,6 @@ class PromptMemory:
         # Replaced as a whole, never changed: other threads may be reading it.
         self._found: tuple[tuple[Known, tuple[int, int], Rows | None], ...] = ()
 
-    def __reduce__(self) -> tuple[Any, ...]:
-        return PromptMemory, ()
-
     def forget(self) -> None:
         with self._lock:
             self._calls.clear()

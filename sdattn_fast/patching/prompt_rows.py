@@ -44,8 +44,8 @@ class EncodedRows:
 class Guidance:
     """What a pipeline says of the text that it gives its UNet.
 
-    guided: with unconditional rows; None: it is not known. perturbed: with each prompt twice, the second time for perturbed
-    attention (PAG). windows: a text for each of several windows (panorama).
+    guided: with unconditional rows; None: it is not known. perturbed: with each prompt twice, the second time for
+    perturbed attention (PAG). windows: a text for each of several windows (panorama).
     """
 
     guided: bool | None = None

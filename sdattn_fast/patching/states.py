@@ -10,7 +10,6 @@ import contextlib
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from .layers import Layer
 from .text_state import TextState
@@ -35,9 +34,6 @@ class States:
 
     def __init__(self, text: TextState, layers: Sequence[Layer]) -> None:
         self.base = ModelState(text, list(layers))
-        self._begin_with_base()
-
-    def _begin_with_base(self) -> None:
         self.all = [self.base]
         self.latest = self.base  # for what runs outside a forward, such as gradient checkpointing in a backward
         self._free = [self.base]
@@ -45,13 +41,6 @@ class States:
         self._mine = _OfThread()
         for i, layer in enumerate(self.base.layers):
             layer.states, layer.index = self, i
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"base": self.base}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.base = state["base"]
-        self._begin_with_base()
 
     @property
     def current(self) -> ModelState:

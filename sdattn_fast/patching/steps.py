@@ -34,10 +34,6 @@ class Steps:
         self._at = at
         return True
 
-    def would_begin(self, timestep: Any, scheduler: Any) -> bool:
-        """What `begin` would say."""
-        return Steps(self.index, self._at).begin(timestep, scheduler)
-
     def copy(self) -> Steps:
         return Steps(self.index, self._at)
 
@@ -50,9 +46,6 @@ class Timesteps:
         self._place: Place | None = None
         self._dtype: torch.dtype | None = None
         self._numbers: list[float] = []
-
-    def __reduce__(self) -> tuple[Any, ...]:
-        return Timesteps, ()
 
     def of(self, timestep: Any) -> float:
         if not isinstance(timestep, Tensor):

@@ -192,7 +192,7 @@ def _of_nouns(maps: Any, nouns: Sequence[Sequence[int]], tokens: Sequence[int]) 
 
 def _noun_tokens(pipe: Any, caption: str) -> list[list[int]]:
     """Of each object in the caption, its noun's tokens."""
-    from ..patching.maps import words_of
+    from ..patching.words import words_of
 
     words = words_of(pipe.tokenizer, caption)
     return [words[word] for word in words_of_objects(caption)]

@@ -79,7 +79,7 @@ def _run(
     """Draw held-out captions under every condition and compare."""
     from rich.console import Console
 
-    from ..patching.maps import words_of
+    from ..patching.words import words_of
 
     if pictures < 2:
         raise typer.BadParameter(f"expected at least 2, got {pictures}", param_hint="--pictures")

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import written_aside
+from ..guidance.pictures import encode_pictures
 from ..patching.apply import apply
 from ..program import Program
 from .captions import CaptionedFolder
@@ -190,14 +191,13 @@ def _loss(
     training: LoraTraining,
 ) -> Tensor:  # fmt: skip
     """Of a batch, the mean squared error of what the scheduler's prediction type means."""
-    device, vae = pipe.unet.device, pipe.vae
+    device = pipe.unet.device
     with torch.no_grad():
         flips = torch.rand(len(chosen)) < 0.5
         pixels = torch.stack(
             [folder.picture(i, size, training.flip and bool(f)) for i, f in zip(chosen, flips, strict=True)]
         )
-        latents = vae.encode(pixels.to(device, vae.dtype)).latent_dist.sample()
-        latents = (latents - (getattr(vae.config, "shift_factor", None) or 0.0)) * vae.config.scaling_factor
+        latents = encode_pictures(pipe.vae, pixels, sample=True)
         empty = torch.rand(len(chosen)) < training.empty_captions
         captions = ["" if e else folder.caption(i) for i, e in zip(chosen, empty, strict=True)]
         text, conditions = _encoded(pipe, captions, size)

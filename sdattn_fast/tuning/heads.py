@@ -27,8 +27,9 @@ from torch import Tensor
 
 from ..files import load_heads, save_heads
 from ..guidance.clip_score import ClipScorer
+from ..guidance.pictures import pil_pictures
 from ..patching.apply import apply
-from ..patching.maps import words_of
+from ..patching.words import tokenizer_of, words_of
 from ..program import Capture
 
 __all__ = [
@@ -269,7 +270,7 @@ def observe(
         raise ValueError(f"words: expected one list for each of {len(prompts)} prompts, got {len(words)}")
     if size < 1 or batch < 1:
         raise ValueError(f"size, batch: expected at least 1, got {size}, {batch}")
-    tokens = [_tokens_of(pipe.tokenizer, prompt, mine) for prompt, mine in zip(prompts, words, strict=True)]
+    tokens = [_tokens_of(tokenizer_of(pipe), prompt, mine) for prompt, mine in zip(prompts, words, strict=True)]
     for start in range(0, len(prompts), batch):
         part = range(start, min(start + batch, len(prompts)))
         wanted = sorted({t for i in part for indices in tokens[i].values() for t in indices})
@@ -279,9 +280,9 @@ def observe(
             tuple(wanted), stage="softmax", reduce="none", layers=layers if isinstance(layers, str) else tuple(layers)
         )
         with apply(pipe, capture=capture) as patch:
-            pictures = pipe(
-                [prompts[i] for i in part], **asked, generator=[torch.Generator().manual_seed(seed + i) for i in part]
-            ).images
+            noise = [torch.Generator().manual_seed(seed + i) for i in part]
+            images = pipe([prompts[i] for i in part], **{**asked, "output_type": "np"}, generator=noise).images
+            pictures = pil_pictures(images)
             maps = patch.maps
         heads = tuple((layer, head) for layer, x in maps.items() for head in range(x.shape[1]))
         for row, i in enumerate(part):

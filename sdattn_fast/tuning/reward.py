@@ -17,6 +17,7 @@ import torch
 
 from ..files import ProgramFile
 from ..guidance.clip_score import ClipScorer
+from ..guidance.pictures import pil_pictures
 from ..measure.paired import interval
 from ..patching.apply import apply
 from ..patching.layers import cross_attention_layers
@@ -72,7 +73,7 @@ class Reward:
         return [name for name, _ in cross_attention_layers(self.pipe.unet)]
 
     def pictures(self, file: ProgramFile, which: Sequence[int] | None = None) -> Iterator[tuple[list[int], list[Any]]]:
-        """Batches of (indices into `texts`, PIL pictures)."""
+        """Batches of (indices into `texts`, PIL pictures). Raises: ValueError for pictures that are not finite."""
         which = range(len(self.texts)) if which is None else which
         asked = dict(self.asked)
         for name in ("guidance_scale", "num_inference_steps"):
@@ -82,7 +83,9 @@ class Reward:
             for start in range(0, len(which), self.batch):
                 part = [int(i) for i in which[start : start + self.batch]]
                 noise = [torch.Generator().manual_seed(self.seed + i) for i in part]
-                yield part, list(self.pipe([self.texts[i] for i in part], **asked, generator=noise).images)
+                texts = [self.texts[i] for i in part]
+                images = self.pipe(texts, **{**asked, "output_type": "np"}, generator=noise).images
+                yield part, pil_pictures(images)
 
     def score(self, which: Sequence[int], pictures: Sequence[Any]) -> np.ndarray:
         """(n,) float64 rewards in (0, 1)."""

@@ -8,7 +8,7 @@ profiler counts it.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -17,8 +17,9 @@ import torch
 from ..evaluation.conditions import Condition, Given, entered
 from ..guidance.clip_gate import ClipGate
 from ..guidance.clip_score import ClipScorer
+from ..guidance.phrases import head_words
 from ..measure.memory import peak_mib
-from ..patching.maps import words_of
+from ..patching.words import words_of
 from .controls import Asked, Controls, chosen_phrases
 
 __all__ = ["Drawn", "draw_both"]
@@ -34,7 +35,7 @@ class Side:
 
     picture: Any
     seconds: float
-    maps: dict[str, Any] = field(default_factory=dict)
+    maps: Mapping[str, Any] = field(default_factory=dict)
     mib: float | None = None
     seen: str | None = None
     score: float | None = None
@@ -69,8 +70,7 @@ def draw_both(
         )
     if condition.gate is not None and scorer is None:
         raise ValueError("semantic gate: expected a CLIP, and none is loaded; start with --clip")
-    named = {tuple(tokens): word for word, tokens in words_of(pipe.tokenizer, asked.prompt).items()}
-    words = [named[p.head.tokens] for p in phrases if p.head.tokens in named]
+    words = head_words(phrases, words_of(pipe.tokenizer, asked.prompt))
     given = Given([asked.prompt], [phrases], [phrases], [words], asked.steps, scorer, 0.0)
 
     plain = Condition("stock", "page")

@@ -133,6 +133,8 @@ def test_files_of_prompts(tmp_path):
     path.write_text('a cat on a mat\n{"prompt": " two dogs ", "words": ["dogs"]}\n')
     assert read_prompts(path) == [Prompt("a cat on a mat"), Prompt("two dogs", ("dogs",))]
     assert words_to_find(Prompt("x"), ["a", "cat", "on", "the", "mat", ",", "mat (2)"]) == ["cat", "mat", "mat (2)"]
+    named = ["t-shirt", "café", "🚗", "<thing>"]
+    assert words_to_find(Prompt("x"), ["A", *named, "12"]) == named
     assert words_to_find(Prompt("x", ("dogs",)), ["two", "dogs"]) == ["dogs"]
     for text, says in (
         ('{"prompt": ""}', 'line 1: expected "prompt" to be some words'),

@@ -1,3 +1,4 @@
+# ruff: noqa: F811
 """What callbacks see of a step: in every pipeline that guides in its own way, beside other callbacks, in parts of a
 schedule. What is right is what the pipeline gave its scheduler."""
 
@@ -130,18 +131,18 @@ def test_chained_callbacks_each_see_the_step(build: Callable[[str], Any], draw: 
             score = Presence([(1,), (5,)])
             correct = Correction(patch, score, steps=(0, 3), strength=0.0)
             refine = Structure(patch, CAPTION, steps=(0, 1), strength=0.0)
-            preview = Preview(patch)
 
             class Look:
                 tensor_inputs = ("latents",)
 
-                def __call__(
-                    self, pipe: Any, i: int, t: Any, inputs: Any, seen: Any = seen, preview: Any = preview
-                ) -> Any:
-                    seen.append(preview.latent(pipe))
+                def __init__(self, seen: list[torch.Tensor], preview: Preview) -> None:
+                    self.seen, self.preview = seen, preview
+
+                def __call__(self, pipe: Any, i: int, t: Any, inputs: Any) -> Any:
+                    self.seen.append(self.preview.latent(pipe))
                     return inputs
 
-            chained = [(correct, refine, Look())[i] for i in order]
+            chained = [(correct, refine, Look(seen, Preview(patch)))[i] for i in order]
             draw(pipe, num_inference_steps=3, callback_on_step_end=MultiPipelineCallbacks(chained))
             correct.remove()
             refine.remove()

@@ -20,6 +20,7 @@ from sdattn_fast import Capture, Program, SalienceDropout
 
 DROPS = Program(dropout=SalienceDropout(0.3))
 KEEP = Capture(layers="*")
+WHEN = {0: 0.1, 2: 0.5}
 
 
 def first_maps(patch: Any) -> torch.Tensor:
@@ -65,9 +66,7 @@ def test_a_loop_that_asks_twice(conditional_first: bool, build: Callable[[str], 
     for apart in (False, True):
         with (
             torch.no_grad(),
-            sdattn_fast.apply(
-                pipe, DROPS, capture=Capture(layers="*", steps=(0, 2)), dropout_when={0: 0.1, 2: 0.5}
-            ) as p,
+            sdattn_fast.apply(pipe, DROPS, capture=Capture(layers="*", steps=(0, 2)), dropout_when=WHEN) as patch,
         ):
             positive, negative = pipe.encode_prompt("a red car", "cpu", 1, True)
             noises = []
@@ -78,7 +77,7 @@ def test_a_loop_that_asks_twice(conditional_first: bool, build: Callable[[str], 
                     noises.append(torch.cat(parts[::-1] if conditional_first else parts))
                 else:
                     noises.append(pipe.unet(torch.cat([x, x]), t, torch.cat([negative, positive])).sample)
-            found.append((torch.stack(noises), first_maps(p)))
+            found.append((torch.stack(noises), first_maps(patch)))
     assert len(found[0][1]) == len(found[1][1]) == 1
     torch.testing.assert_close(found[1], found[0], atol=1e-5, rtol=1e-4)
 
@@ -284,7 +283,7 @@ def test_maps_are_read_in_the_thread_that_drew(build: Callable[[str], Any], draw
         with ThreadPoolExecutor(2) as pool:
             for one in [pool.submit(drawn) for _ in range(2)]:
                 one.result()
-        with pytest.raises(ValueError, match="maps: [23] threads drew with this patch, and this one did not"):
+        with pytest.raises(ValueError, match=r"maps: [23] threads drew with this patch, and this one did not"):
             patch.maps  # noqa: B018
 
 
@@ -327,9 +326,7 @@ def test_pipelines_on_one_unet(build: Callable[[str], Any], draw: Any) -> None:
         patch.watch(other)
         patch.watch(other)
         np.testing.assert_allclose(draw(other, num_inference_steps=3, strength=0.7), want, atol=1e-6)
-        with pytest.raises(
-            ValueError, match="pipe: expected a pipeline on the patched UNet, got a StableDiffusionPipe"
-        ):
+        with pytest.raises(ValueError, match="pipe: expected a pipeline on the patched UNet, got a "):
             patch.watch(build("sd2"))
         with pytest.raises(TypeError, match="pipe: expected a pipeline with encode_prompt, got int"):
             patch.watch(3)
@@ -355,7 +352,56 @@ def test_a_patched_pipeline_is_of_its_class(build: Callable[[str], Any], draw: A
     loaded = diffusers.StableDiffusionPipeline.from_pretrained(tmp_path / "saved")
     loaded.set_progress_bar_config(disable=True)
     np.testing.assert_allclose(draw(loaded), stock, atol=1e-6)
-    assert type(pickle.loads(pickle.dumps(pipe.scheduler))) is type(pipe.scheduler)
+
+
+@pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
+@pytest.mark.parametrize("adapted", [False, True])
+def test_copies_are_whole_and_not_patched(
+    how: str, adapted: bool, build: Callable[[str], Any], ip_adapter: Any, tmp_path: Any
+) -> None:
+    """Of the UNet and of the pipeline, while patched; and they can be patched themselves."""
+    pipe = build("sd15")
+    pipe.register_modules(unet=copy.deepcopy(pipe.unet))
+    inputs: dict[str, Any] = {
+        "sample": latents_of(None, 2),
+        "timestep": 5,
+        "encoder_hidden_states": torch.randn(2, 77, 32),
+    }
+    if adapted:
+        pipe.unet._load_ip_adapter_weights([ip_adapter(pipe.unet)])
+        inputs["added_cond_kwargs"] = {"image_embeds": [torch.randn(2, 1, 16)]}
+
+    def copied(x: Any) -> Any:
+        if how == "deepcopy":
+            return copy.deepcopy(x)
+        if how == "pickle":
+            return pickle.loads(pickle.dumps(x))
+        torch.save(x, tmp_path / "whole.pt")
+        return torch.load(tmp_path / "whole.pt", weights_only=False)
+
+    with torch.no_grad():
+        stock = pipe.unet(**inputs).sample
+        with sdattn_fast.apply(pipe.unet, DROPS, capture=KEEP) as patch:
+            patched = pipe.unet(**inputs).sample
+            with pytest.warns(UserWarning, match="a patched model is copied .* the copy is not patched; apply to it"):
+                twin = copied(pipe.unet)
+        torch.testing.assert_close(twin(**inputs).sample, stock)
+        assert not [n for n, p in twin.attn_processors.items() if "Semantic" in type(p).__name__]
+        with sdattn_fast.apply(twin, DROPS):
+            torch.testing.assert_close(twin(**inputs).sample, patched)
+        torch.testing.assert_close(twin(**inputs).sample, stock)
+        assert not patch.installed
+    if how != "deepcopy" or adapted:
+        return
+    with sdattn_fast.apply(pipe, DROPS), pytest.warns(UserWarning, match="the copy is not patched"):
+        own = copy.deepcopy(pipe)
+    assert type(own).__mro__[1].__name__ == "DiffusionPipeline" or type(own) is type(build("sd15"))
+    assert own.unet is not pipe.unet and own.text_encoder is not pipe.text_encoder
+    heard: list[int] = []
+    pipe.text_encoder.register_forward_pre_hook(lambda *_: heard.append(1))
+    own("a red car", num_inference_steps=1, output_type="latent")
+    assert not heard, "the copy encodes with its own encoder"
+    pipe.text_encoder._forward_pre_hooks.clear()
 
 
 def test_a_pipeline_that_does_not_say_what_it_encodes(parts: dict[str, Any]) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import sdattn_fast
 from sdattn_fast import Program, Refinement, SalienceDropout
 from sdattn_fast.files import ProgramFile
 from sdattn_fast.tuning.heads import HeadRanking
@@ -301,3 +302,24 @@ def postgresql():
             subprocess.run([binaries / "pg_ctl", "-D", data, "-m", "immediate", "stop"], **quiet)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def test_a_reward_is_of_the_pipelines_own_pictures_and_of_no_nan() -> None:
+    """diffusers makes black pictures of NaN, which CLIP would score like any other."""
+    import torch
+
+    from sdattn_fast.lab import load_pipeline
+
+    pipe = load_pipeline()
+    pipe.set_progress_bar_config(disable=True)
+    reward = Reward(pipe, None, ["a red circle", "a blue square"], batch=2, num_inference_steps=1)
+    ((which, pictures),) = reward.pictures(ProgramFile())
+    noise = [torch.Generator().manual_seed(i) for i in range(2)]
+    with sdattn_fast.apply(pipe, ProgramFile()):
+        want = pipe(reward.texts, num_inference_steps=1, generator=noise).images
+    assert which == [0, 1]
+    for mine, theirs in zip(pictures, want, strict=True):
+        assert mine.mode == theirs.mode and np.array_equal(np.asarray(mine), np.asarray(theirs))
+    pipe.vae.post_quant_conv.bias.data[0] = float("nan")
+    with pytest.raises(ValueError, match="pictures: expected finite numbers, got NaN or infinity in picture 0 of 2"):
+        list(reward.pictures(ProgramFile()))
