@@ -53,8 +53,10 @@ class ClipGate:
         decoder: None, the pipeline's VAE; or a `LinearDecoder`, which costs nothing and blurs.
         fuse: which words of a phrase are gated, as `NounPhrase.tokens` has it.
 
-    After a run `scores` has, for every step that looked, (step, list of entries' (phrases,) scores), and the gate is
-    taken away again. Raises: TypeError, ValueError, naming the argument, what it was and what was expected.
+    After a run `scores` has, for every step that looked, (step, list of entries' (phrases,) scores). The gate is the
+    picture's own: it ends with the call, and what other threads draw has no part in it.
+
+    Raises: TypeError, ValueError, naming the argument, what it was and what was expected.
     """
 
     def __init__(
@@ -112,18 +114,16 @@ class ClipGate:
     def __call__(self, pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
         if step == 0:
             self.scores = []
-        if step + 1 == getattr(pipe, "num_timesteps", -1):
-            self._take_away()
-        elif self.steps[0] <= step < self.steps[1] and (step - self.steps[0]) % self.every == 0:
+        if self.steps[0] <= step < self.steps[1] and (step - self.steps[0]) % self.every == 0:
             scores = self._score(pipe)
             self.scores.append((step, scores))
-            self.patch.update(gate=self._gate(scores))
+            self.patch.current_call.gate = self._gate(scores)
         return kept
 
     def remove(self) -> None:
         """Stop watching the UNet, and take the gate away."""
         self._preview.remove()
-        self._take_away()
+        self.patch.current_call.gate = None
 
     def __enter__(self) -> ClipGate:
         return self
@@ -167,10 +167,6 @@ class ClipGate:
             return float(torch.sigmoid(torch.tensor((score - self.threshold) / self.temperature)))
         missing = score < self.threshold
         return (0.0 if self.how == "hard" else self.strength) if missing else 1.0
-
-    def _take_away(self) -> None:
-        if self.patch.gate is not None:
-            self.patch.update(gate=None)
 
     @staticmethod
     def _check_numbers(threshold: Any, steps: Any, every: Any, strength: Any, temperature: Any) -> None:

@@ -30,7 +30,9 @@ def guided_prediction(pipe: Any, forwards: Sequence[Forward]) -> Tensor:
         )
     conditional = _of(asked[0], asked[0].prompts)
     parts = [_of(one, one.unconditional) for one in forwards if one.unconditional]
-    said = asked[0].guidance
+    said: dict[str, Any] = {
+        name: getattr(pipe, name, None) if x is None else x for name, x in asked[0].guidance.items()
+    }
     if not said["do_classifier_free_guidance"] or not parts:
         guided = conditional
     elif len(parts[0]) == len(conditional):

@@ -16,7 +16,8 @@ from .known_processors import why_foreign
 from .layers import LAYER, Layer, cross_attention_layers, heads_of_layers, select_layers
 from .patch import Patch
 from .settings import DropoutWhen, Heads, Settings
-from .text_state import Given, TextState, checked_token_input
+from .text_state import TextState
+from .token_inputs import Given, checked_token_input
 from .watched_pipeline import encode_function
 
 __all__ = ["apply"]

@@ -202,7 +202,7 @@ class _ModelHook:
         self.begun = False
         patch, states = self.patch, self.model.states
         state, call = states.current, patch._calls.current
-        if patch._keeper is not None:
+        if patch._keeper is not None and output is not None:
             patch._keeper.end(call, state.text, state.layers)
         if patch._wants_forwards and not call.aside and self.model is patch._models[0]:
             call.keep_forward(args, kwargs, output, state.text)
@@ -224,6 +224,7 @@ class _ModelHook:
         for layer in state.layers:
             layer.grid = None
             layer.bias = call.bias.get(layer.name)
+        state.text.use_gate(call.gate)
         text = text if isinstance(text, Tensor) and text.dim() == 3 else None
         if text is not None:
             if capturing(text.device):
@@ -294,7 +295,7 @@ class _ModelHook:
                 "keep. Run the same call once before the capture, with the same tensor, text_cache=True, no gradients, "
                 "and a text that was not made in inference mode"
             )
-        gate = self.patch._given.gate
+        gate = state.gate
         if gate is not None and gate.requires_grad:
             raise RuntimeError("gate: it wants a gradient, and a captured CUDA graph has none; pass gate.detach()")
         if not isinstance(self.patch._settings.dropout_when, str):

@@ -34,8 +34,8 @@ class Call:
     """One picture being drawn, or a batch of them.
 
     pipe: whose call it is, None for a loop's. explicit: it ends where somebody says so, and not where timesteps turn.
-    bias: layer name -> (B or 1, 1, M, N), added to the logits of the layer's forwards. aside: its forwards are beside
-    those of the picture.
+    bias: layer name -> (B or 1, 1, M, N), added to the logits of the layer's forwards. gate: as `apply` takes it, in
+    place of the patch's. aside: its forwards are beside those of the picture.
     """
 
     def __init__(self, pipe: Any = None, *, explicit: bool = False, aside: bool = False) -> None:
@@ -48,6 +48,7 @@ class Call:
         self.steps = Steps()
         self.maps = MapSums()
         self.bias: dict[str, Tensor] = {}
+        self.gate: Tensor | None = None
         self.forwards: list[Forward] = []  # of the UNet in the latest step, where somebody wants them
         self.time: float | None = None  # the latest timestep, where it was read
         self.schedule: Any = None  # the scheduler's timesteps at the first step
@@ -111,6 +112,8 @@ class Calls:
             yield call
         finally:
             call.pipe, call.explicit, call.over = None, False, True
+            call.forwards, call.gate = [], None
+            call.bias.clear()
             if before is not None and (before.explicit or call.aside):
                 self._local.call = before
 
@@ -118,14 +121,15 @@ class Calls:
         """Around a call of a pipeline; part of the one that `Patch.call` began, where there is one."""
         call = self.current
         if call.explicit and call.pipe is None and not call.aside:
-            return contextlib.nullcontext(call)
+            return _joined(call, pipe)
         return self.within(Call(pipe))
 
     def aside(self) -> AbstractContextManager[Call]:
         """Inside, forwards are beside those of the picture: they count as no step of it, and their maps leave with
         them."""
         call, beside = self.current, Call(aside=True)
-        beside.encoded, beside.steps, beside.bias = list(call.encoded), call.steps.copy(), dict(call.bias)
+        beside.encoded, beside.steps = list(call.encoded), call.steps.copy()
+        beside.bias, beside.gate = dict(call.bias), call.gate
         return self.within(beside)
 
     def encoded(self, encoded: Encoded) -> None:
@@ -169,6 +173,15 @@ class Calls:
             self._latest = call
             self._threads.add(threading.get_ident())
         return call
+
+
+@contextlib.contextmanager
+def _joined(call: Call, pipe: Any) -> Iterator[Call]:
+    call.pipe = pipe
+    try:
+        yield call
+    finally:
+        call.pipe = None
 
 
 # A callback may change them before another one looks.

@@ -52,7 +52,7 @@ def compiled_text(layer: Layer, text: Tensor, ready: Ready, weights_change: bool
     entry = None if weights_change else kept_key_value(layer.text, layer.attn, text)
     if entry is None:
         return CompiledText(text, prepared)
-    gate = layer.text.given.gate
+    gate = layer.text.gate
     if gate is not None and gate.requires_grad:  # its numbers are not in the call yet
         return CompiledText(text, prepared, entry.key, entry.value)
     return CompiledText(text, prepared, entry.key, entry.value, entry.serve(ready.prepared).value_folded)

@@ -21,8 +21,9 @@ from .maps import Maps
 from .processor import SemanticAttnProcessor
 from .prompt_memory import PromptMemory
 from .settings import Settings
-from .text_state import TOKEN_INPUTS, Given, TextState, checked_token_input
+from .text_state import TextState
 from .token_classes import EncoderListener
+from .token_inputs import TOKEN_INPUTS, Given, checked_token_input
 from .watched_pipeline import WatchedPipeline, encode_function
 from .words import tokenizer_of
 

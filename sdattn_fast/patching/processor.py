@@ -28,7 +28,8 @@ from .keys_values import kept_key_value, key_value
 from .layers import LAYER, Layer, is_served
 from .settings import DropoutWhen, Heads, Settings
 from .text_cache import KeyValue, Served
-from .text_state import Given, LayerCall, TextState, checked_token_input
+from .text_state import LayerCall, TextState
+from .token_inputs import Given, checked_token_input
 
 __all__ = ["SemanticAttnProcessor", "attention_layer", "same"]
 

@@ -27,7 +27,7 @@ from .token_classes import EncoderListener
 __all__ = ["Encoded", "PromptMemory"]
 
 _ROWS = 10_000  # whose classes are remembered: a few megabytes
-_TEXTS = 16  # whose rows were found: two for each of some threads
+_TEXTS = 8  # whose rows were found: two for each of some threads
 
 
 class PromptMemory:

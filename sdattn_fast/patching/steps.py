@@ -43,9 +43,8 @@ class Timesteps:
     tensor."""
 
     def __init__(self) -> None:
-        self._place: Place | None = None
-        self._dtype: torch.dtype | None = None
-        self._numbers: list[float] = []
+        # Replaced as a whole, never changed: other threads may be reading it.
+        self._read: tuple[Place, torch.dtype, list[float]] | None = None
 
     def of(self, timestep: Any) -> float:
         if not isinstance(timestep, Tensor):
@@ -53,26 +52,26 @@ class Timesteps:
         if not timestep.numel():
             return 0.0
         first = _first(timestep)
-        if looking_is_free(timestep.device):
-            return float(first)
-        return float(first) if not self._read(first) else float(self._numbers[first.storage_offset()])
+        numbers = None if looking_is_free(timestep.device) else self._schedule(first)
+        return float(first) if numbers is None else numbers[first.storage_offset()]
 
     def rises(self, timestep: Any) -> bool:
         """Whether a timestep is an element of a schedule that rises, as those that invert pictures do."""
-        if not isinstance(timestep, Tensor) or not _is_of_schedule(timestep) or not self._read(_first(timestep)):
+        if not isinstance(timestep, Tensor) or not _is_of_schedule(timestep):
             return False
-        return self._numbers[0] < self._numbers[-1]
+        numbers = self._schedule(_first(timestep))
+        return numbers is not None and numbers[0] < numbers[-1]
 
-    def _read(self, first: Tensor) -> bool:
-        """Read the schedule that a number lies in; False where it cannot be told again."""
+    def _schedule(self, first: Tensor) -> list[float] | None:
+        """The numbers of the schedule that one lies in; None where it cannot be told again."""
         place = Place(first)
         if not place.lasts or first.untyped_storage().nbytes() > _MOST:
-            return False
-        if self._place is None or not self._place.same_memory(place) or self._dtype != first.dtype:
+            return None
+        read = self._read
+        if read is None or not read[0].same_memory(place) or read[1] != first.dtype:
             count = first.untyped_storage().nbytes() // first.element_size()
-            self._numbers = torch.as_strided(first, (count,), (1,), 0).tolist()
-            self._place, self._dtype = place, first.dtype
-        return True
+            read = self._read = place, first.dtype, torch.as_strided(first, (count,), (1,), 0).tolist()
+        return read[2]
 
 
 def _position(timestep: Any) -> Any:

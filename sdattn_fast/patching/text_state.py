@@ -24,13 +24,12 @@ from ..program import Program
 from ..streams import MadeOn, capturing, to_device
 from .settings import Settings
 from .text_cache import TEXTS, TextCache
+from .token_inputs import Given
 
 if TYPE_CHECKING:
     from .graph_text import GraphText
 
-__all__ = ["Given", "LayerCall", "Ready", "Rows", "TextState", "checked_token_input"]
-
-TOKEN_INPUTS = ("gate", "phrases", "protected", "active")
+__all__ = ["LayerCall", "Ready", "Rows", "TextState"]
 
 
 @dataclass
@@ -74,16 +73,6 @@ class LayerCall(NamedTuple):
 
 
 @dataclass
-class Given:
-    """What the user said of the tokens: checked copies on the CPU, but for a gate that wants a gradient; or None."""
-
-    gate: Tensor | None = None
-    phrases: Tensor | None = None
-    protected: Tensor | None = None
-    active: Tensor | None = None
-
-
-@dataclass
 class TextState:
     """One model's text: the latest batch's rows, and the calls prepared for it. step: of a schedule of dropout.
 
@@ -94,6 +83,7 @@ class TextState:
     given: Given
     rows: Rows | None = None
     step: int | None = None
+    call_gate: Tensor | None = None  # of the call that the forward is of, in place of the user's
     cache: dict[tuple[Any, ...], Ready] = field(default_factory=dict)  # for `rows`
     # Of the rows seen lately, the latest last. Replaced as a whole, never changed: other threads may be reading it.
     caches: tuple[tuple[Any, dict[tuple[Any, ...], Ready]], ...] = ()
@@ -128,6 +118,16 @@ class TextState:
         self.cache, self.home = {}, {}
         self.caches = self.homes = ()
         self.ready_for = None
+
+    @property
+    def gate(self) -> Tensor | None:
+        return self.given.gate if self.call_gate is None else self.call_gate
+
+    def use_gate(self, call_gate: Tensor | None) -> None:
+        """A forward begins, of a call with a gate of its own or without."""
+        if call_gate is not self.call_gate:
+            self.call_gate = call_gate
+            self.forget_prepared()
 
     def see(self, rows: Rows | None, number: int | None = None) -> None:
         """A new batch of text; what was prepared stays where its rows are of the same classes as before.
@@ -192,7 +192,7 @@ class TextState:
         """Whether it matters which tokens are content: plain attention has no use for it."""
         program = self.settings.program
         plain = program.dropout is None and program.refine is None and program.renormalize == "none"
-        return not plain or self.given.gate is not None or self.given.phrases is not None
+        return not plain or self.gate is not None or self.given.phrases is not None
 
     def needs_active(self) -> bool:
         """Whether it matters which entries are prompts: the maps are theirs alone."""
@@ -207,7 +207,7 @@ class TextState:
 
     def with_gate(self, prepared: Prepared, call: LayerCall) -> Prepared:
         """A call of `ready`, with the numbers of a gate that wants a gradient: it belongs to one graph."""
-        gate = self.given.gate
+        gate = self.gate
         if gate is None or not gate.requires_grad:
             return prepared
         entries = self._prompt_of_entries(call.batch)
@@ -282,7 +282,7 @@ class TextState:
 
     def _prepare(self, program: Program, call: LayerCall) -> Prepared:
         """On the CPU; a gate that wants a gradient is left for later, and of its shape here."""
-        s, gate = self.settings, self.given.gate
+        s, gate = self.settings, self.gate
         batch, tokens = call.batch, call.tokens
         active = self.active(batch)
         prompt = self._prompt_of_entries(batch)
@@ -387,37 +387,3 @@ def _latest(kept: tuple[tuple[Any, dict[Any, Any]], ...], key: Any) -> tuple[dic
 
 _CPU = torch.device("cpu")
 _NEUTRAL = {"gate": 1, "phrases": -1, "protected": 1}  # no bool: torch.jit.trace cannot fill with one
-
-
-def checked_token_input(name: str, x: Any) -> Tensor | None:
-    """A copy of a user's gate, phrases, protected or active, checked as far as it can be before a batch is seen; on the
-    CPU, but for a gate that wants a gradient, which stays where it is and in its graph.
-
-    gate: bool, or floating, finite and >= 0, (N,), (P or B, N) or (P or B, H, N). phrases: integer, >= -1, and
-    protected: bool, (N,) or (P or B, N). active: bool (B,).
-
-    Raises: TypeError, ValueError.
-    """
-    if x is None:
-        return None
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor or None, got {type(x).__name__}")
-    most = {"gate": 3, "phrases": 2, "protected": 2, "active": 1}[name]
-    if not 1 <= x.dim() <= most:
-        raise ValueError(f"{name}: expected 1 to {most} dimensions, got {tuple(x.shape)}")
-    if name in ("protected", "active") and x.dtype != torch.bool:
-        raise TypeError(f"{name}: expected dtype torch.bool, got {x.dtype}")
-    if name == "phrases" and (x.is_floating_point() or x.is_complex() or x.dtype == torch.bool):
-        raise TypeError(f"phrases: expected an integer dtype, got {x.dtype}")
-    with torch.inference_mode(False):  # what is made in inference mode cannot be part of a graph later
-        values = x.detach().to("cpu", copy=True)
-    if name == "phrases" and x.numel() and int(values.min()) < -1:
-        raise ValueError(f"phrases: expected ids >= 0, or -1 for none, got {int(values.min())}")
-    if name == "gate" and x.dtype != torch.bool:
-        if not x.is_floating_point():
-            raise TypeError(f"gate: expected bool or a floating dtype, got {x.dtype}")
-        bad = ~(torch.isfinite(values) & (values >= 0))
-        if bool(bad.any()):
-            raise ValueError(f"gate: expected finite numbers >= 0, got {values[bad][0].item()}")
-    copy = x.clone()
-    return copy if copy.requires_grad else values

@@ -187,6 +187,7 @@ def test_previews_in_threads(build: Callable[[str], Any]) -> None:
     def request(i: int, patch: Any, preview: Preview) -> torch.Tensor:
         mine = copy.copy(pipe)
         mine.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        mine.tokenizer = copy.deepcopy(pipe.tokenizer)  # transformers' are not safe for threads
         seen: list[torch.Tensor] = []
         mine(
             "abcdef"[i], num_inference_steps=3, output_type="latent", guidance_scale=4.0,
@@ -220,3 +221,33 @@ def test_a_preview_of_embeddings_that_are_not_known(build: Callable[[str], Any],
     # Embeddings handed to the patched pipeline are told by their position; their tokens are of no matter here.
     np.testing.assert_allclose(seen[0], seen[2], atol=1e-6)
     assert all(x.shape == (1, 4, 16, 16) for x in seen)
+
+
+def test_a_gate_of_each_thread(build: Callable[[str], Any]) -> None:
+    """What a callback sets for its picture (`ClipGate`) is that picture's alone, and ends with it."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    pipe = build("sd15")
+    gates = [torch.linspace(0, 2 + i, 77) for i in range(6)]
+
+    def request(i: int, patch: Any) -> np.ndarray:
+        mine = copy.copy(pipe)
+        mine.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        mine.tokenizer = copy.deepcopy(pipe.tokenizer)  # transformers' are not safe for threads
+
+        def gate(pipe: Any, step: int, t: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+            patch.current_call.gate = gates[i] if step % 2 == 0 else None
+            return inputs
+
+        noise = torch.randn(1, 4, 16, 16, generator=torch.Generator().manual_seed(i))
+        found = mine(
+            "abcdef"[i], num_inference_steps=4, output_type="np", latents=noise, callback_on_step_end=gate
+        ).images
+        assert patch.current_call.gate is None
+        return found
+
+    with sdattn_fast.apply(pipe) as patch:
+        right = [request(i, patch) for i in range(6)]
+        with ThreadPoolExecutor(3) as pool:
+            found = list(pool.map(request, range(6), [patch] * 6))
+    np.testing.assert_allclose(np.stack(found), np.stack(right), atol=1e-5)

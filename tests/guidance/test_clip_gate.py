@@ -52,13 +52,14 @@ def test_what_is_under_the_threshold_is_gated(how: str, expected: Any, pipe: Any
 
     def look(pipe: Any, step: int, t: Any, kept: Any) -> Any:
         kept = gate(pipe, step, t, kept)
-        gates.append(patch._given.gate)
+        gates.append(patch.current_call.gate)
         return kept
 
     with ClipGate(patch, PROMPT, scorer, how=how, strength=3.0, steps=(1, 4), every=2) as gate:
         gate._score = lambda pipe: [torch.tensor([-0.1, 0.1])]  # type: ignore[method-assign]
         _draw(pipe, callback_on_step_end=look)
-    assert [g is not None for g in gates] == [False, True, True, True, True, False]
+    assert [g is not None for g in gates] == [False, True, True, True, True, True]
+    assert patch.current_call.gate is None and patch.gate is None
     tokens = [p.tokens("adjective-noun") for p in gate.phrases[0]]
     assert tokens == [(2, 3), (6, 7)]
     for which, value in zip(tokens, expected, strict=True):
@@ -79,7 +80,8 @@ def test_the_gate_is_that_of_apply(pipe: Any, scorer: Any) -> None:
             gate._score = lambda pipe: [torch.tensor([-0.1, 0.1])]  # type: ignore[method-assign]
             patch.update(gate=ids)  # from the first step on
             got = _draw(pipe, callback_on_step_end=gate)
-            assert patch._given.gate is None  # taken away before the last step
+        assert torch.equal(patch.gate, ids), "the patch's own gate stays"
+        patch.update(gate=None)
         assert (_draw(pipe) == stock).all()
     assert not np.allclose(got, stock, atol=1e-3)
     assert np.abs(got - expected).mean() < np.abs(stock - expected).mean() / 3

@@ -246,6 +246,7 @@ def test_requests_in_threads(threads: int, build: Callable[[str], Any]) -> None:
     def request(i: int, patch: Any) -> tuple[np.ndarray, torch.Tensor, list[int]]:
         mine = copy.copy(pipe)
         mine.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+        mine.tokenizer = copy.deepcopy(pipe.tokenizer)  # transformers' are not safe for threads
         steps: list[int] = []
 
         def count(pipe: Any, step: int, t: Any, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -278,7 +279,9 @@ def test_maps_are_read_in_the_thread_that_drew(build: Callable[[str], Any], draw
 
         def drawn() -> None:
             together.wait()
-            draw(copy.copy(pipe))
+            mine = copy.copy(pipe)
+            mine.tokenizer = copy.deepcopy(pipe.tokenizer)  # transformers' are not safe for threads
+            draw(mine)
 
         with ThreadPoolExecutor(2) as pool:
             for one in [pool.submit(drawn) for _ in range(2)]:
