@@ -141,7 +141,6 @@ class Correction:
         theirs = torch.ones(len(latents), len(maps.tokens), 1, dtype=torch.bool, device=latents.device)
         for mine, wanted in zip(theirs, of_entries, strict=False):
             mine[:, 0] = torch.tensor([token in wanted for token in maps.tokens])
-        batch = len(self._asked().prediction)
         relevance = maps.upsample((latents.shape[2], latents.shape[3])).clamp(min=0)  # bicubic undershoots
         for name, grid in grids.items():
             if name not in maps or grid is None:
@@ -151,11 +150,9 @@ class Correction:
             weight = torch.where(
                 theirs & (mean > 0), 1 - self.strength + self.strength * r / mean.clamp(min=1e-30), 1.0
             )
-            of_prompts = torch.zeros(len(entries), r.shape[2], text.shape[1], device=r.device)
+            of_prompts = torch.zeros(len(latents), r.shape[2], text.shape[1], device=r.device)
             of_prompts[:, :, list(maps.tokens)] = weight.clamp(min=1e-4).log().transpose(1, 2)
-            bias = torch.zeros(batch, 1, *of_prompts.shape[1:], device=r.device)
-            bias[entries, 0] = of_prompts
-            self.patch.current_call.bias[name] = bias
+            self.patch.current_call.bias[name] = of_prompts[:, None]
 
     def _unbiased(self) -> None:
         self.patch.current_call.bias.clear()

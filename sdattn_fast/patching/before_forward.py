@@ -20,6 +20,7 @@ from ..places import looking_is_free, version_of
 from ..streams import capturing, current_stream
 from .call import Call
 from .compiled import compiled_text, is_compiled, modules_around
+from .forwards import of_entries
 from .graph_text import GraphText
 from .layers import Layer, no_hook
 from .seeds import LayerSeeds
@@ -40,7 +41,7 @@ class PatchedModel:
         self.module = module
         self.outer = outer
         self.layers = layers
-        self.states = States(text, layers)
+        self.states = States(text, layers, outer)
         self.seeds = LayerSeeds([layer.name for layer in layers])
         self.around = modules_around(module, layers)
         self.compiled_inside = any(hasattr(one, "_orig_mod") for one in self.around)
@@ -73,14 +74,14 @@ def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
     if outer is not module:
         return [
             outer.register_forward_pre_hook(_Hook(_compiled(hook)), with_kwargs=True),
-            outer.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True),
+            outer.register_forward_hook(_Hook(after, 4), with_kwargs=True, always_call=True),
             module.register_forward_pre_hook(_Hook(_silent_in_graphs(hook)), with_kwargs=True),
         ]
     compiled_call = module._compiled_call_impl
     if compiled_call is None:
         return [
             module.register_forward_pre_hook(_Hook(_breaking_graphs(hook)), with_kwargs=True),
-            module.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True),
+            module.register_forward_hook(_Hook(after, 4), with_kwargs=True, always_call=True),
         ]
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -100,7 +101,7 @@ def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
 def rows_of(patch: Patch, model: PatchedModel, text: Tensor) -> Rows | None:
     """What is known of a batch of text. Raises: ValueError where it matters, and nothing is known."""
     call = patch._calls.current
-    rows = None if patch._memory is None else patch._memory.find(text, call.number, call.encoded, call.guidance())
+    rows = None if patch._memory is None else patch._memory.find(text, call.encoded, call.guidance())
     told = patch._given.active is not None and (patch._given.protected is not None or not model.text.needs_protected())
     if patch._memory is not None and rows is None and not told and model.text.needs_active():
         raise ValueError(
@@ -116,11 +117,13 @@ def rows_of(patch: Patch, model: PatchedModel, text: Tensor) -> Rows | None:
 class _Hook:
     """A forward hook, of which a copy of the model has none."""
 
-    def __init__(self, function: Callable[..., Any]) -> None:
+    def __init__(self, function: Callable[..., Any], arguments: int = 3) -> None:
         self.function = function
+        self.arguments = arguments
 
     def __call__(self, *args: Any) -> Any:
-        return self.function(*args)
+        # Fewer where another thread has just taken the hook off, and torch no longer knows that it wants keywords.
+        return self.function(*args) if len(args) == self.arguments else None
 
     def __reduce__(self) -> tuple[Any, ...]:
         warnings.warn(
@@ -222,14 +225,18 @@ class _ModelHook:
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         call, begins = self._step(state.text, timestep)
         for layer in state.layers:
-            layer.grid = None
-            layer.bias = call.bias.get(layer.name)
+            layer.grid = layer.bias = None
         state.text.use_gate(call.gate)
         text = text if isinstance(text, Tensor) and text.dim() == 3 else None
         if text is not None:
             if capturing(text.device):
                 _check_capture(compiled, _scales_adapters(args, kwargs))
             self._look_at(text)
+            if call.bias:
+                rows = state.text.rows_told(len(text))
+                for layer in state.layers:
+                    if layer.name in call.bias:
+                        layer.bias = of_entries(call.bias[layer.name], rows)
         if patch._keeper is not None:
             prompts = None if text is None else state.text.prompts_asked(len(text))
             x = kwargs.get("sample", args[0] if args else None)
@@ -249,7 +256,9 @@ class _ModelHook:
         scheduled = not isinstance(patch._settings.dropout_when, str)
         if patch._keeper is None and not scheduled and not patch._wants_forwards:
             return patch._calls.current, False
-        if training and (torch.is_grad_enabled() or patch.step is not None):
+        now = patch._calls.current
+        alone = training and (torch.is_grad_enabled() or patch.step is not None)
+        if alone and not now.explicit and not now.aside:
             # A training loop draws its timesteps at random: they say nothing of a step, and `Patch.step` does.
             call, begins = patch._calls.alone(patch.step or 0), True
         else:

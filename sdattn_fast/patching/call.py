@@ -10,8 +10,8 @@ Source: docs/design.md, "The call".
 from __future__ import annotations
 
 import contextlib
-import itertools
 import threading
+import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
@@ -27,8 +27,6 @@ from .text_state import TextState
 
 __all__ = ["Call", "Calls"]
 
-_numbers = itertools.count(1)
-
 
 class Call:
     """One picture being drawn, or a batch of them.
@@ -39,7 +37,6 @@ class Call:
     """
 
     def __init__(self, pipe: Any = None, *, explicit: bool = False, aside: bool = False) -> None:
-        self.number = next(_numbers)
         self.pipe = pipe
         self.explicit = explicit or pipe is not None
         self.aside = aside
@@ -52,6 +49,7 @@ class Call:
         self.forwards: list[Forward] = []  # of the UNet in the latest step, where somebody wants them
         self.time: float | None = None  # the latest timestep, where it was read
         self.schedule: Any = None  # the scheduler's timesteps at the first step
+        self.encoder: weakref.ref[Any] | None = None  # the pipeline, or copy, that encoded a loop's prompts
 
     def keep_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, text: TextState) -> None:
         """The UNet ran for this call."""
@@ -60,6 +58,11 @@ class Call:
             said = {name: getattr(self.pipe, name, None) for name in _SAID_OF_GUIDANCE}
             rows = text.rows_told(len(prediction))
             self.forwards.append(Forward(forward_inputs(args, kwargs), prediction.detach(), rows, said))
+
+    def end_of_picture(self) -> None:
+        """What callbacks left for the next step goes: there is none."""
+        self.forwards, self.gate = [], None
+        self.bias.clear()
 
     def guidance(self) -> Guidance:
         """What the pipeline says now of its UNet's text."""
@@ -112,8 +115,7 @@ class Calls:
             yield call
         finally:
             call.pipe, call.explicit, call.over = None, False, True
-            call.forwards, call.gate = [], None
-            call.bias.clear()
+            call.end_of_picture()
             if before is not None and (before.explicit or call.aside):
                 self._local.call = before
 
@@ -129,39 +131,46 @@ class Calls:
         them."""
         call, beside = self.current, Call(aside=True)
         beside.encoded, beside.steps = list(call.encoded), call.steps.copy()
-        beside.bias, beside.gate = dict(call.bias), call.gate
+        beside.bias, beside.gate, beside.encoder = dict(call.bias), call.gate, call.encoder
         return self.within(beside)
 
-    def encoded(self, encoded: Encoded) -> None:
+    def encoded(self, encoded: Encoded, pipe: Any) -> None:
         """This thread encoded prompts: for the call in progress, or for the run that begins."""
         call = self.current
         if not call.explicit and call.steps.index >= 0:
             call = self._local.call = Call()
-        call.encoded = [encoded, *call.encoded[: _ENCODED - 1]]
+        call.encoded, call.encoder = [encoded, *call.encoded[: _ENCODED - 1]], weakref.ref(pipe)
 
     def alone(self, index: int) -> Call:
         """A forward begins that is a run by itself, at a step."""
         call = self._local.call = Call()
-        call.encoded, call.steps = [], Steps(index)
+        call.steps, call.over = Steps(index), True
         return self._drew(call)
 
     def step(self, timestep: Any) -> tuple[Call, bool]:
         """A forward at a timestep begins: the call it is of, and whether a step of it begins."""
         call = self.current
-        scheduler = self._scheduler() if call.pipe is None else getattr(call.pipe, "scheduler", None)
+        scheduler = self._scheduler_of(call)
         if not call.explicit and not call.aside:
             # A loop: of a UNet alone, timesteps that rise begin a run, unless their whole schedule rises.
             schedule, time = getattr(scheduler, "timesteps", None), self._timesteps.of(timestep)
             others = call.schedule is not None and schedule is not None and call.schedule is not schedule
             if call.over or others or self._turns(call, timestep, time):
-                encoded = call.encoded
+                encoded, encoder = call.encoded, call.encoder
                 call = self._local.call = Call()
-                call.encoded = encoded
+                call.encoded, call.encoder = encoded, encoder
             call.time, call.schedule = time, schedule
         begins = call.steps.begin(timestep, scheduler)
         if begins:
             call.forwards = []
         return self._drew(call), begins
+
+    def _scheduler_of(self, call: Call) -> Any:
+        pipe = call.pipe if call.encoder is None or call.pipe is not None else call.encoder()
+        if pipe is not None:
+            return getattr(pipe, "scheduler", None)
+        # Of a loop that encoded nothing it is the patched pipeline's, unless other threads move that.
+        return self._scheduler() if self._threads <= {threading.get_ident()} else None
 
     def _turns(self, call: Call, timestep: Any, time: float) -> bool:
         if call.time is None or time == call.time:
@@ -182,6 +191,7 @@ def _joined(call: Call, pipe: Any) -> Iterator[Call]:
         yield call
     finally:
         call.pipe = None
+        call.end_of_picture()
 
 
 # A callback may change them before another one looks.

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .text_state import Rows
 
-__all__ = ["Forward", "entries_of", "forward_inputs"]
+__all__ = ["Forward", "entries_of", "forward_inputs", "of_entries"]
 
 _NAMES = ("sample", "timestep", "encoder_hidden_states")
 
@@ -44,6 +44,23 @@ class Forward:
     def perturbed(self) -> list[int]:
         """The entries that ask a picture again, with perturbed attention."""
         return [] if self.rows is None else [i for i, again in enumerate(self.rows.repeated) if again]
+
+
+def of_entries(bias: Tensor, rows: Rows | None) -> Tensor | None:
+    """A bias (A, 1, M, N) of the pictures, or (1 or B, 1, M, N), for a text of these rows: zeros for unconditional
+    entries; None where there are only such."""
+    if rows is None:
+        return bias
+    entries = [i for i, prompt in enumerate(rows.prompt) if prompt >= 0]
+    if not entries or len(entries) == len(rows.prompt) == len(bias):
+        return bias if entries else None
+    pictures = len(entries) - sum(rows.repeated)
+    if len(bias) not in (1, pictures):
+        return bias
+    whole = bias.new_zeros(len(rows.prompt), *bias.shape[1:])
+    for i, entry in enumerate(entries):
+        whole[entry] = bias[i % len(bias)]
+    return whole
 
 
 def forward_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -174,9 +174,10 @@ class _GridHook:
     def __reduce__(self) -> tuple[Any, ...]:
         return no_hook, ()
 
-    def __call__(self, block: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        x = args[0] if args else kwargs["hidden_states"]
-        if x.dim() != 4:
+    def __call__(self, block: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
+        # Without kwargs where another thread has just taken the hook off.
+        x = args[0] if args else (kwargs or {}).get("hidden_states")
+        if x is None or x.dim() != 4:
             return
         height, width = x.shape[2], x.shape[3]
         if getattr(block, "is_input_patches", False):

@@ -57,7 +57,7 @@ class MapKeeper:
         now = call.aside or steps is None or steps == "latest" or call.steps.index in steps
         if prompts is not None and not prompts:
             now = False
-        elif now and call.pipe is not None and any(name in maps.latest for name in names):
+        elif now and call.pipe is not None and any(one.name in maps.latest for one in layers if one.name in names):
             if prompts != maps.prompts:
                 raise ValueError(
                     f"capture: {type(call.pipe).__name__} asked for prompts {list(maps.prompts or ())} and then for "

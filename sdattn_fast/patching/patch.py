@@ -302,7 +302,7 @@ class Patch:
         if self._memory is not None:
             encoded = self._memory.remember(result, heard, function, args, kwargs)
             if encoded is not None:
-                self._calls.encoded(encoded)
+                self._calls.encoded(encoded, pipe)
 
     def _serves(self, pipe: Any) -> bool:
         """Whether the pipeline's UNet is the patched one."""
@@ -322,6 +322,8 @@ class Patch:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        for model in self._models:
+            model.states.close()
         for layer in self._layers:
             if layer.attn.processor is layer.placed:
                 layer.attn.set_processor(layer.original)
@@ -346,6 +348,8 @@ class Patch:
         return f"Patch({self._settings.program!r}, {state})"
 
     def _install(self) -> None:
+        if self._pipe is not None:  # first, since it may refuse
+            self._watched.append(WatchedPipeline(self._pipe, self))
         self._installed = True
         for model in self._models:
             for layer in model.layers:
@@ -355,8 +359,6 @@ class Patch:
                 self._handles += before_forward(model, self)
                 if self._needs_grids:
                     self._handles += watch_grids(model.module, model.layers)
-        if self._pipe is not None:
-            self._watched.append(WatchedPipeline(self._pipe, self))
 
     def _place(self, layer: Layer) -> None:
         layer.original = layer.attn.processor

@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 import threading
 from collections import OrderedDict, deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -36,15 +36,21 @@ class PromptMemory:
     def __init__(self) -> None:
         self.encoded = 0
         self._lock = threading.Lock()
-        self._calls: deque[Encoded] = deque()  # the newest first
+        self._calls: deque[Encoded] = deque()  # the newest last
+        self._rows_kept = 0
+        self._unread: list[Encoded] = []
+        self._with: dict[int, dict[Encoded, None]] = {}  # fingerprint -> the calls that gave it, the newest last
         self._tokens: OrderedDict[int, Tensor] = OrderedDict()  # fingerprint -> (N,) bool, the protected tokens
         # Replaced as a whole, never changed: other threads may be reading it.
-        self._found: tuple[tuple[Known, tuple[int, int], Rows | None], ...] = ()
+        self._found: tuple[tuple[Known, tuple[Any, ...], Rows | None], ...] = ()
 
     def forget(self) -> None:
         with self._lock:
             self._calls.clear()
+            self._unread.clear()
+            self._with.clear()
             self._tokens.clear()
+            self._rows_kept = 0
             self.encoded += 1
         self.forget_found()
 
@@ -61,30 +67,25 @@ class PromptMemory:
         kwargs: dict[str, Any],
     ) -> Encoded | None:
         """Take in what `encode_prompt`, called with these arguments, gave; None where it was no text of a UNet."""
-        asked = _arguments(function, args, kwargs)
-        encoded = _encoded(result, heard, asked)
+        encoded = _encoded(result, heard, _arguments(function, args, kwargs))
         if encoded is not None:
             with self._lock:
                 self.encoded += 1
-                self._calls.appendleft(encoded)
-                rows = 0
-                for i, one in enumerate(self._calls):
-                    rows += one.count
-                    if rows > _ROWS and i:
-                        while len(self._calls) > i:
-                            self._calls.pop()
-                        break
+                encoded.number = self.encoded
+                self._calls.append(encoded)
+                self._unread.append(encoded)
+                self._rows_kept += encoded.count
+                while self._rows_kept > _ROWS and len(self._calls) > 1:
+                    self._drop(self._calls.popleft())
         return encoded
 
-    def find(
-        self, text: Tensor, number: int = 0, first: Sequence[Encoded] = (), guidance: Guidance = Guidance()
-    ) -> Rows | None:
+    def find(self, text: Tensor, first: Sequence[Encoded] = (), guidance: Guidance = Guidance()) -> Rows | None:
         """The rows of encoder_hidden_states (B, N, E); None where one of them is not known, or what it is.
 
-        number: of the call that asks, whose own encodings, `first`, go before all others. A GPU is waited for once a
-        text, and not again while the text and what was encoded stay what they are.
+        first: encoded for the call that asks, which goes before all others. A GPU is waited for once a text, and not
+        again while the text and what was encoded stay what they are.
         """
-        stamp = number, self.encoded
+        stamp = self.encoded, guidance, *(one.number for one in first)
         for known, then, rows in self._found:
             if then == stamp and known.is_same(text):
                 return rows
@@ -93,22 +94,37 @@ class PromptMemory:
         return rows
 
     def _find(self, text: Tensor, first: Sequence[Encoded], guidance: Guidance) -> Rows | None:
-        if text.dim() != 3:
+        if text.dim() != 3 or not len(text):
             return None
         with self._lock:
-            mine = [one for one in self._calls if any(one is of_call for of_call in first)]
-            others = [one for one in self._calls if not any(one is of_call for of_call in first)]
-            calls = [one for one in (*mine, *others) if one.shape == tuple(text.shape[1:])]
-            if not calls:
+            if not self._calls:
                 return None
-            prints = self._read(text, calls)
-            dtype = read_dtype(text.dtype)
-            for call in calls:
-                places = place_rows(prints, call.rows[dtype], guidance)
-                if places is not None:
-                    return self._rows(prints, text.shape[1], [(call, place) for place in places])
-            found = _of_several(prints, calls, dtype)
+            prints = self._read(text)
+            if any(row not in self._with for row in prints):
+                return None
+            dtype, shape = read_dtype(text.dtype), tuple(text.shape[1:])
+            rarest = min(prints, key=lambda row: len(self._with[row]))
+            calls = [one for one in _newest_first(self._with[rarest], first) if one.shape == shape]
+            for known_only in (True, False):
+                for call in calls:
+                    places = place_rows(prints, call.rows[dtype], guidance, known_only)
+                    if places is not None:
+                        return self._rows(prints, text.shape[1], [(call, place) for place in places])
+            newest = [next(iter(_newest_first(self._with[row], first))) for row in prints]
+            found = _of_several(prints, newest, dtype)
             return None if found is None else self._rows(prints, text.shape[1], found)
+
+    def _drop(self, call: Encoded) -> None:
+        self._rows_kept -= call.count
+        if call in self._unread:
+            self._unread.remove(call)
+        for of_dtype in call.rows.values():
+            for row in (*of_dtype.prompts, *of_dtype.negatives):
+                calls = self._with.get(row)
+                if calls is not None:
+                    calls.pop(call, None)
+                    if not calls:
+                        del self._with[row]
 
     def _rows(self, prints: Sequence[int], tokens: int, found: list[tuple[Encoded, RowPlace]]) -> Rows:
         # Prompts are counted over all calls that the batch is made of; usually there is one.
@@ -128,9 +144,9 @@ class PromptMemory:
             protected.append(of_row)
         return Rows(prompt, prompts, torch.stack(protected), repeated)
 
-    def _read(self, text: Tensor, calls: Sequence[Encoded]) -> list[int]:
+    def _read(self, text: Tensor) -> list[int]:
         """The fingerprints of a text's rows. What was encoded meanwhile is read with them: a GPU is waited for once."""
-        unread = [call for call in calls if call.unread is not None]
+        unread = list(self._unread)
         wanted = [fingerprints(text.detach().to(read_dtype(text.dtype)))]
         for call in unread:
             assert call.unread is not None
@@ -147,12 +163,15 @@ class PromptMemory:
             prints = next(read)
             protected = [None if x is None else next(read).bool() for x in call.unread.protected]
             self._take_in(call, prints, protected)
+        self._unread.clear()
         return own
 
     def _take_in(self, call: Encoded, prints: Tensor, protected: Sequence[Tensor | None]) -> None:
         positives = call.positives
         for dtype, of_dtype in zip(DTYPES, prints.tolist(), strict=True):
             call.rows[dtype] = EncodedRows(tuple(of_dtype[:positives]), tuple(of_dtype[positives:]), call.blocks)
+            for row in of_dtype:
+                self._with.setdefault(row, {})[call] = None
             for of_kind, rows in zip(protected, (of_dtype[:positives], of_dtype[positives:]), strict=True):
                 if of_kind is None or not len(of_kind) or len(rows) % len(of_kind):
                     continue
@@ -185,6 +204,7 @@ class Encoded:
     blocks: tuple[bool, ...] | None
     unread: _Unread | None
     rows: dict[torch.dtype, EncodedRows] = field(default_factory=dict)
+    number: int = 0  # the greater, the newer
 
     def prompt_of(self, row: int) -> int:
         return row * self.prompts // self.positives
@@ -229,20 +249,19 @@ def _fitting(protected: Tensor | None, prompts: int | None, tokens: int) -> Tens
     return protected
 
 
+def _newest_first(calls: Iterable[Encoded], first: Sequence[Encoded]) -> list[Encoded]:
+    """Those of the call that asks before all others."""
+    mine = {id(one) for one in first}
+    return sorted(calls, key=lambda one: (id(one) in mine, one.number), reverse=True)
+
+
 def _of_several(
     prints: Sequence[int], calls: Sequence[Encoded], dtype: torch.dtype
 ) -> list[tuple[Encoded, RowPlace]] | None:
-    """Rows of several calls of `encode_prompt`, each of the newest that gave it."""
-    newest: list[Encoded] = []
-    for row in prints:
-        of_row = (one for one in calls if row in (*one.rows[dtype].prompts, *one.rows[dtype].negatives))
-        call = next(of_row, None)
-        if call is None:
-            return None
-        newest.append(call)
+    """Rows of several calls of `encode_prompt`, each row's given."""
     found: list[tuple[Encoded, RowPlace] | None] = [None] * len(prints)
-    for call in dict.fromkeys(newest):
-        mine = [i for i, one in enumerate(newest) if one is call]
+    for call in dict.fromkeys(calls):
+        mine = [i for i, one in enumerate(calls) if one is call]
         places = place_rows([prints[i] for i in mine], call.rows[dtype])
         if places is None:
             return None

@@ -53,16 +53,20 @@ class Guidance:
     windows: bool = False
 
 
-def place_rows(text: Sequence[int], encoded: EncodedRows, guidance: Guidance = Guidance()) -> list[RowPlace] | None:
-    """What each row of a text is, given the rows' fingerprints; None where it cannot be told."""
+def place_rows(
+    text: Sequence[int], encoded: EncodedRows, guidance: Guidance = Guidance(), known_only: bool = False
+) -> list[RowPlace] | None:
+    """What each row of a text is, given the rows' fingerprints; None where it cannot be told. known_only: nor where the
+    order is none that pipelines have."""
     may_be = [(row in encoded.prompts, row in encoded.negatives) for row in text]
     if not may_be or not all(prompt or negative for prompt, negative in may_be):
         return None
     orders = [blocks for blocks in _orders(len(text), encoded, guidance) if _agrees(blocks, may_be)]
-    if orders and (orders[0] in _known_orders(len(text), encoded, guidance) or _alike(orders, len(text))):
+    known = _known_orders(len(text), encoded, guidance)
+    if orders and (orders[0] in known or (not known_only and _alike(orders, len(text)))):
         places = _places_by_order(text, orders[0], encoded)
         return _with_repeats(places) if guidance.perturbed else places
-    if any(prompt and negative for prompt, negative in may_be):
+    if known_only or any(prompt and negative for prompt, negative in may_be):
         return None
     return _places_by_value(text, [prompt for prompt, _ in may_be], encoded)
 

@@ -7,36 +7,49 @@ Source: docs/design.md, "The call".
 from __future__ import annotations
 
 import contextlib
+import sys
 import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FrameType
+
+from torch import nn
 
 from .layers import Layer
 from .text_state import TextState
 
 __all__ = ["ModelState", "States"]
 
+_LOOK = 0.1  # seconds between looks at a thread that has the base
+
 
 @dataclass(eq=False)
 class ModelState:
-    """One forward's worth of a model: its served layers, in the model's order, and the text that they read."""
+    """One forward's worth of a model: its served layers, in the model's order, and the text that they read.
+
+    owner: the thread whose forward works on it, None: it is free. kept: so many `States.kept` of the owner are open.
+    """
 
     text: TextState
     layers: list[Layer]
+    owner: int | None = None
+    kept: int = 0
 
 
 class States:
     """The states of one model, as many as forwards that ran at once.
 
-    A forward that was broken off (Ctrl-C) leaves its state to the next one of its thread. base: the first, and the one
-    that graphs of torch.compile read; their forwards take turns.
+    base: the first, and the one that graphs of torch.compile read; their forwards take turns. A forward that was broken
+    off where torch calls no hook (Ctrl-C, a thread that ended) leaves its state to the next one.
     """
 
-    def __init__(self, text: TextState, layers: Sequence[Layer]) -> None:
+    def __init__(self, text: TextState, layers: Sequence[Layer], module: nn.Module) -> None:
+        """module: the model as it is called."""
         self.base = ModelState(text, list(layers))
         self.all = [self.base]
         self.latest = self.base  # for what runs outside a forward, such as gradient checkpointing in a backward
-        self._free = [self.base]
+        self._module = module
+        self._closed = False
         self._changed = threading.Condition()
         self._mine = _OfThread()
         for i, layer in enumerate(self.base.layers):
@@ -49,42 +62,54 @@ class States:
 
     def begin(self, base: bool = False) -> ModelState:
         """A forward begins in this thread. base: it is a graph's."""
-        mine = self._mine
-        if not mine.taken or (base and mine.state is not self.base):
+        me, state = threading.get_ident(), self._mine.state
+        if state is None or state.owner != me or (base and state is not self.base):
             with self._changed:
-                if mine.taken and mine.state is not None:
-                    self._free.append(mine.state)
-                    mine.taken = False
-                while base and self.base not in self._free:
-                    self._changed.wait()
-                wanted = self.base if base else mine.state
-                mine.state = wanted if wanted in self._free else self._free[-1] if self._free else self._another()
-                if mine.state in self._free:
-                    self._free.remove(mine.state)
-            mine.taken = True
-        assert mine.state is not None
-        self.latest = mine.state
-        return mine.state
+                if state is not None and state.owner == me:
+                    state.owner = None
+                while base and not self._is_free(self.base) and not self._closed:
+                    self._changed.wait(_LOOK)
+                if base:
+                    state = self.base
+                elif state is None or state.owner is not None:
+                    state = next((one for one in reversed(self.all) if self._is_free(one)), None) or self._another()
+                state.owner, state.kept = me, 0
+            self._mine.state = state
+        self.latest = state
+        return state
 
     def end(self) -> None:
         """The forward in progress is over, or was broken off."""
-        mine = self._mine
-        if mine.taken and not mine.kept and mine.state is not None:
-            mine.taken = False
+        state = self._mine.state
+        if state is not None and state.owner == threading.get_ident() and not state.kept:
             with self._changed:
-                self._free.append(mine.state)
+                state.owner = None
                 self._changed.notify_all()
 
     @contextlib.contextmanager
     def kept(self) -> Iterator[None]:
         """Inside, this thread's forwards have one state, and it is nobody else's in between."""
-        self._mine.kept += 1
-        self.begin()
+        state = self.begin()
+        state.kept += 1
         try:
             yield
         finally:
-            self._mine.kept -= 1
+            state.kept -= 1
             self.end()
+
+    def close(self) -> None:
+        """The patch is taken off: nobody waits any more."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    def _is_free(self, state: ModelState) -> bool:
+        if state.owner is None or state.owner == threading.get_ident():
+            return not state.kept
+        frames = sys._current_frames()
+        if state.owner not in frames:  # the thread has ended
+            return True
+        return not state.kept and not _is_in_forward(frames[state.owner], self._module)
 
     def _another(self) -> ModelState:
         text = self.base.text.beside()
@@ -96,10 +121,22 @@ class States:
         return self.all[-1]
 
 
+def _is_in_forward(frame: FrameType | None, module: nn.Module) -> bool:
+    """Whether a thread that is at a frame is somewhere inside a call of a module."""
+    while frame is not None:
+        if frame.f_code is _CALL:
+            called = frame.f_locals.get("self")
+            if called is module or getattr(called, "_is_replica", False):  # DataParallel's
+                return True
+        frame = frame.f_back
+    return False
+
+
+_CALL = nn.Module._wrapped_call_impl.__code__
+
+
 class _OfThread(threading.local):
-    """state: the latest one. taken: a forward is in progress with it. kept: how many `States.kept` are open."""
+    """state: the latest one."""
 
     def __init__(self) -> None:
         self.state: ModelState | None = None
-        self.taken = False
-        self.kept = 0

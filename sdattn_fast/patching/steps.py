@@ -28,7 +28,7 @@ class Steps:
     def begin(self, timestep: Any, scheduler: Any) -> bool:
         """A forward at a timestep begins; whether a step does."""
         at = _position(timestep), getattr(scheduler, "step_index", None), getattr(scheduler, "counter", None)
-        if self.index >= 0 and _same(at, self._at):
+        if self._at is not None and _same(at, self._at):
             return False
         self.index += 1
         self._at = at
@@ -63,14 +63,14 @@ class Timesteps:
         return numbers is not None and numbers[0] < numbers[-1]
 
     def _schedule(self, first: Tensor) -> list[float] | None:
-        """The numbers of the schedule that one lies in; None where it cannot be told again."""
-        place = Place(first)
-        if not place.lasts or first.untyped_storage().nbytes() > _MOST:
+        """The numbers of the schedule that one lies in; None where reading it would be a wait each time."""
+        place, size = Place(first), first.untyped_storage().nbytes()
+        if size > _MOST or not (place.lasts or looking_is_free(first.device)):
             return None
         read = self._read
         if read is None or not read[0].same_memory(place) or read[1] != first.dtype:
-            count = first.untyped_storage().nbytes() // first.element_size()
-            read = self._read = place, first.dtype, torch.as_strided(first, (count,), (1,), 0).tolist()
+            numbers = torch.as_strided(first, (size // first.element_size(),), (1,), 0).tolist()
+            read = self._read = place, first.dtype, numbers
         return read[2]
 
 

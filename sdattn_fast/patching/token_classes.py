@@ -64,10 +64,12 @@ class EncoderListener:
         return protected
 
     def _hook(self, name: str) -> Callable[..., None]:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: Any = None) -> None:
+            # Pipelines of other threads may share the encoder, and come here without kwargs as the hook is taken off.
+            if threading.get_ident() != self._thread or kwargs is None:
+                return
             ids = kwargs.get("input_ids", args[0] if args else None)
-            # Pipelines of other threads may share the encoder.
-            if threading.get_ident() == self._thread and isinstance(ids, Tensor) and ids.dim() == 2:
+            if isinstance(ids, Tensor) and ids.dim() == 2:
                 self._ids.setdefault(name, []).append(ids)
 
         return hook

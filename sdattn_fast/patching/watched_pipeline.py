@@ -48,7 +48,8 @@ class WatchedPipeline:
         self._name = encode_function(pipe)
         self._replaced: Any = None
         self._wrapper: Any = None
-        if getattr(vars(pipe).get(_WATCHED), "watcher", None) is not None:
+        others = vars(pipe).get(_WATCHED)  # a copy has its original's
+        if others is not None and others.pipe is pipe and others.watcher is not None:
             raise ValueError(f"pipe: this {type(pipe).__name__} is watched by another patch; remove() that first")
         vars(pipe)[_WATCHED] = self
         self._class = _plain_class(type(pipe))
@@ -155,9 +156,7 @@ def _watched_class(cls: type, encode: str | None) -> type:
 
     def __reduce_ex__(self: Any, protocol: Any) -> Any:
         # Pickles and deep copies are of the plain class: they have modules of their own.
-        plain: Any = object.__new__(cls)
-        vars(plain).update({name: value for name, value in vars(self).items() if name != _WATCHED})
-        return plain.__reduce_ex__(protocol)
+        return object.__new__, (cls,), {name: value for name, value in vars(self).items() if name != _WATCHED}
 
     members["__copy__"] = __copy__
     members["__reduce_ex__"] = __reduce_ex__

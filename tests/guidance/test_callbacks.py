@@ -251,3 +251,19 @@ def test_a_gate_of_each_thread(build: Callable[[str], Any]) -> None:
         with ThreadPoolExecutor(3) as pool:
             found = list(pool.map(request, range(6), [patch] * 6))
     np.testing.assert_allclose(np.stack(found), np.stack(right), atol=1e-5)
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_reweighting_where_guidance_is_cut_off(first: bool, build: Callable[[str], Any], draw: Any) -> None:
+    """The bias is the pictures': the next step's batch has no unconditional entries, and their rows have the rest."""
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe, capture=Capture(layers="*")) as patch:
+        found = []
+        for strength in (0.0, 0.9):
+            with Correction(
+                patch, Presence([(1,), (5,)]), how="reweight", steps=(0, 1), strength=strength, tokens=(1, 5)
+            ) as correct:
+                cut = SDCFGCutoffCallback(cutoff_step_ratio=None, cutoff_step_index=0)
+                order = MultiPipelineCallbacks([correct, cut] if first else [cut, correct])
+                found.append(draw(pipe, num_inference_steps=3, callback_on_step_end=order))
+        assert not np.allclose(found[0], found[1], atol=1e-4)

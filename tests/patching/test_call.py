@@ -7,13 +7,16 @@ import copy
 import gc
 import pickle
 import threading
+import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from side_by_side import side_by_side
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, SalienceDropout
@@ -407,6 +410,199 @@ def test_copies_are_whole_and_not_patched(
     pipe.text_encoder._forward_pre_hooks.clear()
 
 
+@pytest.mark.parametrize("how", ["pickle", "torch.save"])
+def test_a_patched_pipeline_is_pickled_unpatched(
+    how: str, build: Callable[[str], Any], draw: Any, tmp_path: Any
+) -> None:
+    pipe = build("sd15")
+    stock = draw(pipe)
+    with sdattn_fast.apply(pipe, DROPS), pytest.warns(UserWarning, match="the copy is not patched"):
+        if how == "pickle":
+            own = pickle.loads(pickle.dumps(pipe))
+        else:
+            torch.save(pipe, tmp_path / "whole.pt")
+            own = torch.load(tmp_path / "whole.pt", weights_only=False)
+    assert type(own) is type(pipe)
+    np.testing.assert_array_equal(draw(own), stock)
+
+
+def test_forwards_in_train_mode_and_then_in_eval(build: Callable[[str], Any]) -> None:
+    pipe = build("sd15")
+    pipe.register_modules(unet=copy.deepcopy(pipe.unet))
+    x = latents_of(None)
+    with sdattn_fast.apply(pipe, DROPS, capture=KEEP, dropout_when=WHEN) as patch:
+        text = pipe.encode_prompt("a red car", "cpu", 1, False)[0].detach()
+        patch.step = 0
+        for training in (False, True, False):
+            pipe.unet.train(training)
+            with torch.set_grad_enabled(training):
+                pipe.unet(x, 5, text)
+            assert patch.current_call.steps.index == 0
+            if not training:
+                pipe.unet(x, 4, text)
+                assert patch.current_call.steps.index == 1
+
+
+def test_a_pictures_maps_while_a_model_is_trained(build: Callable[[str], Any], draw: Any) -> None:
+    """A pipeline that draws between training steps has the mean of its steps, as always."""
+    pipe = build("sd15")
+    pipe.register_modules(unet=copy.deepcopy(pipe.unet))
+    with sdattn_fast.apply(pipe, DROPS, capture=KEEP) as patch:
+        draw(pipe, num_inference_steps=3)
+        want = first_maps(patch)
+        pipe.unet.train()
+        patch.step = 7
+        draw(pipe, num_inference_steps=3)
+        torch.testing.assert_close(first_maps(patch), want)
+
+
+@pytest.mark.parametrize("guess_mode", [False, True])
+def test_maps_of_the_unet_and_of_its_controlnet(guess_mode: bool, build: Callable[[str], Any], draw: Any) -> None:
+    pipe = build("controlnet")
+    with sdattn_fast.apply(pipe, capture=KEEP) as patch:
+        draw(pipe, guess_mode=guess_mode)
+        assert list(patch.maps) == patch.layers and any(name.startswith("controlnet.") for name in patch.maps)
+        assert {len(maps) for maps in patch.maps.values()} == {1}
+
+
+def test_two_pictures_in_one_call(build: Callable[[str], Any], draw: Any) -> None:
+    """What a callback left for the steps to come is the first one's."""
+    pipe = build("sd15")
+
+    def leave(pipe: Any, step: int, t: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        patch.current_call.gate = torch.zeros(77)
+        patch.current_call.bias = {name: torch.full((1, 1, 1, 77), -3.0) for name in patch.layers}
+        return inputs
+
+    with sdattn_fast.apply(pipe, DROPS) as patch:
+        want = draw(pipe)
+        with patch.call():
+            gated = draw(pipe, callback_on_step_end=leave)
+            assert np.abs(gated - want).max() > 1e-4
+            np.testing.assert_array_equal(draw(pipe), want)
+
+
+def test_a_loop_beside_another_threads_pipeline(build: Callable[[str], Any], draw: Any) -> None:
+    """The loop's schedule is its own copy's; what the patched pipeline's scheduler does meanwhile is another's."""
+    pipe = build("sd15")
+    mine = copy.copy(pipe)
+    mine.scheduler = type(pipe.scheduler).from_config(pipe.scheduler.config)
+    with torch.no_grad(), sdattn_fast.apply(pipe, DROPS, capture=KEEP) as patch, ThreadPoolExecutor(1) as pool:
+        pool.submit(draw, pipe).result()
+        for explicit in (False, True):
+            text = mine.encode_prompt("a red car", "cpu", 1, False)[0]
+            mine.scheduler.set_timesteps(4)
+            indices = []
+            with patch.call() if explicit else nullcontext():
+                for i, t in enumerate(mine.scheduler.timesteps):
+                    if i == 2:
+                        pool.submit(draw, pipe).result()
+                    for _ in range(2):
+                        mine.unet(latents_of(None), t, text)
+                    indices.append(patch.current_call.steps.index)
+            assert indices == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_inversion_in_every_mode(mode: Any, parts: dict[str, Any]) -> None:
+    with mode(), sdattn_fast.apply(parts["sd15"], capture=KEEP) as patch:
+        indices = []
+        for t in torch.tensor([1, 300, 600, 900]):
+            parts["sd15"](latents_of(None), t, torch.ones(1, 77, 32))
+            indices.append(patch.current_call.steps.index)
+        assert indices == [0, 1, 2, 3]
+
+
+def test_encoding_the_roles_swapped_between_steps(build: Callable[[str], Any], draw: Any) -> None:
+    pipe = build("sd15")
+
+    def encode(pipe: Any, step: int, t: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        pipe.encode_prompt("ugly", "cpu", 1, True, negative_prompt="a red car")
+        return inputs
+
+    with sdattn_fast.apply(pipe, DROPS) as patch:
+        want = draw(pipe, negative_prompt="ugly", num_inference_steps=3)
+        got = draw(pipe, negative_prompt="ugly", num_inference_steps=3, callback_on_step_end=encode)
+        assert patch._models[0].text.rows.prompt == [-1, 0]
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_copy_with_a_unet_of_its_own(build: Callable[[str], Any], draw: Any) -> None:
+    """Is another model: patched by itself; and what cannot be patched is left as it was."""
+    pipe = build("sd15")
+    stock = draw(pipe)
+    with sdattn_fast.apply(pipe, DROPS):
+        want = draw(pipe)
+        twin = copy.copy(pipe)
+        twin.unet = _plain_copy(pipe.unet)
+        np.testing.assert_allclose(_quiet(draw, twin), stock, atol=1e-6)
+        with sdattn_fast.apply(twin, DROPS):
+            np.testing.assert_allclose(draw(twin), want, atol=1e-6)
+            np.testing.assert_array_equal(draw(pipe), want)
+        np.testing.assert_allclose(_quiet(draw, twin), stock, atol=1e-6)
+
+
+def _plain_copy(unet: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return copy.deepcopy(unet)
+
+
+def _quiet(draw: Any, pipe: Any) -> Any:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return draw(pipe)
+
+
+def test_encoding_in_threads(build: Callable[[str], Any]) -> None:
+    """The shared text encoder's hooks come and go under other threads' forwards."""
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe, DROPS):
+
+        def work(i: int) -> None:
+            mine = copy.copy(pipe)
+            mine.tokenizer = copy.deepcopy(pipe.tokenizer)
+            for _ in range(40):
+                mine.encode_prompt("abc"[i], "cpu", 1, True)
+
+        side_by_side(work, range(3))
+
+
+@pytest.mark.parametrize("broken_off", [_Stop, SystemExit])
+def test_a_graphs_forward_waits_for_nobody_who_is_gone(broken_off: type[BaseException], parts: dict[str, Any]) -> None:
+    """Forwards of a compiled model take turns; one that Ctrl-C or the end of its thread broke off has had its."""
+    unet = copy.deepcopy(parts["small"])
+    compiled = torch.compile(unet, backend="eager")
+    inputs = latents_of(None), 5, torch.randn(1, 77, 32)
+    with torch.no_grad(), sdattn_fast.apply(compiled, DROPS, protected=torch.arange(77) > 9) as patch:
+        want = compiled(*inputs).sample
+        states = patch._models[0].states
+
+        def stop(*_: Any) -> None:
+            raise broken_off
+
+        def broken() -> None:
+            handle = compiled.register_forward_pre_hook(stop)
+            try:
+                compiled(*inputs)
+            except _Stop:
+                pass
+            finally:
+                handle.remove()
+
+        if broken_off is _Stop:
+            broken()  # in this thread, which lives on
+        else:
+            thread = threading.Thread(target=broken)
+            thread.start()
+            thread.join()
+        assert states.base.owner is not None
+        with ThreadPoolExecutor(1) as pool:
+            got = pool.submit(torch.no_grad()(compiled), *inputs).result(timeout=60).sample
+        torch.testing.assert_close(got, want)
+    torch._dynamo.reset()
+
+
 def test_a_pipeline_that_does_not_say_what_it_encodes(parts: dict[str, Any]) -> None:
     class Own:
         def __init__(self) -> None:
@@ -415,8 +611,6 @@ def test_a_pipeline_that_does_not_say_what_it_encodes(parts: dict[str, Any]) -> 
     with pytest.warns(UserWarning, match="a Own has no encode_prompt.*Pass active= and protected="):
         sdattn_fast.apply(Own(), DROPS).remove()
     own = {"active": torch.tensor([False, True]), "protected": torch.zeros(77, dtype=torch.bool)}
-    import warnings
-
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         sdattn_fast.apply(Own(), DROPS, **own).remove()
