@@ -70,18 +70,23 @@ def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
     they must not meet this one. So it goes around the compiled call, with one inside that is silent while traced.
     """
     hook, module, outer = _ModelHook(patch, model), model.module, model.outer
-    after = _outside_graphs(lambda module, args, kwargs, output: hook.end(args, kwargs, output))
+
+    def ended(module: nn.Module, args: tuple[Any, ...], *more: Any) -> None:
+        # Without kwargs where another thread has just taken the hook off, and torch no longer knows that it wants them.
+        hook.end(args, *(more if len(more) == 2 else ({}, *more)))
+
+    after = _outside_graphs(ended)
     if outer is not module:
         return [
             outer.register_forward_pre_hook(_Hook(_compiled(hook)), with_kwargs=True),
-            outer.register_forward_hook(_Hook(after, 4), with_kwargs=True, always_call=True),
+            outer.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True),
             module.register_forward_pre_hook(_Hook(_silent_in_graphs(hook)), with_kwargs=True),
         ]
     compiled_call = module._compiled_call_impl
     if compiled_call is None:
         return [
             module.register_forward_pre_hook(_Hook(_breaking_graphs(hook)), with_kwargs=True),
-            module.register_forward_hook(_Hook(after, 4), with_kwargs=True, always_call=True),
+            module.register_forward_hook(_Hook(after), with_kwargs=True, always_call=True),
         ]
 
     def call(*args: Any, **kwargs: Any) -> Any:
@@ -117,13 +122,11 @@ def rows_of(patch: Patch, model: PatchedModel, text: Tensor) -> Rows | None:
 class _Hook:
     """A forward hook, of which a copy of the model has none."""
 
-    def __init__(self, function: Callable[..., Any], arguments: int = 3) -> None:
+    def __init__(self, function: Callable[..., Any]) -> None:
         self.function = function
-        self.arguments = arguments
 
     def __call__(self, *args: Any) -> Any:
-        # Fewer where another thread has just taken the hook off, and torch no longer knows that it wants keywords.
-        return self.function(*args) if len(args) == self.arguments else None
+        return self.function(*args)
 
     def __reduce__(self) -> tuple[Any, ...]:
         warnings.warn(
@@ -134,11 +137,12 @@ class _Hook:
         return no_hook, ()
 
 
-Hook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], None]
+Hook = Callable[..., None]
+_EMPTY: dict[str, Any] = {}
 
 
 def _compiled(hook: _ModelHook) -> Hook:
-    def outer(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def outer(module: nn.Module, args: tuple[Any, ...], kwargs: Any = _EMPTY) -> None:
         hook.begin(args, kwargs)
 
     return outer
@@ -148,7 +152,7 @@ def _breaking_graphs(hook: _ModelHook) -> Hook:
     """For a model that may be compiled later, its hooks traced: the graph ends there and another begins."""
     outside = _outside_graphs(hook.__call__)
 
-    def inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def inner(module: nn.Module, args: tuple[Any, ...], kwargs: Any = _EMPTY) -> None:
         # Not inside, where it would always be False.
         outside(args, kwargs, compiled=torch.compiler.is_compiling())
 
@@ -167,7 +171,7 @@ _NO_GRAPH = (
 
 
 def _silent_in_graphs(hook: _ModelHook) -> Hook:
-    def inner(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def inner(module: nn.Module, args: tuple[Any, ...], kwargs: Any = _EMPTY) -> None:
         # Where torch.compile falls back to eager, the call around it has looked.
         if not torch.compiler.is_compiling() and not hook.begun:
             hook(args, kwargs)
