@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-__all__ = ["Kept", "MadeOn", "capturing", "current_stream", "to_device"]
+__all__ = ["Kept", "MadeOn", "capturing", "current_stream", "take_entries", "to_device"]
 
 
 def to_device(x: Tensor, device: torch.device) -> Tensor:
@@ -27,6 +27,13 @@ def to_device(x: Tensor, device: torch.device) -> Tensor:
             "once before the capture, with text_cache=True and a timestep on the GPU"
         )
     return x.to(device) if x.requires_grad else x.pin_memory().to(device, non_blocking=True)
+
+
+def take_entries(x: Tensor, entries: Sequence[int]) -> Tensor:
+    """The entries of a batch, by slices, since an index would be sent to x's device."""
+    if entries and entries[-1] - entries[0] + 1 == len(entries):
+        return x[entries[0] : entries[-1] + 1]
+    return torch.stack([x[i] for i in entries]) if entries else x[:0]
 
 
 def capturing(device: torch.device) -> bool:

@@ -233,8 +233,9 @@ class _ModelHook:
         state.text.use_gate(call.gate)
         text = text if isinstance(text, Tensor) and text.dim() == 3 else None
         if text is not None:
+            scales = _scales_adapters(args, kwargs)
             if capturing(text.device):
-                _check_capture(compiled, _scales_adapters(args, kwargs))
+                _check_capture(compiled, scales)
             self._look_at(text)
             if call.bias:
                 rows = state.text.rows_told(len(text))
@@ -246,7 +247,7 @@ class _ModelHook:
             x = kwargs.get("sample", args[0] if args else None)
             patch._keeper.begin(call, begins, model.module, state.layers, x, prompts)
         if text is not None and (patch._settings.text_cache or compiled):
-            self._prepare(state, text, compiled, _scales_adapters(args, kwargs))
+            self._prepare(state, text, compiled, scales)
         seed = patch._settings.seed
         if seed is not None:
             device = torch.device("cpu") if text is None else text.device
@@ -258,9 +259,9 @@ class _ModelHook:
         """The call that a forward is of, and whether a step of it begins. Steps are counted where that matters."""
         patch, training = self.patch, self.model.module.training
         scheduled = not isinstance(patch._settings.dropout_when, str)
-        if patch._keeper is None and not scheduled and not patch._wants_forwards:
-            return patch._calls.current, False
         now = patch._calls.current
+        if patch._keeper is None and not scheduled and not patch._wants_forwards:
+            return now, False
         alone = training and (torch.is_grad_enabled() or patch.step is not None)
         if alone and not now.explicit and not now.aside:
             # A training loop draws its timesteps at random: they say nothing of a step, and `Patch.step` does.

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..streams import take_entries
 from .text_state import Rows
 
 __all__ = ["Forward", "entries_of", "forward_inputs", "of_entries"]
@@ -71,11 +72,7 @@ def forward_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, 
 def entries_of(x: Any, batch: int, entries: Sequence[int]) -> Any:
     """The entries of whatever has a batch dimension, inside lists and dicts too."""
     if isinstance(x, Tensor):
-        if x.dim() == 0 or x.shape[0] != batch:
-            return x
-        if entries and entries[-1] - entries[0] + 1 == len(entries):  # an index would be sent to the device
-            return x[entries[0] : entries[-1] + 1]
-        return x[list(entries)]
+        return x if x.dim() == 0 or x.shape[0] != batch else take_entries(x, entries)
     if isinstance(x, Mapping):
         return {key: entries_of(value, batch, entries) for key, value in x.items()}
     if isinstance(x, (list, tuple)):

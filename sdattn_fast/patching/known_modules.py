@@ -40,15 +40,14 @@ def unknown_class(*modules: Any) -> str | None:
         inside = module.modules() if isinstance(module, nn.Module) else (module,)
         for inner in inside:
             kind = type(inner)
-            if kind not in _TORCH and (kind.__module__, kind.__qualname__) not in _ELSEWHERE:
+            if not _is_listed(kind):
                 return f"{kind.__module__}.{kind.__qualname__}"
     return None
 
 
 def is_known(module: nn.Module) -> bool:
     """Whether a module, apart from those inside it, computes what its class says, of parameters alone."""
-    kind = type(module)
-    if kind not in _TORCH and (kind.__module__, kind.__qualname__) not in _ELSEWHERE:
+    if not _is_listed(type(module)):
         return False
     # DataParallel's replicas have tensors where parameters were.
     others = module._buffers or any(isinstance(x, Tensor) for x in module.__dict__.values())
@@ -58,3 +57,7 @@ def is_known(module: nn.Module) -> bool:
 def is_hooked(module: nn.Module) -> bool:
     """Whether calling a module does more than its class's forward."""
     return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def _is_listed(kind: type) -> bool:
+    return kind in _TORCH or (kind.__module__, kind.__qualname__) in _ELSEWHERE

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-import torch
 from torch import Tensor
+
+from ..streams import take_entries
 
 __all__ = ["LayerMaps", "MapSums"]
 
@@ -56,14 +57,5 @@ def _picture(name: str, of_layer: LayerMaps) -> Tensor:
     maps, entries, grid = of_layer
     if grid is None:
         raise ValueError(f"maps: layer {name!r} ran outside a block that knows its height and width")
-    return _entries(maps, entries).unflatten(-1, grid)
-
-
-def _entries(maps: Tensor, entries: Tensor | None) -> Tensor:
-    """Those that a bool (B,) on the CPU names; by slices, since an index would be sent to the maps' device."""
-    if entries is None:
-        return maps
-    chosen = entries.nonzero()[:, 0].tolist()
-    if chosen and chosen[-1] - chosen[0] + 1 == len(chosen):
-        return maps[chosen[0] : chosen[-1] + 1]
-    return torch.stack([maps[i] for i in chosen]) if chosen else maps[:0]
+    chosen = maps if entries is None else take_entries(maps, entries.nonzero()[:, 0].tolist())
+    return chosen.unflatten(-1, grid)

@@ -21,7 +21,6 @@ from .maps import Maps
 from .processor import SemanticAttnProcessor
 from .prompt_memory import PromptMemory
 from .settings import Settings
-from .text_state import TextState
 from .token_classes import EncoderListener
 from .token_inputs import TOKEN_INPUTS, Given, checked_token_input
 from .watched_pipeline import WatchedPipeline, encode_function
@@ -156,7 +155,7 @@ class Patch:
         before = dict(vars(self._given))
         vars(self._given).update(checked)
         try:
-            renewals = [(text, graph, text.renewal_of(graph, graph.rows)) for text, graph in self._graphs()]
+            renewals = [(one.text, graph, one.text.renewal_of(graph, graph.rows)) for one, graph in self._graphs()]
         except ValueError:
             vars(self._given).update(before)
             raise
@@ -195,7 +194,7 @@ class Patch:
         if not isinstance(x, Tensor) or x.dim() != 3:
             got = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise TypeError(f"encoder_hidden_states: expected a torch.Tensor (B, N, E), got {got}")
-        mine = [(model, graph) for model in self._models for graph in model.text.graphs if graph.is_in(x)]
+        mine = [(model, graph) for model, graph in self._graphs() if graph.is_in(x)]
         if not mine:
             have = sorted({f"{tuple(graph.text.shape)} {graph.text.dtype}" for _, graph in self._graphs()})
             raise ValueError(
@@ -221,9 +220,9 @@ class Patch:
         if self._memory is not None:
             self._memory.forget_found()
 
-    def _graphs(self) -> list[tuple[TextState, GraphText]]:
-        """What captured CUDA graphs read, with the text state of its model."""
-        return [(model.text, graph) for model in self._models for graph in model.text.graphs]
+    def _graphs(self) -> list[tuple[PatchedModel, GraphText]]:
+        """What captured CUDA graphs read, with the model that it is of."""
+        return [(model, graph) for model in self._models for graph in model.text.graphs]
 
     def call(self) -> AbstractContextManager[Call]:
         """Around a loop of your own: what this thread draws inside is one run, with one mean of maps and one count of

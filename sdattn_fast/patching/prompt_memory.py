@@ -116,7 +116,7 @@ class PromptMemory:
 
     def _drop(self, call: Encoded) -> None:
         self._rows_kept -= call.count
-        if call in self._unread:
+        if call.unread is not None:
             self._unread.remove(call)
         for of_dtype in call.rows.values():
             for row in (*of_dtype.prompts, *of_dtype.negatives):
