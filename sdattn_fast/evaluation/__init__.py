@@ -1,1 +1,1 @@
-"""One honest evaluation of all nine techniques: `sdattn-fast evaluate`."""
+"""One honest evaluation of all nine techniques, and of peers beside them: `sdattn-fast evaluate`."""

@@ -1,8 +1,8 @@
-"""What the evaluation compares: stock, each of the nine techniques alone, pairs, the tuned whole, and the sketches.
+"""What the evaluation compares: stock, each of the nine techniques alone, pairs, the tuned whole, the sketches, peers.
 
 A condition puts something in place around a pipeline and says which callback goes with it. Everything else (prompts,
 noise, steps, guidance) is the same for all. The sketches are the formulas as they were first proposed, where ours
-differ: they are here to be compared with, and nowhere else.
+differ: they are here to be compared with, and nowhere else. Peers are methods of others, and draw by themselves.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from ..guidance.structure import Structure
 from ..patching.apply import apply
 from ..patching.patch import Patch
 from ..program import Capture, Program, Refinement, SalienceDropout
+from .peers import Peer, peers
 from .sketches import RandomMasks
 
 __all__ = ["Callbacks", "Condition", "Given", "acting_steps", "conditions", "entered"]
@@ -54,10 +55,10 @@ class Given:
 
 @dataclass(frozen=True)
 class Condition:
-    """name: as the report calls it. technique: which of the nine, "pair", "tuned" or "sketch". needs: fields of `Given`
+    """name: as the report calls it. technique: which of the nine, "pair", "sketch" or "peer". needs: fields of `Given`
     that it cannot do without. program, patch: keywords of `apply`. gate, correct: of `ClipGate` and `Correction`.
     fuse: of `phrase_ids`. structure: with `Structure`. tuned: the program is `Given.tuned`. sketch: "masks" on logits,
-    or "unprotected"."""
+    or "unprotected". peer: what draws, in place of the pipeline; then all of the above but the names is unused."""
 
     name: str
     technique: str
@@ -70,11 +71,14 @@ class Condition:
     structure: bool = False
     tuned: bool = False
     sketch: str | None = None
+    peer: Peer | None = None
 
-    def left_out(self, given: Given) -> str | None:
-        """Why the condition cannot be drawn, None where it can."""
+    def left_out(self, given: Given, pipe: Any, guidance: float) -> str | None:
+        """Why the condition cannot be drawn with this pipeline and guidance, None where it can."""
         missing = [name for name in self.needs if getattr(given, name) is None]
-        return f"no {', '.join(missing)}" if missing else None
+        if missing:
+            return f"no {', '.join(missing)}"
+        return None if self.peer is None else self.peer.left_out(pipe, guidance)
 
 
 def conditions() -> list[Condition]:
@@ -114,12 +118,14 @@ def conditions() -> list[Condition]:
         Condition("random masks on logits", "sketch", sketch="masks"),
         Condition("dropout + NMS, nothing protected", "sketch", program=both, sketch="unprotected"),
         Condition("latent * (1 + sigmoid)", "sketch", correct={"how": "scale"}),
+        *(Condition(peer.name, "peer", peer=peer) for peer in peers()),
     ]  # fmt: skip
 
 
 @contextmanager
 def entered(condition: Condition, pipe: Any, given: Given) -> Any:
-    """The condition in place: yields (patch or None, callback or None, keywords of the pipeline's call)."""
+    """The condition, no peer's, in place: yields (patch or None, callback or None, keywords of the pipeline's call)."""
+    assert condition.peer is None, condition.name
     with ExitStack() as stack:
         if condition.sketch == "masks":
             stack.enter_context(RandomMasks(pipe.unet, 0.2))

@@ -1,4 +1,4 @@
-"""What each condition costs: milliseconds a denoising step, paired with stock, and the most memory a run takes."""
+"""What each condition costs: milliseconds a step of a picture, paired with stock, and the most memory it takes."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 
 from ..measure.memory import peak_mib
 from .conditions import STOCK, Condition, Given
+from .peers.pipelines import pictures
 from .run import draw, given_for
 from .subjects import Subject
 
@@ -19,24 +20,27 @@ __all__ = ["costs"]
 
 
 def costs(
-    pipe: Any, subject: Subject, conditions: Sequence[Condition], given: Given, pictures: int = 4, rounds: int = 5
+    pipe: Any, subject: Subject, conditions: Sequence[Condition], given: Given, count: int = 4, rounds: int = 5
 ) -> dict[str, dict[str, float]]:
-    """Condition -> "ms a step", a median over rounds in which conditions take turns; "of stock", the median of its
-    ratios to stock's time in the same round; "peak MiB", what its tensors take at the most beside the weights.
+    """Condition -> "ms a step" of one picture, a median over rounds in which conditions take turns; "of stock", the
+    median of its ratios to stock's time in the same round; "peak MiB", what its tensors take at the most beside the
+    weights, for the first picture.
 
-    All of a call is counted, text encoding and decoding too, and divided by the steps.
+    All of a call is counted, text encoding and decoding too, and divided by the steps. Every call draws one picture,
+    for some peers serve no more. Stock is the pipeline alone: the patch that keeps its maps is none of its cost.
     """
-    part = range(min(pictures, len(subject.prompts)))
-    mine = given_for(subject, part, pipe, given)
+    parts = [range(i, i + 1) for i in range(min(count, len(subject.prompts)))]
+    mine = [given_for(subject, part, pipe, given) for part in parts]
     times: dict[str, list[float]] = {c.name: [] for c in conditions}
     for turn in range(rounds + 1):
         for condition in conditions:
             _wait(pipe)
             start = time.perf_counter()
-            draw(pipe, condition, mine, subject, part)
+            for of_part, part in zip(mine, parts, strict=True):
+                _draw(pipe, condition, of_part, subject, part)
             _wait(pipe)
             if turn:  # the first of each warms up
-                times[condition.name].append(time.perf_counter() - start)
+                times[condition.name].append((time.perf_counter() - start) / len(parts))
     found = {}
     for condition in conditions:
         steps = subject.steps
@@ -47,9 +51,17 @@ def costs(
         found[condition.name] = {
             "ms a step": 1e3 * statistics.median(mine_of) / steps,
             "of stock": statistics.median(ratios),
-            "peak MiB": peak_mib(functools.partial(draw, pipe, condition, mine, subject, part), pipe.device),
+            "peak MiB": peak_mib(functools.partial(_draw, pipe, condition, mine[0], subject, parts[0]), pipe.device),
         }
     return found
+
+
+def _draw(pipe: Any, condition: Condition, given: Given, subject: Subject, part: range) -> None:
+    if condition.name != STOCK:
+        draw(pipe, condition, given, subject, part)
+        return
+    noise = [torch.Generator().manual_seed(i) for i in part]
+    pictures(pipe, given.prompts, noise, subject.guidance, subject.steps)
 
 
 def _wait(pipe: Any) -> None:

@@ -20,6 +20,11 @@ from .run import KEPT, Evaluation
 
 __all__ = ["verdict", "write_report"]
 
+_COST = (
+    "Time and memory are of one picture a call for every condition, for some peers draw no more at once; stock is "
+    "the pipeline alone, without the maps that others keep."
+)
+
 Table = dict[str, dict[str, dict[str, Any]]]
 
 
@@ -38,6 +43,7 @@ def write_report(evaluation: Evaluation, cost: Mapping[str, Mapping[str, float]]
         "prompts": len(evaluation.subject.prompts), "guidance": evaluation.subject.guidance,
         "steps": evaluation.subject.steps, "techniques": techniques, "left out": evaluation.left_out,
         "measures": table, "cost": {name: dict(x) for name, x in cost.items()},
+        "cost note": _COST if cost else "",
     }  # fmt: skip
     _write(evaluation.folder / "summary.json", (json.dumps(content, indent=1) + "\n").encode())
     _write(evaluation.folder / "evaluation.md", _markdown(content, table).encode())
@@ -71,6 +77,8 @@ def _markdown(content: Mapping[str, Any], table: Table) -> str:
         price = content["cost"].get(name)
         ratio, peak = (f"{price['of stock']:.2f}", f"{price['peak MiB']:.0f}") if price else ("", "")
         lines.append(f"| {name} | {content['techniques'][name]} | {' | '.join(shown)} | {ratio} | {peak} |")
+    if content["cost note"]:
+        lines.append(f"\n{content['cost note']}")
     lines += [f"\n{name}: not drawn, {why}." for name, why in content["left out"].items()]
     return "\n".join(lines) + "\n"
 

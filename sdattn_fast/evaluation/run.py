@@ -47,7 +47,7 @@ class Evaluation:
     ) -> None:  # fmt: skip
         self.folder, self.pipe, self.subject, self.batch, self.model = Path(folder), pipe, subject, batch, model
         self.given = given
-        reasons = {c.name: c.left_out(given) for c in conditions}
+        reasons = {c.name: c.left_out(given, pipe, subject.guidance) for c in conditions}
         self.left_out = {name: reason for name, reason in reasons.items() if reason is not None}
         self.conditions = [c for c in conditions if c.name not in self.left_out]
         self._check_settings()
@@ -115,7 +115,7 @@ class Evaluation:
         settings = json.loads(json.dumps({**fixed, "measures": list(self.subject.measures)}, default=str))
         path = self.folder / "settings.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        said = {c.name: json.loads(json.dumps(asdict(c), default=str)) for c in self.conditions}
+        said = {c.name: json.loads(json.dumps(_said(c), default=str)) for c in self.conditions}
         if path.exists():
             before = json.loads(path.read_text())
             changed = [name for name in settings if before.get(name) != settings[name]]
@@ -145,11 +145,14 @@ def draw(
 ) -> tuple[list[np.ndarray], list[list[np.ndarray] | None]]:
     """Pictures (height, width, 3) uint8, the noise of each depending on its prompt's index alone; and of each, its
     objects' maps (height, width), None where the condition keeps none or the subject wants none."""
+    noise = [torch.Generator().manual_seed(_FIRST_NOISE + i) for i in part]
+    if condition.peer is not None:
+        asked_of_peer = (given.prompts, given.objects, noise, subject.guidance, subject.steps)
+        return list(condition.peer.draw(pipe, *asked_of_peer)), [None] * len(part)
     with entered(condition, pipe, given) as (patch, callback, more):
         asked: dict[str, Any] = {"guidance_scale": subject.guidance, "num_inference_steps": subject.steps, **more}
         if callback is not None:
             asked["callback_on_step_end"] = callback
-        noise = [torch.Generator().manual_seed(_FIRST_NOISE + i) for i in part]
         images = pipe(list(given.prompts), generator=noise, output_type="np", **asked).images
         pictures = list(uint8_pictures(images))
         maps: list[list[np.ndarray] | None] = [None] * len(pictures)
@@ -161,6 +164,11 @@ def draw(
                     for heat, things in zip(whole.cpu(), given.objects, strict=True)
                 ]
     return pictures, maps
+
+
+def _said(condition: Condition) -> dict[str, Any]:
+    """Its fields; without a peer where it has none, as folders have them that were begun before there were peers."""
+    return {name: x for name, x in asdict(condition).items() if name != "peer" or x is not None}
 
 
 def _file_name(condition: Condition) -> str:

@@ -19,6 +19,7 @@ pytest.importorskip("kornia")
 from sdattn_fast import Program, SalienceDropout
 from sdattn_fast.evaluation.conditions import STOCK, Condition, Given, conditions
 from sdattn_fast.evaluation.cost import costs
+from sdattn_fast.evaluation.peers import AttendAndExcite, InitialNoise, SynGen, peers
 from sdattn_fast.evaluation.report import verdict, write_report
 from sdattn_fast.evaluation.run import Evaluation, draw, given_for
 from sdattn_fast.evaluation.sketches import RandomMasks
@@ -64,11 +65,12 @@ def _named(*names: str) -> list[Condition]:
 
 def test_conditions_are_named_once_and_cover_the_nine() -> None:
     assert len(set(NAMES)) == len(NAMES) and NAMES[0] == STOCK
-    techniques = {c.technique for c in conditions()} - {STOCK, "pair", "sketch"}
+    techniques = {c.technique for c in conditions()} - {STOCK, "pair", "sketch", "peer"}
     assert techniques == {
         "semantic gate", "phrase fusion", "head selection", "salience dropout", "NMS with smoothing", "GradCAM",
         "structure refinement", "selective maps", "CLIP-rewarded tuning",
     }  # fmt: skip
+    assert [c.peer for c in conditions() if c.technique == "peer"] == peers()
 
 
 @pytest.fixture(scope="module")
@@ -77,7 +79,10 @@ def stock_picture(pipe: Any, world: ShapesWorld, given: Given) -> np.ndarray:
     return draw(pipe, stock, given_for(world, range(2), pipe, given), world, range(2))[0][0]
 
 
-@pytest.mark.parametrize("condition", conditions(), ids=NAMES)
+OURS = [c for c in conditions() if c.peer is None]
+
+
+@pytest.mark.parametrize("condition", OURS, ids=lambda c: c.name)
 def test_every_condition_draws_and_leaves_no_trace(
     condition: Condition, pipe: Any, world: ShapesWorld, given: Given, stock_picture: np.ndarray
 ) -> None:
@@ -98,6 +103,37 @@ def test_every_condition_draws_and_leaves_no_trace(
     after = dict(pipe.unet.attn_processors)
     assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
     assert not pipe.unet._forward_hooks and not pipe.unet._forward_pre_hooks
+
+
+def test_a_peer_draws_in_place_of_the_pipeline(
+    pipe: Any, world: ShapesWorld, given: Given, stock_picture: np.ndarray
+) -> None:
+    mine = given_for(world, range(2), pipe, given)
+    for peer, same in ((SynGen(), False), (SynGen(scale=0.0), True), (InitialNoise(noises=1), True)):
+        pictures, maps = draw(pipe, Condition("a peer", "peer", peer=peer), mine, world, range(2))
+        assert [p.shape for p in pictures] == [(64, 64, 3)] * 2 and maps == [None, None]
+        # A batch of one rounds otherwise than stock's of two.
+        assert (np.abs(pictures[0].astype(int) - stock_picture).max() <= 1) == same
+
+
+def test_peers_that_cannot_draw_are_left_out(tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given) -> None:
+    chosen = [
+        *_named(STOCK, "guidance rescale"),
+        Condition("large", "peer", peer=AttendAndExcite(resolution=64)),
+    ]
+    unguided = ShapesWorld(2, world.scorer)
+    unguided.guidance, unguided.steps = 1.0, 1
+    evaluation = Evaluation(tmp_path, pipe, unguided, chosen, given, "shapes", batch=2)
+    assert evaluation.left_out == {
+        "guidance rescale": "there is no unconditional half at guidance 1.0",
+        "large": "no cross-attention at 64x64; there is 16x16, 8x8, 4x4",
+    }
+    evaluation.run()
+    content = write_report(evaluation, {}, "a machine")
+    assert content["left out"] == evaluation.left_out and list(content["measures"]) == [STOCK]
+    said = "large: not drawn, no cross-attention at 64x64; there is 16x16, 8x8, 4x4."
+    markdown = (tmp_path / "evaluation.md").read_text()
+    assert said in markdown and said in (tmp_path / "evaluation.html").read_text() and "one picture" not in markdown
 
 
 def test_conditions_without_what_they_need_are_left_out(tmp_path: Path, pipe: Any, world: ShapesWorld) -> None:
@@ -158,6 +194,13 @@ def test_another_evaluation_is_refused(tmp_path: Path, pipe: Any, world: ShapesW
     other = replace(_named("dropout")[0], program=Program())
     with pytest.raises(ValueError, match="dropout"):
         made([*_named(STOCK), other])
+    made([*_named(STOCK, "SynGen")])
+    searched = replace(_named("SynGen")[0], peer=SynGen(scale=8.0))
+    with pytest.raises(ValueError, match="SynGen"):
+        made([*_named(STOCK), searched])
+    # A folder of before there were peers says nothing of them.
+    kept = json.loads((tmp_path / "settings.json").read_text())["conditions"]
+    assert "peer" not in kept[STOCK] and kept["SynGen"]["peer"]["scale"] == 20.0
 
 
 def test_a_full_disk_loses_nothing(
@@ -183,10 +226,14 @@ def test_a_full_disk_loses_nothing(
 
 
 def test_the_report(tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given) -> None:
-    chosen = _named(STOCK, "dropout", "maps", "latent * (1 + sigmoid)")
+    chosen = _named(STOCK, "dropout", "maps", "latent * (1 + sigmoid)", "guidance rescale")
     evaluation = Evaluation(tmp_path, pipe, world, chosen, given, "shapes", batch=5)
     evaluation.run()
-    cost = costs(pipe, world, chosen, given, pictures=1, rounds=1)
+    calls: list[int] = []
+    handle = pipe.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
+    cost = costs(pipe, world, chosen, given, count=2, rounds=1)
+    handle.remove()
+    assert set(calls) <= {1, 2}  # one picture a call, with its unconditional half
     assert all(x["ms a step"] > 0 and x["peak MiB"] > 0 for x in cost.values()) and cost[STOCK]["of stock"] == 1
     content = write_report(evaluation, cost, "a machine")
     assert json.loads((tmp_path / "summary.json").read_text()) == content
@@ -195,8 +242,19 @@ def test_the_report(tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given)
     assert content["measures"]["dropout"]["bound"]["mean"] == pytest.approx(np.mean(bound))
     markdown = (tmp_path / "evaluation.md").read_text()
     assert all(f"| {c.name} | {c.technique} |" in markdown for c in chosen)
+    assert content["cost note"] in markdown and "one picture a call" in content["cost note"]
     page = (tmp_path / "evaluation.html").read_text()
     assert "latent * (1 + sigmoid)" in page and page.count("data:image/png;base64,") == 2 and "a machine" in page
+    assert content["cost note"] in page
+
+
+def test_stock_costs_what_the_pipeline_alone_costs(pipe: Any, world: ShapesWorld, given: Given) -> None:
+    before = dict(pipe.unet.attn_processors)
+    seen: list[bool] = []
+    handle = pipe.unet.register_forward_pre_hook(lambda *_: seen.append(pipe.unet.attn_processors == before))
+    costs(pipe, world, _named(STOCK), given, count=1, rounds=1)
+    handle.remove()
+    assert seen and all(seen)
 
 
 def test_verdicts() -> None:
@@ -233,7 +291,7 @@ def test_prompts_of_a_user(pipe: Any, scorer: ClipScorer) -> None:
     blank = np.full((64, 64, 3), 255, np.uint8)
     rows = subject.measure([0, 1], [blank, blank], [None, None])
     texts = scorer.texts(["a red circle", "a blue square"]) @ scorer.pictures([blank])[0]
-    assert rows[0]["CLIP of the weakest phrase"] == pytest.approx(float(texts.min()))
+    assert rows[0]["CLIP of the weakest phrase"] == pytest.approx(float(texts.min()), abs=1e-6)
     assert set(rows[0]) == set(subject.measures)
 
 
