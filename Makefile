@@ -47,11 +47,13 @@ GPU_ARCHITECTURE ?= 9.0
 gpu-bundle:
 	$(PYTHON) benchmarks/on_gpu/bundle.py --python $(GPU_PYTHON) --architecture $(GPU_ARCHITECTURE)
 
-# A wheel for this Python, in dist/. Its tag is what this machine's C library allows; manylinux_2_28 comes from below.
+# A wheel for this Python, in dist/, and that of the lab's weights, for all. The tag is what this machine's C library
+# allows; manylinux_2_28 comes from below.
 wheel: export SDATTN_FAST_CUDA = auto
 wheel: .venv/installed
-	rm -rf build/wheel
+	rm -rf build/wheel lab/build
 	$(BIN)/pip wheel --quiet --no-deps -w build/wheel .
+	$(BIN)/pip wheel --quiet --no-deps -w dist ./lab
 	PATH="$(CURDIR)/$(BIN):$$PATH" auditwheel repair --exclude libgomp.so.1 -w dist build/wheel/*.whl || \
 	    { mkdir -p dist && cp build/wheel/*.whl dist; }
 	du -h dist/*.whl
@@ -69,11 +71,11 @@ build/cibuildwheel:
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet cibuildwheel==4.3.5
 
-.venv/installed: pyproject.toml setup.py constraints.txt $(shell find csrc -type f ! -name '*.pyc')
+.venv/installed: pyproject.toml lab/pyproject.toml setup.py constraints.txt $(shell find csrc -type f ! -name '*.pyc')
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]"
+	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]" -e ./lab
 	echo $(CUDA_CODE) >$@
 
 clean:
-	rm -rf .venv build dist *.egg-info sdattn_fast/*.so
+	rm -rf .venv build dist *.egg-info sdattn_fast/*.so lab/build lab/src/*.egg-info

@@ -112,7 +112,7 @@ def _clip(name: str) -> dict[str, float]:
 
 def test_a_picture_of_shapes(benchmark):
     import sdattn_fast
-    from sdattn_fast.lab.world import sample_scene
+    from sdattn_fast.lab.shapes.world import sample_scene
 
     pipe: Any = load_pipeline()
     pipe.set_progress_bar_config(disable=True)

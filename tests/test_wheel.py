@@ -1,15 +1,19 @@
-"""`pip wheel .`: what is in the wheel, that it may be repaired, and that it runs where the checkout is not."""
+"""The wheels: what is in them, and that the kernels' may be repaired and runs where the checkout is not."""
 
 from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+
+from sdattn_fast import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTHING_NEW = "ninja: no work to do"
@@ -20,9 +24,9 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
     return subprocess.run([str(c) for c in command], capture_output=True, text=True, env=everything)
 
 
-def make_wheel(to: Path, **environment: str) -> tuple[Path, str]:
-    """The wheel of this checkout, with what earlier builds compiled; and what the build said."""
-    made = run(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", to, ROOT, **environment)
+def make_wheel(to: Path, of: Path = ROOT, **environment: str) -> tuple[Path, str]:
+    """The wheel of a checkout, with what earlier builds compiled; and what the build said."""
+    made = run(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", to, of, **environment)
     assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-4000:]
     (wheel,) = to.glob("*.whl")
     return wheel, made.stdout + made.stderr
@@ -42,11 +46,37 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_wheel_holds_all_that_is_needed(built):
     wheel, said = built
     names = set(zipfile.ZipFile(wheel).namelist())
-    data = {"py.typed", "backend/measured.json", "lab/shapes/model_index.json"}
+    data = {"py.typed", "backend/measured.json"}
     assert {"sdattn_fast/kernels/rows.py", *(f"sdattn_fast/{name}" for name in data)} <= names
     assert {name.split("/")[0].split("-")[0] for name in names} == {"sdattn_fast"}
+    assert not [name for name in names if name.endswith(".safetensors")]
     with_cuda = "without CUDA code" not in said
     assert modules(wheel) == ({"_core", "_cuda"} if with_cuda else {"_core"})
+
+
+def test_wheel_of_the_lab_holds_all_weights(tmp_path):
+    lab = tmp_path / "lab"
+    # A copy: what an earlier build left in lab/build goes into the wheel.
+    shutil.copytree(ROOT / "lab", lab, ignore=shutil.ignore_patterns("build", "*.egg-info"))
+    # Python leaves these where the package was imported from, and they are no weights.
+    (lab / "src/sdattn_fast_lab/__pycache__").mkdir(exist_ok=True)
+    (lab / "src/sdattn_fast_lab/__pycache__/left.pyc").touch()
+    package = ROOT / "lab" / "src" / "sdattn_fast_lab"
+    wanted = {path.relative_to(package.parent).as_posix() for path in package.rglob("*") if path.is_file()}
+    wanted = {name for name in wanted if "__pycache__" not in name}
+    assert sum(name.endswith(".safetensors") for name in wanted) >= 4
+
+    wheel, said = make_wheel(tmp_path / "wheel", lab)
+    names = zipfile.ZipFile(wheel).namelist()
+    assert {name for name in names if ".dist-info/" not in name} == wanted
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert "absent from the `packages` configuration" not in said
+
+
+def test_the_lab_has_the_version_and_the_licence_of_the_kernels():
+    (version,) = re.findall(r'^version = "(.+?)"', (ROOT / "lab" / "pyproject.toml").read_text(), re.MULTILINE)
+    assert version == __version__
+    assert (ROOT / "lab" / "LICENSE").read_text() == (ROOT / "LICENSE").read_text()
 
 
 def test_nothing_is_compiled_twice(built):

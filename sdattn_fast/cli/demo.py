@@ -32,7 +32,7 @@ def demo(
     seed: Annotated[int, typer.Option(help="Of the latents.")] = 0,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt of the shapes world; may be repeated.")] = None,
 ) -> None:
-    """Make pictures with the pipeline that ships with the package, and a page that shows what the program does."""
+    """Make pictures with the shapes pipeline, and a page that shows what the program does."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -84,7 +84,7 @@ def _load() -> Any:
 def _pictures(pipe: Any, prompt: str, seed: int, tick: Any) -> Pictures:
     from .. import Capture, Program, apply
     from ..guidance.phrases import find_phrases, phrase_ids
-    from ..lab.captions import objects_of
+    from ..lab.shapes.captions import objects_of
 
     objects = [" ".join(pair) for pair in objects_of(prompt)]
     phrases = phrase_ids(find_phrases(prompt, pipe.tokenizer, phrases=objects), fuse="all")

@@ -104,7 +104,7 @@ def generate(
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> Any:
-    """`DiffusionPipeline.from_pretrained` on a folder or hub id, or the pipeline that ships with this package.
+    """`DiffusionPipeline.from_pretrained` on a folder or hub id, or the shapes pipeline.
 
     Raises: ValueError for a dtype, device or folder that is not there; OSError, from diffusers, for other models.
     """

@@ -47,8 +47,8 @@ def heads(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..lab.captions import objects_of, phrases_of, selection_captions, words_of_objects
-    from ..lab.judge import shapes_truth
+    from ..lab.shapes.captions import objects_of, phrases_of, selection_captions, words_of_objects
+    from ..lab.shapes.judge import shapes_truth
     from ..patching.words import tokenizer_of, words_of
     from ..prompts import Prompt, cuts_said_once, read_prompts, words_to_find
     from ..tuning.heads import clip_score, iou_score, observe, rank_heads

@@ -76,8 +76,8 @@ def tune(
     for name, given in (("--prompts", prompts), ("--report-prompts", report_prompts)):
         if given is None and not shapes:
             raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint=name)
-    from ..lab.captions import held_out_captions, objects_of, selection_captions
-    from ..lab.judge import bound_objects
+    from ..lab.shapes.captions import held_out_captions, objects_of, selection_captions
+    from ..lab.shapes.judge import bound_objects
 
     chosen_on = [p.text for p in read_prompts(prompts)] if prompts else selection_captions(pictures)
     reported = (

@@ -52,8 +52,8 @@ class ShapesWorld:
     needs_maps = True
 
     def __init__(self, count: int, scorer: ClipScorer, first: int | None = None, held_out: bool = True) -> None:
-        from ..lab.captions import HELD_OUT_SEED, held_out_scenes
         from ..lab.pipeline import GUIDANCE, STEPS
+        from ..lab.shapes.captions import HELD_OUT_SEED, held_out_scenes
 
         self.scenes = held_out_scenes(count, held_out, HELD_OUT_SEED if first is None else first)
         self.prompts = [scene.caption for scene in self.scenes]
@@ -70,8 +70,8 @@ class ShapesWorld:
     def measure(
         self, indices: Sequence[int], pictures: Sequence[np.ndarray], maps: Sequence[Sequence[np.ndarray] | None]
     ) -> list[dict[str, float]]:
-        from ..lab.detector import detect
-        from ..lab.measures import measure
+        from ..lab.shapes.detector import detect
+        from ..lab.shapes.measures import measure
 
         similar = self.scorer.similarity(list(pictures), [self.prompts[i] for i in indices])
         rows = []

@@ -1,4 +1,4 @@
-"""The lab: a world of shapes where the truth is known, and a small Stable Diffusion trained on it, shipped with us."""
+"""The lab: a world of shapes where the truth is known, and a small Stable Diffusion that was trained on it."""
 
 from __future__ import annotations
 

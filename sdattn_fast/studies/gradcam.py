@@ -21,11 +21,11 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..lab.captions import SELECTION_SEED, held_out_scenes, words_of_objects
-from ..lab.judge import judge
-from ..lab.measures import iou
 from ..lab.pipeline import GUIDANCE, STEPS, load_clip, load_pipeline, shapes_path
-from ..lab.world import SIDE, Scene, sample_scene
+from ..lab.shapes.captions import SELECTION_SEED, held_out_scenes, words_of_objects
+from ..lab.shapes.judge import judge
+from ..lab.shapes.measures import iou
+from ..lab.shapes.world import SIDE, Scene, sample_scene
 from ..loading import quiet_loading
 from ..measure.paired import summary, table
 from .sheet import save_sheet

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..lab.captions import held_out_scenes, phrases_of, selection_captions, words_of_objects
-from ..lab.judge import judge, shapes_truth
 from ..lab.pipeline import GUIDANCE, STEPS, draw, load_pipeline, shapes_path
+from ..lab.shapes.captions import held_out_scenes, phrases_of, selection_captions, words_of_objects
+from ..lab.shapes.judge import judge, shapes_truth
 from ..measure.paired import interval
 
 _BATCH = 32

@@ -17,10 +17,10 @@ import numpy as np
 import typer
 
 from ..files import written_aside
-from ..lab.captions import held_out_scenes
-from ..lab.judge import judge
 from ..lab.pipeline import draw, load_pipeline
-from ..lab.world import sample_scene
+from ..lab.shapes.captions import held_out_scenes
+from ..lab.shapes.judge import judge
+from ..lab.shapes.world import sample_scene
 from ..loading import quiet_loading
 from ..measure.paired import interval_of_means, said, table
 

@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from ..lab.captions import held_out_scenes
-from ..lab.judge import judge, table
 from ..lab.pipeline import GUIDANCE, STEPS, draw, load_pipeline
+from ..lab.shapes.captions import held_out_scenes
+from ..lab.shapes.judge import judge, table
 from .sheet import save_sheet
 
 

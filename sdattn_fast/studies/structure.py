@@ -16,10 +16,10 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..lab.captions import held_out_scenes, words_of_objects
-from ..lab.measures import MEASURES, measure
 from ..lab.pipeline import GUIDANCE, STEPS, load_pipeline
-from ..lab.world import SIDE, Scene
+from ..lab.shapes.captions import held_out_scenes, words_of_objects
+from ..lab.shapes.measures import MEASURES, measure
+from ..lab.shapes.world import SIDE, Scene
 from ..measure.paired import summary, table
 from .sheet import save_sheet
 

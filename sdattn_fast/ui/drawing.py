@@ -142,7 +142,7 @@ def _judged(side: Side, asked: Asked, scorer: ClipScorer | None, shapes: bool) -
     if scorer is not None:
         side = replace(side, score=float(scorer.similarity([picture], [asked.prompt])[0]))
     if shapes:
-        from ..lab.detector import detect
+        from ..lab.shapes.detector import detect
 
         side = replace(side, seen=", ".join(f"{d.colour} {d.shape}" for d in detect(picture)) or "nothing")
     return side

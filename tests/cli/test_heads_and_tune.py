@@ -9,7 +9,7 @@ from PIL import Image
 
 from sdattn_fast.cli import main
 from sdattn_fast.files import ProgramFile, load_heads
-from sdattn_fast.lab.captions import selection_captions
+from sdattn_fast.lab.shapes.captions import selection_captions
 from sdattn_fast.prompts import Prompt, read_prompts, words_to_find
 
 pytest.importorskip("optuna")

@@ -18,7 +18,7 @@ from sdattn_fast.guidance.clip_gate import ClipGate, calibrated_threshold
 from sdattn_fast.guidance.clip_score import ClipScorer
 from sdattn_fast.guidance.preview import LinearDecoder, Preview
 from sdattn_fast.lab import load_pipeline, shapes_path
-from sdattn_fast.lab.world import sample_scene
+from sdattn_fast.lab.shapes.world import sample_scene
 
 PROMPT = "a red circle and a blue square"
 

@@ -17,7 +17,7 @@ pytest.importorskip("nltk")
 
 from sdattn_fast.guidance.phrases import find_phrases, head_words, phrase_ids
 from sdattn_fast.lab import load_pipeline
-from sdattn_fast.lab.world import sample_scene
+from sdattn_fast.lab.shapes.world import sample_scene
 from sdattn_fast.patching.text_tokens import text_tokens
 from sdattn_fast.patching.words import words_of
 

@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import sdattn_fast_lab
 import torch
 from safetensors import safe_open
 
 from sdattn_fast.lab import load_clip, load_pipeline, shapes_path
-from sdattn_fast.lab.detector import detect, detect_background
-from sdattn_fast.lab.world import sample_scene
+from sdattn_fast.lab.shapes.detector import detect, detect_background
+from sdattn_fast.lab.shapes.world import sample_scene
 
 
 def test_files():
@@ -26,6 +29,30 @@ def test_files():
             assert kinds <= {"F16", "I64"}, path
     index = json.loads((shapes_path() / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+def test_a_world_that_is_not_there():
+    with pytest.raises(ValueError, match=r"^name: expected .*'shapes'.*, got 'spheres'$"):
+        sdattn_fast_lab.path("spheres")
+
+
+def test_missing_weights_are_said_before_anything_slow():
+    """In a new interpreter, which has imported nothing yet."""
+    code = """
+import sys
+sys.modules["sdattn_fast_lab"] = None
+from sdattn_fast.lab import load_clip, load_pipeline, shapes_path
+for load in (shapes_path, load_pipeline, load_clip):
+    try:
+        load()
+    except ImportError as error:
+        print(error)
+print({"diffusers", "transformers"} & set(sys.modules))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    *said, imported = done.stdout.splitlines()
+    assert len(said) == 3 and all("pip install 'sdattn-fast[demo]'" in line for line in said)
+    assert imported == "set()"
 
 
 @pytest.fixture(scope="module")

@@ -8,51 +8,44 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import typer
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file
 from transformers import CLIPModel
 
+from sdattn_fast.lab.loop import Schedule, fit
+from sdattn_fast.lab.objects.detector import Detector
+from sdattn_fast.lab.objects.world import sample_scene
 from sdattn_fast.lab.train import train
 
-STEPS = {"vae-steps": 1, "decoder-steps": 1, "unet-steps": 2, "clip-steps": 1, "scenes": 8, "save-every": 1}
-
-# Four scenes a step instead of up to 128, and a tokenizer that learns on fewer captions. Run by this process and by the
-# one that is killed: the steps and the files are the real ones.
-SMALLER = """
-import itertools
-from sdattn_fast.lab import model
-from sdattn_fast.lab.train import _World, train
-
-def smaller(patch, batch=_World.batch, corpus=model._corpus):
-    patch(_World, "batch", lambda self, step, size: batch(self, step, min(size, 4)))
-    patch(model, "_corpus", lambda: itertools.islice(corpus(), 300))
-"""
-KILLED = SMALLER + "import typer; smaller(setattr); typer.run(train)"
+STEPS = {
+    "vae-steps": 1, "decoder-steps": 1, "unet-steps": 2, "clip-steps": 1, "vae-batch": 2, "decoder-batch": 2,
+    "unet-batch": 4, "clip-batch": 4, "scenes": 8, "save-every": 1,
+}  # fmt: skip
+OBJECTS = {"world": "objects", "detector-steps": 1, "detector-batch": 2, "phantom": 0.5, **STEPS}
 
 
 @pytest.fixture
-def smaller(monkeypatch):
-    """And one thread, as the other process has: sums in one order."""
-    names: dict = {}
-    exec(SMALLER, names)
-    names["smaller"](monkeypatch.setattr)
+def one_thread():
+    """As the other process has: sums in one order."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
 
 
-def test_a_killed_run_resumes(tmp_path, smaller, capfd):
+def test_a_killed_run_resumes(tmp_path, one_thread, capfd):
     whole, killed = tmp_path / "whole", tmp_path / "killed"
-    _train_here(whole)
+    _train_here(whole, OBJECTS)
 
     # A new interpreter, not a fork: what depends on the process, as the order of a hash table, is then another.
-    options = [x for name, value in STEPS.items() for x in (f"--{name}", str(value))]
+    options = [x for name, value in OBJECTS.items() for x in (f"--{name}", str(value))]
     process = subprocess.Popen(
-        [sys.executable, "-c", KILLED, "--out", str(killed), *options], stdout=subprocess.PIPE,
+        [sys.executable, "-m", "sdattn_fast.lab.train", "--out", str(killed), *options], stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert process.stdout is not None
@@ -64,27 +57,68 @@ def test_a_killed_run_resumes(tmp_path, smaller, capfd):
     assert not (killed / "model_index.json").exists()
 
     capfd.readouterr()
-    _train_here(killed)
+    _train_here(killed, OBJECTS)
     assert "unet: resumed at step" in capfd.readouterr().out
 
     files = sorted(p.relative_to(whole) for p in whole.rglob("*.safetensors") if "checkpoints" not in p.parts)
-    assert [str(f.parent) for f in files] == ["clip", "text_encoder", "unet", "vae"]
+    assert [str(f.parent) for f in files] == ["clip", ".", "text_encoder", "unet", "vae"]
     for file in files:
         want, have = load_file(whole / file), load_file(killed / file)
         assert want.keys() == have.keys()
         for key, x in want.items():
             assert x.equal(have[key]), (file, key)
 
-    StableDiffusionPipeline.from_pretrained(whole)
-    CLIPModel.from_pretrained(whole / "clip")
+    _can_be_loaded(whole)
+    assert Detector.load(whole)([sample_scene(0).image]) == [[]]
+
+
+def test_the_world_of_shapes(tmp_path, capfd):
+    _train_here(tmp_path, STEPS)
+    _can_be_loaded(tmp_path)
+    assert not (tmp_path / "detector.safetensors").exists()
+
+
+def test_more_steps_go_on(tmp_path, capfd):
+    """And the plateau does not depend on how many there are to be: 10 of 12 steps are those of 10 of 24."""
+    short, long = Schedule(1e-3, 240), Schedule(1e-3, 480)
+    assert [short(i) for i in range(192)] == [long(i) for i in range(192)]
+    assert short(0) == pytest.approx(1e-5) and short(99) == short(191) == 1e-3
+    assert short(239) == pytest.approx(1e-3 / 48) and short(216) == pytest.approx(5e-4)
+    network = torch.nn.Linear(2, 1)
+    for steps in (2, 5):
+        fit("line", network, lambda step: network(torch.ones(1, 2)).square().sum(), Schedule(0.1, steps), tmp_path)
+    said = capfd.readouterr().out
+    assert "line: resumed at step 2" in said and "line: step 5/5" in said
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"stage": "all of them"}, "expected one of all, vae, decoder, unet, clip, detector, save, got 'all of them'"),
+        ({"world": "flowers"}, "world: expected shapes or objects, got 'flowers'"),
+        ({"world": "shapes", "phantom": 0.5}, "captions of the world shapes are true"),
+        ({"world": "objects", "phantom": 2.0}, "phantom: expected a number in [0, 1], got 2.0"),
+        ({"scenes": 0}, "expected at least 1, got 0"),
+        ({"unet_batch": 0}, "expected at least 1, got 0"),
+    ],
+)
+def test_bad_options(tmp_path, options, message):
+    with pytest.raises(typer.BadParameter) as error:
+        train(out=tmp_path, **options)
+    assert message in str(error.value)
 
 
 def test_it_is_a_command(monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(sys, "argv", ["train", "--out", str(tmp_path), "--stage", "all of them"])
     with pytest.raises(SystemExit) as exit, pytest.warns(RuntimeWarning, match="found in sys.modules"):
         runpy.run_module("sdattn_fast.lab.train", run_name="__main__")
-    assert exit.value.code == 2 and "expected all, vae, decoder, unet, clip or save" in capsys.readouterr().err
+    assert exit.value.code == 2 and "expected one of all, vae, decoder" in capsys.readouterr().err
 
 
-def _train_here(out: Path) -> None:
-    train(out, **{name.replace("-", "_"): value for name, value in STEPS.items()})
+def _train_here(out: Path, options: dict[str, Any]) -> None:
+    train(out=out, **{name.replace("-", "_"): value for name, value in options.items()})
+
+
+def _can_be_loaded(folder: Path) -> None:
+    StableDiffusionPipeline.from_pretrained(folder)
+    CLIPModel.from_pretrained(folder / "clip")

@@ -12,9 +12,9 @@ from PIL import Image
 
 from sdattn_fast.files import load_heads
 from sdattn_fast.guidance.clip_score import ClipScorer
-from sdattn_fast.lab.captions import held_out_captions, objects_of, selection_captions, words_of_objects
-from sdattn_fast.lab.judge import bound_objects
-from sdattn_fast.lab.world import sample_scene
+from sdattn_fast.lab.shapes.captions import held_out_captions, objects_of, selection_captions, words_of_objects
+from sdattn_fast.lab.shapes.judge import bound_objects
+from sdattn_fast.lab.shapes.world import sample_scene
 from sdattn_fast.tuning.heads import (
     HeadRanking,
     Observation,

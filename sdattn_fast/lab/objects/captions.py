@@ -1,0 +1,21 @@
+"""Captions of the objects world: which are trained on, which are chosen on, and which are reported on. All that are not
+trained on are true."""
+
+from __future__ import annotations
+
+from .world import Scene, sample_scene
+
+__all__ = ["SELECTION_SEED", "REPORT_SEED", "selection_scenes", "report_scenes"]
+
+SELECTION_SEED = 600_000_000
+REPORT_SEED = 500_000_000
+
+
+def selection_scenes(count: int) -> list[Scene]:
+    """Scenes whose captions settings are chosen on: two, three and four objects by turns."""
+    return [sample_scene(SELECTION_SEED + i, objects=2 + i % 3) for i in range(count)]
+
+
+def report_scenes(count: int) -> list[Scene]:
+    """Scenes whose captions results are reported on: two, three and four objects by turns."""
+    return [sample_scene(REPORT_SEED + i, objects=2 + i % 3) for i in range(count)]

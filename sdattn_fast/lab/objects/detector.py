@@ -1,0 +1,169 @@
+"""Finds the pictograms in a picture: a small network gives each pixel a noun; connected pixels are an object.
+
+The network is trained on true scenes (`sdattn_fast.lab.train --world objects --stage detector`), and knows nothing of
+captions. Colours are the hue of most saturated pixels in the found mask. How often it errs on true scenes is measured
+by `python -m sdattn_fast.studies.objects` and stated beside what it measures.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .sprites import COLOURED, HUES, NOUNS, dominant_hue, sprite
+from .world import SIDE, SMALLEST_SIDE
+
+__all__ = ["Detection", "Detector", "PixelNouns", "roughened"]
+
+_WHOLE = 0.6
+_SURE = 0.6
+_FARTHEST_HUE = 30.0
+
+
+@dataclass(frozen=True)
+class Detection:
+    """One found object: its noun, its colour (None for nouns of one look, or a hue of none of the names), the middle of
+    its mask (x, y) in pixels, and the mask, (64, 64) bool."""
+
+    noun: str
+    colour: str | None
+    centre: tuple[float, float]
+    mask: np.ndarray
+
+
+class PixelNouns(nn.Module):
+    """A small U-Net: (n, 3, 64, 64) in [-1, 1] to logits (n, 41, 64, 64), the background's first, then `NOUNS`."""
+
+    def __init__(self, widths: Sequence[int] = (24, 48, 96, 128)) -> None:
+        super().__init__()
+        self.down = nn.ModuleList(_block(a, b) for a, b in zip((3, *widths[:-1]), widths, strict=True))
+        self.up = nn.ModuleList(_block(low + high, low) for low, high in reversed(list(pairwise(widths))))
+        self.out = nn.Conv2d(widths[0], 1 + len(NOUNS), 1)
+
+    def forward(self, pictures: Tensor) -> Tensor:
+        x, skips = pictures, []
+        for index, block in enumerate(self.down):
+            x = block(x if index == 0 else F.avg_pool2d(x, 2))
+            skips.append(x)
+        skips.pop()
+        for block in self.up:
+            x = block(torch.cat([F.interpolate(x, scale_factor=2.0), skips.pop()], 1))
+        return self.out(x)
+
+
+class Detector:
+    """`detector(pictures)`: what is found in each picture.
+
+    Example:
+        >>> detector = Detector.load(folder)
+        >>> [thing.noun for thing in detector([scene.image])[0]]
+        ['owl', 'fire engine']
+    """
+
+    def __init__(self, network: PixelNouns) -> None:
+        self.network = network.eval()
+
+    @classmethod
+    def load(cls, folder: Path | None = None) -> Detector:
+        """From ``folder/detector.safetensors``, as training saves it; None: the one that ships.
+
+        Raises: ImportError where sdattn-fast-lab is missing and no folder is given; OSError where the file is.
+        """
+        from safetensors.torch import load_file
+
+        from ..pipeline import world_path
+
+        folder = world_path("objects") if folder is None else folder
+        network = PixelNouns()
+        network.load_state_dict({key: t.float() for key, t in load_file(folder / "detector.safetensors").items()})
+        return cls(network)
+
+    @torch.no_grad()
+    def __call__(self, pictures: Sequence[np.ndarray]) -> list[list[Detection]]:
+        """Of each picture (64, 64, 3) uint8, its objects from left to right.
+
+        Raises: TypeError, ValueError: not such arrays.
+        """
+        for index, picture in enumerate(pictures):
+            if not isinstance(picture, np.ndarray):
+                raise TypeError(f"pictures[{index}]: expected a numpy array, got {type(picture).__name__}")
+            if picture.shape != (SIDE, SIDE, 3) or picture.dtype != np.uint8:
+                raise ValueError(
+                    f"pictures[{index}]: expected shape ({SIDE}, {SIDE}, 3) uint8, got {picture.shape} {picture.dtype}"
+                )
+        found: list[list[Detection]] = []
+        for start in range(0, len(pictures), 64):
+            part = torch.from_numpy(np.stack(pictures[start : start + 64]))
+            shares = self.network(part.permute(0, 3, 1, 2).float() / 127.5 - 1).softmax(1)
+            best, nouns = shares.max(1)
+            found += [
+                _objects(picture, noun.numpy(), sure.numpy())
+                for picture, noun, sure in zip(pictures[start:], nouns, best, strict=False)
+            ]
+        return found
+
+
+def roughened(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Pictures (n, 3, 64, 64) in [-1, 1] as a trained model may draw them: some blurred, some noisy, some paler or
+    darker, with blotches. What the network learns on, so that it depends on no detail of the true scenes."""
+    n = len(pictures)
+
+    def drawn(low: float, high: float) -> Tensor:
+        return (low + (high - low) * torch.rand(n, 1, 1, 1, generator=generator)).to(pictures.device)
+
+    def noise(side: int) -> Tensor:
+        return torch.randn(n, 3, side, side, generator=generator).to(pictures.device)
+
+    blurred = F.interpolate(F.interpolate(pictures, scale_factor=0.5, mode="area"), size=SIDE, mode="bilinear")
+    x = torch.lerp(pictures, blurred, drawn(-0.2, 1.0))
+    x = x * drawn(0.8, 1.1) + drawn(-0.1, 0.1)
+    x = x + drawn(0, 0.12) * noise(SIDE) + drawn(0, 0.12) * F.interpolate(noise(SIDE // 4), size=SIDE, mode="bilinear")
+    return x.clamp(-1, 1)
+
+
+def _objects(picture: np.ndarray, nouns: np.ndarray, sure: np.ndarray) -> list[Detection]:
+    """Connected pixels of one noun that are enough for a whole object of the smallest size, and that the network is
+    sure of."""
+    from skimage import measure
+
+    found = []
+    for index in np.unique(nouns[nouns > 0]):
+        noun = NOUNS[index - 1]
+        for region in measure.regionprops(measure.label(nouns == index, connectivity=2)):
+            mask = np.zeros((SIDE, SIDE), bool)
+            mask[tuple(region.coords.T)] = True
+            if region.area >= _WHOLE * _smallest_area(noun) and sure[mask].mean() >= _SURE:
+                y, x = region.centroid
+                found.append(Detection(noun, _colour(noun, picture[mask]), (x + 0.5, y + 0.5), mask))
+    return sorted(found, key=lambda d: d.centre)
+
+
+def _colour(noun: str, pixels: np.ndarray) -> str | None:
+    hue = dominant_hue(pixels) if noun in COLOURED else None
+    if hue is None:
+        return None
+    away = {name: abs((hue - of + 180) % 360 - 180) for name, of in HUES.items()}
+    nearest = min(away, key=away.__getitem__)
+    return nearest if away[nearest] <= _FARTHEST_HUE else None
+
+
+@cache
+def _smallest_area(noun: str) -> float:
+    """Pixels of the noun at the smallest side that a scene has it in."""
+    solid = np.asarray(sprite(noun))[..., 3] >= 128
+    return float(solid.mean() * SMALLEST_SIDE**2)
+
+
+def _block(channels: int, width: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(channels, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU(),
+        nn.Conv2d(width, width, 3, padding=1), nn.GroupNorm(8, width), nn.SiLU(),
+    )  # fmt: skip

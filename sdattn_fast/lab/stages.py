@@ -1,0 +1,124 @@
+"""The stages in which a lab's pipeline is trained: what each minimises. `train` runs them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from .loop import Schedule, fit, seeded
+from .parts import build_scheduler
+from .training_set import TrainingSet, scale_of
+
+__all__ = ["both", "text_state", "train_clip", "train_decoder", "train_detector", "train_unet", "train_vae"]
+
+_EMPTY_CAPTIONS = 0.1
+
+
+def train_vae(vae: Any, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
+    """Encoder and decoder: absolute and squared error, and a breath of the posterior's divergence."""
+
+    def loss(step: int) -> Tensor:
+        picture = scenes.pictures(scenes.batch(step, batch))
+        posterior = vae.encode(picture).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=seeded(scenes.seed, step)).to(picture.device)
+        error = vae.decode(posterior.mean + posterior.std * noise).sample.float() - picture
+        return error.abs().mean() + error.square().mean() + 1e-6 * posterior.kl().float().mean()
+
+    fit("vae", vae, loss, schedule, folder, **how)
+
+
+def train_decoder(vae: Any, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
+    """The decoder alone, on the latents that the UNet learns: they stay, and it can go on as long as it gains."""
+    latents = scenes.latents(vae, folder)
+    spread = scale_of(latents)
+    for parameter in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
+        parameter.requires_grad_(False)
+
+    def loss(step: int) -> Tensor:
+        chosen = scenes.batch(step, batch)
+        noise = torch.randn(latents[chosen].shape, generator=seeded(scenes.seed + 2, step)).to(latents.device)
+        error = vae.decode(latents[chosen] + 0.03 * spread * noise).sample.float() - scenes.pictures(chosen)
+        return error.abs().mean() + error.square().mean()
+
+    fit("decoder", vae, loss, schedule, folder, **how)
+
+
+def train_unet(
+    parts: dict[str, Any], scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any
+) -> None:
+    """The UNet together with the text encoder: velocity, a tenth of the captions empty.
+
+    A batch's timesteps lie one in each of as many equal parts of the schedule, which gives a loss of less variance.
+    """
+    unet, text = parts["unet"], parts["text_encoder"]
+    if scenes.device == "cpu":
+        # The backward pass of torch's fused attention takes as long as all the rest of a step there.
+        from diffusers.models.attention_processor import AttnProcessor
+
+        unet.set_attn_processor(AttnProcessor())
+    scheduler = build_scheduler()
+    latents = scenes.latents(parts["vae"], folder)
+    latents = latents / scale_of(latents)
+    alphas = scheduler.alphas_cumprod.to(latents.device)
+    signal, spread = alphas.sqrt()[:, None, None, None], (1 - alphas).sqrt()[:, None, None, None]
+
+    def loss(step: int) -> Tensor:
+        chosen = scenes.batch(step, batch)
+        generator = seeded(scenes.seed + 1, step)
+        clean = latents[chosen]
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        parts_of_schedule = torch.arange(batch) + torch.rand(batch, generator=generator)
+        when = (parts_of_schedule * (len(alphas) / batch)).long().clamp(max=len(alphas) - 1).to(clean.device)
+        empty = torch.rand(batch, generator=generator) < _EMPTY_CAPTIONS
+        states = text(scenes.tokens(chosen, empty)).last_hidden_state
+        guess = unet(signal[when] * clean + spread[when] * noise, when, states).sample
+        return F.mse_loss(guess.float(), signal[when] * noise - spread[when] * clean)
+
+    fit("unet", both(parts), loss, schedule, folder, **how)
+
+
+def train_clip(
+    parts: dict[str, Any], scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any
+) -> None:
+    """The vision tower alone, against the text encoder of the UNet, which is locked."""
+    clip = parts["clip"]
+    clip.text_model.load_state_dict(text_state(parts["text_encoder"], clip))
+    for parameter in clip.text_model.parameters():
+        parameter.requires_grad_(False)
+
+    def loss(step: int) -> Tensor:
+        chosen = scenes.batch(step, batch)
+        captions = scenes.tokens(chosen)
+        return clip(input_ids=captions, pixel_values=scenes.pictures(chosen), return_loss=True).loss
+
+    fit("clip", clip, loss, schedule, folder, **how)
+
+
+def train_detector(network: Any, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
+    """The judge of pictures: the noun of every pixel of true scenes, roughened."""
+    from .objects.detector import roughened
+
+    assert scenes.labels is not None
+    labels = scenes.labels
+
+    def loss(step: int) -> Tensor:
+        chosen = scenes.batch(step, batch)
+        logits = network(roughened(scenes.pictures(chosen), seeded(scenes.seed + 3, step)))
+        return F.cross_entropy(logits.float(), labels[chosen].long())
+
+    fit("detector", network, loss, schedule, folder, **how)
+
+
+def both(parts: dict[str, Any]) -> nn.Module:
+    """UNet and text encoder as one module, as they are trained."""
+    return nn.ModuleDict({"unet": parts["unet"], "text": parts["text_encoder"]})
+
+
+def text_state(text_encoder: nn.Module, clip: Any) -> dict[str, Tensor]:
+    """The text encoder's weights under the names of CLIPModel's text tower, whichever way this release nests them."""
+    want, have = clip.text_model.state_dict(), text_encoder.state_dict()
+    return {key: have[key] if key in have else have[f"text_model.{key}"] for key in want}
