@@ -41,6 +41,10 @@ _PLACES = re.compile(
     r"cent(?:er|re)|edge|corner|inside)(?:\s+side)?\s+of\b",
     re.IGNORECASE,
 )
+# Verbs or adjectives to the tagger wherever they stand; after a noun or an adjective ("polar bears") they are nouns.
+_NOUNS = frozenset({"bear", "blossom", "cleaner", "drum", "net", "rose", "shed", "stick"})
+_A_SINGULAR = frozenset({"a", "an", "one", "each", "every"})
+_VERBS = ("VB", "VBP", "VBZ", "VBD")
 _OF_A_NOUN = ("NN", "JJ", "VBN", "VBG")
 # TextBlob reads its lexicon at the first call, and a call beside that one takes words not yet read for nouns.
 _TAGGING = threading.Lock()
@@ -191,9 +195,43 @@ def _of_grammar(prompt: str) -> list[Chunk]:
             tagged.append((text, tag, start, at))
     if not tagged:
         return []
+    tagged = _verbs_that_are_nouns(tagged)
     tree = RegexpParser(_GRAMMAR).parse([((text, start, end), tag) for text, tag, start, end in tagged])
     chunks = [node for node in tree if isinstance(node, Tree)]
     return [[(start, end, str(tag)) for (_, start, end), tag in chunk.leaves()] for chunk in chunks]
+
+
+def _verbs_that_are_nouns(tagged: list[tuple[str, str, int, int]]) -> list[tuple[str, str, int, int]]:
+    """The tagger knows one tag a word, and "bear" is a verb to it. What begins with a determiner or a number has a noun
+    ("a bear"); one thing takes no verb in its plural form, unless it is one of several ("a man and a woman walk").
+    """
+    mended: list[tuple[str, str, int, int]] = []
+    for text, tag, start, end in tagged:
+        before = _before_noun(mended)
+        nouns = [one for one in before if one[1].startswith("NN")]
+        opened = bool(before) and before[0][1] in ("DT", "PRP$", "CD")
+        first = len(mended) - len(before)
+        joined = first > 0 and mended[first - 1][0].lower() in ("and", "or", "&")
+        singular = opened and before[0][0].lower() in _A_SINGULAR
+        several = opened and before[0][1] == "CD" and not singular
+        noun = (
+            (tag in _VERBS and opened and not nouns)
+            or (tag in ("VB", "VBP") and singular and not joined)
+            or (tag == "VBZ" and several and nouns[-1:] and nouns[-1][1] == "NN")
+            or (bool(before) and text.lower().removesuffix("s") in _NOUNS)
+        )
+        mended.append((text, ("NNS" if text.lower().endswith("s") else "NN") if noun else tag, start, end))
+    return mended
+
+
+def _before_noun(tagged: list[tuple[str, str, int, int]]) -> list[tuple[str, str, int, int]]:
+    """The end of what is tagged, as far as it may stand before a noun in its phrase."""
+    first = len(tagged)
+    while first and tagged[first - 1][1].startswith(("NN", "JJ", "VBN", "VBG", "CD")):
+        first -= 1
+    if first and tagged[first - 1][1] in ("DT", "PRP$"):
+        first -= 1
+    return tagged[first:]
 
 
 def _of_spacy(prompt: str, parser: Any) -> list[Chunk]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -43,9 +44,11 @@ def fit(
 ) -> None:
     """Train to `schedule.steps` with AdamW and clipped gradients; keep a moving average of the weights.
 
-    Resumes from ``folder/name.safetensors`` where that is there. `loss` must depend on its step alone for a resumed run
-    to be the uninterrupted one. bf16: the forward pass under autocast.
+    Resumes from ``folder/name.safetensors`` where that is there. `loss` is of a number and must depend on that alone
+    for a resumed run to be the uninterrupted one. Of n processes of a process group, each takes every n-th number, and
+    a step is of n of them. bf16: the forward pass under autocast.
     """
+    rank, processes = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     named: dict[str, Tensor] = {key: p for key, p in model.named_parameters() if p.requires_grad}
     device = next(iter(named.values())).device
     optimizer = torch.optim.AdamW(named.values(), lr=schedule.peak, weight_decay=0.01, fused=True)
@@ -61,9 +64,11 @@ def fit(
         for group in optimizer.param_groups:
             group["lr"] = schedule(step)
         with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-            value = loss(step)
+            value = loss(step * processes + rank)
         optimizer.zero_grad(set_to_none=True)
         value.backward()
+        if processes > 1:
+            _average_gradients(list(named.values()), processes)
         nn.utils.clip_grad_norm_(list(named.values()), 1.0)
         optimizer.step()
         with torch.no_grad():
@@ -71,7 +76,8 @@ def fit(
             torch._foreach_lerp_(list(average.values()), list(named.values()), share)
         seen.append(value.detach())
         if (step + 1) % save_every == 0 or step + 1 == schedule.steps:
-            _checkpoint(path, step + 1, named, average, optimizer)
+            if rank == 0:
+                _checkpoint(path, step + 1, named, average, optimizer)
             took = (time.perf_counter() - since) / len(seen)
             mean = torch.stack(seen).mean().item()
             say(f"{name}: step {step + 1}/{schedule.steps}  loss {mean:.4f}  {took:.3f} s a step")
@@ -110,7 +116,16 @@ def progress(name: str, items: Iterable[int], total: int) -> Iterable[int]:
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    """By the first of several processes."""
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def _average_gradients(parameters: list[Tensor], processes: int) -> None:
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    flat = nn.utils.parameters_to_vector(gradients)
+    dist.all_reduce(flat)
+    nn.utils.vector_to_parameters(flat / processes, gradients)
 
 
 def _checkpoint(path: Path, step: int, named: dict[str, Tensor], average: dict[str, Tensor], optimizer: Any) -> None:

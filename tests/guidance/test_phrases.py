@@ -217,3 +217,23 @@ def test_prompts_are_tagged_one_at_a_time(tokenizer: Any, monkeypatch: Any) -> N
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(lambda _: find_phrases("a red car", tokenizer), range(4)))
     assert most == [1, 1, 1, 1]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "expected"),
+    [
+        ("a bear and a turtle", ["a bear", "a turtle"]),
+        ("a teddy bear, a red car and a brown bear", ["a teddy bear", "a red car", "a brown bear"]),
+        ("three teddy bears on a table", ["three teddy bears", "a table"]),
+        ("a photo of a bus stop", ["a photo", "a bus stop"]),
+        ("a pocket watch near two ski lifts", ["a pocket watch", "two ski lifts"]),
+        ("a rose in a vase", ["a rose", "a vase"]),
+        ("polar bears in the snow", ["polar bears", "the snow"]),
+        ("a man and a woman walk in a park", ["a man", "a woman", "a park"]),
+        ("a dog and a cat play chess", ["a dog", "a cat", "chess"]),
+        ("two dogs run on a beach", ["two dogs", "a beach"]),
+        ("the cat sits on a mat", ["the cat", "a mat"]),
+    ],
+)
+def test_nouns_that_the_tagger_takes_for_verbs(tokenizer, prompt, expected):
+    assert [phrase.text for phrase in find_phrases(prompt, tokenizer)] == expected
