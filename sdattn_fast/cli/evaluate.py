@@ -11,9 +11,9 @@ __all__ = ["evaluate"]
 
 
 def evaluate(
-    model: Annotated[str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")] = (
-        "shapes"
-    ),
+    model: Annotated[
+        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes' or 'objects', our own.")
+    ] = "shapes",
     prompts: Annotated[
         Path | None,
         typer.Option(
@@ -55,6 +55,7 @@ def evaluate(
     from ..evaluation.report import write_report
     from ..evaluation.run import Evaluation
     from ..files import ProgramFile, load_heads
+    from ..lab.pipeline import WORLDS
     from ..patching.words import tokenizer_of
     from ..prompts import cuts_said_once, read_prompts
     from .doctor import processor_name
@@ -70,10 +71,10 @@ def evaluate(
         raise typer.BadParameter(f"expected a cosine, from -1 to 1, got {threshold}", param_hint="--threshold")
     if folder.exists() and not folder.is_dir():
         raise typer.BadParameter(f"expected a folder, got the file {folder}", param_hint="--folder")
-    if prompts is None and model != "shapes":
+    if prompts is None and model not in WORLDS:
         raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint="--prompts")
     if prompts is None and (blip is not None or detector is not None):
-        raise typer.BadParameter("the shapes world has a detector of its own", param_hint="--blip, --detector")
+        raise typer.BadParameter(f"the world {model} has a detector of its own", param_hint="--blip, --detector")
     every = conditions()
     if only:
         unknown = set(only) - {c.name for c in every}
@@ -93,10 +94,12 @@ def evaluate(
         part.requires_grad_(False)
     _check_fits(pipe, chosen, program)
     scorer = clip_of(model, clip, pipe.device)
-    subject = _subject(read, pictures, scorer, blip, detector, num_inference_steps, guidance_scale, str(pipe.device))
+    subject = _subject(
+        model, read, pictures, scorer, blip, detector, num_inference_steps, guidance_scale, str(pipe.device)
+    )
     with cuts_said_once(tokenizer_of(pipe), subject.prompts, console):
         if threshold is None and any("threshold" in c.needs for c in every):
-            threshold = _calibrated(folder, state, pipe, subject, scorer)
+            threshold = _calibrated(folder, state, pipe, subject, scorer, model if read is None else None)
             console.print(f"the CLIP gate's threshold, calibrated: {threshold:.4f}")
         given = Given((), (), (), (), subject.steps, scorer=scorer, threshold=threshold, heads=chosen, tuned=program)
         with state.main_process_first():
@@ -151,14 +154,14 @@ def _check_fits(pipe: Any, heads: Any, program: Any) -> None:
 
 
 def _subject(
-    read: Any, pictures: int, scorer: Any, blip: str | None, detector: str | None, steps: int | None,
+    model: str, read: Any, pictures: int, scorer: Any, blip: str | None, detector: str | None, steps: int | None,
     guidance: float | None, device: str,
 ) -> Any:  # fmt: skip
     from ..evaluation.judges import BlipVqa, Detector, GenEval, Judge, Spatial
-    from ..evaluation.subjects import Prompts, ShapesWorld
+    from ..evaluation.subjects import Prompts
 
     if read is None:
-        world = ShapesWorld(pictures, scorer)
+        world = _world(model, pictures, scorer)
         world.steps, world.guidance = steps or world.steps, world.guidance if guidance is None else guidance
         return world
     texts = [p.text for p in read]
@@ -184,10 +187,25 @@ def _subject(
     return subject
 
 
-def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any) -> float:
-    """The threshold between a picture's own phrases and those of other prompts, on stock pictures of the first prompts;
-    kept in the folder, so that all processes and later calls have the same."""
-    from ..evaluation.subjects import ShapesWorld
+def _world(name: str, pictures: int, scorer: Any, choose: bool = False) -> Any:
+    """Captions of a world that are reported on; choose: others, which settings are chosen on."""
+    if name == "shapes":
+        from ..evaluation.subjects import ShapesWorld
+        from ..lab.shapes.captions import SELECTION_SEED
+
+        return ShapesWorld(pictures, scorer, *((SELECTION_SEED, False) if choose else ()))
+    from ..evaluation.objects_world import ObjectsWorld
+    from ..lab.objects.captions import report_scenes, selection_scenes
+    from ..lab.objects.detector import Detector
+
+    scenes = selection_scenes(pictures) if choose else report_scenes(pictures)
+    return ObjectsWorld(scenes, Detector.load(), scorer)
+
+
+def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any, world: str | None) -> float:
+    """The threshold between a picture's own phrases and those of other prompts, on stock pictures of the first prompts,
+    or of captions of the world that are not reported on; kept in the folder, so that all processes and later calls have
+    the same."""
     from ..files import read_json, write_json
     from ..guidance.clip_gate import calibrate
     from ..patching.words import tokenizer_of
@@ -195,9 +213,7 @@ def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any) 
     path = folder / "threshold.json"
     with state.main_process_first():
         if not path.exists():
-            # Of the shapes world there are captions that are not reported on.
-            world = isinstance(subject, ShapesWorld)
-            asked: Any = ShapesWorld(32, scorer, first=60_000_000, held_out=False) if world else subject
+            asked = subject if world is None else _world(world, 32, scorer, choose=True)
             count = min(32, len(asked.prompts))
             texts = [[p.text for p in asked.phrases(i, tokenizer_of(pipe))[1]] for i in range(count)]
             found = calibrate(

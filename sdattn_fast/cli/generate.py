@@ -26,7 +26,7 @@ __all__ = ["generate", "load_pipeline"]
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     model: Annotated[
-        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")
+        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes' or 'objects', our own.")
     ] = "shapes",
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     seed: Annotated[int, typer.Option(help="Of the latents, and of random dropout.")] = 0,
@@ -104,11 +104,14 @@ def generate(
 
 
 def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> Any:
-    """`DiffusionPipeline.from_pretrained` on a folder or hub id, or the shapes pipeline.
+    """`DiffusionPipeline.from_pretrained` on a folder or hub id, or one of the lab's pipelines.
 
     Raises: ValueError for a dtype, device or folder that is not there; OSError, from diffusers, for other models.
     """
     import torch
+
+    from ..lab.pipeline import WORLDS
+    from ..lab.pipeline import load_pipeline as load_world
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
@@ -118,11 +121,9 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
         raise ValueError(f"device: {device!r} was asked for, and torch sees no CUDA device")
     kind = getattr(torch, dtype)
     if Path(model).is_absolute() and not Path(model).is_dir():
-        raise ValueError(f"model: expected a folder, a hub id or 'shapes', and there is no folder {model}")
-    if model == "shapes":
-        from ..lab import load_pipeline as load_shapes
-
-        return load_shapes(kind).to(device)
+        raise ValueError(f"model: expected a folder, a hub id, 'shapes' or 'objects', and there is no folder {model}")
+    if model in WORLDS:
+        return load_world(kind, world=model).to(device)
     try:
         import diffusers
         from packaging.version import Version

@@ -123,10 +123,10 @@ def clip_of(model: str, clip: str | None, device: Any) -> Any:
 
 def clip_source(model: str, clip: str | None) -> str:
     """The folder or hub id that `clip_of` loads. Raises: ValueError where there is none."""
-    from ..lab import shapes_path
+    from ..lab.pipeline import WORLDS, world_path
 
     name = model if clip is None else clip
-    folder = shapes_path() if name == "shapes" else Path(name)
+    folder = world_path(name) if name in WORLDS else Path(name)
     if (folder / "clip").is_dir():
         return str((folder / "clip").resolve())
     if clip is None:

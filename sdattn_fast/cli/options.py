@@ -64,11 +64,11 @@ def program_of(
 
 
 def sampling_options(model: str, num_inference_steps: int | None, guidance_scale: float | None) -> dict[str, Any]:
-    """Steps and guidance for the pipeline's call: of the command line, else those of the shapes pipeline; a model of
-    the user's has its own defaults."""
-    from ..lab.pipeline import GUIDANCE, STEPS
+    """Steps and guidance for the pipeline's call: of the command line, else those of the lab's pipelines; a model
+    of the user's has its own defaults."""
+    from ..lab.pipeline import GUIDANCE, STEPS, WORLDS
 
-    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE} if model == "shapes" else {}
+    options: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE} if model in WORLDS else {}
     if num_inference_steps is not None:
         options["num_inference_steps"] = num_inference_steps
     if guidance_scale is not None:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..files import written_aside
 
-__all__ = ["Schedule", "fit", "load_average", "progress", "say", "seeded", "write_tensors"]
+__all__ = ["Schedule", "fit", "is_first", "load_average", "progress", "say", "seeded", "write_tensors"]
 
 
 class Schedule:
@@ -76,12 +76,14 @@ def fit(
             torch._foreach_lerp_(list(average.values()), list(named.values()), share)
         seen.append(value.detach())
         if (step + 1) % save_every == 0 or step + 1 == schedule.steps:
-            if rank == 0:
+            if is_first():
                 _checkpoint(path, step + 1, named, average, optimizer)
             took = (time.perf_counter() - since) / len(seen)
             mean = torch.stack(seen).mean().item()
             say(f"{name}: step {step + 1}/{schedule.steps}  loss {mean:.4f}  {took:.3f} s a step")
             seen, since = [], time.perf_counter()
+    if processes > 1:
+        dist.barrier()  # the last checkpoint is there for all of them
 
 
 def load_average(model: nn.Module, path: Path) -> None:
@@ -115,9 +117,14 @@ def progress(name: str, items: Iterable[int], total: int) -> Iterable[int]:
     return track(items, description=name, total=total, console=console)
 
 
+def is_first() -> bool:
+    """Whether this is the only process, or the first of several."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
 def say(text: str) -> None:
     """By the first of several processes."""
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    if is_first():
         print(text, flush=True)
 
 

@@ -10,9 +10,10 @@ import numpy as np
 
 from ..loading import quiet_loading
 
-__all__ = ["GUIDANCE", "STEPS", "draw", "load_clip", "load_pipeline", "shapes_path", "world_path"]
+__all__ = ["GUIDANCE", "STEPS", "WORLDS", "draw", "load_clip", "load_pipeline", "shapes_path", "world_path"]
 
 GUIDANCE, STEPS = 4.0, 20
+WORLDS = ("shapes", "objects")
 
 
 def world_path(world: str) -> Path:

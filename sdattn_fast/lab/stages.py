@@ -13,13 +13,15 @@ from .loop import Schedule, fit, seeded
 from .parts import build_scheduler
 from .training_set import TrainingSet, scale_of
 
-__all__ = ["both", "text_state", "train_clip", "train_decoder", "train_detector", "train_unet", "train_vae"]
+__all__ = ["text_state", "train_clip", "train_decoder", "train_detector", "train_unet", "train_vae", "trained_part"]
 
 _EMPTY_CAPTIONS = 0.1
+Parts = dict[str, Any]  # "vae", "unet", "text_encoder", "clip" and, of the world objects, "detector"
 
 
-def train_vae(vae: Any, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
+def train_vae(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
     """Encoder and decoder: absolute and squared error, and a breath of the posterior's divergence."""
+    vae = parts["vae"]
 
     def loss(step: int) -> Tensor:
         picture = scenes.pictures(scenes.batch(step, batch))
@@ -31,8 +33,9 @@ def train_vae(vae: Any, scenes: TrainingSet, schedule: Schedule, folder: Path, b
     fit("vae", vae, loss, schedule, folder, **how)
 
 
-def train_decoder(vae: Any, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
+def train_decoder(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
     """The decoder alone, on the latents that the UNet learns: they stay, and it can go on as long as it gains."""
+    vae = parts["vae"]
     latents = scenes.latents(vae, folder)
     spread = scale_of(latents)
     for parameter in (*vae.encoder.parameters(), *vae.quant_conv.parameters()):
@@ -47,9 +50,7 @@ def train_decoder(vae: Any, scenes: TrainingSet, schedule: Schedule, folder: Pat
     fit("decoder", vae, loss, schedule, folder, **how)
 
 
-def train_unet(
-    parts: dict[str, Any], scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any
-) -> None:
+def train_unet(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
     """The UNet together with the text encoder: velocity, a tenth of the captions empty.
 
     A batch's timesteps lie one in each of as many equal parts of the schedule, which gives a loss of less variance.
@@ -78,12 +79,10 @@ def train_unet(
         guess = unet(signal[when] * clean + spread[when] * noise, when, states).sample
         return F.mse_loss(guess.float(), signal[when] * noise - spread[when] * clean)
 
-    fit("unet", both(parts), loss, schedule, folder, **how)
+    fit("unet", trained_part(parts, "unet"), loss, schedule, folder, **how)
 
 
-def train_clip(
-    parts: dict[str, Any], scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any
-) -> None:
+def train_clip(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
     """The vision tower alone, against the text encoder of the UNet, which is locked."""
     clip = parts["clip"]
     clip.text_model.load_state_dict(text_state(parts["text_encoder"], clip))
@@ -98,12 +97,12 @@ def train_clip(
     fit("clip", clip, loss, schedule, folder, **how)
 
 
-def train_detector(network: Any, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
+def train_detector(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
     """The judge of pictures: the noun of every pixel of true scenes, roughened."""
     from .objects.detector import roughened
 
     assert scenes.labels is not None
-    labels = scenes.labels
+    network, labels = parts["detector"], scenes.labels
 
     def loss(step: int) -> Tensor:
         chosen = scenes.batch(step, batch)
@@ -113,9 +112,11 @@ def train_detector(network: Any, scenes: TrainingSet, schedule: Schedule, folder
     fit("detector", network, loss, schedule, folder, **how)
 
 
-def both(parts: dict[str, Any]) -> nn.Module:
-    """UNet and text encoder as one module, as they are trained."""
-    return nn.ModuleDict({"unet": parts["unet"], "text": parts["text_encoder"]})
+def trained_part(parts: Parts, stage: str) -> nn.Module:
+    """What a stage trains: UNet and text encoder as one module; otherwise the part that it is named after."""
+    if stage == "unet":
+        return nn.ModuleDict({"unet": parts["unet"], "text": parts["text_encoder"]})
+    return parts["vae" if stage == "decoder" else stage]
 
 
 def text_state(text_encoder: nn.Module, clip: Any) -> dict[str, Tensor]:

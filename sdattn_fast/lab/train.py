@@ -19,11 +19,12 @@ import typer
 from safetensors.torch import load_file
 
 from ..loading import quiet_loading
-from .loop import Schedule, load_average, say, write_tensors
-from .objects.detector import PixelNouns
+from .loop import Schedule, is_first, load_average, say, write_tensors
+from .objects.detector import Detector, PixelNouns
 from .objects.faults import Faults
 from .parts import build_clip, build_scheduler, build_text_encoder, build_vae
-from .stages import both, text_state, train_clip, train_decoder, train_detector, train_unet, train_vae
+from .pipeline import load_clip, load_pipeline
+from .stages import text_state, train_clip, train_decoder, train_detector, train_unet, train_vae, trained_part
 from .training_set import TrainingSet
 from .worlds import world_of
 
@@ -36,6 +37,9 @@ def train(
     world: Annotated[str, typer.Option(help="shapes or objects.")] = "shapes",
     out: Annotated[Path | None, typer.Option(help="Folder of the pipeline, by default named after the world.")] = None,
     stage: Annotated[str, typer.Option(help=", ".join(_STAGES))] = "all",
+    start_from: Annotated[
+        Path | None, typer.Option(help="A pipeline's folder, with whose weights begins what has no checkpoint yet.")
+    ] = None,
     vae_steps: Annotated[int, typer.Option()] = 1500,
     decoder_steps: Annotated[int, typer.Option(help="The encoder stays.")] = 3000,
     unet_steps: Annotated[int, typer.Option()] = 5000,
@@ -59,14 +63,14 @@ def train(
     """Train, or go on with training, and save the pipeline in half precision."""
     if stage not in _STAGES:
         raise typer.BadParameter(f"expected one of {', '.join(_STAGES)}, got {stage!r}", param_hint="--stage")
-    sizes = {
-        "vae": vae_batch,
-        "decoder": decoder_batch,
-        "unet": unet_batch,
-        "clip": clip_batch,
-        "detector": detector_batch,
+    plan = {
+        "vae": (vae_steps, vae_batch),
+        "decoder": (decoder_steps, decoder_batch),
+        "unet": (unet_steps, unet_batch),
+        "clip": (clip_steps, clip_batch),
+        "detector": (detector_steps, detector_batch),
     }
-    for name, value in {"scenes": scenes, **{f"{name}-batch": size for name, size in sizes.items()}}.items():
+    for name, value in {"scenes": scenes, **{f"{name}-batch": batch for name, (_, batch) in plan.items()}}.items():
         if value < 1:
             raise typer.BadParameter(f"expected at least 1, got {value}", param_hint=f"--{name}")
     try:
@@ -81,47 +85,48 @@ def train(
     torch.manual_seed(seed)
     tokenizer = of.build_tokenizer()
     parts = {
+        "detector": PixelNouns() if world == "objects" else None,
         "vae": build_vae(),
         "unet": of.build_unet(),
         "text_encoder": build_text_encoder(tokenizer),
         "clip": build_clip(tokenizer),
     }
-    parts = {name: part.to(device) for name, part in parts.items()}
+    if start_from is not None:
+        _start_from(parts, tokenizer, start_from)
+    parts = {name: part.to(device) for name, part in parts.items() if part is not None}
     drawn = TrainingSet(of.draw, scenes, seed, tokenizer, device)
-    how: dict[str, Any] = {"save_every": save_every, "bf16": bf16}
-
-    def schedule(steps: int) -> Schedule:
-        return Schedule(learning_rate, steps)
-
-    if drawn.labels is not None:
-        detector = PixelNouns().to(device)
-        if stage in ("all", "detector"):
-            train_detector(detector, drawn, schedule(detector_steps), folder, detector_batch, **how)
-        if (folder / "detector.safetensors").exists():
-            load_average(detector, folder / "detector.safetensors")
-            weights = {key: t.half() for key, t in detector.state_dict().items()}
-            write_tensors(out / "detector.safetensors", weights)
-    if stage == "detector":
+    trainers = {"detector": train_detector, "vae": train_vae, "decoder": train_decoder, "unet": train_unet}
+    for name, run in {**trainers, "clip": train_clip}.items():
+        if name == "detector" and "detector" not in parts:
+            continue
+        if stage in ("all", name):
+            steps, batch = plan[name]
+            if name in ("decoder", "unet") and start_from is None and not (folder / "vae.safetensors").exists():
+                raise typer.BadParameter("expected vae first: there is no autoencoder yet", param_hint="--stage")
+            run(parts, drawn, Schedule(learning_rate, steps), folder, batch, save_every=save_every, bf16=bf16)
+        if (folder / f"{name}.safetensors").exists():
+            load_average(trained_part(parts, name), folder / f"{name}.safetensors")
+    if not is_first():
         return
-    if stage in ("all", "vae"):
-        train_vae(parts["vae"], drawn, schedule(vae_steps), folder, vae_batch, **how)
-    load_average(parts["vae"], folder / "vae.safetensors")
-    if stage in ("all", "decoder"):
-        train_decoder(parts["vae"], drawn, schedule(decoder_steps), folder, decoder_batch, **how)
-    if (folder / "decoder.safetensors").exists():
-        load_average(parts["vae"], folder / "decoder.safetensors")
-    if stage in ("all", "unet"):
-        train_unet(parts, drawn, schedule(unet_steps), folder, unet_batch, **how)
-    if not (folder / "unet.safetensors").exists():
-        say("nothing saved: there is no UNet yet")
+    if "detector" in parts and (start_from is not None or (folder / "detector.safetensors").exists()):
+        weights = {key: t.half() for key, t in parts["detector"].state_dict().items()}
+        write_tensors(out / "detector.safetensors", weights)
+    if start_from is None and not (folder / "unet.safetensors").exists():
+        say("no pipeline saved: there is no UNet yet")
         return
-    load_average(both(parts), folder / "unet.safetensors")
-    if stage in ("all", "clip"):
-        train_clip(parts, drawn, schedule(clip_steps), folder, clip_batch, **how)
-    if (folder / "clip.safetensors").exists():
-        load_average(parts["clip"], folder / "clip.safetensors")
     _save(parts, tokenizer, folder, out)
     say(f"saved {out}")
+
+
+def _start_from(parts: dict[str, Any], tokenizer: Any, folder: Path) -> None:
+    """The weights of a pipeline, of its CLIP and of its detector, into the parts."""
+    pipe, (clip, _) = load_pipeline(folder=folder), load_clip(folder=folder)
+    if pipe.tokenizer.get_vocab() != tokenizer.get_vocab():
+        raise typer.BadParameter(f"{folder} has another vocabulary than this world", param_hint="--start-from")
+    for name, source in {"vae": pipe.vae, "unet": pipe.unet, "text_encoder": pipe.text_encoder, "clip": clip}.items():
+        parts[name].load_state_dict(source.state_dict())
+    if parts["detector"] is not None:
+        parts["detector"] = Detector.load(folder).network
 
 
 def _save(parts: dict[str, Any], tokenizer: Any, folder: Path, out: Path) -> None:

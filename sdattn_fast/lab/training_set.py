@@ -56,12 +56,13 @@ class TrainingSet:
         return ids if empty is None else torch.where(empty.to(ids.device)[:, None], self.empty, ids)
 
     def latents(self, vae: Any, folder: Path) -> Tensor:
-        """The posterior means of all scenes, (n, 4, 16, 16), kept beside the checkpoints for this autoencoder."""
+        """The posterior means of all scenes, (n, 4, 16, 16), kept beside the checkpoints for this encoder."""
         path = folder / "latents.safetensors"
-        of = load_file(folder / "vae.safetensors")["step"]
+        encoder = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]
+        sums = torch.stack([p.detach().double().sum().cpu() for p in encoder])
         if path.exists():
             kept = load_file(path)
-            if len(kept["latents"]) == len(self) and torch.equal(kept.get("vae_step", of), of):
+            if len(kept["latents"]) == len(self) and torch.equal(kept["encoder"], sums):
                 return kept["latents"].to(self.device)
         starts = range(0, len(self), 64)
         with torch.no_grad():
@@ -70,7 +71,7 @@ class TrainingSet:
                 for i in progress("latents", starts, len(starts))
             ]
         latents = torch.cat(means).float()
-        write_tensors(path, {"latents": latents, "vae_step": of})
+        write_tensors(path, {"latents": latents, "encoder": sums})
         write_tensors(folder / "scale.safetensors", {"scale": scale_of(latents).reshape(1)})
         return latents
 

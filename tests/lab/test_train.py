@@ -78,6 +78,21 @@ def test_the_world_of_shapes(tmp_path, capfd):
     assert not (tmp_path / "detector.safetensors").exists()
 
 
+def test_it_starts_from_a_pipeline(tmp_path, capfd):
+    first, second = tmp_path / "first", tmp_path / "second"
+    _train_here(first, {**OBJECTS, "stage": "detector"})
+    assert "no pipeline saved" in capfd.readouterr().out and (first / "detector.safetensors").exists()
+    _train_here(first, OBJECTS)
+    _train_here(second, {"world": "objects", "start-from": first, "stage": "clip", **STEPS})
+    for name in ("unet/diffusion_pytorch_model", "vae/diffusion_pytorch_model", "detector"):
+        want, have = load_file(first / f"{name}.safetensors"), load_file(second / f"{name}.safetensors")
+        assert all(x.equal(have[key]) for key, x in want.items()), name
+    with pytest.raises(typer.BadParameter, match="has another vocabulary than this world"):
+        train(world="shapes", out=tmp_path / "third", start_from=first)
+    with pytest.raises(typer.BadParameter, match="there is no autoencoder yet"):
+        train(world="objects", out=tmp_path / "fourth", stage="unet", scenes=8)
+
+
 def test_more_steps_go_on(tmp_path, capfd):
     """And the plateau does not depend on how many there are to be: 10 of 12 steps are those of 10 of 24."""
     short, long = Schedule(1e-3, 240), Schedule(1e-3, 480)
