@@ -12,7 +12,7 @@ __all__ = ["evaluate"]
 
 def evaluate(
     model: Annotated[
-        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes' or 'objects', our own.")
+        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")
     ] = "shapes",
     prompts: Annotated[
         Path | None,

@@ -26,7 +26,7 @@ __all__ = ["generate", "load_pipeline"]
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     model: Annotated[
-        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes' or 'objects', our own.")
+        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")
     ] = "shapes",
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     seed: Annotated[int, typer.Option(help="Of the latents, and of random dropout.")] = 0,
@@ -121,7 +121,7 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
         raise ValueError(f"device: {device!r} was asked for, and torch sees no CUDA device")
     kind = getattr(torch, dtype)
     if Path(model).is_absolute() and not Path(model).is_dir():
-        raise ValueError(f"model: expected a folder, a hub id, 'shapes' or 'objects', and there is no folder {model}")
+        raise ValueError(f"model: expected a folder, a hub id or 'shapes', and there is no folder {model}")
     if model in WORLDS:
         return load_world(kind, world=model).to(device)
     try:

@@ -98,16 +98,17 @@ def train_clip(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Pa
 
 
 def train_detector(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
-    """The judge of pictures: the noun of every pixel of true scenes, roughened."""
-    from .objects.detector import roughened
+    """The judge of pictures: the noun of every pixel of true scenes, roughened; an eighth of a batch has no objects."""
+    from .objects.detector import roughened, without_objects
 
     assert scenes.labels is not None
     network, labels = parts["detector"], scenes.labels
 
     def loss(step: int) -> Tensor:
-        chosen = scenes.batch(step, batch)
-        logits = network(roughened(scenes.pictures(chosen), seeded(scenes.seed + 3, step)))
-        return F.cross_entropy(logits.float(), labels[chosen].long())
+        chosen, generator = scenes.batch(step, batch), seeded(scenes.seed + 3, step)
+        pictures, nouns, empty = scenes.pictures(chosen), labels[chosen].long(), batch // 8
+        pictures[:empty], nouns[:empty] = without_objects(pictures[:empty], generator), 0
+        return F.cross_entropy(network(roughened(pictures, generator)).float(), nouns)
 
     fit("detector", network, loss, schedule, folder, **how)
 

@@ -1,7 +1,7 @@
 """Judge the objects pipeline, and its judge: `python -m sdattn_fast.studies.objects`.
 
-First the detector is judged: on true scenes that it was not trained on, and on what the autoencoder makes of them. Then
-the pipeline draws the captions of other scenes, and the detector says what is in the pictures.
+First the detector is judged on true scenes that it was not trained on; with a pipeline, also on what its autoencoder
+makes of them. Then the pipeline draws the captions of other scenes, and the detector says what is in the pictures.
 """
 
 from __future__ import annotations
@@ -28,37 +28,43 @@ _JUDGED = 700_000_000
 
 
 def _evaluate(
-    pictures: Annotated[int, typer.Option(help="How many captions, of one to four objects by turns.")] = 256,
+    pictures: Annotated[
+        int, typer.Option(help="How many captions, of one to four objects by turns; 0: judge the detector alone.")
+    ] = 256,
     true_scenes: Annotated[int, typer.Option(help="How many scenes the detector is judged on.")] = 1000,
     model: Annotated[Path | None, typer.Option(help="A pipeline's folder; default: the one that ships.")] = None,
     guidance: Annotated[float, typer.Option()] = 4.0,
     steps: Annotated[int, typer.Option(help="DDIM steps.")] = 20,
     out: Annotated[Path | None, typer.Option(help="Write the figures as JSON.")] = None,
     grid: Annotated[Path | None, typer.Option(help="Write the first 32 pictures as a PNG.")] = None,
+    sheet: Annotated[Path | None, typer.Option(help="Write the first 32 true scenes as a PNG.")] = None,
 ) -> None:
     """Draw captions and count what is there."""
     from rich.console import Console
     from rich.progress import Progress
     from rich.table import Table
 
-    for name, value in {"pictures": pictures, "true-scenes": true_scenes}.items():
-        if value < 1:
-            raise typer.BadParameter(f"expected at least 1, got {value}", param_hint=f"--{name}")
+    for name, value, least in (("pictures", pictures, 0), ("true-scenes", true_scenes, 1)):
+        if value < least:
+            raise typer.BadParameter(f"expected at least {least}, got {value}", param_hint=f"--{name}")
     console = Console()
-    pipe = load_pipeline(folder=model, world="objects")
-    pipe.set_progress_bar_config(disable=True)
     detector = Detector.load(model)
+    pipe = load_pipeline(folder=model, world="objects") if pictures else None
 
     scenes = [sample_scene(_JUDGED + i) for i in range(true_scenes)]
     true = [s.image for s in scenes]
-    errors = {
-        "true scenes": _errors(scenes, detector(true)),
-        "decoded from their latents": _errors(scenes, detector(_reconstructed(pipe.vae, true))),
-    }
+    errors = {f"{len(scenes)} true scenes": _errors(scenes, detector(true))}
+    if pipe is not None:
+        pipe.set_progress_bar_config(disable=True)
+        errors["decoded from their latents"] = _errors(scenes, detector(_reconstructed(pipe.vae, true)))
+    if sheet is not None:
+        _save_grid(true, sheet)
     shown = Table("the detector, on", "objects found", "of these, colour right", "found that is not there")
     for where, row in errors.items():
         shown.add_row(where, *(f"{100 * x:.2f} %" for x in row.values()))
     console.print(shown)
+    if pipe is None:
+        return
 
     scenes = [sample_scene(REPORT_SEED + i, objects=1 + i % 4) for i in range(pictures)]
     with Progress(console=console, disable=not console.is_terminal) as progress:
@@ -74,9 +80,14 @@ def _evaluate(
         figures: dict[str, Any] = {"guidance": guidance, "steps": steps, "detector": errors, "captions": rows}
         out.write_text(json.dumps(figures, indent=1) + "\n")
     if grid is not None:
-        across = min(8, len(images))
-        some = images[: min(32, len(images)) // across * across]
-        save_sheet([some[i : i + across] for i in range(0, len(some), across)], grid)
+        _save_grid(list(images), grid)
+
+
+def _save_grid(pictures: Sequence[np.ndarray], path: Path) -> None:
+    """The first 32, eight a row."""
+    across = min(8, len(pictures))
+    some = np.stack(pictures[: min(32, len(pictures)) // across * across])
+    save_sheet([some[i : i + across] for i in range(0, len(some), across)], path)
 
 
 def _errors(scenes: Sequence[Scene], found: Sequence[Sequence[Detection]]) -> dict[str, float]:

@@ -21,9 +21,9 @@ def run(m):
     semantic_attention(query, key, value, program, grid=(m // 64, 64), backend={backend!r}, capture=Capture((1, 2)))
     return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
 run(1024)
-print(run(32768))
+print(run(16384))
 """
-QUERY, MAP = (2 * 8 * 32768 * columns * 4 / 2**20 for columns in (8, 77))
+QUERY, MAP = (2 * 8 * 16384 * columns * 4 / 2**20 for columns in (8, 77))
 
 
 ROWS = Program(SalienceDropout(0.2), Refinement(1, 0.3, 0.8), "content")

@@ -169,11 +169,11 @@ def pipe() -> Any:
 
 
 def test_clip_similarity_is_what_clip_says(pipe) -> None:
-    from importlib.resources import files
-
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 
-    folder = str(files("sdattn_fast.lab") / "shapes" / "clip")
+    from sdattn_fast.lab import shapes_path
+
+    folder = str(shapes_path() / "clip")
     clip = CLIPModel.from_pretrained(folder, torch_dtype=torch.float32).requires_grad_(False)
     tokenizer, processor = CLIPTokenizer.from_pretrained(folder), CLIPImageProcessor.from_pretrained(folder)
     caption = "a large red circle on a gray background"

@@ -8,11 +8,12 @@ __all__ = ["path"]
 
 
 def path(name: str) -> Path:
-    """The folder of a world's pipeline, as `save_pretrained` wrote it; its CLIPModel is in the subfolder `clip`.
+    """The folder of a world: its pipeline, as `save_pretrained` wrote it, with its CLIPModel in the subfolder `clip`;
+    of "objects", the detector alone so far.
 
     Raises: ValueError for a world that is not here, naming those that are.
     """
-    worlds = sorted(index.parent.name for index in Path(__file__).parent.glob("*/model_index.json"))
+    worlds = sorted({file.parent.name for file in Path(__file__).parent.glob("*/*.*") if file.suffix != ".pyc"})
     if name not in worlds:
         raise ValueError(f"name: expected {' or '.join(map(repr, worlds))}, got {name!r}")
     return Path(__file__).parent / name

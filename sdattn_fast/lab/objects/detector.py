@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .sprites import COLOURED, HUES, NOUNS, dominant_hue, sprite
 from .world import SIDE, SMALLEST_SIDE
 
-__all__ = ["Detection", "Detector", "PixelNouns", "roughened"]
+__all__ = ["Detection", "Detector", "PixelNouns", "roughened", "without_objects"]
 
 _WHOLE = 0.6
 _SURE = 0.6
@@ -127,6 +127,18 @@ def roughened(pictures: Tensor, generator: torch.Generator) -> Tensor:
     x = x * drawn(0.8, 1.1) + drawn(-0.1, 0.1)
     x = x + drawn(0, 0.12) * noise(SIDE) + drawn(0, 0.12) * F.interpolate(noise(SIDE // 4), size=SIDE, mode="bilinear")
     return x.clamp(-1, 1)
+
+
+def without_objects(pictures: Tensor, generator: torch.Generator) -> Tensor:
+    """Of pictures (n, 3, 64, 64), what holds no object: every other one noise of its own scale, the others in pieces of
+    8x8 pixels that changed places. What the network learns to find nothing in, or it would see houses in noise."""
+    n = len(pictures)
+    scale = 2.0 * torch.rand(n, 1, 1, 1, generator=generator)
+    noise = (scale * torch.randn(pictures.shape, generator=generator)).to(pictures).clamp(-1, 1)
+    pieces = F.unfold(pictures, 8, stride=8)  # (n, 3 * 8 * 8, 64)
+    order = torch.argsort(torch.rand(n, 1, pieces.shape[2], generator=generator), -1).to(pictures.device)
+    scattered = F.fold(pieces.gather(2, order.expand_as(pieces)), SIDE, 8, stride=8)
+    return torch.where((torch.arange(n, device=pictures.device) % 2 == 0)[:, None, None, None], noise, scattered)
 
 
 def _objects(picture: np.ndarray, nouns: np.ndarray, sure: np.ndarray) -> list[Detection]:

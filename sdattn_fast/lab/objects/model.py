@@ -15,7 +15,7 @@ __all__ = ["build_tokenizer", "build_unet"]
 def build_tokenizer() -> Any:
     """A CLIPTokenizer learnt on names and captions; "background", "umbrella" and "pineapple" stay in several pieces."""
     names = [*NOUNS, *map(plural, NOUNS), *HUES, *BACKGROUNDS, *NUMBERS.values()]
-    captions = [*(name for name in names for _ in range(20)), *(sample_scene(seed).caption for seed in range(2000))]
+    captions = [*(name for name in names for _ in range(20)), *(sample_scene(seed).caption for seed in range(300))]
     return byte_pair_tokenizer(captions, 900, split=("background", "umbrella", "pineapple"))
 
 
