@@ -67,7 +67,7 @@ class States:
             with self._changed:
                 if state is not None and state.owner == me:
                     state.owner = None
-                while base and not self._is_free(self.base) and not self._closed:
+                while base and not self._is_free(self.base, base) and not self._closed:
                     self._changed.wait(_LOOK)
                 if base:
                     state = self.base
@@ -103,13 +103,15 @@ class States:
             self._closed = True
             self._changed.notify_all()
 
-    def _is_free(self, state: ModelState) -> bool:
+    def _is_free(self, state: ModelState, base: bool = False) -> bool:
+        """base: a graph waits for it, which can have no other."""
         if state.owner is None or state.owner == threading.get_ident():
             return not state.kept
         frames = sys._current_frames()
         if state.owner not in frames:  # the thread has ended
             return True
-        return not state.kept and not _is_in_forward(frames[state.owner], self._module)
+        # Frames of a thread that runs may not be followed safely, so it is done only where there is but one state.
+        return state is self.base and base and not state.kept and not _is_in_forward(frames[state.owner], self._module)
 
     def _another(self) -> ModelState:
         text = self.base.text.beside()
@@ -129,6 +131,8 @@ def _is_in_forward(frame: FrameType | None, module: nn.Module) -> bool:
             if called is module or getattr(called, "_is_replica", False):  # DataParallel's
                 return True
         frame = frame.f_back
+        if frame is not None and not isinstance(frame, FrameType):  # CPython 3.11, of a call that ends meanwhile
+            return True
     return False
 
 
