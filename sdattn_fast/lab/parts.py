@@ -1,6 +1,6 @@
 """The parts that the lab's pipelines have in common: what each is built of, before any training.
 
-Their tokenizers and UNets differ: `shapes.model` and `objects.model`.
+Their tokenizers and the channels of their UNets differ: `shapes.model` and `objects.model`.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 from .tokenizer import POSITIONS
 
-__all__ = ["LATENT_SIDE", "TEXT_WIDTH", "build_clip", "build_scheduler", "build_text_encoder", "build_vae"]
+__all__ = ["build_clip", "build_scheduler", "build_text_encoder", "build_unet", "build_vae"]
 
 SIDE, TEXT_WIDTH = 64, 128
 LATENT_SIDE = SIDE // 4
@@ -42,6 +42,18 @@ def build_vae() -> Any:
         block_out_channels=(32, 64, 64), down_block_types=("DownEncoderBlock2D",) * 3,
         up_block_types=("UpDecoderBlock2D",) * 3, layers_per_block=1, latent_channels=4, norm_num_groups=16,
         sample_size=SIDE,
+    )  # fmt: skip
+
+
+def build_unet(channels: tuple[int, int, int]) -> Any:
+    """UNet2DConditionModel: cross-attention at 16x16, 8x8 and, in the middle, 4x4, with four heads. channels: at 16x16,
+    8x8 and 4x4."""
+    from diffusers import UNet2DConditionModel
+
+    return UNet2DConditionModel(
+        sample_size=LATENT_SIDE, block_out_channels=channels, layers_per_block=1, attention_head_dim=4,
+        down_block_types=("CrossAttnDownBlock2D", "CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"), cross_attention_dim=TEXT_WIDTH,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from ..loading import quiet_loading
 from .loop import Schedule, is_first, load_average, say, write_tensors
 from .objects.detector import Detector, PixelNouns
 from .objects.faults import Faults
-from .parts import build_clip, build_scheduler, build_text_encoder, build_vae
+from .parts import build_clip, build_scheduler, build_text_encoder, build_unet, build_vae
 from .pipeline import load_clip, load_pipeline
 from .stages import text_state, train_clip, train_decoder, train_detector, train_unet, train_vae, trained_part
 from .training_set import TrainingSet
@@ -87,7 +87,7 @@ def train(
     parts = {
         "detector": PixelNouns() if world == "objects" else None,
         "vae": build_vae(),
-        "unet": of.build_unet(),
+        "unet": build_unet(of.channels),
         "text_encoder": build_text_encoder(tokenizer),
         "clip": build_clip(tokenizer),
     }

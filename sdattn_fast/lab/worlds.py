@@ -16,12 +16,12 @@ __all__ = ["World", "world_of"]
 
 @dataclass(frozen=True)
 class World:
-    """draw: of a seed, a training scene as `TrainingSet` takes it. build_tokenizer, build_unet: its pipeline's own
-    parts."""
+    """draw: of a seed, a training scene as `TrainingSet` takes it. build_tokenizer, channels: its pipeline's own,
+    of the tokenizer and the UNet."""
 
     draw: Callable[[int], tuple[np.ndarray, str, np.ndarray | None]]
     build_tokenizer: Callable[[], Any]
-    build_unet: Callable[[], Any]
+    channels: tuple[int, int, int]
 
 
 def world_of(name: str, faults: Faults) -> World:
@@ -32,14 +32,14 @@ def world_of(name: str, faults: Faults) -> World:
     if name == "objects":
         from .objects import model as objects_model
 
-        return World(partial(_objects_scene, faults), objects_model.build_tokenizer, objects_model.build_unet)
+        return World(partial(_objects_scene, faults), objects_model.build_tokenizer, objects_model.CHANNELS)
     if name != "shapes":
         raise ValueError(f"world: expected shapes or objects, got {name!r}")
     if faults != Faults():
         raise ValueError(f"faults: captions of the world shapes are true, got {faults}")
     from .shapes import model as shapes_model
 
-    return World(_shapes_scene, shapes_model.build_tokenizer, shapes_model.build_unet)
+    return World(_shapes_scene, shapes_model.build_tokenizer, shapes_model.CHANNELS)
 
 
 def _objects_scene(faults: Faults, seed: int) -> tuple[np.ndarray, str, np.ndarray | None]:

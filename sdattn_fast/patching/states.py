@@ -40,7 +40,8 @@ class States:
     """The states of one model, as many as forwards that ran at once.
 
     base: the first, and the one that graphs of torch.compile read; their forwards take turns. A forward that was broken
-    off where torch calls no hook (Ctrl-C, a thread that ended) leaves its state to the next one.
+    off where torch calls no hook (Ctrl-C, a thread that ended) leaves its state to its thread's next one; that of a
+    thread that has ended, or that a graph waits for, to anybody's.
     """
 
     def __init__(self, text: TextState, layers: Sequence[Layer], module: nn.Module) -> None:
@@ -111,7 +112,7 @@ class States:
         if state.owner not in frames:  # the thread has ended
             return True
         # Frames of a thread that runs may not be followed safely, so it is done only where there is but one state.
-        return state is self.base and base and not state.kept and not _is_in_forward(frames[state.owner], self._module)
+        return base and not state.kept and not _is_in_forward(frames[state.owner], self._module)
 
     def _another(self) -> ModelState:
         text = self.base.text.beside()

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image
 
+from ..scenes import check_scene, pick, places
 from .sprites import COLOURED, HUES, NOUNS, SPRITE_SIDE, plural, sprite
 
 __all__ = [
@@ -98,17 +99,12 @@ def sample_scene(seed: int, *, objects: int | None = None) -> Scene:
     Raises:
         TypeError, ValueError: seed or objects out of range.
     """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
-    if seed < 0:
-        raise ValueError(f"seed: expected a number >= 0, got {seed}")
-    if objects not in (None, 1, 2, 3, 4):
-        raise ValueError(f"objects: expected 1, 2, 3, 4 or None, got {objects!r}")
+    check_scene(seed, objects, 4)
     rng = np.random.default_rng((int(seed), 7))
     count = objects or int(rng.choice((1, 2, 3, 4), p=_COUNT_SHARES))
-    background = _pick(rng, tuple(BACKGROUNDS))
+    background = pick(rng, tuple(BACKGROUNDS))
     named = _named(rng, count)
-    relation, slots = _places(rng, count, len(named))
+    relation, slots = places(rng, count, 0.3 if len(named) == 2 else 0.0)
 
     canvas = _background(rng, background)
     placed: list[Object] = []
@@ -160,15 +156,6 @@ def _named(rng: np.random.Generator, count: int) -> list[Named]:
     ]
 
 
-def _places(rng: np.random.Generator, count: int, phrases: int) -> tuple[str | None, list[tuple[int, int]]]:
-    """Slots (column, row) of a 2x2 grid, in the caption's order; two objects may stand in a named relation."""
-    if count == 2 and phrases == 2 and rng.random() < 0.3:
-        relation, other = _pick(rng, ("left of", "above")), int(rng.integers(2))
-        return relation, [(0, other), (1, other)] if relation == "left of" else [(other, 0), (other, 1)]
-    slots = [(0, 0), (1, 0), (0, 1), (1, 1)]
-    return None, [slots[i] for i in rng.permutation(4)[:count]]
-
-
 def _place(rng: np.random.Generator, canvas: Image.Image, what: Named, slot: tuple[int, int], count: int) -> Object:
     """One pictogram on the canvas: in its quarter of the picture and clear of its border, or anywhere where it is
     alone."""
@@ -196,10 +183,6 @@ def _background(rng: np.random.Generator, name: str) -> Image.Image:
         ramp = np.linspace(-1, 1, SIDE)
         picture += (across * ramp[None, :] + down * ramp[:, None])[..., None]
     return Image.fromarray(np.clip(np.rint(picture), 0, 255).astype(np.uint8))
-
-
-def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
-    return choices[int(rng.integers(len(choices)))]
 
 
 assert SPRITE_SIDE >= max(largest for _, largest in _SIZES.values())

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..scenes import check_scene, pick, places
+
 __all__ = [
     "BACKGROUNDS", "COLOURS", "HELD_OUT", "SHAPES", "SIDE", "SIZES", "Object", "Phrase", "Scene", "sample_scene",
 ]  # fmt: skip
@@ -86,21 +88,16 @@ def sample_scene(seed: int, *, held_out: bool = False, objects: int | None = Non
     Raises:
         TypeError, ValueError: seed or objects out of range.
     """
-    if isinstance(seed, bool) or not isinstance(seed, (int, np.integer)):
-        raise TypeError(f"seed: expected an int, got {type(seed).__name__}")
-    if seed < 0:
-        raise ValueError(f"seed: expected a number >= 0, got {seed}")
-    if objects not in (None, 1, 2, 3):
-        raise ValueError(f"objects: expected 1, 2, 3 or None, got {objects!r}")
+    check_scene(seed, objects, 3)
     rng = np.random.default_rng((int(seed), int(held_out)))
     count = objects or int(rng.choice((1, 2, 3), p=(0.3, 0.5, 0.2)))
-    background = _pick(rng, tuple(BACKGROUNDS))
-    relation, slots = _places(rng, count)
+    background = pick(rng, tuple(BACKGROUNDS))
+    relation, slots = places(rng, count, 0.4)
 
     placed: list[Object] = []
     for slot in slots:
         colour, shape = _pair(rng, held_out, [o.colour for o in placed])
-        size = _pick(rng, tuple(SIZES))
+        size = pick(rng, tuple(SIZES))
         radius = SIZES[size] * rng.uniform(0.93, 1.07)
         room = 15.5 - radius
         x, y = (16 + 32 * s + rng.uniform(-room, room) for s in slot)
@@ -118,15 +115,6 @@ def sample_scene(seed: int, *, held_out: bool = False, objects: int | None = Non
 def _pair(rng: np.random.Generator, held_out: bool, taken: Sequence[str]) -> tuple[str, str]:
     pairs = [(c, s) for c in COLOURS for s in SHAPES if ((c, s) in HELD_OUT) == held_out and c not in taken]
     return pairs[int(rng.integers(len(pairs)))]
-
-
-def _places(rng: np.random.Generator, count: int) -> tuple[str | None, list[tuple[int, int]]]:
-    """Slots (column, row) of a 2x2 grid, in the caption's order; two objects may stand in a named relation."""
-    if count == 2 and rng.random() < 0.4:
-        relation, other = _pick(rng, ("left of", "above")), int(rng.integers(2))
-        return relation, [(0, other), (1, other)] if relation == "left of" else [(other, 0), (other, 1)]
-    slots = [(0, 0), (1, 0), (0, 1), (1, 1)]
-    return None, [slots[i] for i in rng.permutation(4)[:count]]
 
 
 def _caption(
@@ -177,7 +165,3 @@ def _corners(shape: str, x: float, y: float, radius: float) -> list[tuple[float,
 
 def _turns(count: int) -> list[float]:
     return [2 * math.pi * i / count for i in range(count)]
-
-
-def _pick(rng: np.random.Generator, choices: tuple[str, ...]) -> str:
-    return choices[int(rng.integers(len(choices)))]
