@@ -85,8 +85,14 @@ def parts(tokenizer: Any, tokenizer_2: Any) -> dict[str, Any]:
 
 
 @pytest.fixture
-def build(parts: dict[str, Any]) -> Callable[[str], Any]:
-    """build(architecture): a new pipeline on the shared modules."""
+def build(parts: dict[str, Any]) -> Iterator[Callable[[str], Any]]:
+    """build(architecture): a new pipeline on the shared modules.
+
+    They get back their attention processors: diffusers' SAG leaves one there that hands its map on in an attribute, so
+    that threads take each other's.
+    """
+    models = [one for one in parts.values() if hasattr(one, "attn_processors")]
+    processors = [dict(one.attn_processors) for one in models]
 
     def build(name: str) -> Any:
         import diffusers as d
@@ -121,7 +127,9 @@ def build(parts: dict[str, Any]) -> Callable[[str], Any]:
         pipe.set_progress_bar_config(disable=True)
         return pipe
 
-    return build
+    yield build
+    for model, before in zip(models, processors, strict=True):
+        model.set_attn_processor(before)
 
 
 @pytest.fixture
