@@ -78,6 +78,14 @@ def test_the_world_of_shapes(tmp_path, capfd):
     assert not (tmp_path / "detector.safetensors").exists()
 
 
+def test_the_unet_may_be_compiled(tmp_path, monkeypatch):
+    compiled = []
+    monkeypatch.setattr(torch, "compile", lambda model: compiled.append(type(model).__name__) or model)
+    for stage in ("vae", "unet"):
+        _train_here(tmp_path, {**STEPS, "stage": stage, "compiled": True})
+    assert compiled == ["UNet2DConditionModel", "CLIPTextModel"]
+
+
 def test_it_starts_from_a_pipeline(tmp_path, capfd):
     first, second = tmp_path / "first", tmp_path / "second"
     _train_here(first, {**OBJECTS, "stage": "detector"})
