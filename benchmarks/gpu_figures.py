@@ -1,13 +1,14 @@
-"""What GPUs measured: prints docs/gpu.md from benchmarks/results; --write keeps it.
+"""GPU measurements: prints docs/gpu.md from benchmarks/results; --write saves it.
 
-Of an item that ran several times on a device the last run's figures are taken. Shares are of medians of calls that took
-turns in one process.
+If an item ran several times on a device, the last run's figures are used. Shares are ratios of medians of calls that
+alternated in one process.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -19,24 +20,40 @@ PAGE = ROOT / "docs" / "gpu.md"
 OURS = ("triton-plain", "triton-full", "triton-full-35", "triton-full-50", "triton-full-maps", "triton-readme")
 OP = (*OURS, "cuda-full", "attend-and-excite")
 STEP = ("triton", "triton-maps", "cuda", "cuda-maps")
-HEAD = """# What a GPU measured
+HEAD = """# GPU measurements
 
-`python benchmarks/gpu_figures.py` prints this page from benchmarks/results, where `benchmarks/on_gpu.sh` left it; the
-full figures (percentiles, memory, single calls, what did not pass and why) are there, and its README says what each run
-was of.
+This page lists the times that `benchmarks/on_gpu.sh` measured on GPUs, compared with PyTorch and stock diffusers, for
+users who want to know the cost on a GPU.
 
-- A step: a whole UNet's, random weights, fp16, share of the time with stock processors. eager: from Python; graph: its
-  replay as one CUDA graph, which is the GPU's own time. -maps: with `Capture(tokens=(1, 2, 3))` at the key layers.
-- The op: one layer's attention in CUDA graphs, share of what `F.scaled_dot_product_attention` takes by itself, which
-  does none of it. Of 77 tokens 20 are content; full: gate, phrases, dropout, NMS and renormalisation; full-35, full-50:
-  as many content tokens; full-maps: three tokens' maps too; plain: no program; readme: the README's program, which
-  smooths. attend-and-excite: diffusers' own processor, which makes the map, without its projections.
+`python benchmarks/gpu_figures.py` prints this page from `benchmarks/results`. That folder has the full figures
+(percentiles, memory, single calls, and which items did not pass and why), and its README says what each run covered.
+If an item ran several times on a device, the table shows its last run, whose number is in the column `run`. Shares
+are ratios of medians of calls that alternated in one process.
+
+## Configurations
+
+A step is one forward pass of a whole UNet with random weights in fp16. Its table shows the share of the time with
+stock processors:
+
+- `eager`: called from Python. `graph`: the replay of the step as one CUDA graph, that is, the GPU's own time.
+- `triton`, `cuda`: the backend. `-maps`: with `Capture(tokens=(1, 2, 3), steps="latest")` at the key layers.
+
+The operation is the attention of one layer, in CUDA graphs. Its tables show the share of the time that
+`F.scaled_dot_product_attention` (SDPA) takes on its own, without any program. Of 77 tokens, 20 are content:
+
+- `plain`: no program. `full`: gate, phrases, dropout, NMS and renormalization. `full-35`, `full-50`: the same with 35
+  or 50 content tokens. `full-maps`: also captures the maps of three tokens. `readme`:
+  `Program(SalienceDropout(0.1), Refinement(threshold=0.1), renormalize="content")`, which smooths, without gate and
+  phrases. All of them use the Triton kernels; `cuda-full` uses the CUDA kernels.
+- `attend-and-excite`: diffusers' own processor, which stores the map, without its projections.
+- `both ways`, under "other items": a forward and a backward pass of SDPA, of the full program (`triton-full`), and of
+  the plain PyTorch reference with the full program (`reference`).
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--write", action="store_true", help=f"keep it in {PAGE.relative_to(ROOT)}")
+    parser.add_argument("--write", action="store_true", help=f"save it in {PAGE.relative_to(ROOT)}")
     page = of_results(sorted((ROOT / "benchmarks" / "results").glob("*.jsonl")))
     if parser.parse_args().write:
         PAGE.write_text(page)
@@ -62,13 +79,15 @@ def _of_device(device: str, lines: list[dict[str, Any]]) -> str:
     versions = ", ".join(f"{name} {ran[-1][name]}" for name in ("torch", "triton", "diffusers"))
     parts = [
         f"## {device}",
-        f"Runs: {', '.join(line['file'] for line in ran)}; {versions}. A copy moves {ran[-1]['copy_tb_per_s']} TB/s. "
-        f"At their last run {passed} items passed" + (f"; not: {', '.join(others)}." if others else "."),
+        f"Runs: {', '.join(line['file'] for line in ran)}; {versions}. Memory bandwidth of a large copy: "
+        f"{ran[-1]['copy_tb_per_s']} TB/s.",
+        f"In the last run of each item, {passed} items passed"
+        + (f"; these did not: {', '.join(others)}." if others else "."),
         _steps(figures),
         *(_op(figures, dtype) for dtype in ("float16", "bfloat16")),
         _others(figures),
     ]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return "\n\n".join(part if part.startswith("|") else _wrapped(part) for part in parts if part) + "\n"
 
 
 def _steps(figures: dict[tuple[str, str, str], dict[str, Any]]) -> str:
@@ -80,7 +99,7 @@ def _steps(figures: dict[tuple[str, str, str], dict[str, Any]]) -> str:
                 run = figures[item, how, "stock"]["file"].rpartition("-")[2]
                 rows.append([item.removeprefix("step/"), run, how, f"{stock / 1000:.1f} ms"])
                 rows[-1] += [_share(figures.get((item, how, name)), "of_stock") for name in STEP]
-    return _table(["a step, batch", "run", "", "stock", *STEP], rows)
+    return _table(["step, batch", "run", "mode", "stock", *STEP], rows)
 
 
 def _op(figures: dict[tuple[str, str, str], dict[str, Any]], dtype: str) -> str:
@@ -103,11 +122,16 @@ def _others(figures: dict[tuple[str, str, str], dict[str, Any]]) -> str:
         for of in ("of_sdpa", "of_stock")
         if of in one and not item.startswith(("times/", "step/"))
     ]
-    return _table(["others", "run", "", "", "", "of SDPA or stock"], rows) if rows else ""
+    head = ["other items", "run", "call", "implementation", "time", "share of SDPA or stock"]
+    return _table(head, rows) if rows else ""
 
 
 def _share(figure: dict[str, Any] | None, of: str) -> str:
     return "" if figure is None else f"{figure[of]:.2f}" if figure[of] >= 2 else f"{figure[of]:.3f}"
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)
 
 
 def _table(head: list[str], rows: list[list[str]]) -> str:

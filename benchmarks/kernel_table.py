@@ -1,7 +1,7 @@
-"""What every compiled kernel takes: prints docs/kernels.md and what changed; --write keeps it, and the ceilings.
+"""Resource usage of every compiled kernel: prints docs/kernels.md and what changed; --write saves it, and the limits.
 
-Compiles each Triton kernel for each target and reads what nvcc left in sdattn_fast._cuda; runs none, and needs no GPU.
-tests/kernels holds the kernels against docs/kernels.json, so after a change for the worse look twice before --write.
+Compiles each Triton kernel for each target and reads the machine code that nvcc left in sdattn_fast._cuda. Runs no
+kernel and needs no GPU. tests/kernels compares the kernels with docs/kernels.json: check regressions before --write.
 """
 
 from __future__ import annotations
@@ -31,51 +31,78 @@ from kernel_figures import (
 
 COLUMNS = {
     "registers": "registers", "stack": "stack", "local": "local", "shared": "shared", "slots": "slots",
-    "plain": "plain", "per logit": "a logit", "in the loop": "in the loop", "of memory time": "of memory",
+    "plain": "plain", "per logit": "per logit", "in the loop": "per logit in loop", "of memory time": "issue / memory",
 }  # fmt: skip
-HEAD = """# What the kernels take
+HEAD = """# Resource usage of the kernels
 
-Read from the machine code that {compilers} made; nothing was run, and no time is in here.
-`python benchmarks/kernel_table.py` prints this page, `--write` keeps it. `docs/kernels.json` has the same figures, and
-the tests fail where a kernel takes more of anything (of slots, over {slack:.0f} % more), or is not in it.
+This page lists the registers, spills, shared memory and instruction counts of every compiled kernel, for contributors
+who change a kernel.
 
-What the tests launch also compiles on Triton 3.2, 3.3, 3.4, 3.5, 3.6, 3.7 and 3.8, and for gfx90a, gfx950, gfx1100 and
-gfx1201, of which there are no figures here (`make compile-matrix`). Triton 3.2 never ends on the CRF's products in
-three TF32 parts and 3.3 refuses them, so before 3.4 the CRF multiplies in plain float32. The choice of the k largest,
-for k from 2 to 8, keeps to registers in the layouts of NVIDIA and gfx9; on gfx11 and gfx12 it goes through shared
-memory (tests/kernels/test_layouts.py): as right, and slower.
+All figures are read from the machine code that {compilers} generated. No kernel was run, and
+the page contains no times. `python benchmarks/kernel_table.py` prints this page, and `--write` saves it.
+`docs/kernels.json` has the same figures. The tests fail if a kernel exceeds any of them (issue slots: by more than
+{slack:.0f} %) or is missing.
 
-- registers: of a thread. stack: bytes of a thread; local: loads and stores of a thread's own memory. Both are spills.
-  shared: bytes of a block; of CUDA kernels what is static, a launch adds to it.
-- matrix: the tensor cores' instructions in the code, those in a loop once.
-- slots: instructions that one warp issues, from first to last. Each counts once, times the turns of the loops around
-  it: a `for` over constants makes as many as it says, any other, such as the one over a prompt's phrases, one. Both
-  sides of a branch count; what is called, slow paths of divisions, does not. Of the CRF it is one turn of its loop over
-  pixels.
-- a logit: slots over the logits of one lane, {tokens} tokens a row, or as many as there are, no padding counted. in the
-  loop: the same of one turn of the loop over tiles of rows, what a program does before it left out.
-- CUDA kernels look at run time for what a call wants. slots: one turn of their loop over tiles, every alternative
-  counted, so more than any call issues. plain: the fewest that plain attention at D = 40 can do with in that loop; "a
-  logit" and "of memory" are of these.
-- of memory: the time to issue the slots, {schedulers} a cycle on each of {multiprocessors} multiprocessors
-  at {ghz:.3f} GHz, over the time that queries and results take at {bandwidth:.1f} TB/s: an H200.
-  Under 1 memory is the bound, over 1 instructions are, if both overlap
-  wholly. Latency, conflicts in shared memory, and the prompt's keys and values are not in it.
+## Compatibility
+
+- The kernels that the tests launch also compile with Triton 3.2, 3.3, 3.4, 3.5, 3.6, 3.7 and 3.8, and for gfx90a,
+  gfx950, gfx1100 and gfx1201, for which this page has no figures (`make compile-matrix`).
+- The CRF kernel's matrix products use three TF32 products (`tf32x3`). Triton 3.2 does not terminate when it compiles
+  them, and 3.3 rejects them, so the CRF uses plain float32 products before Triton 3.4.
+- The selection of the k largest entries, for k from 2 to 8, stays in registers with the layouts of NVIDIA GPUs and
+  gfx9. On gfx11 and gfx12 it goes through shared memory, which is equally correct but slower
+  (`tests/kernels/test_layouts.py`).
+
+## Columns
+
+- `matrix instructions`: instructions of the tensor cores (AMD: matrix cores) in the code; one inside a loop counts
+  once.
+- `registers`: per thread.
+- `stack`, `local`: bytes of stack per thread, and the number of loads and stores of thread-local memory. Both are
+  register spills.
+- `shared`: bytes of shared memory per block. For CUDA kernels this is the static part; the launch adds a dynamic
+  part.
+- `slots`: issue slots, that is, instructions that one warp issues over the whole kernel. Each instruction counts once
+  for every iteration of the loops around it. A `for` loop over constants counts all its iterations; any other loop,
+  such as the one over a prompt's phrases, counts one. Both sides of a branch count. Called functions (slow paths of
+  divisions) do not count. For the CRF, `slots` is one iteration of its loop over pixels.
+- `per logit`: slots divided by the logits that one lane computes, with {tokens} tokens per row unless the kernel's
+  name says otherwise, not counting padding.
+- `per logit in loop`: the same for one iteration of the loop over tiles of rows, without the code before the loop.
+- `plain`: CUDA kernels decide at run time what a call needs, so their `slots` are one iteration of the loop over
+  tiles with every alternative counted, more than any call issues. `plain` is the minimum that plain attention at D =
+  40 issues in that loop. For CUDA kernels, `per logit` and `issue / memory` are computed from `plain`.
+- `issue / memory`: time to issue the slots ({schedulers} per cycle on each of {multiprocessors} multiprocessors at
+  {ghz:.3f} GHz) divided by the time to read the queries and write the results at {bandwidth:.1f} TB/s, as on an H200.
+  If both overlap perfectly, memory is the bottleneck below 1 and instruction issue above 1. Latency, shared memory
+  conflicts, and the keys and values of the prompt are not included.
+
+## Kernel names
+
+- Triton: `rows` is the row kernel, and `no words` is without gate and phrases. `folded` is the first half of a layer
+  with folded projections. `picture` runs a stage of a program that needs all pixels of a head, and `CRF` the messages
+  of the dense CRF. `backward` computes gradients, `shared` those that several heads or batch entries add to, and
+  `sums` adds up the groups. `smooth` is the Gaussian smoothing. Unless the name says otherwise, D is 40, the dtype is
+  fp16 and 12 tokens are content.
+- CUDA: in `rows_kernel<T, BLOCKS, A, TILES, KIND>`, a row has up to 16 * BLOCKS columns, of which up to 16 * A are
+  content, and a warp computes 16 * TILES rows. KIND 0 has no bias, maps, bits or random dropout; KIND 1 has them;
+  KIND 2 also supports any alignment and head dimension, and keys and values that do not fit into shared memory.
+  `kernel<T, V>` is the Gaussian smoothing, which reads V adjacent channels at once.
 """
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "--write", action="store_true", help="keep the figures in docs/kernels.json and docs/kernels.md"
+        "--write", action="store_true", help="save the figures in docs/kernels.json and docs/kernels.md"
     )
-    parser.add_argument("--cuda", action="store_true", help="the CUDA kernels alone, Triton's figures as they were")
+    parser.add_argument("--cuda", action="store_true", help="only the CUDA kernels; Triton's figures stay as they are")
     options = parser.parse_args()
     old = table() if TABLE.exists() else {"compilers": {}, "triton": {}, "cuda": {}}
     new = measured(old, {} if options.cuda else CASES)
     page = as_page(new)
     print(page)
-    print("\n".join(changes(new, old)) or "as in docs/kernels.json")
+    print("\n".join(changes(new, old)) or "unchanged from docs/kernels.json")
     if options.write:
         TABLE.write_text(as_json(new))
         TABLE.with_suffix(".md").write_text(page)
@@ -134,11 +161,13 @@ def as_page(figures: dict[str, Any]) -> str:
     for kind, title in (("triton", "Triton"), ("cuda", "CUDA")):
         for target, rows in sorted(figures[kind].items(), key=lambda x: (x[0] != "sm_90", len(x[0]), x[0])):
             used = [x for x in COLUMNS if any(x in row for row in rows.values())]
-            lines = [f"## {title}, {target}", "", f"| kernel | matrix | {' | '.join(COLUMNS[x] for x in used)} |"]
+            head_row = f"| kernel | matrix instructions | {' | '.join(COLUMNS[x] for x in used)} |"
+            lines = [f"## {title}, {target}", "", head_row]
             lines.append("| --- " * 2 + "| ---: " * len(used) + "|")
             for name, row in rows.items():
                 matrix = ", ".join(f"{count} {opcode}" for opcode, count in row["matrix"].items())
-                lines.append(f"| {name} | {matrix} | {' | '.join(str(row.get(x, '')) for x in used)} |")
+                shown = f"`{name}`" if "<" in name else name  # or Markdown takes it for a tag
+                lines.append(f"| {shown} | {matrix} | {' | '.join(str(row.get(x, '')) for x in used)} |")
             parts.append("\n".join(lines) + "\n")
     return "\n".join(parts)
 
