@@ -8,7 +8,7 @@ unexport PYTHONDONTWRITEBYTECODE
 export SDATTN_FAST_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 CUDA_CODE = "CUDA code: $(SDATTN_FAST_CUDA), for $(or $(TORCH_CUDA_ARCH_LIST),all)"
 
-.PHONY: demo test test-all lint bench compile-matrix gpu-bundle wheel wheels-cu12 wheels-cu13 clean
+.PHONY: demo test test-all lint docs bench compile-matrix gpu-bundle wheel wheels-cu12 wheels-cu13 clean
 
 demo: .venv/installed
 	$(BIN)/sdattn-fast demo
@@ -29,6 +29,10 @@ lint: .venv/installed
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# The documentation as a site, in site/, warnings as errors. Not with --quiet, which drops warnings before they count.
+docs: .venv/installed
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
 
 bench: .venv/installed
 	$(BIN)/pytest --benchmark
@@ -78,4 +82,4 @@ build/cibuildwheel:
 	echo $(CUDA_CODE) >$@
 
 clean:
-	rm -rf .venv build dist *.egg-info sdattn_fast/*.so lab/build lab/src/*.egg-info
+	rm -rf .venv build dist site *.egg-info sdattn_fast/*.so lab/build lab/src/*.egg-info

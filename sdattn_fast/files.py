@@ -25,18 +25,29 @@ _VERSION = 1
 
 @dataclass(frozen=True)
 class ProgramFile:
-    """A program, the layers and heads it runs in, and how the pipeline is called with it.
+    """A program with the layers and heads it runs in and the settings of the pipeline, as a JSON file holds them.
+
+    `sdattn-fast tune` writes such files; `apply` and `sdattn-fast generate --program` read them.
 
     Args:
-        program: the `Program`.
-        layers: names or fnmatch patterns, as `apply` takes them; None: all.
-        heads: {layer name or pattern: indices}, None for all. inactive_heads: "plain" or "zero".
-        guidance_scale: classifier-free guidance, >= 0; num_inference_steps: denoising steps, >= 1; None: the pipeline's
-            own. `sdattn-fast generate --program` calls the pipeline with them; `apply` has no use for them.
-        notes: anything that JSON holds: where the file comes from, what was measured.
+        program: What happens to the rows of the map.
+        layers: Names or fnmatch patterns of layers, as in `apply`. None: all.
+        heads: {layer name or pattern: indices of the active heads}. None: all.
+        inactive_heads: "plain" or "zero", as in `apply`.
+        guidance_scale: Scale of classifier-free guidance, >= 0. None: the pipeline's own. Used by `sdattn-fast
+            generate`, not by `apply`.
+        num_inference_steps: Number of denoising steps, >= 1. None: the pipeline's own. Used as `guidance_scale` is.
+        notes: Anything that JSON can hold, such as where the file comes from and what was measured.
 
     Raises:
-        TypeError, ValueError: a field is of the wrong type or out of range.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Examples:
+        >>> ProgramFile(Program(SalienceDropout(0.1)), layers=("up_blocks.*",)).save("program.json")
+        >>> ProgramFile.load("program.json").program
+        Program(dropout=SalienceDropout(ratio=0.1, axis='token', mode='topk'), refine=None, renormalize='none')
+        >>> patch = sdattn_fast.apply(pipe, "program.json")
     """
 
     program: Program = field(default_factory=Program)
@@ -74,13 +85,34 @@ class ProgramFile:
             raise TypeError(f"notes: expected a mapping, got {type(self.notes).__name__}")
 
     def save(self, path: str | Path) -> None:
-        """Write the file. Raises: OSError; TypeError where the notes hold what JSON cannot."""
+        """Write the file. It replaces an older one only when it is complete.
+
+        Args:
+            path: Path of the file. Missing folders are created.
+
+        Raises:
+            TypeError: If `notes` holds what JSON cannot.
+            OSError: If the file cannot be written.
+        """
         content = {f.name: getattr(self, f.name) for f in fields(self) if f.name != "program"}
         write_json(path, _PROGRAM, {"program": asdict(self.program), **content})
 
     @classmethod
     def load(cls, path: str | Path) -> ProgramFile:
-        """Read and check a file. Raises: ValueError, TypeError, naming the file and the field; OSError."""
+        """Read and check a file.
+
+        Args:
+            path: A file that `save` or `sdattn-fast tune` wrote.
+
+        Returns:
+            What the file holds.
+
+        Raises:
+            TypeError: If a field has the wrong type.
+            ValueError: If it is not such a file, or a field is unknown or out of range; the message names file and
+                field.
+            OSError: If it cannot be read.
+        """
         content = read_json(path, _PROGRAM)
         try:
             _only_known(content, [f.name for f in fields(cls)])

@@ -35,36 +35,48 @@ def semantic_attention(
     capture: Capture | None = None,
     backend: str = "auto",
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Cross-attention with a row program between its two products.
+    """Cross-attention with a program between its two matrix products, in one fused kernel.
 
     Args:
-        query: (B, H, M, D), any floating dtype; M = height * width pixels.
-        key: (B, H, N, D); value: (B, H, N, Dv); the query's dtype and device. N tokens.
-        program: what happens to the rows; ``Program()`` is plain attention.
-        bias: floating, broadcasts to (B, H, M, N), added to the logits.
-        scale: of the logits; None: 1/sqrt(D).
-        gate: (B, N) or (B, H, N), bool, or finite and >= 0; multiplies content tokens' probabilities.
-        phrases: (B, N) int; content tokens sharing an id >= 0 each get their mean; -1: none.
-        protected: (B, N) bool; these keep their probability and take no part in statistics. None: all is content.
-        active: (B,) bool; the others get plain attention. None: all.
-        heads: indices of the active heads, or a bool (H,). None: all.
-        inactive_heads: "plain", or "zero": they give zeros.
-        grid: (height, width), needed where ``program.refine.sigma > 0``.
-        seed: of the random mode, an int in [0, 2**63) or a one-element int64 tensor; None: from torch's generator.
-        capture: which maps to return.
-        backend: "auto", "triton", "cuda", "cpu" or "reference". A named one that cannot serve raises. N and D up to 256
-            on the fast ones.
+        query: (B, H, M, D) tensor of any floating dtype: B batch entries, H heads, M = height * width pixels.
+        key: (B, H, N, D) tensor of the query's dtype and device, for N tokens.
+        value: (B, H, N, Dv) tensor of the query's dtype and device.
+        program: What happens to the rows of the map; ``Program()`` is plain attention.
+        bias: Floating tensor that broadcasts to (B, H, M, N), added to the logits.
+        scale: Factor of the logits. None: 1 / sqrt(D).
+        gate: (B, N) or (B, H, N) tensor, bool or floating, finite and >= 0: factors of the content tokens'
+            probabilities.
+        phrases: (B, N) integer tensor: content tokens with the same id >= 0 each get their mean; -1: no phrase.
+        protected: (B, N) bool tensor: tokens that keep their probability and are not counted, ranked or compared. The
+            others are content. None: all are content.
+        active: (B,) bool tensor: entries to which the program applies; the others get plain attention. None: all.
+        heads: Indices of the active heads, or an (H,) bool tensor. None: all.
+        inactive_heads: "plain": inactive heads get plain attention. "zero": their output is zero.
+        grid: (height, width) in pixels, needed where ``program.refine.sigma > 0``.
+        seed: Seed of random dropout: an int in [0, 2**63), or an int64 tensor with one element. None: drawn from
+            torch's generator.
+        capture: Which maps to return. None: no maps.
+        backend: "auto" takes the fastest backend that can serve the call. "triton", "cuda", "cpu" (all three up to 256
+            tokens and head dimensions up to 256) and "reference" (plain PyTorch) take that backend or raise.
 
     Returns:
-        out (B, H, M, Dv) in the value's dtype; with `capture`, (out, maps): maps float32, (B, T, M), or (B, H, T, M)
-        for ``reduce="none"``.
+        The output (B, H, M, Dv), in the value's dtype. With `capture`, a tuple of the output and the maps: float32, (B,
+        T, M) for T tokens, or (B, H, T, M) for ``reduce="none"``.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it was and what was expected; ValueError also where a named
-        backend cannot serve, with the reasons.
-        backend.KernelRefused, a RuntimeError: where a named backend's kernel does not compile or launch, with the last
-        line of the compiler or driver. "auto" goes on to the next backend, with one warning, except under
-        torch.compile, whose graph has the backend in it, and in `torch.func`'s transforms of a backward pass.
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape, device or value, or the named backend cannot serve the call; the
+            message says why.
+        KernelRefused: A RuntimeError, of `sdattn_fast.backend`: if the kernel of a named backend does not compile or
+            launch. "auto" warns once and takes the next backend, except inside a graph of torch.compile and in
+            `torch.func` transforms of a backward pass.
+
+    Examples:
+        >>> query = torch.randn(2, 8, 256, 40)  # 8 heads, 16x16 pixels
+        >>> key = value = torch.randn(2, 8, 77, 40)
+        >>> gate = torch.ones(2, 77)
+        >>> gate[:, 2] = 0.0  # mutes token 2
+        >>> out = sdattn_fast.semantic_attention(query, key, value, gate=gate)
 
     Source: docs/design.md, "The row program".
     """

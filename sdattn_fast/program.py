@@ -16,22 +16,26 @@ __all__ = ["Program", "SalienceDropout", "Refinement", "Capture"]
 
 @dataclass(frozen=True)
 class SalienceDropout:
-    """Drop the most salient content entries of every row (or of every token's map).
+    """Salience dropout: drops the largest entries, so that attention spreads to other tokens or pixels.
+
+    Only content tokens, the prompt's words, are ranked and dropped. On our small test model the defaults with
+    ``renormalize="content"`` lost objects, and mode "random" made no difference (docs/evaluation.md).
 
     Args:
-        ratio: share of the entries to drop, in [0, 1]; ``k = floor(ratio * n + 1e-9)``. ``n`` counts the content tokens
-            (axis "token") or the pixels (axis "space").
-        axis: "token", over the tokens of one pixel, or "space", over the pixels of one token's map.
-        mode: "topk" drops every entry at least as large as the k-th largest, so ties go together; "random" drops an
-            entry where ``u < ratio``, ``u`` from Philox4x32-10 with the call's seed.
-
-    The defaults are as published. With them and ``renormalize="content"`` the shapes pipeline lost objects; mode
-    "random" made no difference (docs/evaluation.md).
+        ratio: Share of the entries to drop, in [0, 1]: ``k = floor(ratio * n + 1e-9)`` of n entries. n is the number of
+            content tokens for axis "token", and of pixels for axis "space".
+        axis: "token" ranks the tokens of each pixel, "space" the pixels of each token.
+        mode: "topk" drops every entry that is at least as large as the k-th largest, so equal entries are dropped
+            together. "random" drops an entry with probability `ratio`, by Philox4x32-10 with the seed of the call.
 
     Raises:
-        TypeError, ValueError: a field is of the wrong type or out of range.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
 
-    Source: the salience dropout of PnP-OVSS; docs/design.md, "Step 4: salience dropout".
+    Examples:
+        >>> program = Program(dropout=SalienceDropout(0.1))
+
+    Source: PnP-OVSS, Luo et al. 2024, arXiv 2311.17095; docs/design.md, "Step 4: salience dropout".
     """
 
     ratio: float = 0.2
@@ -48,20 +52,24 @@ class SalienceDropout:
 
 @dataclass(frozen=True)
 class Refinement:
-    """Non-maximum suppression, renormalisation and Gaussian smoothing, repeated.
+    """Non-maximum suppression, the program's renormalization, and Gaussian smoothing, in one or more rounds.
+
+    On our small test model the defaults with ``renormalize="content"`` changed nothing about the objects drawn, on
+    either axis; on axis "token" the maps of words got worse (docs/evaluation.md).
 
     Args:
-        steps: rounds R >= 1; rounds 2..R work on the map that the round before smoothed. More than 1 lost objects on
-            the shapes pipeline (docs/structure.md).
-        threshold: content entries survive where ``p > threshold * max``, in [0, 1); None: no suppression.
-        sigma: standard deviation of the Gaussian, in pixels of the layer's grid, >= 0; 0: no smoothing.
-        axis: the maximum is taken over the row's content ("token") or over the token's map ("space").
-
-    The defaults, with ``renormalize="content"``, made no difference to the objects of the shapes pipeline, on either
-    axis; over tokens the maps of words got worse (docs/evaluation.md).
+        steps: Number of rounds, at least 1. Each round works on the smoothed map of the one before. More rounds lost
+            objects on our small test model (docs/structure.md).
+        threshold: A content entry p is kept where ``p > threshold * maximum``, in [0, 1). None: no suppression.
+        sigma: Standard deviation of the Gaussian, in pixels of the layer's grid, at least 0. 0: no smoothing.
+        axis: "token" takes the maximum over the content tokens of each pixel, "space" over the pixels of each token.
 
     Raises:
-        TypeError, ValueError: a field is of the wrong type or out of range.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Examples:
+        >>> program = Program(refine=Refinement(threshold=0.1, sigma=1.0), renormalize="content")
 
     Source: docs/design.md, "Step 5: suppression", "Step 6: renormalise" and "Step 7: smoothing".
     """
@@ -88,17 +96,26 @@ class Refinement:
 
 @dataclass(frozen=True)
 class Program:
-    """What to do to every row. ``Program()`` is plain attention, and no program alone drew better pictures than it on
-    the shapes pipeline (docs/evaluation.md).
+    """What happens to each row of the attention map between softmax and the product with the values.
+
+    A row holds one pixel's probabilities over the tokens. The steps run in this order: gate and phrases, which are
+    inputs of the call, then `dropout`, then the rounds of `refine`. ``Program()`` is plain attention, and on our small
+    test model no program alone drew better pictures (docs/evaluation.md). Programs are immutable and hashable.
 
     Args:
-        dropout: a `SalienceDropout`, or None.
-        refine: a `Refinement`, or None.
-        renormalize: "none"; "content": the content entries regain, by one factor, the mass they had before the gate;
-            "row": the row sums to 1.
+        dropout: Salience dropout. None: no dropout.
+        refine: Suppression and smoothing. None: neither.
+        renormalize: "none": nothing is scaled. "content": the content entries of a row are multiplied by one factor,
+            which restores the sum that they had before the gate. "row": the row is divided by its sum.
 
     Raises:
-        TypeError, ValueError: a field is of the wrong type or out of range.
+        TypeError: If an argument has the wrong type.
+        ValueError: If `renormalize` is another string.
+
+    Examples:
+        >>> program = Program(SalienceDropout(0.1), Refinement(threshold=0.1), renormalize="content")
+        >>> with sdattn_fast.apply(pipe, program):
+        ...     image = pipe("a red car").images[0]
 
     Source: docs/design.md, "The row program".
     """
@@ -117,20 +134,28 @@ class Program:
 
 @dataclass(frozen=True)
 class Capture:
-    """Which parts of the attention map to keep.
+    """Which attention maps a patch keeps, or `semantic_attention` returns.
 
     Args:
-        tokens: indices of the tokens whose maps are wanted, in that order; None: all of them.
-        stage: "softmax", after step 1, or "final", after the whole program.
-        reduce: over heads, "mean" (of the active heads; zeros where there is none) or "none" (every head by itself).
-        layers: of a patch: names or fnmatch patterns; None: its key layers, the level nearest to a quarter of the
-            latent's side, but not below 16 pixels (16x16 for SD 1.5, 32x32 for SDXL).
-        steps: of a patch: indices of the denoising steps whose mean is kept; None: all; "latest": the latest alone.
+        tokens: Indices of the tokens whose maps are wanted, in this order. None: all tokens.
+        stage: "softmax": the map before the program. "final": the map after the whole program.
+        reduce: "mean": the mean over the active heads, zeros where no head is active. "none": each head's map.
+        layers: Names or fnmatch patterns of a patch's layers. None: the key layers, whose resolution is nearest to a
+            quarter of the latent's side, but at least 16 pixels (16x16 in SD 1.5, 32x32 in SDXL).
+        steps: Indices of the denoising steps over which a patch takes the mean. None: all. "latest": the latest step
+            only.
 
-    `semantic_attention`, which is one layer at one step, has no use for layers and steps.
+    `semantic_attention`, which is one layer at one step, ignores `layers` and `steps`.
 
     Raises:
-        TypeError, ValueError: a field is of the wrong type or out of range.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an index is negative or occurs twice, or a string is not one of those named.
+
+    Examples:
+        >>> capture = Capture(tokens=(2, 3), layers="up_blocks.*", steps=(0, 1, 2, 3))
+        >>> with sdattn_fast.apply(pipe, capture=capture) as patch:
+        ...     image = pipe("a red car").images[0]
+        ...     maps = patch.maps.upsample()  # (1, 2, height, width) of the latent
     """
 
     tokens: tuple[int, ...] | None = None

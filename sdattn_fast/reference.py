@@ -36,20 +36,37 @@ def reference_attention(
     seed: int | Tensor = 0,
     capture: Capture | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Attention with the row program, as defined.
+    """Attention with a program, in plain PyTorch: the definition that every backend is tested against.
+
+    It stores whole maps of B * H * M * N numbers, so it is slow. Arguments are not checked; `semantic_attention` with
+    ``backend="reference"`` checks them.
 
     Args:
-        query: (B, H, M, D) floating; key: (B, H, N, D); value: (B, H, N, Dv).
-        bias: broadcasts to (B, H, M, N), added to the logits.
-        gate: (B, N) or (B, H, N), bool or floating and >= 0.
-        phrases: (B, N) int, -1 for none. protected: (B, N) bool. active: (B,) bool. heads: (H,) bool.
+        query: (B, H, M, D) tensor of any floating dtype; computed in float32 at least.
+        key: (B, H, N, D) tensor.
+        value: (B, H, N, Dv) tensor.
+        program: What happens to the rows of the map.
+        bias: Tensor that broadcasts to (B, H, M, N), added to the logits.
+        scale: Factor of the logits. None: 1 / sqrt(D).
+        gate: (B, N) or (B, H, N) tensor, bool or floating and >= 0.
+        phrases: (B, N) integer tensor, -1: no phrase.
+        protected: (B, N) bool tensor. None: all tokens are content.
+        active: (B,) bool tensor. None: all entries.
+        heads: (H,) bool tensor of the active heads. None: all.
+        inactive_heads: "plain" or "zero".
         grid: (height, width) with height * width == M, needed where ``program.refine.sigma > 0``.
-        seed: key of the random mode, an int or a one-element int64 tensor.
+        seed: Key of random dropout, an int or an int64 tensor with one element.
+        capture: Which maps to return. None: no maps.
 
     Returns:
-        out (B, H, M, Dv) in the value's dtype, and maps, float32, (B, T, M) or (B, H, T, M), or None without capture.
+        The output (B, H, M, Dv) in the value's dtype, and the maps: float32, (B, T, M) or (B, H, T, M); None without
+        `capture`.
 
-    The arguments are taken as checked: `sdattn_fast.semantic_attention` does that.
+    Examples:
+        >>> query, key, value = (torch.randn(1, 8, n, 40, dtype=torch.float64) for n in (256, 77, 77))
+        >>> out, _ = reference_attention(query, key, value, Program(SalienceDropout(0.1)))
+
+    Source: docs/design.md, "The row program".
     """
     high = torch.promote_types(query.dtype, torch.float32)
     b, h, _, d = query.shape
@@ -89,7 +106,28 @@ def row_program(
     grid: tuple[int, int] | None = None,
     seed: int | Tensor = 0,
 ) -> Tensor:
-    """Steps 2 to 7 and their repetition on a map p (B, H, M, N) of probabilities; content is (B, N) bool."""
+    """Steps 2 to 7 of the definition: the program on a map of probabilities.
+
+    Args:
+        p: (B, H, M, N) floating tensor, the map after softmax.
+        program: What happens to its rows.
+        content: (B, N) bool tensor: the tokens that the program changes.
+        gate: (B, N) or (B, H, N) tensor of factors. None: no gate.
+        phrases: (B, N) integer tensor, -1: no phrase. None: no phrases.
+        grid: (height, width) with height * width == M, needed where ``program.refine.sigma > 0``.
+        seed: Key of random dropout, an int or an int64 tensor with one element.
+
+    Returns:
+        The changed map, (B, H, M, N).
+
+    Examples:
+        >>> p = torch.tensor([[[[0.5, 0.1, 0.2, 0.2]]]])  # one pixel, four tokens
+        >>> content = torch.tensor([[False, True, True, False]])
+        >>> row_program(p, Program(), content, gate=torch.tensor([[1.0, 2.0, 1.0, 1.0]]))
+        tensor([[[[0.5000, 0.2000, 0.2000, 0.2000]]]])
+
+    Source: docs/design.md, "The row program".
+    """
     c = content[:, None, None, :]
     mass = _content_mass(p, c)
     if gate is not None:  # step 2
@@ -169,11 +207,23 @@ def _salient(p: Tensor, c: Tensor, ratio: float, axis: str, mode: str, seed: int
 
 
 def philox_uniform(seed: int | Tensor, shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
-    """u in [0, 1) for every (b, h, m, n) of shape (B, H, M, N), float32: Philox4x32-10 with key = seed (its low and
-    high 32 bits) and counter = (n, m, h, b); u is the upper 24 bits of the first output word, over 2**24.
+    """Uniform random numbers of random dropout: the upper 24 bits of Philox4x32-10's first word, divided by 2**24.
 
-    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; docs/design.md,
-    "Step 4: salience dropout".
+    The key is `seed`, as its low and high 32 bits, and the counter of each number is its index (n, m, h, b).
+
+    Args:
+        seed: An int in [0, 2**63) or an int64 tensor with one element.
+        shape: (B, H, M, N).
+        device: Device of the result.
+
+    Returns:
+        A float32 tensor of that shape, in [0, 1).
+
+    Examples:
+        >>> u = philox_uniform(0, (1, 8, 256, 77), torch.device("cpu"))
+
+    Source: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"; docs/design.md, "Step 4: salience
+    dropout".
     """
     low32 = 0xFFFFFFFF
     seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
@@ -234,7 +284,22 @@ def _smooth(p: Tensor, grid: tuple[int, int], sigma: float) -> Tensor:
 
 
 def gaussian_kernel(sigma: float, *, dtype: torch.dtype = torch.float64, device: torch.device | str = "cpu") -> Tensor:
-    """The 1-D Gaussian of `scipy.ndimage.gaussian_filter`: radius floor(4*sigma + 0.5), summing to 1."""
+    """The one-dimensional Gaussian of `scipy.ndimage.gaussian_filter`.
+
+    Args:
+        sigma: Standard deviation in pixels, > 0.
+        dtype: Dtype of the result, which is computed in float64.
+        device: Device of the result.
+
+    Returns:
+        (2 * radius + 1,) weights with the sum 1; the radius is ``floor(4 * sigma + 0.5)``.
+
+    Examples:
+        >>> gaussian_kernel(0.5).shape
+        torch.Size([5])
+
+    Source: docs/design.md, "Step 7: smoothing".
+    """
     radius = int(4.0 * sigma + 0.5)
     x = torch.arange(-radius, radius + 1, dtype=torch.float64, device=device)
     weight = torch.exp(-0.5 * (x / sigma) ** 2)

@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from sdattn_fast import __version__
+
 ROOT = Path(__file__).parents[1]
 DESIGN = ROOT / "docs" / "design.md"
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/results/*.md")])
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/results/*.md")])
 SOURCES = sorted(
     path
     for folder in ("benchmarks", "csrc", "kernels", "sdattn_fast", "tests")
@@ -70,6 +72,11 @@ def test_links_lead_somewhere(page: Path):
         assert target.exists(), f"{page.name}: {link}"
         if place:
             assert place in map(anchor, headings(target)), f"{page.name}: {link}"
+
+
+def test_the_citation_is_of_this_version():
+    cited = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {__version__}\n" in cited and "license: Apache-2.0" in cited
 
 
 def test_files_that_the_design_names_exist():

@@ -29,34 +29,43 @@ HOW = ("hard", "soft", "amplify")
 
 
 class ClipGate:
-    """A ``callback_on_step_end``.
+    """A gate that CLIP sets during sampling: a ``callback_on_step_end`` that finds out which phrases the picture shows.
 
-    ::
-
-        with sdattn_fast.apply(pipe) as patch, ClipGate(patch, prompt, ClipScorer.load(clip)) as gate:
-            pipe(prompt, callback_on_step_end=gate)
+    Every few steps it decodes the clean picture that the step predicts, and compares it with each noun phrase of the
+    prompt. The scores become the gates of the phrases' tokens. The gate belongs to this call of the pipeline and ends
+    with it. As a context manager it ends with `remove`.
 
     Args:
-        patch: of a pipeline, without a gate of its own.
-        prompt: what is drawn; a list where the pipeline draws several prompts.
-        scorer: a CLIP.
-        phrases: of the prompt, as texts or as `find_phrases` gives them, None: all it finds; with a list of prompts, a
-            list for each.
-        how: what happens to phrases under the threshold: "hard", their gate is 0; "soft", it is
-            sigmoid((score - threshold) / temperature) for all; "amplify", it is `strength`. On the shapes pipeline
-            "soft" and "hard" changed no measure of objects, and "amplify" lost some (docs/evaluation.md), so it is no
-            default.
-        threshold: of the cosine less `distractors`' greatest, where there are any; `calibrated_threshold` finds one.
-        distractors: texts of what is not there; a phrase counts as seen where it is likelier than all of them.
-        steps: the first step after which the gate is set, and the one before which that ends. every: so many steps.
-        strength: of "amplify", above 1. temperature: of "soft", in units of the cosine.
-        decoder: None, the pipeline's VAE; or a `LinearDecoder`, which costs nothing and blurs.
-        fuse: which words of a phrase are gated, as `NounPhrase.tokens` has it.
+        patch: A patch of a pipeline, without a gate.
+        prompt: What is drawn; a list where the pipeline draws several prompts.
+        scorer: The CLIP that compares.
+        phrases: Texts, or what `find_phrases` gives; a list of such lists for several prompts. None: all noun phrases.
+        how: "hard": phrases with a score below `threshold` get the gate 0. "soft": each phrase gets ``sigmoid((score -
+            threshold) / temperature)``. "amplify": phrases below `threshold` get `strength`. On our small test model
+            "soft" and "hard" changed no measure of objects, and "amplify" lost objects (docs/evaluation.md).
+        threshold: Score below which a phrase counts as missing. The score is CLIP's cosine, less the largest cosine of
+            a distractor. `clip_gate.calibrate` finds a threshold.
+        distractors: Texts of things that are not in the picture.
+        steps: (first, end): the gate is set after step first at the earliest, and before step end.
+        every: Number of steps between two looks at the picture.
+        strength: Gate of missing phrases for "amplify", more than 1.
+        temperature: Width of the sigmoid for "soft", in units of the cosine, more than 0.
+        decoder: Decodes the predicted latents, fast and blurred. None: the pipeline's VAE (docs/clip_gate.md).
+        fuse: Which words of a phrase are gated: "all", "adjective-noun" or "noun", as in `NounPhrase.tokens`.
 
-    After a run `scores` has, for every step that looked, (step, list of entries' (phrases,) scores). The gate is the
-    picture's own: it ends with the call, and what other threads draw has no part in it.
+    Attributes:
+        scores: After a run, (step, scores) of each look: for each picture a tensor with one score per phrase.
 
-    Raises: TypeError, ValueError, naming the argument, what it was and what was expected.
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or the patch has a gate or no tokenizer.
+
+    Examples:
+        >>> clip = ClipScorer.load("openai/clip-vit-large-patch14")
+        >>> with sdattn_fast.apply(pipe) as patch, ClipGate(patch, prompt, clip, threshold=0.22) as gate:
+        ...     image = pipe(prompt, callback_on_step_end=gate).images[0]
+
+    Source: PnP-OVSS, Luo et al. 2024, arXiv 2311.17095; docs/design.md, "Step 2: gate".
     """
 
     def __init__(
@@ -112,6 +121,17 @@ class ClipGate:
     tensor_inputs = ("latents",)
 
     def __call__(self, pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        """Called by diffusers at the end of each step, with its arguments.
+
+        Args:
+            pipe: The pipeline.
+            step: Index of the step.
+            timestep: Its timestep.
+            kept: The pipeline's tensors by name.
+
+        Returns:
+            `kept`.
+        """
         if step == 0:
             self.scores = []
         if self.steps[0] <= step < self.steps[1] and (step - self.steps[0]) % self.every == 0:
@@ -121,7 +141,7 @@ class ClipGate:
         return kept
 
     def remove(self) -> None:
-        """Stop watching the UNet, and take the gate away."""
+        """Remove the gate, and stop watching the UNet."""
         self._preview.remove()
         self.patch.current_call.gate = None
 
@@ -199,10 +219,26 @@ def calibrate(
     batch: int = 8,
     **how: Any,
 ) -> float:
-    """A threshold for `ClipGate` of this pipeline and CLIP: it tells the phrases of what a picture was asked to show
-    from those of other prompts, on pictures drawn of a prompt set; `how` are the pipeline's keywords.
+    """The threshold of `ClipGate` that best separates phrases of a picture's own prompt from those of other prompts.
 
-    phrases: of each prompt. Raises: ValueError where no phrase is absent from any prompt.
+    It draws the prompts, prompt i from the noise of seed i, and scores every phrase in every picture.
+
+    Args:
+        pipe: A diffusers pipeline.
+        scorer: The CLIP that compares.
+        prompts: What to draw.
+        phrases: The texts of each prompt's phrases.
+        batch: Number of prompts drawn at once.
+        **how: Passed to the pipeline, such as ``num_inference_steps``.
+
+    Returns:
+        The threshold, by `calibrated_threshold`.
+
+    Raises:
+        ValueError: If the counts differ, or every prompt has every phrase.
+
+    Examples:
+        >>> threshold = calibrate(pipe, clip, ["a red car", "a blue bench"], [["a red car"], ["a blue bench"]])
     """
     if len(phrases) != len(prompts):
         raise ValueError(f"phrases: expected a list for each of {len(prompts)} prompts, got {len(phrases)}")
@@ -226,10 +262,21 @@ def calibrate(
 
 
 def calibrated_threshold(present: Sequence[float] | Tensor, absent: Sequence[float] | Tensor) -> float:
-    """The score that best tells phrases that are there from phrases that are not: of greatest balanced accuracy, in the
-    middle between the two scores around it.
+    """The score with the greatest balanced accuracy, midway between its two neighbours.
 
-    Raises: ValueError where either is empty or not finite.
+    Args:
+        present: Scores of phrases that are in their pictures.
+        absent: Scores of phrases that are not.
+
+    Returns:
+        The threshold: phrases with this score or more count as present.
+
+    Raises:
+        ValueError: If either is empty or not finite.
+
+    Examples:
+        >>> calibrated_threshold([0.25, 0.3], [0.1, 0.2])
+        0.225
     """
     there, missing = (torch.as_tensor(x, dtype=torch.float64).flatten() for x in (present, absent))
     for name, x in (("present", there), ("absent", missing)):

@@ -19,9 +19,22 @@ _BATCH = 64
 
 
 class ClipScorer:
-    """A CLIPModel with its tokenizer and picture processor.
+    """CLIP's similarity of pictures and texts.
 
-    Raises: ValueError where these do not belong together; ImportError where transformers is missing.
+    Args:
+        model: A CLIPModel of transformers.
+        tokenizer: Its tokenizer.
+        processor: Its CLIPImageProcessor.
+
+    Raises:
+        ValueError: If these do not belong together.
+
+    Examples:
+        >>> clip = ClipScorer.load("openai/clip-vit-large-patch14")
+        >>> cosines = clip.similarity([image], ["a red car"])  # (1,)
+        >>> cosines = clip.pictures([image]) @ clip.texts(["a car", "a dog"]).T  # (1, 2)
+
+    Source: Radford et al. 2021, arXiv 2103.00020; CLIPScore, Hessel et al. 2021, arXiv 2104.08718.
     """
 
     def __init__(self, model: Any, tokenizer: Any, processor: Any) -> None:
@@ -35,10 +48,19 @@ class ClipScorer:
 
     @classmethod
     def load(cls, name: str | Path, device: str | torch.device = "cpu") -> ClipScorer:
-        """From the folder or hub id of a CLIP.
+        """Load a CLIP with its tokenizer and picture processor.
 
-        Raises: ValueError where weights are missing or its parts do not belong together; OSError, from transformers,
-        where there is no CLIP.
+        Args:
+            name: A folder or an id of the Hugging Face Hub.
+            device: Where the model runs.
+
+        Returns:
+            The scorer.
+
+        Raises:
+            ImportError: If transformers is missing.
+            OSError: If there is no CLIP.
+            ValueError: If weights are missing, or the parts do not belong together.
         """
         from ..loading import quiet_loading
 
@@ -54,9 +76,16 @@ class ClipScorer:
 
     @torch.no_grad()
     def pictures(self, pictures: Sequence[Any]) -> Tensor:
-        """(n, width) float32, unit length, of PIL pictures or (height, width, 3) uint8 arrays.
+        """Embed pictures.
 
-        Raises: ValueError for a picture, or an embedding of one, that is not finite.
+        Args:
+            pictures: n PIL images or (height, width, 3) uint8 arrays.
+
+        Returns:
+            (n, width) float32 tensor on the CPU, rows of length 1.
+
+        Raises:
+            ValueError: If a picture or its embedding has NaN or infinity.
         """
         check_finite(pictures)  # the processor makes bytes of floats, and black pixels of NaN
         found = []
@@ -75,7 +104,14 @@ class ClipScorer:
 
     @torch.no_grad()
     def texts(self, texts: Sequence[str]) -> Tensor:
-        """(n, width) float32, unit length; what is longer than CLIP's 77 tokens is cut."""
+        """Embed texts, and remember them.
+
+        Args:
+            texts: n texts, cut to CLIP's 77 tokens.
+
+        Returns:
+            (n, width) float32 tensor on the CPU, rows of length 1.
+        """
         for text in texts:
             if text not in self._texts:
                 ids = self.tokenizer(
@@ -86,7 +122,18 @@ class ClipScorer:
         return torch.stack([self._texts[text] for text in texts])
 
     def similarity(self, pictures: Sequence[Any], texts: Sequence[str]) -> Tensor:
-        """(n,) cosines of picture i and text i. Raises: ValueError where their counts differ."""
+        """The cosine of each picture with the text of the same index.
+
+        Args:
+            pictures: n pictures, as in `pictures`.
+            texts: n texts.
+
+        Returns:
+            (n,) float32 tensor on the CPU.
+
+        Raises:
+            ValueError: If their numbers differ, or in the cases of `pictures`.
+        """
         if len(pictures) != len(texts):
             raise ValueError(f"texts: expected one for each of {len(pictures)} pictures, got {len(texts)}")
         return (self.pictures(pictures) * self.texts(texts)).sum(-1)

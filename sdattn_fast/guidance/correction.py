@@ -32,26 +32,34 @@ HOW = ("gradient", "reweight", "scale")
 
 
 class Correction:
-    """A ``callback_on_step_end``.
+    """A correction during sampling: a ``callback_on_step_end`` that moves the picture towards a higher score.
 
-    ::
-
-        with sdattn_fast.apply(pipe, program, capture=Capture()) as patch:
-            with Correction(patch, Presence([(3,), (8,)]), steps=(0, 10)) as correct:
-                pipe(prompt, callback_on_step_end=correct)
+    After each chosen step it runs one more forward and backward pass of the prompts at the next timestep, and changes
+    the latents, or the attention of the next step. As a context manager it ends with `remove`.
 
     Args:
-        patch: of a pipeline.
-        score: `gradcam.Seen` -> a scalar that is to grow.
-        how: "gradient", "reweight" or "scale". On the shapes pipeline the first drew more wholly right pictures, the
-            second more objects in their colours, and the third noise (docs/evaluation.md).
-        steps: the first step after which latents are corrected, and the one before which that ends. After the last
-            step there is no timestep left, and nothing happens.
-        strength: of "gradient", the root mean square of the change; of "reweight", in [0, 1]. The default is what
-            helped most in docs/gradcam.md.
-        tokens: of "reweight", indices for all entries or a list of them for each. layers, heads: as in `gradcam`.
+        patch: A patch of a pipeline; `Presence` needs one with `capture`.
+        score: Takes a `Seen` and returns the scalar tensor that is to grow.
+        how: "gradient" adds ``strength * g`` to the latents, g the score's gradient with a root mean square of 1.
+            "reweight" multiplies the tokens' attention in the next step by ``1 - strength + strength * r / mean(r)``, r
+            their relevance by `gradcam`, and normalizes the rows again. "scale" multiplies the latents by ``1 +
+            sigmoid(g)``, as first proposed; it draws noise and is for comparison only (docs/gradcam.md).
+        steps: (first, end): steps after which the correction acts, end excluded.
+        strength: For "gradient" the root mean square of the change, >= 0; for "reweight" in [0, 1].
+        tokens: For "reweight", indices of tokens, or a list of indices for each picture. None: all tokens.
+        layers: For "reweight", as in `gradcam`.
+        heads: For "reweight", as in `gradcam`.
 
-    Raises: TypeError, ValueError, naming the argument, what it was and what was expected.
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Examples:
+        >>> presence = Presence([(3,), (8,)])  # the tokens of two objects
+        >>> with sdattn_fast.apply(pipe, capture=Capture()) as patch, Correction(patch, presence) as correct:
+        ...     image = pipe(prompt, callback_on_step_end=correct).images[0]
+
+    Source: Attend-and-Excite, Chefer et al. 2023, algorithm 1, arXiv 2301.13826.
     """
 
     def __init__(
@@ -93,6 +101,21 @@ class Correction:
     tensor_inputs = ("latents",)
 
     def __call__(self, pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
+        """Called by diffusers at the end of each step, with its arguments.
+
+        Args:
+            pipe: The pipeline.
+            step: Index of the step.
+            timestep: Its timestep.
+            kept: The pipeline's tensors by name, with "latents".
+
+        Returns:
+            `kept`, with the corrected latents.
+
+        Raises:
+            RuntimeError: Inside torch.inference_mode, which forbids gradients.
+            ValueError: If the prompts of the step are not known.
+        """
         check_gradients_may_be("Correction")
         self._unbiased()
         following = _next_timestep(pipe, step, timestep)
@@ -110,7 +133,7 @@ class Correction:
         return {**kept, "latents": latents + self.strength * gradient / size.clamp(min=1e-12)}
 
     def remove(self) -> None:
-        """Stop watching the UNet, and take the last bias off its layers."""
+        """Remove the changes to attention, and stop watching the UNet."""
         self._stop()
         self._unbiased()
 

@@ -29,14 +29,19 @@ MOST_LABELS, MOST_FEATURES, MOST_PIXELS = 32, 8, 131072
 
 @dataclass(frozen=True)
 class PairwiseGaussian:
-    """A smoothness kernel exp(-|p_i - p_j|^2 / (2 sxy^2)) over positions; pydensecrf's `addPairwiseGaussian`.
+    """A smoothness kernel of `dense_crf`, ``exp(-|p_i - p_j|^2 / (2 sxy^2))`` over positions p.
 
     Args:
-        sxy: standard deviation in pixels, a number or (along x, along y).
-        compat: a number w (Potts: labels that differ cost w), a vector (L,) or a matrix (L, L), subtracted as they are
-            from the energies that Potts adds to, as pydensecrf does.
+        sxy: Standard deviation in pixels, one number or (along x, along y).
+        compat: A number w: two different labels cost w (Potts). Or the costs themselves, an (L,) or (L, L) tensor; ``-w
+            * torch.eye(L)`` is Potts. As in pydensecrf's `addPairwiseGaussian`.
 
-    Raises: TypeError, ValueError.
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Examples:
+        >>> labels = dense_crf(energies, pairwise=[PairwiseGaussian(sxy=2.0, compat=1.0)])
     """
 
     sxy: float | tuple[float, float] = 3.0
@@ -50,14 +55,22 @@ class PairwiseGaussian:
 
 @dataclass(frozen=True)
 class PairwiseBilateral(PairwiseGaussian):
-    """An appearance kernel over positions and colours, exp(-|p_i - p_j|^2 / (2 sxy^2) - |c_i - c_j|^2 / (2 srgb^2));
-    pydensecrf's `addPairwiseBilateral`.
+    """An appearance kernel of `dense_crf` over positions p and colours c.
+
+    It is ``exp(-|p_i - p_j|^2 / (2 sxy^2) - |c_i - c_j|^2 / (2 srgb^2))``.
 
     Args:
-        sxy, compat: as in `PairwiseGaussian`.
-        srgb: standard deviation of the colours, in the image's units, a number or one for each channel.
+        sxy: As in `PairwiseGaussian`.
+        compat: As in `PairwiseGaussian`.
+        srgb: Standard deviation of colours in the image's units, one number or one for each channel. As in pydensecrf's
+            `addPairwiseBilateral`.
 
-    Raises: TypeError, ValueError.
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Examples:
+        >>> labels = dense_crf(energies, colours, [PairwiseBilateral(sxy=20.0, srgb=5.0)])
     """
 
     sxy: float | tuple[float, float] = 80.0
@@ -77,21 +90,32 @@ def dense_crf(
     iterations: int = 5,
     backend: str = "auto",
 ) -> Tensor:
-    """Marginals of the labels after mean-field inference.
+    """Mean-field inference in a fully connected conditional random field (CRF) with Gaussian kernels.
+
+    Parameters and results are pydensecrf's, but the sums over all pairs of pixels are exact, where pydensecrf
+    approximates them on a lattice. So time grows with the square of the number of pixels.
 
     Args:
-        unary: (L, height, width) floating, energies: -log of each label's probability. 2 to 32 labels, up to 131,072
-            pixels.
-        image: (height, width, C), any real dtype, C at most 6, on the unary's device; needed by `PairwiseBilateral`.
-        pairwise: the kernels; None: pydensecrf's usual two, ``(PairwiseGaussian(), PairwiseBilateral())``.
-        iterations: of mean field, >= 0.
-        backend: "auto", "triton", "cpu" or "reference". "triton" and "cpu" serve float32 without gradients; "auto"
-            takes the one of the unary's device where it can. "reference" is plain torch in the unary's precision (at
-            least float32), differentiable in the unary.
+        unary: (L, height, width) floating tensor of finite energies, -log of each label's probability: 2 to 32 labels,
+            up to 131,072 pixels.
+        image: (height, width, C) tensor of any real dtype, C <= 6, on the unary's device. Needed by
+            `PairwiseBilateral`.
+        pairwise: The kernels. None: ``(PairwiseGaussian(), PairwiseBilateral())``.
+        iterations: Number of mean-field iterations, >= 0.
+        backend: "auto" takes the fastest that serves the call. "triton" (GPUs) and "cpu" serve float32 without
+            gradients. "reference" is plain PyTorch, in float32 at least, and differentiable in `unary`.
 
-    Returns: (L, height, width), summing to 1 over the labels, in the unary's dtype.
+    Returns:
+        (L, height, width) tensor of probabilities, in the unary's dtype.
 
-    Raises: TypeError, ValueError, naming the argument, what it was and what was expected.
+    Raises:
+        TypeError: If an argument has the wrong type or dtype.
+        ValueError: If an argument has the wrong shape or value, or the named backend cannot serve the call.
+
+    Examples:
+        >>> labels = dense_crf(energies, colours, iterations=5).argmax(0)  # (height, width)
+
+    Source: Krähenbühl and Koltun 2011, algorithm 1, arXiv 1210.5644; docs/design.md, "A dense CRF is attention".
     """
     pairwise = (PairwiseGaussian(), PairwiseBilateral()) if pairwise is None else pairwise
     _check(unary, image, pairwise, iterations)

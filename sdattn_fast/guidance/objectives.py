@@ -17,29 +17,52 @@ __all__ = ["NoisePrediction", "Presence", "ClipSimilarity"]
 
 
 class NoisePrediction:
-    """Minus the mean squared error of the UNet's prediction: what a denoiser is trained for.
+    """A score: minus the mean squared error of the UNet's prediction.
 
-    Args: target: (B, C, height, width), the noise, velocity or clean latent that the scheduler's prediction type means.
+    Args:
+        target: (B, C, height, width) tensor: the noise, velocity or clean latent, whichever the scheduler predicts.
+
+    Examples:
+        >>> relevance = gradcam(pipe.unet, latents, t, text, NoisePrediction(noise))
     """
 
     def __init__(self, target: Tensor) -> None:
         self.target = target
 
     def __call__(self, seen: Seen) -> Tensor:
+        """The score of a prediction.
+
+        Args:
+            seen: The prediction.
+
+        Returns:
+            A scalar tensor, <= 0.
+        """
         return -F.mse_loss(seen.prediction.float(), self.target.to(seen.prediction.device).float())
 
 
 class Presence:
-    """How much attention each phrase has at its strongest pixel; the mean of the B entries' weakest phrases.
+    """A score: how much attention each phrase has at its strongest pixel.
 
-    The map of a phrase is the mean over its tokens, the key layers and the heads, each layer's upsampled to the
-    largest, smoothed by a Gaussian of sigma 1/2 so that no single pixel decides.
+    The map of a phrase is the mean over its tokens, the captured layers (at the largest one's size) and the heads,
+    smoothed by a Gaussian of sigma 0.5. The score is the mean over the B pictures. The patch needs a `capture` that
+    keeps these tokens.
 
     Args:
-        phrases: token indices of each phrase; or, where entries have prompts of their own, such a list for each.
-        weakest: judge by the weakest phrase, as Attend-and-Excite; False: by the mean over phrases.
+        phrases: Token indices of each phrase; for several prompts, a list of such lists.
+        weakest: True takes the weakest phrase of each picture, as Attend-and-Excite does; False the mean over its
+            phrases.
 
-    Source: Chefer et al. 2023, "Attend-and-Excite", equations 1 and 2; there 1 minus this is the loss.
+    Raises:
+        ValueError: If there is no phrase, or one without tokens.
+
+    Examples:
+        >>> nouns = [phrase.tokens("noun") for phrase in find_phrases(prompt, pipe.tokenizer)]
+        >>> score = Presence(nouns)
+        >>> def sum_of_phrases(seen):  # another score
+        ...     return torch.stack([x.sum() for x in score.strongest(seen)]).mean()
+
+    Source: Attend-and-Excite, Chefer et al. 2023, equations 1 and 2, arXiv 2301.13826, where 1 minus this is the loss.
     """
 
     def __init__(self, phrases: Sequence[Any], *, weakest: bool = True) -> None:
@@ -52,14 +75,36 @@ class Presence:
 
     @property
     def tokens(self) -> tuple[int, ...]:
+        """The indices of all tokens of all phrases."""
         return tuple(sorted({i for some in self.phrases for phrase in some for i in phrase}))
 
     def __call__(self, seen: Seen) -> Tensor:
+        """The score of a prediction.
+
+        Args:
+            seen: The prediction and its maps.
+
+        Returns:
+            A scalar tensor.
+
+        Raises:
+            ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
+        """
         by_entry = self.strongest(seen)
         return torch.stack([x.amin() if self.weakest else x.mean() for x in by_entry]).mean()
 
     def strongest(self, seen: Seen) -> list[Tensor]:
-        """Of each entry, (its phrases,)."""
+        """The attention of each phrase at its strongest pixel.
+
+        Args:
+            seen: The prediction and its maps.
+
+        Returns:
+            For each picture, a tensor with one number per phrase.
+
+        Raises:
+            ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
+        """
         place = {token: i for i, token in enumerate(seen.maps.tokens)}
         missing = [i for i in self.tokens if i not in place]
         if not len(seen.maps) or missing:
@@ -79,12 +124,21 @@ class Presence:
 
 
 class ClipSimilarity:
-    """The cosine of CLIP's embeddings of the text and of the picture that the UNet's prediction means; mean over B.
+    """A score: CLIP's cosine of the predicted clean picture and a text, the mean over the B pictures.
+
+    Gradients pass through the VAE's decoder, which takes memory.
 
     Args:
-        pipe: whose scheduler and VAE make the picture. The decoder is differentiated, which takes memory.
-        clip: a transformers CLIPModel; tokenizer, processor: its own.
-        texts: B captions or phrases, or one for all.
+        pipe: The pipeline whose scheduler and VAE make the picture.
+        clip: A CLIPModel of transformers.
+        tokenizer: Its tokenizer.
+        processor: Its CLIPImageProcessor.
+        texts: One text for all pictures, or B texts.
+
+    Examples:
+        >>> score = ClipSimilarity(pipe, clip.model, clip.tokenizer, clip.processor, "a red car")
+
+    Source: Radford et al. 2021, arXiv 2103.00020.
     """
 
     def __init__(self, pipe: Any, clip: Any, tokenizer: Any, processor: Any, texts: str | Sequence[str]) -> None:
@@ -97,6 +151,14 @@ class ClipSimilarity:
             self.texts = F.normalize(clip.text_projection(clip.text_model(ids).pooler_output), dim=-1)
 
     def __call__(self, seen: Seen) -> Tensor:
+        """The score of a prediction.
+
+        Args:
+            seen: The prediction.
+
+        Returns:
+            A scalar float32 tensor in [-1, 1].
+        """
         clean = predicted_clean(self.pipe.scheduler, seen.latents, seen.t, seen.prediction)
         picture = (decode_latents(self.pipe.vae, clean) / 2 + 0.5).clamp(0, 1)
         picture = F.interpolate(picture, size=self._size(), mode="bicubic", antialias=True)

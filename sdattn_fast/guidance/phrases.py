@@ -52,7 +52,15 @@ _TAGGING = threading.Lock()
 
 @dataclass(frozen=True)
 class Word:
-    """A word of a prompt: its text, Penn Treebank tag, characters start to end, and token indices."""
+    """A word of a prompt.
+
+    Attributes:
+        text: As in the prompt.
+        tag: Its Penn Treebank tag.
+        start: Index of its first character in the prompt.
+        end: Index after its last character.
+        tokens: Indices of its tokens.
+    """
 
     text: str
     tag: str
@@ -63,8 +71,19 @@ class Word:
 
 @dataclass(frozen=True)
 class NounPhrase:
-    """text: as in the prompt, without prompt weights, a blank between words. words: all of them, the noun that heads it
-    last. start, end: its characters in the prompt."""
+    """A noun phrase of a prompt, as `find_phrases` gives it.
+
+    Attributes:
+        text: As in the prompt, without prompt weights, with single spaces.
+        words: Its words; the last one is the noun.
+        start: Index of its first character in the prompt.
+        end: Index after its last character.
+
+    Examples:
+        >>> car = find_phrases("a red car", pipe.tokenizer)[0]
+        >>> car.head.text, car.tokens("noun"), car.tokens("adjective-noun")
+        ('car', (3,), (2, 3))
+    """
 
     text: str
     words: tuple[Word, ...]
@@ -73,12 +92,20 @@ class NounPhrase:
 
     @property
     def head(self) -> Word:
+        """The noun: the last word."""
         return self.words[-1]
 
     def tokens(self, which: str = "all") -> tuple[int, ...]:
-        """Token indices of "all" words, of the "adjective-noun" words alone (no articles or numbers), or of the "noun".
+        """Token indices of some of the words.
 
-        Raises: ValueError.
+        Args:
+            which: "all" words; "adjective-noun", without articles and numbers; or the "noun" alone.
+
+        Returns:
+            The indices, in the prompt's order.
+
+        Raises:
+            ValueError: If `which` is another string.
         """
         if which not in ("all", "adjective-noun", "noun"):
             raise ValueError(f"which: expected 'all', 'adjective-noun' or 'noun', got {which!r}")
@@ -96,22 +123,29 @@ def find_phrases(
     parser: Any = None,
     tokens: int | None = None,
 ) -> list[NounPhrase]:
-    """The prompt's noun phrases, in its order; none where it has no noun or is empty. The tagger is one of English.
+    """Find the noun phrases of an English prompt, with their tokens.
 
     Args:
-        prompt: a text. Words for which it has no room among its tokens are left out, and so are phrases without their
-            noun.
-        tokenizer: of the text encoder, CLIP's or another of transformers.
-        phrases: the phrases themselves, each as it stands in the prompt, with its weights or without; the second
-            mention of one is its second place there, and so is "car (2)". No tagger is asked, and every word counts as
-            one of the noun's.
-        parser: a loaded spaCy pipeline, whose noun chunks are taken; None: TextBlob's pattern tagger and a grammar.
-        tokens: how many tokens the text has, as in `text_tokens`, such as 154 in two chunks; None: the tokenizer's
-            length, 77 for CLIP's.
+        prompt: The text. Words that are cut off are left out, and so are phrases without their noun.
+        tokenizer: The text encoder's: CLIP's or another one of transformers.
+        phrases: The phrases themselves, as they stand in the prompt, with weights or without; "car (2)" is the second
+            car. Every word then counts as the noun's. None: a tagger finds them.
+        parser: A loaded spaCy pipeline, whose noun chunks are taken. None: TextBlob's tagger and a grammar.
+        tokens: How many tokens the text has, such as 154 in two chunks of 77. None: the tokenizer's length.
+
+    Returns:
+        The phrases in the prompt's order; none for an empty prompt or one without a noun.
 
     Raises:
-        TypeError: a prompt that is no str. ValueError: a phrase that the prompt does not have; tokens or a tokenizer,
-            as `text_tokens`. ImportError: TextBlob or NLTK is missing.
+        TypeError: If an argument has the wrong type.
+        ValueError: If the prompt does not have a phrase, or `tokens` fits no chunks.
+        ImportError: If TextBlob or NLTK is missing.
+
+    Examples:
+        >>> [phrase.text for phrase in find_phrases("a red car and a blue bench", pipe.tokenizer)]
+        ['a red car', 'a blue bench']
+
+    Source: noun phrases as units: Feng et al. 2023, section 3.2, arXiv 2212.05032.
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt: expected a str, got {type(prompt).__name__}")
@@ -140,13 +174,24 @@ def find_phrases(
 def phrase_ids(
     phrases: Sequence[NounPhrase] | Sequence[Sequence[NounPhrase]], tokens: int = 77, *, fuse: str = "adjective-noun"
 ) -> Tensor:
-    """What `sdattn_fast.apply(phrases=...)` takes: (tokens,) int64, -1 outside; (P, tokens) of P prompts' lists.
+    """The tensor that ``sdattn_fast.apply(pipe, phrases=...)`` takes.
 
     Args:
-        fuse: whose tokens share a phrase's id: "all" its words, which lost objects on the shapes pipeline
-            (docs/evaluation.md); "adjective-noun", which lost none; or "noun", whose pieces are fused.
+        phrases: What `find_phrases` gave, or a list of P such lists for P prompts.
+        tokens: How many tokens the text has.
+        fuse: Whose tokens of a phrase share an id: "adjective-noun", "all" words, or "noun". On our small test model
+            "all" lost objects, and "adjective-noun" lost none (docs/evaluation.md).
 
-    Raises: ValueError where a phrase has tokens beyond `tokens`.
+    Returns:
+        (tokens,) int64 tensor, or (P, tokens) for P prompts: the number of each token's phrase, -1 outside phrases.
+
+    Raises:
+        ValueError: If a phrase has tokens beyond `tokens`, or `fuse` is another string.
+
+    Examples:
+        >>> ids = phrase_ids(find_phrases(prompt, pipe.tokenizer))
+        >>> with sdattn_fast.apply(pipe, phrases=ids):
+        ...     image = pipe(prompt).images[0]
     """
     lists: Any = phrases if phrases and not isinstance(phrases[0], NounPhrase) else [phrases]
     ids = torch.full((len(lists), tokens), -1, dtype=torch.int64)

@@ -21,16 +21,42 @@ __all__ = ["LinearDecoder", "Preview", "predicted_clean"]
 
 
 class Preview:
-    """Of what a patched pipeline draws, from here on."""
+    """The picture that a patched pipeline is about to draw: the clean latents that its latest step predicts.
+
+    Args:
+        patch: A patch of the pipeline.
+
+    Attributes:
+        patch: That patch.
+        remove: A function that stops watching the UNet.
+
+    Examples:
+        >>> with sdattn_fast.apply(pipe) as patch:
+        ...     preview = Preview(patch)
+        ...     def look(pipe, step, timestep, kept):
+        ...         pictures.append(preview.decoded(pipe))  # preview.latent(pipe) does not decode
+        ...         return kept
+        ...     image = pipe(prompt, callback_on_step_end=look).images[0]
+
+    Source: DDPM, Ho et al. 2020, equation 15, arXiv 2006.11239.
+    """
 
     def __init__(self, patch: Patch) -> None:
         self.patch = patch
         self.remove = patch.keep_forwards()
 
     def latent(self, pipe: Any) -> Tensor:
-        """(B, C, height, width), the prompts' entries, guidance applied.
+        """The predicted clean latents of the prompts, with guidance.
 
-        Raises: ValueError before the first step, where the pipeline's guidance is not known, and as `predicted_clean`.
+        Args:
+            pipe: The pipeline.
+
+        Returns:
+            A (B, C, height, width) tensor.
+
+        Raises:
+            ValueError: Before the first step, if the pipeline's guidance is not known, or in the cases of
+                `predicted_clean`.
         """
         forwards = self.patch.current_call.forwards
         if not forwards:
@@ -49,15 +75,32 @@ class Preview:
 
     @torch.no_grad()
     def decoded(self, pipe: Any) -> Tensor:
-        """(B, 3, height, width) float32, about [-1, 1]: `latent` through the pipeline's VAE."""
+        """The predicted clean latents, decoded by the pipeline's VAE.
+
+        Args:
+            pipe: The pipeline.
+
+        Returns:
+            A (B, 3, height, width) float32 tensor, about in [-1, 1].
+
+        Raises:
+            ValueError: In the cases of `latent`, or if a picture is not finite.
+        """
         return decode_latents(pipe.vae, self.latent(pipe))
 
 
 @dataclass(frozen=True)
 class LinearDecoder:
-    """Pixels as a linear function of the latent below them: a coarse picture for next to nothing.
+    """A decoder that makes each pixel a linear function of the latent at its place: fast, small and blurred.
 
-    weight: (C, 3), bias: (3,) float32.
+    Args:
+        weight: (C, 3) float32 tensor.
+        bias: (3,) float32 tensor.
+
+    Examples:
+        >>> pictures = pipe.image_processor.preprocess([image])  # (1, 3, height, width) in [-1, 1]
+        >>> decoder = LinearDecoder.fit(pipe.vae, pictures)
+        >>> small = decoder(latents)  # (B, 3, height, width) of the latents
     """
 
     weight: Tensor
@@ -66,9 +109,17 @@ class LinearDecoder:
     @classmethod
     @torch.no_grad()
     def fit(cls, vae: Any, pictures: Tensor) -> LinearDecoder:
-        """The least squares fit to what the VAE decodes of these pictures, (n, 3, height, width) in [-1, 1].
+        """Fit a decoder to a VAE by least squares.
 
-        Raises: ValueError where they have fewer latent pixels than the fit has unknowns.
+        Args:
+            vae: The pipeline's VAE.
+            pictures: (n, 3, height, width) tensor in [-1, 1].
+
+        Returns:
+            The decoder.
+
+        Raises:
+            ValueError: If the shape is another, or there are fewer latent pixels than unknowns.
         """
         if not isinstance(pictures, Tensor) or pictures.dim() != 4 or pictures.shape[1] != 3:
             got = tuple(pictures.shape) if isinstance(pictures, Tensor) else type(pictures).__name__
@@ -83,16 +134,38 @@ class LinearDecoder:
         return cls(fitted[:-1], fitted[-1])
 
     def __call__(self, latents: Tensor) -> Tensor:
-        """(B, C, height, width) to (B, 3, height, width) float32 in [-1, 1], at the latent's size."""
+        """Decode latents.
+
+        Args:
+            latents: (B, C, height, width) tensor.
+
+        Returns:
+            (B, 3, height, width) float32 tensor in [-1, 1], at the size of the latents.
+        """
         colours = torch.einsum("bchw,cr->brhw", latents.float(), self.weight.to(latents.device))
         return (colours + self.bias.to(latents.device)[:, None, None]).clamp(-1, 1)
 
 
 def predicted_clean(scheduler: Any, sample: Tensor, timestep: Any, prediction: Tensor) -> Tensor:
-    """The clean latent that a UNet's output stands for: sample (B, C, height, width) is the UNet's (scaled) input.
+    """The clean latents that a UNet's output predicts.
 
-    Source: Ho et al. 2020, equation 15; Salimans and Ho 2022 for "v_prediction". Raises: ValueError for schedulers
-    without alphas_cumprod (flow matching) or of another prediction type.
+    Args:
+        scheduler: A diffusers scheduler, which knows what the UNet predicts.
+        sample: (B, C, height, width) tensor, the UNet's (scaled) input.
+        timestep: Its timestep, a number or a tensor.
+        prediction: The UNet's output, of the sample's shape.
+
+    Returns:
+        A tensor of the sample's shape.
+
+    Raises:
+        ValueError: If the scheduler has no `alphas_cumprod` (flow matching), or predicts neither epsilon, v nor the
+            sample.
+
+    Examples:
+        >>> clean = predicted_clean(pipe.scheduler, latents, t, pipe.unet(latents, t, text).sample)
+
+    Source: Ho et al. 2020, equation 15, arXiv 2006.11239; for v: Salimans and Ho 2022, arXiv 2202.00512.
     """
     kind = getattr(scheduler.config, "prediction_type", None)
     alphas = getattr(scheduler, "alphas_cumprod", None)

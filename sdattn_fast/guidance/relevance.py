@@ -34,10 +34,13 @@ __all__ = ["Seen", "gradcam", "asked", "check_gradients_may_be", "run"]
 
 @dataclass(frozen=True)
 class Seen:
-    """What a score may look at, all of it part of the graph.
+    """What a score sees: the UNet's prediction, as part of the graph.
 
-    prediction: (B, C, height, width), the UNet's output. latents: its input. t: the timestep. maps: of the key layers,
-    mean over heads; empty where the patch has no capture.
+    Attributes:
+        prediction: (B, C, height, width) tensor, the UNet's output.
+        latents: (B, C, height, width) tensor, its input.
+        t: The timestep.
+        maps: The maps of the captured layers, mean over heads; empty if the patch has no `capture`.
     """
 
     prediction: Tensor
@@ -64,28 +67,44 @@ def gradcam(
     program: Program = Program(),
     **inputs: Any,
 ) -> Maps:
-    """The relevance of tokens to what `loss` gives, by layer.
+    """GradCAM on cross-attention: where in the picture each token matters for a score.
+
+    The relevance of a token at a pixel is the sum over heads of the attention times the positive part of its gradient.
+    The backward kernels add it up, so no attention map is stored.
 
     Args:
-        unet: a UNet, which runs `program` for this call, every token content; or the `Patch` that is in place on one.
-        latents: (B, C, height, width); t: the timestep; text: (B, N, E); inputs: what else the UNet takes, such as
-            added_cond_kwargs. B prompts; an unconditional half would be asked too.
-        loss: `Seen` -> a scalar. Relevant is where more attention would raise it, so it is a score, as image-text
-            matching is in PnP-OVSS; `objectives` has some. For what raises an error, give the error.
-        tokens: indices; None: all N. layers: names or fnmatch patterns; None: the key layers. heads: as in `apply`, the
-            heads that are summed over; None: all.
-        rounds: of salience dropout. After each, the share `drop` of pixels that is most salient for these tokens, in
-            their mean over tokens and layers, is taken from them in the layers asked; the maps of all rounds are added.
+        unet: A `Patch`, whose program runs; or a UNet that is not patched, in which `program` runs and every token is
+            content.
+        latents: (B, C, height, width) tensor.
+        t: The timestep, a number or a tensor.
+        text: (B, N, E) tensor of B prompts, without unconditional entries.
+        loss: Takes a `Seen` and returns a scalar tensor. A token is relevant where more attention would raise that
+            number. So give a score, such as `Presence`; or an error, to see what raises it.
+        tokens: Indices of the T tokens. None: all N.
+        layers: Names or fnmatch patterns. None: the key layers, as in `Capture`.
+        heads: The heads to sum over, as in `apply`. None: all.
+        rounds: Rounds of salience dropout, at least 1: after each, the most relevant pixels lose these tokens'
+            attention, and the relevance of all rounds is added.
+        drop: The share of pixels that each round drops, in (0, 1).
+        program: For a UNet that is not patched.
+        **inputs: Further inputs of the UNet, such as SDXL's ``added_cond_kwargs``.
 
     Returns:
-        `Maps`: layer name -> (B, T, height, width) float32, >= 0, without a graph. A is what the program leaves before
-        its last smoothing. `upsample` gives the mean over layers.
+        The relevance by layer, (B, T, height, width) float32, >= 0, detached. `Maps.upsample` gives the mean over
+        layers.
 
     Raises:
-        TypeError, ValueError: naming the argument, what it was and what was expected; ValueError also where the fused
-        backward kernels do not serve the call (float64, rounds of refinement, axis "space").
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has the wrong shape or value, or the backward kernels cannot serve the call (float64,
+            rounds of refinement, axis "space").
+        RuntimeError: Inside torch.inference_mode, which forbids gradients.
 
-    Memory: (B, T, M) floats a layer asked, and the UNet's own activations; with rounds > 1 a bias (B, 1, M, N) a layer.
+    Examples:
+        >>> with sdattn_fast.apply(pipe) as patch:
+        ...     relevance = gradcam(patch, latents, t, text, NoisePrediction(noise))
+        >>> of_token_2 = relevance.upsample()[0, 2]  # (height, width)
+
+    Source: Selvaraju et al. 2017, arXiv 1610.02391; PnP-OVSS, Luo et al. 2024, sections 3.2 and 3.3, arXiv 2311.17095.
     """
     check_gradients_may_be("gradcam")
     _check(latents, text, loss, rounds, drop)

@@ -38,20 +38,34 @@ def refine_latents(
     background: float = 0.5,
     iterations: int = 5,
 ) -> Tensor:
-    """Latents smoothed inside objects.
+    """Smooth latents inside objects, and not across their boundaries.
+
+    The words' maps and a dense CRF find the objects, and Canny edges their boundaries. Each pixel becomes a mean of its
+    neighbours in the same object.
 
     Args:
-        latents: (B, C, height, width) floating, C up to 6.
-        maps: (B, W, height, width), a map a word, or word -> (B, height, width), as `Maps.per_word` gives them.
-        picture: (B, channels, height, width), up to 6 channels: where edges and colours are looked for, such as the
-            predicted clean latent or a decoded preview; None: the latents themselves.
-        strength: 0 leaves the latents, 1 smooths them, in between mixes.
-        sigma: of the smoothing, in latent pixels, more than 0.
-        background, iterations: as in `object_marginals`.
+        latents: (B, C, height, width) floating tensor, C <= 6.
+        maps: (B, W, height, width) tensor, one map for each of at most 31 words; or the mapping that `Maps.per_word`
+            gives.
+        picture: (B, channels, height, width) tensor with at most 6 channels, in which edges and colours are found.
+            None: the latents.
+        strength: In [0, 1]: 0 leaves the latents, 1 smooths them.
+        sigma: Standard deviation of the smoothing, in latent pixels, > 0.
+        background: In [0, 1]: where a word's map, scaled to [0, 1], is below this, background is more likely.
+        iterations: Number of iterations of the CRF, >= 0; with 0 the maps alone decide.
 
-    Returns: (B, C, height, width), each channel with the mean and variance it had, differentiable in the latents.
+    Returns:
+        (B, C, height, width) tensor with the mean and variance of each channel of `latents`, differentiable in them.
 
-    Raises: TypeError, ValueError, naming the argument, what it was and what was expected.
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has the wrong shape or value.
+        ImportError: If kornia is missing.
+
+    Examples:
+        >>> smooth = refine_latents(latents, patch.maps.per_word(prompt))
+
+    Source: Canny 1986, "A computational approach to edge detection"; Krähenbühl and Koltun 2011, arXiv 1210.5644.
     """
     _check_picture("latents", latents)
     maps = _stacked(maps)
@@ -134,26 +148,29 @@ def canny_edges(picture: Tensor, low: float = 0.2, high: float = 0.5, sigma: flo
 
 
 class Structure:
-    """`refine_latents` as a ``callback_on_step_end``.
+    """Structure refinement during sampling: `refine_latents` as a ``callback_on_step_end``.
 
-    ::
-
-        with sdattn_fast.apply(pipe, capture=Capture()) as patch, Structure(patch, prompt, steps=(12, 16)) as refine:
-            pipe(prompt, callback_on_step_end=refine)
+    On our small test model the words' maps fit their objects better with it, but fewer objects had their colours
+    (docs/evaluation.md). As a context manager it ends with `remove`.
 
     Args:
-        patch: of a pipeline, with a capture.
-        prompt: whose words' maps are asked; a list where the pipeline draws several prompts.
-        words: the objects among them, at most 31 of a prompt; None: all of them; with a list of prompts, a list for
-            each. Without any, or for a prompt in which the tokenizer knows no word, the latents stay as they are.
-        steps: indices of the steps after which latents are refined. before_decoding: after the last step too.
-        preview: "latent": edges and colours of the predicted clean latent; "decoded": of its decoded picture.
-        **how: strength, sigma, background, iterations of `refine_latents`.
+        patch: A patch of a pipeline, with `capture`.
+        prompt: What is drawn; a list where the pipeline draws several prompts.
+        words: The words that name objects, at most 31 of a prompt; a list of such lists for several prompts. None: all
+            words. A prompt without words is not refined.
+        steps: Indices of the steps after which latents are refined.
+        before_decoding: Whether latents are refined after the last step too.
+        preview: Where edges and colours are found: in the predicted clean "latent", or in the "decoded" picture.
+        **how: `strength`, `sigma`, `background` and `iterations` of `refine_latents`.
 
-    With the defaults the words' maps fit their objects better on the shapes pipeline, and the pictures had fewer
-    objects in their colours (docs/evaluation.md).
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or the patch has no `capture` or no tokenizer.
 
-    Raises: TypeError, ValueError.
+    Examples:
+        >>> with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        ...     with Structure(patch, prompt, words=["car", "bench"], steps=(25,)) as refine:
+        ...         image = pipe(prompt, callback_on_step_end=refine).images[0]
     """
 
     def __init__(
@@ -200,6 +217,20 @@ class Structure:
     tensor_inputs = ("latents",)
 
     def __call__(self, pipe: Any, step: int, timestep: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Called by diffusers at the end of each step, with its arguments.
+
+        Args:
+            pipe: The pipeline.
+            step: Index of the step.
+            timestep: Its timestep.
+            inputs: The pipeline's tensors by name, with "latents".
+
+        Returns:
+            `inputs`, with the refined latents.
+
+        Raises:
+            ValueError: If a word is not in the prompt.
+        """
         last = step + 1 == getattr(pipe, "num_timesteps", -1)
         if step not in self.steps and not (last and self.before_decoding):
             return inputs

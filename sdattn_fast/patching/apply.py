@@ -41,46 +41,62 @@ def apply(
     backend: str = "auto",
     dropout_when: DropoutWhen = "always",
 ) -> Patch:
-    """Run a program in every cross-attention layer of a diffusers pipeline (its UNet and ControlNets) or of a UNet.
+    """Run a program in the cross-attention of a diffusers pipeline (its UNet and ControlNets) or of a single model.
 
-    After it, ``pipe("a red car")`` finds the prompt's tokens by itself: BOS, EOS and padding are protected, and the
-    unconditional half of the batch keeps plain attention. With a UNet alone every token is content and every entry
-    active, unless told.
+    With a pipeline, the prompts' tokens are found automatically: words are content; BOS, EOS and padding are protected;
+    and the unconditional entries of the batch get plain attention. With a UNet alone every token is content and every
+    entry active, unless `protected` and `active` say otherwise.
 
     Args:
-        pipe_or_unet: a pipeline with a ``unet``, or a UNet2DConditionModel or ControlNetModel; the wrappings of
-            torch.compile and PEFT are seen through.
-        program: what happens to the rows; ``Program()`` is plain attention. Also a `ProgramFile` or the path of
-            one (.json), as `sdattn-fast tune` writes: its layers and heads hold where the keywords do not say others.
-        layers: names or fnmatch patterns, such as ``"up_blocks.*"``; None: all. Names are module paths such as
-            ``"down_blocks.0.attentions.0.transformer_blocks.0.attn2"``, with ``"controlnet."`` before a ControlNet's.
-        heads: indices of the active heads, valid in every patched layer, or {name or pattern: indices}, where layers
-            left out keep all of theirs, or the path of a file that `sdattn-fast heads` wrote. inactive_heads: "plain",
-            or "zero": they give zeros, which on the shapes pipeline ruined the pictures (docs/evaluation.md).
-        gate: bool, or finite and >= 0; phrases: integer ids >= 0, -1 for none; protected: bool. Each (N,) for all
-            prompts, (P, N) for P prompts, (A, N) for the A active entries (prompts times images), or (B, N) for the
-            UNet's whole batch; gate also (P or A or B, H, N). Unconditional entries have no use for them.
-        active: (B,) bool for the UNet's whole batch. Tensors are copied; say so by `Patch.update` when they change.
-        seed: of the random mode, an int in [0, 2**63); layer and timestep are mixed in. None: torch's generator draws.
-        capture: which maps to keep in `Patch.maps`: by default those of the key layers, `Capture` says which.
-        fold: "auto" folds `to_q` and `to_out` into the text of layers where that is cheaper (on CPUs so far), "never"
-            does not, "always" folds every layer or raises where one cannot be.
-        text_cache: keep what depends on the text alone (token side, keys, values, what is folded) between steps, while
-            text and weights stay what they were.
-        backend: "auto", "triton", "cuda", "cpu" or "reference".
-        dropout_when: the program's salience dropout applies "always"; in "training", while the model is in train mode;
-            or by a schedule {step: ratio}, linear between the steps named and constant beyond, in place of the
-            dropout's own ratio. A step is one of denoising, counted from 0; in train mode it is `Patch.step`, which the
-            training loop sets.
+        pipe_or_unet: A pipeline with a ``unet``, or a UNet2DConditionModel or ControlNetModel, also wrapped by
+            torch.compile, PEFT or DistributedDataParallel.
+        program: What happens to the rows of the map; ``Program()`` is plain attention. Or a `ProgramFile`, or the path
+            of one (.json): its layers and heads are used unless the arguments name others.
+        layers: Names or fnmatch patterns such as ``"up_blocks.*"``. None: all. Names are module paths such as
+            ``"down_blocks.0.attentions.0.transformer_blocks.0.attn2"``, those of a ControlNet after ``"controlnet."``.
+        heads: Indices of the active heads of every layer; or {name or pattern: indices}, where layers left out keep all
+            heads; or the path of a file that `sdattn-fast heads` wrote. None: all heads.
+        inactive_heads: "plain": inactive heads get plain attention. "zero": their output is zero, which ruined the
+            pictures of our small test model (docs/evaluation.md).
+        gate: Tensor, bool or floating, finite and >= 0, of factors for the content tokens: 0 mutes a token, more than 1
+            boosts it. Shape (N,) for all prompts, (P, N) for P prompts, (A, N) for the A active entries (prompts times
+            images per prompt) or (B, N) for the UNet's whole batch; a gate for each head is (P, H, N), (A, H, N) or (B,
+            H, N).
+        phrases: Integer tensor, (N,), (P, N), (A, N) or (B, N): content tokens with the same id >= 0 each get their
+            mean; -1: no phrase. `guidance.phrase_ids` makes it.
+        protected: Bool tensor, (N,), (P, N), (A, N) or (B, N): tokens that the program leaves as they are, in place of
+            those found.
+        active: (B,) bool tensor: entries of the UNet's batch to which the program applies, in place of those found.
+        seed: Seed of random dropout, an int in [0, 2**63), which is mixed with layer and timestep. None: drawn from
+            torch's generator.
+        capture: Which maps to keep in `Patch.maps`. None: no maps.
+        fold: Whether the weights of `to_q` and `to_out` are multiplied into the prompt's keys and values, once per
+            prompt. "auto": in layers where a cost model predicts a gain (only on CPUs so far). "never": in no layer.
+            "always": in every layer; an error where that is impossible.
+        text_cache: Whether keys, values and everything else that depends only on the prompt are reused in later steps,
+            while prompt and weights stay the same.
+        backend: "auto", "triton", "cuda", "cpu" or "reference", as in `semantic_attention`.
+        dropout_when: When salience dropout applies: "always"; "training": only in train mode; or a schedule {step:
+            ratio} that replaces the dropout's ratio, linear between the given steps and constant outside. Steps are
+            denoising steps, counted from 0; in train mode they are `Patch.step`, which the training loop sets.
 
     Returns:
-        A `Patch`, also a context manager. Layers whose processor is of a class that ours cannot stand in for (anybody's
-        own, HunyuanDiT's, Sana's) are left alone, with a warning. A model without a layer to serve (added-KV models
-        such as DeepFloyd) gives a warning and a patch of nothing.
+        The patch, which is also a context manager that ends with `Patch.remove`.
+
+    Warns:
+        UserWarning: If layers are not patched because their processors cannot be replaced (those of your own classes,
+            for example), if there is no layer to patch, or if the pipeline has no `encode_prompt`.
 
     Raises:
-        TypeError, ValueError: naming the argument, what came and what was expected; ValueError also where the model is
-            patched already; OSError: a file that cannot be read.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has the wrong shape or value, or the model is patched already.
+        OSError: If a file cannot be read.
+
+    Examples:
+        >>> gate = torch.ones(77)
+        >>> gate[2] = 2.0  # boosts "red"
+        >>> with sdattn_fast.apply(pipe, gate=gate):
+        ...     image = pipe("a red car").images[0]
 
     Source: docs/design.md, "From pipe(...) to a kernel and back".
     """

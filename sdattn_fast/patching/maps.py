@@ -21,10 +21,25 @@ __all__ = ["Maps", "WordMaps"]
 
 
 class Maps(Mapping[str, Tensor]):
-    """Layer name -> (B, T, height, width) float32, or (B, H, T, height, width) for ``Capture(reduce="none")``.
+    """Attention maps by layer, a mapping: what `Patch.maps` and `guidance.gradcam` give.
 
-    B counts the active entries (the prompts, not the unconditional half). tokens: (T,) the indices captured. size:
-    (height, width) of the latent.
+    The values are (B, T, height, width) float32 tensors, or (B, H, T, height, width) for ``Capture(reduce="none")``. B
+    counts the active entries: the prompts, without the unconditional entries.
+
+    Attributes:
+        tokens: The T indices of the tokens whose maps these are.
+        size: (height, width) of the latent. None: not known.
+
+    Examples:
+        >>> with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        ...     image = pipe("a red car").images[0]
+        ...     maps = patch.maps
+        >>> maps.overlay(image, "a red car")["car"].save("car.png")
+        >>> maps.upsample((64, 64)).shape
+        torch.Size([1, 77, 64, 64])
+        >>> maps.save("maps.safetensors")
+
+    Source: DAAM, Tang et al. 2023, "What the DAAM", section 2, arXiv 2210.04885.
     """
 
     def __init__(
@@ -48,9 +63,17 @@ class Maps(Mapping[str, Tensor]):
         return f"Maps({ {name: tuple(x.shape) for name, x in self._by_layer.items()} })"
 
     def upsample(self, size: tuple[int, int] | None = None) -> Tensor:
-        """(B, T, height, width): the mean over layers, each upsampled bicubically to `size`, by default the latent's.
+        """The mean over layers, each upsampled bicubically.
 
-        Raises: ValueError (nothing captured yet, heads kept apart, a size below 1), TypeError (not two ints).
+        Args:
+            size: (height, width) of the result. None: that of the latent.
+
+        Returns:
+            A (B, T, height, width) float32 tensor.
+
+        Raises:
+            TypeError: If `size` is not two ints.
+            ValueError: If nothing is captured yet, heads were kept apart, or a size is below 1.
         """
         size = self._checked(size)
         total: Tensor | float = 0.0
@@ -60,19 +83,26 @@ class Maps(Mapping[str, Tensor]):
         return total / len(self._by_layer)
 
     def per_word(self, prompt: str, size: tuple[int, int] | None = None, tokens: int | None = None) -> WordMaps:
-        """The prompt's words, as `words_of` finds them, each the mean over its tokens; without those of which a token
-        was not captured.
+        """The map of each word: the mean over layers and over the word's tokens.
+
+        Words are separated by white space and have no punctuation; the second "car" is "car (2)". Words of which a
+        token was cut off or not captured are left out.
 
         Args:
-            prompt: the text as it was tokenised, without the weights that compel and lpw take out.
-            size: as in `upsample`.
-            tokens: how many tokens the text had, as in `words_of`; 154 in two chunks, say. None: as many as captured
-                where all were; where `Capture.tokens` names some beyond the tokenizer's length, chunks of that length.
+            prompt: The text that was tokenised, without the weights that compel and lpw take out.
+            size: (height, width) of the maps. None: that of the latent.
+            tokens: How many tokens the text had, such as 154 in two chunks of 77. None: found from the captured tokens.
 
-        Example: ``maps.per_word("A red car")["red"]`` is (B, height, width); "Red" is the same word.
+        Returns:
+            The words in the prompt's order, each with a (B, height, width) float32 tensor.
 
-        Raises: TypeError, ValueError, as `upsample` and `words_of`; ValueError also without a tokenizer or where no
-        word was captured.
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: In the cases of `upsample`, or if there is no tokenizer, no word was captured, or `tokens` fits
+                no chunks.
+
+        Examples:
+            >>> red = maps.per_word("a red car")["red"]  # (B, height, width)
         """
         if not isinstance(prompt, str):
             raise TypeError(f"prompt: expected a str, got {type(prompt).__name__}")
@@ -94,11 +124,32 @@ class Maps(Mapping[str, Tensor]):
         return WordMaps({word: maps[:, indices].mean(1) for word, indices in words.items()})
 
     def overlay(self, image: Any, prompt: str, alpha: float = 0.6, tokens: int | None = None) -> ByWord[Any]:
-        """`WordMaps.overlay` of the words that `per_word` finds."""
+        """`WordMaps.overlay` of the words that `per_word` finds.
+
+        Args:
+            image: A PIL image, or a list of B of them.
+            prompt: The text that was tokenised.
+            alpha: Weight of the map in the picture, in [0, 1].
+            tokens: As in `per_word`.
+
+        Returns:
+            The words, each with a PIL image, or with a list of them if `image` is one.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: In the cases of `per_word`, or if there are not B images.
+        """
         return self.per_word(prompt, tokens=tokens).overlay(image, alpha)
 
     def save(self, path: str | Path) -> None:
-        """A safetensors file: each layer's maps by its name; tokens in the metadata. Needs safetensors."""
+        """Write a safetensors file: each layer's maps under its name, and the tokens in the metadata.
+
+        Args:
+            path: Path of the file.
+
+        Raises:
+            ImportError: If safetensors is missing.
+        """
         _save(self._by_layer, path, {"tokens": ",".join(map(str, self.tokens))})
 
     def _text_length(self) -> int | None:
@@ -121,13 +172,35 @@ class Maps(Mapping[str, Tensor]):
 
 
 class WordMaps(ByWord[Tensor]):
-    """Word -> (B, height, width) float32, in the prompt's order, looked up in upper or lower case."""
+    """Maps by word, a mapping: what `Maps.per_word` gives. The values are (B, height, width) float32 tensors.
+
+    Words are in the prompt's order, and are found in upper or lower case. A missing word raises a KeyError that lists
+    the words.
+
+    Examples:
+        >>> words = maps.per_word("a red car")
+        >>> words.upsample((512, 512))["car"].shape
+        torch.Size([1, 512, 512])
+        >>> words.overlay(image)["car"].save("car.png")
+        >>> words.save("words.safetensors")
+    """
 
     def __repr__(self) -> str:
         return f"WordMaps({ {word: tuple(x.shape) for word, x in self.items()} })"
 
     def upsample(self, size: tuple[int, int]) -> WordMaps:
-        """The same words at another size, bicubically."""
+        """The same words at another size, bicubically.
+
+        Args:
+            size: (height, width).
+
+        Returns:
+            The words, each with a (B, height, width) float32 tensor.
+
+        Raises:
+            TypeError: If `size` is not two ints.
+            ValueError: If a size is below 1.
+        """
         size = checked_size(size)
         return WordMaps(
             {
@@ -137,13 +210,19 @@ class WordMaps(ByWord[Tensor]):
         )
 
     def overlay(self, image: Any, alpha: float = 0.6) -> ByWord[Any]:
-        """Word -> a PIL image: the picture with the word's map over it, blue where it is lowest, red where highest.
+        """Each word's map over the picture, blue where it is lowest and red where it is highest.
 
         Args:
-            image: a PIL image, or a list of B of them; with a list, the values are lists too.
-            alpha: how much of the map, in [0, 1].
+            image: A PIL image, or a list of B of them.
+            alpha: Weight of the map in the picture, in [0, 1].
 
-        Raises: TypeError, ValueError. Needs pillow and matplotlib.
+        Returns:
+            The words, each with a PIL image, or with a list of them if `image` is one.
+
+        Raises:
+            TypeError: If an argument has the wrong type.
+            ValueError: If `alpha` is out of range, or there are not B images.
+            ImportError: If pillow or matplotlib is missing.
         """
         import numpy as np
         from matplotlib import colormaps
@@ -172,7 +251,14 @@ class WordMaps(ByWord[Tensor]):
         return ByWord(shown)
 
     def save(self, path: str | Path) -> None:
-        """A safetensors file, each word's maps by the word. Needs safetensors."""
+        """Write a safetensors file: each word's maps under the word.
+
+        Args:
+            path: Path of the file.
+
+        Raises:
+            ImportError: If safetensors is missing.
+        """
         _save(self, path, {})
 
 

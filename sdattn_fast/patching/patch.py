@@ -30,9 +30,17 @@ __all__ = ["Patch"]
 
 
 class Patch:
-    """A program in place. Made by `apply`; ``with apply(pipe, program): ...`` takes it off at the end.
+    """A program in place in a model: what `apply` returns. As a context manager it ends with `remove`.
 
-    step: the training step, for a schedule of dropout; the training loop sets it.
+    Attributes:
+        step: The training step, for a dropout schedule in train mode. The training loop sets it.
+
+    Examples:
+        >>> patch = sdattn_fast.apply(pipe, capture=Capture())
+        >>> patch.watch(StableDiffusionImg2ImgPipeline(**pipe.components))
+        >>> image = pipe("a red car").images[0]
+        >>> patch.maps.overlay(image, "a red car")["car"].save("car.png")
+        >>> patch.remove()
     """
 
     def __init__(
@@ -97,22 +105,22 @@ class Patch:
 
     @property
     def unet(self) -> nn.Module | None:
-        """The patched UNet as it is called, compiled, say; None: nothing is patched."""
+        """The patched UNet as it is called, such as a compiled one. None: nothing is patched."""
         return self._models[0].outer if self._models else None
 
     @property
     def pipe(self) -> Any:
-        """The pipeline whose prompts are known; None: a UNet was patched, or a pipeline without `encode_prompt`."""
+        """The pipeline whose prompts are known. None: a UNet was patched, or a pipeline without `encode_prompt`."""
         return self._pipe
 
     @property
     def gate(self) -> Tensor | None:
-        """The gate as `apply` or `update` was given it."""
+        """The gate that `apply` or `update` was given. None: there is none."""
         return self._given.gate
 
     @property
     def captures(self) -> bool:
-        """Whether there are `maps`."""
+        """Whether `apply` was given `capture`, so that there are `maps`."""
         return self._keeper is not None
 
     @property
@@ -126,24 +134,33 @@ class Patch:
 
     @property
     def maps(self) -> Maps:
-        """The mean over the run's steps so far: layer name -> (B, T, height, width) float32, B the active entries, mean
-        over the active heads; (B, H, T, height, width) for ``Capture(reduce="none")``. A run is a call of the pipeline,
-        or what `call` is around; the steps and layers are those of `Capture`, by default all steps of the key layers.
-        In a thread that drew they are of its own latest run.
+        """The maps of this thread's latest run, a mapping of layer names to tensors: the mean over its steps so far.
 
-        Also ``maps.upsample(size)``, ``maps.per_word(prompt)``, ``maps.overlay(image, prompt)``, ``maps.save(path)``.
-        Where gradients are on, they are the latest step's and part of its graph; in train mode, a forward with them is
-        a run by itself, at `Patch.step` (None: 0). Raises: ValueError if `apply` was not given `capture`,
-        and in a thread that did not draw where several others did.
+        (B, T, height, width) float32, the mean over active heads; (B, H, T, height, width) for
+        ``Capture(reduce="none")``. B counts the active entries. A run is a call of the pipeline or a block of `call`;
+        `Capture` chooses layers and steps. With gradients enabled the maps are the latest step's and part of its graph;
+        in train mode every forward with gradients is a run, at `Patch.step`.
+
+        Raises:
+            ValueError: If `apply` was not given `capture`, or several threads drew and this one did not.
         """
         if self._keeper is None:
             raise ValueError("maps: expected apply(..., capture=sdattn_fast.Capture(...)), got no capture")
         return self._keeper.read(self._calls.to_read(), self.layers, tokenizer_of(self.pipe))
 
     def update(self, **inputs: Tensor | None) -> None:
-        """Change gate, phrases, protected or active between steps; those not named stay, None takes one away.
+        """Change the inputs of the program, also between two steps. Inputs that are not named stay.
 
-        Raises: TypeError, ValueError, as `apply`.
+        Args:
+            **inputs: `gate`, `phrases`, `protected` or `active`, as in `apply`; None removes one.
+
+        Raises:
+            TypeError: If an input is unknown or has the wrong type.
+            ValueError: If an input has the wrong shape or value.
+
+        Examples:
+            >>> patch = sdattn_fast.apply(pipe)
+            >>> patch.update(gate=torch.full((77,), 1.5))
         """
         for name in inputs:
             if name not in TOKEN_INPUTS:
@@ -168,27 +185,24 @@ class Patch:
             text.rewrite_graph(graph, calls, graph.rows)
 
     def update_text(self, encoder_hidden_states: Tensor) -> None:
-        """Bring captured CUDA graphs up to date with their text: after you wrote another prompt into the tensor that
-        they were captured with, or changed the model's weights, and before the next replay.
+        """Update captured CUDA graphs after their text tensor was overwritten with another prompt, or weights were
+        changed.
 
-        A graph runs no Python, so it cannot see for itself; replayed without this, it gives NaN. Not needed where the
-        model is called from Python, by torch.compile or otherwise.
+        A replayed graph runs no Python, so it cannot notice either; replayed without this, it gives NaN. A model that
+        is called from Python, compiled or not, does not need this.
 
         Args:
-            encoder_hidden_states: (B, N, E), the tensor itself, not a copy.
+            encoder_hidden_states: The (B, N, E) tensor itself that the graphs were captured with, not a copy.
 
         Raises:
-            TypeError: not such a tensor.
-            ValueError: no graph was captured with it; or the new prompt has no room where the graphs read: it has more
-                content tokens than the one they were captured with (rounded up to a power of two, from 16 on). Then
-                `refresh`, and capture again.
+            TypeError: If it is not such a tensor.
+            ValueError: If no graph was captured with it, or the new prompt has more content tokens than the captured
+                one (rounded up to a power of two, from 16 on). Then call `refresh` and capture again.
 
-        Example::
-
-            unet(x, t, text)                                    # once, then: with torch.cuda.graph(graph): ...
-            text.copy_(another_prompt)                          # (B, N, E), both halves of the batch
-            patch.update_text(text)
-            graph.replay()
+        Examples:
+            >>> text.copy_(another_prompt)  # after: with torch.cuda.graph(graph): unet(x, t, text)
+            >>> patch.update_text(text)
+            >>> graph.replay()
         """
         x = encoder_hidden_states
         if not isinstance(x, Tensor) or x.dim() != 3:
@@ -210,8 +224,11 @@ class Patch:
             text.rewrite_graph(graph, calls, rows, x)
 
     def refresh(self) -> None:
-        """Forget everything derived from text; it is derived anew at the next step. CUDA graphs captured so far must be
-        captured again: they give NaN."""
+        """Forget what was computed from prompts and weights; the next step computes it again.
+
+        Call it after writes that leave no trace, such as those through `.data` on a GPU (docs/waiting.md). CUDA graphs
+        captured so far give NaN from then on; capture them again.
+        """
         for model in self._models:
             for text in model.texts:
                 text.forget()
@@ -225,18 +242,19 @@ class Patch:
         return [(model, graph) for model in self._models for graph in model.text.graphs]
 
     def call(self) -> AbstractContextManager[Call]:
-        """Around a loop of your own: what this thread draws inside is one run, with one mean of maps and one count of
-        steps, in whatever order its timesteps come.
+        """Marks a denoising loop of your own as one run: one mean of maps and one count of steps, in this thread.
 
-        Without it a run of a loop begins where the patched pipeline encodes prompts, where its scheduler's timesteps
-        are set, or where timesteps rise; a pipeline's own calls need none of this.
+        The pipeline's own calls do not need this. Without it, a run of a loop begins where the pipeline encodes
+        prompts, where its scheduler's timesteps are set, or where timesteps rise.
 
-        Example::
+        Returns:
+            A context manager.
 
-            with patch.call():
-                for t in timesteps:
-                    noise = unet(latents, t, encoder_hidden_states=text).sample
-                    ...
+        Examples:
+            >>> with patch.call():
+            ...     for t in pipe.scheduler.timesteps:
+            ...         noise = pipe.unet(latents, t, encoder_hidden_states=text).sample
+            ...         latents = pipe.scheduler.step(noise, t, latents).prev_sample
         """
         return self._calls.within(Call(explicit=True))
 
@@ -267,11 +285,17 @@ class Patch:
         return self._calls.current
 
     def watch(self, pipe: Any) -> None:
-        """Know the prompts of another pipeline on the same UNet too: `from_pipe`, or of shared components. Copies made
-        by `copy.copy` after `apply` are known without.
+        """Know the prompts of another pipeline on the same UNet too, such as one made by `from_pipe`.
 
-        Raises: TypeError: not a pipeline with `encode_prompt`. ValueError: its UNet is another, this patch has no
-        pipeline or was removed, or another patch watches it.
+        Copies made by `copy.copy` after `apply` are known anyway.
+
+        Args:
+            pipe: The other pipeline.
+
+        Raises:
+            TypeError: If it is not a pipeline with `encode_prompt`.
+            ValueError: If its UNet is another one, another patch watches it, or this patch was removed or has no
+                pipeline.
         """
         if encode_function(pipe) is None:
             raise TypeError(f"pipe: expected a pipeline with encode_prompt, got {type(pipe).__name__}")
@@ -314,7 +338,7 @@ class Patch:
         return getattr(self._pipe, "scheduler", None)
 
     def remove(self) -> None:
-        """Restore the very processors that were there, and the pipeline's `encode_prompt`. Twice is harmless."""
+        """Restore the original processors and the pipeline's `encode_prompt`. A second call does nothing."""
         if not self._installed:
             return
         self._installed = False

@@ -35,22 +35,38 @@ __all__ = ["SemanticAttnProcessor", "attention_layer", "same"]
 
 
 class SemanticAttnProcessor:
-    """An attention processor for diffusers' UNets that runs a `Program` on cross-attention.
+    """A diffusers attention processor that runs a program in cross-attention. `apply` is the usual way to install it.
 
-    Made by `sdattn_fast.apply`, or by hand: ``unet.set_attn_processor(SemanticAttnProcessor(program))``. By hand it
-    knows neither a pipeline nor a layer's name: every token is content and every entry active unless told,
-    self-attention and added-KV layers are computed as diffusers does, smoothing works on 4-D inputs alone (`apply`
-    finds the grid), and `layers`, `capture` and a mapping of `heads`, which speak of layers by name, are refused.
+    Set by hand, it knows neither a pipeline nor the name of a layer: every token is content and every entry active
+    unless told, and `layers`, `capture` and a mapping of `heads` are refused. Smoothing works on 4-D inputs alone.
+    Self-attention is computed as diffusers does.
 
     Args:
-        program: what happens to the rows; ``Program()`` is plain attention.
-        heads: indices of the active heads, or a bool (H,); None: all. inactive_heads: "plain" or "zero".
-        gate: bool, or finite and >= 0, (N,), (B, N) or (B, H, N). phrases: integer, (N,) or (B, N). protected: bool,
-            (N,) or (B, N). active: bool, (B,). B is the UNet's batch; (A, N) for the A active entries is taken as well.
-        seed: of the random mode, an int in [0, 2**63). By hand, every layer and step uses it as it is.
-        fold, text_cache, backend: as in `apply`. dropout_when: "always" or "training".
+        program: What happens to the rows of the map; ``Program()`` is plain attention.
+        layers: Must be None.
+        heads: Indices of the active heads, or an (H,) bool tensor. None: all.
+        inactive_heads: "plain" or "zero", as in `apply`.
+        gate: Tensor, (N,), (B, N) or (B, H, N), bool or floating, finite and >= 0. B is the UNet's batch, or its active
+            entries.
+        phrases: Integer tensor, (N,) or (B, N), -1: no phrase.
+        protected: Bool tensor, (N,) or (B, N). None: all tokens are content.
+        active: (B,) bool tensor. None: all entries.
+        seed: Seed of random dropout, an int in [0, 2**63), the same in every layer and step. None: drawn from torch's
+            generator.
+        capture: Must be None.
+        fold: As in `apply`.
+        text_cache: As in `apply`.
+        backend: As in `apply`.
+        dropout_when: "always" or "training".
 
-    Raises: TypeError, ValueError, naming the argument, what came and what was expected.
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument has the wrong value, or needs the name of a layer or a step.
+
+    Examples:
+        >>> unet.set_attn_processor(SemanticAttnProcessor(Program(SalienceDropout(0.1))))
+
+    Source: docs/design.md, "Inside diffusers".
     """
 
     def __init__(
@@ -108,7 +124,21 @@ class SemanticAttnProcessor:
         *args: Any,
         **kwargs: Any,
     ) -> Tensor:
-        """As `AttnProcessor2_0`: hidden_states (B, M, C) or (B, C, h, w), encoder_hidden_states (B, N, E)."""
+        """Attention, as diffusers' `AttnProcessor2_0`, with the program between the two products. Called by
+        `Attention`.
+
+        Args:
+            attn: The `Attention` module.
+            hidden_states: (B, M, C) or (B, C, height, width) tensor.
+            encoder_hidden_states: (B, N, E) tensor. None: self-attention, without a program.
+            attention_mask: Added to the logits, as in diffusers.
+            temb: For layers with a spatial norm, as in diffusers.
+            *args: Ignored, with diffusers' warning.
+            **kwargs: Ignored.
+
+        Returns:
+            A tensor of the shape of `hidden_states`.
+        """
         if args or kwargs.get("scale") is not None:
             _say_scale_is_deprecated()
         if getattr(attn, "added_kv_proj_dim", None) is not None:

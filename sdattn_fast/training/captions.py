@@ -18,9 +18,25 @@ _PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 
 
 class CaptionedFolder:
-    """The pictures' paths and captions; pictures are read when they are asked for.
+    """A folder of pictures with captions. Pictures are read when they are used.
 
-    Raises: ValueError: no such folder, no picture in it, one without a caption, a line of metadata that is not so.
+    Either the folder has a `metadata.jsonl` with a line ``{"file_name": "a.png", "text": "a red car"}`` for each
+    picture, or each picture `a.png` has its caption in `a.txt`. ``len()`` gives the number of pictures.
+
+    Args:
+        folder: Its path. Without `metadata.jsonl`, png, jpg, jpeg, webp and bmp files are taken.
+
+    Attributes:
+        folder: Its path.
+        items: The path and the caption of each picture.
+
+    Raises:
+        ValueError: If there is no such folder, no picture, a picture without a caption, or a wrong line of metadata.
+
+    Examples:
+        >>> data = CaptionedFolder("pictures")
+        >>> data.caption(0), data.picture(0, (512, 512)).shape
+        ('a red car', torch.Size([3, 512, 512]))
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -36,12 +52,29 @@ class CaptionedFolder:
         return len(self.items)
 
     def caption(self, index: int) -> str:
+        """The caption of a picture.
+
+        Args:
+            index: Which picture.
+
+        Returns:
+            Its text.
+        """
         return self.items[index][1]
 
     def picture(self, index: int, size: tuple[int, int], flip: bool = False) -> Tensor:
-        """(3, height, width) float32 in [-1, 1], resized to cover the size and cropped to its middle.
+        """A picture, scaled to cover a size and cropped to its middle.
 
-        Raises: ValueError where the file is no picture.
+        Args:
+            index: Which picture.
+            size: (height, width) in pixels.
+            flip: Whether to mirror it.
+
+        Returns:
+            (3, height, width) float32 tensor in [-1, 1].
+
+        Raises:
+            ValueError: If the file cannot be read as a picture.
         """
         import numpy as np
         from PIL import Image, ImageOps, UnidentifiedImageError

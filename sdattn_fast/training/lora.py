@@ -30,19 +30,33 @@ _CHECKPOINT = "checkpoint.safetensors"
 
 @dataclass(frozen=True)
 class LoraTraining:
-    """How to train.
+    """The settings of `train_lora`.
 
     Args:
-        steps: of the optimiser. batch: pictures a process and step. learning_rate: of AdamW, after `warmup` steps of
-            linear growth. accumulate: forwards a step.
-        rank, alpha: of the LoRA; alpha None: the rank. targets: module names that get one.
-        size: (height, width) in pixels; None: the model's. flip: mirror half of the pictures. empty_captions: share of
-            captions that are left out, for guidance.
-        seed: of everything that is drawn.
-        dropout_when: when the program's salience dropout applies, as in `apply`.
-        precision: "no", "bf16" or "fp16", accelerate's mixed precision. gradient_checkpointing: less memory, more time.
+        steps: Number of optimizer steps.
+        batch: Pictures per forward pass and process.
+        learning_rate: Learning rate of AdamW.
+        warmup: Steps in which the learning rate grows linearly.
+        accumulate: Forward passes per step.
+        rank: Rank of the LoRA.
+        alpha: The LoRA is scaled by alpha / rank. None: the rank.
+        targets: Names of the modules that get a LoRA.
+        size: (height, width) of the pictures in pixels. None: the model's.
+        flip: Whether half of the pictures are mirrored.
+        empty_captions: Share of captions that are replaced by "", for classifier-free guidance, in [0, 1].
+        seed: Seed of everything that is drawn at random.
+        dropout_when: When the program's salience dropout applies, as in `apply`.
+        precision: Mixed precision by accelerate: "no", "bf16" or "fp16".
+        gradient_checkpointing: Whether to save memory at the cost of time.
 
-    Raises: ValueError, TypeError, naming the field.
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Examples:
+        >>> training = LoraTraining(steps=500, rank=16, precision="bf16", gradient_checkpointing=True)
+
+    Source: LoRA, Hu et al. 2021, arXiv 2106.09685.
     """
 
     steps: int = 1000
@@ -88,20 +102,33 @@ def train_lora(
     save_every: int = 100,
     tell: Callable[[int, float], None] | None = None,
 ) -> Path:
-    """Train a LoRA for the pipeline's UNet and write it where ``pipe.load_lora_weights(out)`` finds it.
+    """Train a LoRA for a pipeline's UNet, with the program in place, and write it for ``pipe.load_lora_weights(out)``.
+
+    A checkpoint in `out` lets an interrupted run continue, with the same result as one that was not interrupted.
 
     Args:
-        pipe: a diffusers pipeline with a UNet, of Stable Diffusion 1.x, 2.x or XL. Its UNet keeps the adapter.
-        data: pictures and captions.
-        out: folder. `checkpoint.safetensors` there, written every `save_every` steps, is where a killed run goes on.
-        program: runs in every cross-attention layer; its dropout when `training.dropout_when` says.
-        tell: called with the steps done and the loss of the last one, on the main process.
+        pipe: A pipeline of Stable Diffusion 1.x, 2.x or XL. Its UNet keeps the trained adapter.
+        data: A folder of pictures and captions, as `CaptionedFolder` describes.
+        out: The folder to write to.
+        training: The settings. None: the defaults.
+        program: The program of every cross-attention layer; `training.dropout_when` says when its dropout applies.
+        save_every: Steps between two checkpoints.
+        tell: Called after each step with the number of steps done and the loss, in the main process.
 
-    Returns: the path of the weights, safetensors.
+    Returns:
+        The path of the weights, a safetensors file.
 
     Raises:
-        ValueError, TypeError: naming the argument. ValueError also where `out` has a checkpoint of other settings.
-        ImportError: peft or accelerate is missing.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, `out` has a checkpoint with other settings, or the loss is not
+            finite.
+        ImportError: If peft or accelerate is missing.
+
+    Examples:
+        >>> program = Program(SalienceDropout(0.1, mode="random"))
+        >>> weights = train_lora(pipe, "pictures", "lora", LoraTraining(steps=500), program)
+
+    Source: LoRA, Hu et al. 2021, arXiv 2106.09685. What dropout did in training is in docs/training.md.
     """
     try:
         from accelerate import Accelerator

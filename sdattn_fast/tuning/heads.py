@@ -1,15 +1,7 @@
-"""Which heads find the objects: every (layer, head) scored by how well its word maps fit what was drawn.
+"""Head ranking: every (layer, head) is scored by how well its word maps fit the objects of drawn pictures.
 
 A word's map in a head is the mean over denoising steps and over the word's tokens of the cross-attention probabilities,
-upsampled bicubically; its mask is where it passes the middle between its least and its greatest value. Where the true
-masks are known, the score is the intersection over union of the two (`iou_score`). Elsewhere CLIP says how much better
-the word fits what the mask shows than what it hides (`clip_score`).
-
-Effective attention is the mean mask IoU of the chosen heads' mean map over that of all heads' mean map, less 1.
-
-Source: PnP-OVSS (Luo et al. 2024, "Emergent Open-Vocabulary Semantic Segmentation from Off-the-shelf Vision-Language
-Models") picks layer and head of a vision-language model by CLIP's score of masked pictures; that what is hidden counts
-against a mask is ours, since a mask of everything fits any word. The maps are those of DAAM (Tang et al. 2023).
+upsampled bicubically. `iou_score` and `clip_score` say how a map is scored, and where that comes from.
 """
 
 from __future__ import annotations
@@ -42,10 +34,14 @@ Head = tuple[str, int]
 
 @dataclass(frozen=True, eq=False)
 class Observation:
-    """One prompt, drawn by stock attention.
+    """A picture drawn with stock attention, with the maps of every head, as `observe` gives it.
 
-    prompt: its index among those given. picture: a PIL picture. words: those of the objects. heads: every (layer,
-    head), in the model's order. maps: (objects, heads, size, size) float16, probabilities times 1024.
+    Attributes:
+        prompt: Index of its prompt.
+        picture: A PIL image.
+        words: The words of its objects.
+        heads: (layer, head) of every head, in the model's order.
+        maps: (objects, heads, size, size) float16 tensor: probabilities times 1024.
     """
 
     prompt: int
@@ -57,11 +53,21 @@ class Observation:
 
 @dataclass(frozen=True)
 class HeadRanking:
-    """What `rank_heads` found.
+    """Heads with their scores, as `rank_heads` gives them.
 
-    scores: (layer, head) -> mean score over the objects, NaN where there was none. measure: what the scores are.
-    objects: on how many they rest. curve: number of best heads -> mean score of their mean map; its best is `count`.
-    notes: what else belongs to the file.
+    Attributes:
+        scores: For each (layer, head) the mean score over the objects, NaN without an object.
+        measure: What the scores are.
+        objects: The number of objects.
+        curve: For some numbers k, the mean score of the mean map of the k best heads.
+        notes: What else belongs into the file.
+
+    Examples:
+        >>> ranking = HeadRanking.load("heads.json")
+        >>> ranking.draw("heads.png")
+        >>> ranking.save("three.json", count=3)
+        >>> with sdattn_fast.apply(pipe, program, heads=ranking.best(3)):
+        ...     image = pipe(prompt).images[0]
     """
 
     scores: Mapping[Head, float]
@@ -72,18 +78,26 @@ class HeadRanking:
 
     @property
     def order(self) -> list[Head]:
-        """The heads, best first; those of equal score in the model's order."""
+        """(layer, head) of every head, the best first."""
         return sorted(self.scores, key=lambda head: -_or_least(self.scores[head]))
 
     @property
     def count(self) -> int:
-        """How many of the best heads have the best mean map; of equal numbers the smallest."""
+        """The number of best heads whose mean map has the best score."""
         return min(self.curve, key=lambda k: (-_or_least(self.curve[k]), k))
 
     def best(self, count: int | None = None) -> dict[str, list[int]]:
-        """{layer: indices of its heads among the `count` best}, every layer named, for ``apply(heads=...)``.
+        """The best heads, for ``apply(pipe, heads=...)``.
 
-        Raises: TypeError, ValueError: count is not an int in [1, number of heads].
+        Args:
+            count: How many. None: `HeadRanking.count`.
+
+        Returns:
+            {layer: indices of its heads}, with every layer, also those without a chosen head.
+
+        Raises:
+            TypeError: If `count` is not an int.
+            ValueError: If there are not so many heads.
         """
         count = self.count if count is None else count
         if isinstance(count, bool) or not isinstance(count, int):
@@ -96,7 +110,16 @@ class HeadRanking:
         return {layer: sorted(heads) for layer, heads in chosen.items()}
 
     def save(self, path: str | Path, count: int | None = None) -> None:
-        """A file for ``apply(heads=path)``: the `count` best heads, and in its notes every score. Raises: OSError."""
+        """Write a file for ``apply(pipe, heads=path)`` that holds the best heads and all scores.
+
+        Args:
+            path: Path of the file.
+            count: How many heads. None: `HeadRanking.count`.
+
+        Raises:
+            TypeError: If `notes` holds what JSON cannot.
+            OSError: If the file cannot be written.
+        """
         layers: dict[str, list[float | None]] = {layer: [] for layer, _ in self.scores}
         for (layer, _), score in self.scores.items():
             layers[layer].append(score if math.isfinite(score) else None)
@@ -108,7 +131,19 @@ class HeadRanking:
 
     @classmethod
     def load(cls, path: str | Path) -> HeadRanking:
-        """Read such a file. Raises: ValueError, naming the file, where it holds no ranking; OSError."""
+        """Read a file that `save` wrote.
+
+        Args:
+            path: Its path.
+
+        Returns:
+            The ranking.
+
+        Raises:
+            TypeError: If a field has the wrong type.
+            ValueError: If it holds no ranking.
+            OSError: If it cannot be read.
+        """
         _, notes = load_heads(path)
         try:
             scores = {
@@ -124,7 +159,12 @@ class HeadRanking:
             raise ValueError(f"{path}: expected a ranking that `sdattn-fast heads` wrote: {error}") from None
 
     def draw(self, path: str | Path, count: int | None = None) -> None:
-        """A picture of the grid, a row a layer and a column a head, the `count` best framed. Needs matplotlib."""
+        """Draw the scores as a grid of layers and heads, with frames around the best. Needs matplotlib.
+
+        Args:
+            path: Path of the picture.
+            count: How many heads to frame. None: `HeadRanking.count`.
+        """
         from matplotlib.figure import Figure
 
         best = self.best(count)
@@ -153,14 +193,25 @@ class HeadRanking:
 
 
 def rank_heads(observations: Sequence[Observation], score: Score, measure: str) -> HeadRanking:
-    """Score every head, then the mean maps of the k best for growing k.
+    """Score every head, and the mean map of the k best heads for growing k.
 
     Args:
-        observations: what `observe` gave, of one model.
-        score: `iou_score` or `clip_score`.
-        measure: what the scores are called in files and pictures.
+        observations: What `observe` gave for one model.
+        score: How well maps fit objects: `iou_score` or `clip_score`.
+        measure: The name of the score, for files and pictures.
 
-    Raises: ValueError: no observation, or none with an object that the score can judge.
+    Returns:
+        The ranking.
+
+    Raises:
+        ValueError: If there is no observation, or none with an object that can be scored.
+
+    Examples:
+        >>> seen = list(observe(pipe, ["a black cat and a white dog"], [["cat", "dog"]]))
+        >>> ranking = rank_heads(seen, clip_score(clip), "CLIP of masked pictures")
+        >>> ranking.save("heads.json")
+
+    Source: choosing by CLIP: PnP-OVSS, Luo et al. 2024, arXiv 2311.17095.
     """
     if not observations:
         raise ValueError("observations: expected at least one, got none")
@@ -182,10 +233,24 @@ def rank_heads(observations: Sequence[Observation], score: Score, measure: str) 
 def effective_attention(
     observations: Sequence[Observation], chosen: Mapping[str, Sequence[int]], score: Score
 ) -> dict[str, Tensor]:
-    """Each object's score by the mean map of the chosen heads ("chosen") and of all heads ("all"), (objects,), NaN
-    where it is not known. Effective attention is ``chosen.nanmean() / all.nanmean() - 1``, with `iou_score`.
+    """How well the mean map of chosen heads fits the objects, beside that of all heads.
 
-    Raises: ValueError: no observation, or no head chosen.
+    Effective attention is ``chosen.nanmean() / all.nanmean() - 1``, with `iou_score`.
+
+    Args:
+        observations: What `observe` gave for one model.
+        chosen: {layer: indices of heads}, as `HeadRanking.best` gives.
+        score: `iou_score` or `clip_score`.
+
+    Returns:
+        "chosen" and "all", each with an (objects,) tensor of scores, NaN for objects that cannot be scored.
+
+    Raises:
+        ValueError: If there is no observation, or no head is chosen.
+
+    Examples:
+        >>> found = effective_attention(seen, ranking.best(), clip_score(clip))
+        >>> gain = found["chosen"].nanmean() / found["all"].nanmean() - 1
     """
     if not observations:
         raise ValueError("observations: expected at least one, got none")
@@ -198,9 +263,19 @@ def effective_attention(
 
 
 def iou_score(truth: Callable[[Observation], Sequence[np.ndarray | None]]) -> Score:
-    """Intersection over union with the true masks.
+    """A score for `rank_heads`: intersection over union of maps with true masks.
 
-    truth: of an observation, each object's mask, (height, width) bool, or None where it was not drawn.
+    A map's mask is where it exceeds the middle between its smallest and largest value.
+
+    Args:
+        truth: Takes an `Observation` and returns each object's mask, a (height, width) bool array, or None if it was
+            not drawn.
+
+    Returns:
+        The score.
+
+    Examples:
+        >>> ranking = rank_heads(seen, iou_score(segment), "mask IoU")  # segment: a segmentation model of yours
     """
 
     def score(one: Observation, maps: Tensor) -> Tensor:
@@ -217,10 +292,23 @@ def iou_score(truth: Callable[[Observation], Sequence[np.ndarray | None]]) -> Sc
 
 
 def clip_score(clip: ClipScorer, texts: Callable[[Observation], Sequence[str]] | None = None) -> Score:
-    """CLIP's cosine of the object's text with the picture where only the mask is shown, less that where only the rest
-    is; what is not shown is the picture's mean colour.
+    """A score for `rank_heads` without true masks, by CLIP.
 
-    texts: of an observation, what CLIP is asked for each object; None: "a photo of a" and the word.
+    It is the cosine of the object's text with the picture where only the mask is shown, less that where only the rest
+    is shown. What is not shown has the picture's mean colour.
+
+    Args:
+        clip: The CLIP that judges.
+        texts: Takes an `Observation` and returns a text for each object. None: "a photo of a" and the word.
+
+    Returns:
+        The score.
+
+    Examples:
+        >>> score = clip_score(ClipScorer.load("openai/clip-vit-large-patch14"))
+
+    Source: PnP-OVSS, Luo et al. 2024, arXiv 2311.17095, scores masks by CLIP; that the hidden part counts against them
+    is ours.
     """
 
     def score(one: Observation, maps: Tensor) -> Tensor:
@@ -255,16 +343,30 @@ def observe(
     layers: str | Sequence[str] = "*",
     **asked: Any,
 ) -> Iterator[Observation]:
-    """Draw the prompts with stock attention and keep every head's maps of the objects' words.
+    """Draw prompts with stock attention and keep every head's maps of the objects' words.
 
     Args:
-        pipe: a diffusers pipeline with a tokenizer, not patched.
-        prompts: the texts. words: of each, the words that name its objects, as `Maps.per_word` calls them: the second
-            "circle" is "circle (2)". Words that the tokenizer cut off are left out.
-        seed: prompt i's noise is that of seed + i. size: of the maps kept, pixels a side. batch: prompts at once.
-        layers: names or fnmatch patterns. asked: for the pipeline, such as num_inference_steps and guidance_scale.
+        pipe: A diffusers pipeline with a tokenizer, not patched.
+        prompts: The texts.
+        words: For each prompt the words that name its objects; the second "circle" is "circle (2)".
+        seed: Prompt i is drawn from the noise of seed + i.
+        size: Height and width of the maps.
+        batch: Number of prompts drawn at once.
+        layers: Names or fnmatch patterns of layers.
+        **asked: Passed to the pipeline, such as ``num_inference_steps``.
 
-    Raises: TypeError, ValueError: naming the argument; a word that its prompt does not have.
+    Yields:
+        A picture with its maps, for each prompt with a word that was not cut off.
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or a prompt does not have a word.
+
+    Examples:
+        >>> for one in observe(pipe, ["a black cat and a white dog"], [["cat", "dog"]]):
+        ...     one.picture.save(f"{one.prompt}.png")
+
+    Source: the maps are those of DAAM, Tang et al. 2023, arXiv 2210.04885.
     """
     if len(words) != len(prompts):
         raise ValueError(f"words: expected one list for each of {len(prompts)} prompts, got {len(words)}")

@@ -28,15 +28,35 @@ Judge = Callable[[Sequence[str], Sequence[Any]], np.ndarray]
 
 
 class Reward:
-    """Pictures of a set of prompts under a program, and their rewards.
+    """Draws a set of prompts under a program, and rewards the pictures by CLIP.
+
+    The reward of a picture is ``sigmoid(cosine / temperature)``, CLIP's cosine of picture and prompt. Every program
+    draws from the same noise, so programs can be compared picture by picture.
 
     Args:
-        pipe: a diffusers pipeline, not patched. clip: what scores. prompts: the texts.
-        seeds: pictures a prompt; the noise of prompt i's picture j is that of ``seed + i * seeds + j``, in every trial.
-        temperature: of the sigmoid, > 0. batch: pictures at once.
-        asked: for the pipeline, where a program's file does not say other: num_inference_steps, guidance_scale, ...
+        pipe: A diffusers pipeline, not patched.
+        clip: The CLIP that rewards.
+        prompts: The texts.
+        seeds: Number of pictures per prompt.
+        seed: Picture j of prompt i is drawn from the noise of ``seed + i * seeds + j``.
+        temperature: Temperature of the sigmoid, > 0.
+        batch: Number of pictures drawn at once.
+        **asked: Passed to the pipeline where the program's file does not say otherwise, such as
+            ``num_inference_steps``.
 
-    Raises: TypeError, ValueError, naming the argument.
+    Attributes:
+        texts: Each prompt `seeds` times, one for each picture.
+
+    Raises:
+        ValueError: If an argument is out of range or has the wrong type.
+
+    Examples:
+        >>> reward = Reward(pipe, clip, ["a red car and a blue bench"], seeds=2, num_inference_steps=30)
+        >>> rewards, pictures = reward.all(ProgramFile())  # of stock attention
+        >>> for which, some in reward.pictures(ProgramFile(Program(SalienceDropout(0.1)))):
+        ...     rewards = reward.score(which, some)
+
+    Source: tuning by CLIP without labels: PnP-OVSS, Luo et al. 2024, arXiv 2311.17095.
     """
 
     def __init__(
@@ -73,7 +93,18 @@ class Reward:
         return [name for name, _ in cross_attention_layers(self.pipe.unet)]
 
     def pictures(self, file: ProgramFile, which: Sequence[int] | None = None) -> Iterator[tuple[list[int], list[Any]]]:
-        """Batches of (indices into `texts`, PIL pictures). Raises: ValueError for pictures that are not finite."""
+        """Draw pictures under a program.
+
+        Args:
+            file: The program with its settings.
+            which: Indices into `texts`. None: all.
+
+        Yields:
+            For each batch, the indices and the PIL images.
+
+        Raises:
+            ValueError: If a picture is not finite.
+        """
         which = range(len(self.texts)) if which is None else which
         asked = dict(self.asked)
         for name in ("guidance_scale", "num_inference_steps"):
@@ -88,28 +119,58 @@ class Reward:
                 yield part, pil_pictures(images)
 
     def score(self, which: Sequence[int], pictures: Sequence[Any]) -> np.ndarray:
-        """(n,) float64 rewards in (0, 1)."""
+        """The rewards of pictures.
+
+        Args:
+            which: For each picture, its index into `texts`.
+            pictures: n PIL images.
+
+        Returns:
+            (n,) float64 array in (0, 1).
+        """
         cosines = self.clip.similarity(pictures, [self.texts[i] for i in which]).double()
         return torch.sigmoid(cosines / self.temperature).numpy()
 
     def all(self, file: ProgramFile) -> tuple[np.ndarray, list[Any]]:
-        """(rewards, pictures) of every prompt."""
+        """Draw and reward a picture for each entry of `texts`.
+
+        Args:
+            file: The program with its settings.
+
+        Returns:
+            (n,) float64 array of rewards, and n PIL images.
+        """
         pictures = [one for _, batch in self.pictures(file) for one in batch]
         return self.score(range(len(self.texts)), pictures), pictures
 
     def describe(self) -> dict[str, Any]:
-        """What makes two rewards comparable; kept with a study."""
+        """The settings that make two rewards comparable, as a study keeps them.
+
+        Returns:
+            Their names and values, which JSON can hold.
+        """
         plain = {key: x for key, x in self.asked.items() if isinstance(x, (str, int, float))}
         return {"prompts": self.texts[:: self.seeds], "seeds": self.seeds, "seed": self.seed,
                 "temperature": self.temperature, "asked": plain}  # fmt: skip
 
 
 def compare(reward: Reward, file: ProgramFile, judge: Judge | None = None) -> dict[str, dict[str, Any]]:
-    """The program against stock attention on this reward's prompts, which should not be those it was chosen on.
+    """Compare a program with stock attention, on prompts that were not used to choose it.
 
-    Returns: "reward", and "judge" where there is one, each with the means "stock" and "tuned", their "difference" and
-    its 95 % percentile bootstrap interval, "low" and "high", over pairs of pictures; and which it "supports": "better",
-    "worse" or "no difference".
+    Args:
+        reward: A reward of the other prompts.
+        file: The program with its settings.
+        judge: Takes n texts and n pictures and returns (n,) scores. None: no judge beside the reward.
+
+    Returns:
+        "reward", and "judge" if there is one: each with the means "stock" and "tuned", their "difference", its 95 %
+        paired bootstrap interval "low" and "high", the number of "pictures", and what that "supports": "better",
+        "worse" or "no difference".
+
+    Examples:
+        >>> others = Reward(pipe, clip, ["a yellow bird on a red roof"], seed=1000)
+        >>> compare(others, best)["reward"]["supports"]
+        'no difference'
     """
     stock, tuned = (reward.all(one) for one in (ProgramFile(), file))
     found = {"reward": _paired(stock[0], tuned[0])}

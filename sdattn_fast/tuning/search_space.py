@@ -18,19 +18,31 @@ __all__ = ["SearchSpace"]
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """What is searched. Pairs are (lowest, highest), both included; tuples of strings are choices; None: left alone.
+    """What `tune` searches. Pairs are (lowest, highest), both included; tuples of strings are choices.
 
     Args:
-        guidance_scale, num_inference_steps: of the pipeline.
-        dropout_ratio, dropout_axis: `SalienceDropout`, which a trial may also do without; None: never.
-        threshold, sigma, refine_steps, refine_axis: `Refinement`, likewise; threshold and sigma None: never.
-        renormalize: `Program.renormalize`.
-        layers: patterns of `apply`; those that match no layer of the model are passed over.
-        heads: the share of the best heads of a ranking that stay active; None, or without a ranking: all.
-        inactive_heads: what becomes of the others.
+        guidance_scale: Range of the guidance scale. None: not searched.
+        num_inference_steps: Range of the number of steps. None: not searched.
+        dropout_ratio: Range of `SalienceDropout.ratio`; trials without dropout are searched too. None: no dropout.
+        dropout_axis: Choices of `SalienceDropout.axis`.
+        threshold: Range of `Refinement.threshold`; trials without refinement are searched too. None: no suppression.
+        sigma: Range of `Refinement.sigma`. None: no smoothing. With `threshold` None too: no refinement.
+        refine_steps: Range of `Refinement.steps`.
+        refine_axis: Choices of `Refinement.axis`.
+        renormalize: Choices of `Program.renormalize`.
+        layers: Choices of patterns for `apply`; those that match no layer of the model are ignored.
+        heads: Range of the share of best heads that stay active. None, or without a ranking: all heads.
+        inactive_heads: Choices for the other heads.
 
     Raises:
-        TypeError, ValueError: naming the field.
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range.
+
+    Examples:
+        >>> space = SearchSpace(dropout_ratio=None, sigma=(0.0, 1.0), num_inference_steps=(20, 50))
+        >>> file = space.suggest(study.ask(), reward.model_layers, None)  # the program of a new trial
+        >>> space.stock({"guidance_scale": 7.5}, reward.model_layers, None)
+        {'renormalize': 'none', 'layers': '*', 'refine': False, 'guidance_scale': 7.5}
     """
 
     guidance_scale: tuple[float, float] | None = (1.0, 10.0)
@@ -64,8 +76,19 @@ class SearchSpace:
 
     @classmethod
     def load(cls, path: str | Path) -> SearchSpace:
-        """From a JSON file ``{"format": "sdattn-fast space", "version": 1, "sigma": [0, 1], ...}``; fields that it does
-        not name keep their defaults. Raises: ValueError, TypeError, naming file and field; OSError."""
+        """Read a JSON file such as ``{"format": "sdattn-fast space", "version": 1, "sigma": [0, 1]}``.
+
+        Args:
+            path: Its path. Fields that it does not name have their defaults.
+
+        Returns:
+            The search space.
+
+        Raises:
+            TypeError: If a field has the wrong type.
+            ValueError: If it is not such a file, or a field is unknown or out of range.
+            OSError: If it cannot be read.
+        """
         content = read_json(path, "sdattn-fast space")
         unknown = set(content) - {f.name for f in fields(cls)}
         if unknown:
@@ -76,7 +99,16 @@ class SearchSpace:
             raise type(error)(f"{path}: {error}") from None
 
     def suggest(self, trial: Any, model_layers: Sequence[str], ranking: HeadRanking | None) -> ProgramFile:
-        """What an Optuna trial is to run. model_layers: the names of the layers there are."""
+        """The program that an Optuna trial runs.
+
+        Args:
+            trial: The trial.
+            model_layers: Names of the model's cross-attention layers.
+            ranking: Ranking of the model's heads. None: all heads stay active.
+
+        Returns:
+            The program with its settings.
+        """
         dropout = refine = None
         if self.dropout_ratio is not None and trial.suggest_categorical("dropout", (False, True)):
             axis = trial.suggest_categorical("dropout_axis", self.dropout_axis)
@@ -112,7 +144,16 @@ class SearchSpace:
     def stock(
         self, asked: Mapping[str, Any], model_layers: Sequence[str], ranking: HeadRanking | None
     ) -> dict[str, Any]:
-        """The parameters of the trial that is stock attention, as near to the pipeline's call as the ranges allow."""
+        """The parameters of the trial that is stock attention, or as near to it as the ranges allow.
+
+        Args:
+            asked: What the pipeline is called with, such as ``guidance_scale``.
+            model_layers: Names of the model's cross-attention layers.
+            ranking: Ranking of the model's heads. None: all heads stay active.
+
+        Returns:
+            Names of parameters and their values.
+        """
         found: dict[str, Any] = {"renormalize": self.renormalize[0], "layers": _matching(self.layers, model_layers)[0]}
         if self.dropout_ratio is not None:
             found["dropout"] = False

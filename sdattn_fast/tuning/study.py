@@ -47,16 +47,33 @@ def open_study(
     seed: int | None = None,
     heartbeat: int = 30,
 ) -> Any:
-    """Create an Optuna study, or take one up again.
+    """Create an Optuna study, or continue one. Its first trial is stock attention.
 
     Args:
-        storage: an SQLite file, or a URL of SQLAlchemy's (``postgresql+psycopg://...``) that many workers share.
-        name: of the study within the storage. model: whatever names the pipeline.
-        seed: of the sampler; None: another one in every worker, as there must be with several.
-        heartbeat: seconds between signs of life; a trial that misses three is given up, and queued again.
+        storage: The path of an SQLite file, or a URL of SQLAlchemy (``postgresql+psycopg://...``) for several machines.
+        reward: What is maximized.
+        space: What is searched.
+        name: Name of the study in the storage.
+        model: Name of the pipeline, so that a study is not continued with another one.
+        ranking: Ranking of the model's heads. None: all heads stay active.
+        seed: Seed of the sampler. None: another one in each worker, as several workers need.
+        heartbeat: Seconds between heartbeats of a worker. A trial that misses three is queued again.
 
-    Raises: ImportError without Optuna; ValueError where the study was made with another model, reward or search space,
-        or not by this package; OSError where the storage cannot be reached.
+    Returns:
+        An `optuna.Study`.
+
+    Raises:
+        ImportError: If Optuna is missing.
+        ValueError: If the study was made with another model, reward, ranking or search space, or by other software.
+        OSError: If the storage cannot be opened.
+
+    Examples:
+        >>> space, reward = SearchSpace(), Reward(pipe, clip, prompts)
+        >>> study = open_study("study.db", reward, space)
+        >>> tune(study, reward, space, trials=60)
+        >>> best_program(study, space, reward).save("program.json")
+
+    Source: Optuna, Akiba et al. 2019, arXiv 1907.10902.
     """
     optuna = _optuna()
     from sqlalchemy.exc import SQLAlchemyError
@@ -111,11 +128,23 @@ def tune(
     ranking: HeadRanking | None = None,
     callbacks: Sequence[Callable[[Any, Any], None]] = (),
 ) -> None:
-    """Run trials until the study, over all its workers, has `trials` that were finished or pruned.
+    """Run trials of a study.
 
-    callbacks: called with the study and each trial that ended.
+    A trial stops early if Wilcoxon's signed-rank test finds its pictures worse than those of the best trial.
 
-    Raises: OSError where the storage cannot be read or written, as on a full disk; what it had it keeps.
+    Args:
+        study: What `open_study` gave.
+        reward: What is maximized.
+        space: What is searched.
+        trials: The number of finished trials, of all workers together, at which to stop.
+        ranking: Ranking of the model's heads, as in `open_study`.
+        callbacks: Called with the study and each trial that ended.
+
+    Raises:
+        OSError: If the storage cannot be read or written; what it has is kept.
+
+    Examples:
+        >>> tune(study, reward, space, trials=60)
     """
     optuna = _optuna()
     states = (optuna.trial.TrialState.COMPLETE, optuna.trial.TrialState.PRUNED)
@@ -144,9 +173,24 @@ def tune(
 def best_program(
     study: Any, space: SearchSpace, reward: Reward, ranking: HeadRanking | None = None, *, number: int | None = None
 ) -> ProgramFile:
-    """The program of a trial, by default of the one with the best reward.
+    """The program of a trial.
 
-    Raises: ValueError: no trial is complete, or there is none of that number.
+    Args:
+        study: What `open_study` gave.
+        space: What was searched.
+        reward: What was maximized.
+        ranking: Ranking of the model's heads, as in `open_study`.
+        number: Number of the trial. None: the one with the best reward.
+
+    Returns:
+        The program with its settings, and the trial and its reward as notes.
+
+    Raises:
+        ValueError: If no trial is complete, or none with that number.
+
+    Examples:
+        >>> best = best_program(study, space, reward)
+        >>> best.save("program.json")
     """
     complete = {t.number: t for t in _complete(study)}
     if number is None:
@@ -163,10 +207,30 @@ def best_program(
 def shortlisted(
     study: Any, space: SearchSpace, reward: Reward, judge: Judge, ranking: HeadRanking | None = None, *, length: int = 5
 ) -> list[dict[str, Any]]:
-    """The trials with the best rewards, each drawn again and judged on the same prompts, best by the judge first.
+    """The trials with the best rewards, drawn again and ordered by a judge of another kind.
 
-    judge: texts and pictures -> (n,) scores, of another kind than the reward. Returns: dicts of "trial", "reward",
-    "judge" and "file". Raises: ValueError: no trial is complete.
+    A reward that was maximized cannot show by itself that a program is better.
+
+    Args:
+        study: What `open_study` gave.
+        space: What was searched.
+        reward: What was maximized.
+        judge: Takes n texts and n pictures and returns (n,) scores, of another kind than the reward.
+        ranking: Ranking of the model's heads, as in `open_study`.
+        length: How many trials.
+
+    Returns:
+        For each trial, the best by the judge first, a dict of its number "trial", its "reward", the "judge"'s mean
+        score and the program's "file".
+
+    Raises:
+        ValueError: If no trial is complete.
+
+    Examples:
+        >>> other = ClipScorer.load("openai/clip-vit-base-patch32")
+        >>> def judge(texts, pictures):
+        ...     return other.similarity(pictures, texts).numpy()
+        >>> best = shortlisted(study, space, reward, judge)[0]["file"]
     """
     best = sorted(_complete(study), key=lambda t: (-t.value, t.number))
     distinct: dict[str, Any] = {}
@@ -182,8 +246,24 @@ def shortlisted(
 
 
 def draw_plots(study: Any, folder: str | Path) -> list[Path]:
-    """Optuna's plots of a study as PNG files: history, slices, parallel coordinates, timeline, and, from four complete
-    trials on, how much each parameter matters (PED-ANOVA). Raises: ValueError: no trial is complete; OSError."""
+    """Draw Optuna's plots of a study: history, slices, parallel coordinates and timeline.
+
+    With four complete trials or more, also how much each parameter matters (PED-ANOVA). Needs matplotlib.
+
+    Args:
+        study: What `open_study` gave.
+        folder: Where the PNG files go.
+
+    Returns:
+        The paths of the files.
+
+    Raises:
+        ValueError: If no trial is complete.
+        OSError: If a file cannot be written.
+
+    Examples:
+        >>> paths = draw_plots(study, "plots")
+    """
     optuna = _optuna()
     import matplotlib
 
