@@ -7,7 +7,7 @@ sdattn_fast.apply(pipe, sdattn_fast.Program(dropout=sdattn_fast.SalienceDropout(
 from __future__ import annotations
 
 from ._version import __version__ as __version__
-from .backend import backends
+from .backend import KernelRefused, backends
 from .files import ProgramFile
 from .functional import semantic_attention
 from .patching import Maps, Patch, SemanticAttnProcessor, apply
@@ -25,4 +25,5 @@ __all__ = [
     "Maps",
     "ProgramFile",
     "backends",
+    "KernelRefused",
 ]

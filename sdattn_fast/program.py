@@ -71,7 +71,7 @@ class Refinement:
     Examples:
         >>> program = Program(refine=Refinement(threshold=0.1, sigma=1.0), renormalize="content")
 
-    Source: docs/design.md, "Step 5: suppression", "Step 6: renormalise" and "Step 7: smoothing".
+    Source: docs/design.md, "Step 5: suppression", "Step 6: renormalization" and "Step 7: smoothing".
     """
 
     steps: int = 1

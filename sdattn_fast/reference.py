@@ -256,7 +256,7 @@ def _suppressed(p: Tensor, c: Tensor, threshold: float, axis: str) -> Tensor:
     return c & (q <= threshold * highest)
 
 
-# Step 6: renormalise. A smaller sum counts as an empty one: in float32 its inverse may be infinite.
+# Step 6: renormalization. A smaller sum counts as an empty one: in float32 its inverse may be infinite.
 
 LEAST_SUM = 1e-30
 

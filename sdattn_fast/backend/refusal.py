@@ -15,10 +15,17 @@ __all__ = ["KernelRefused", "launching"]
 
 
 class KernelRefused(RuntimeError):
-    """A kernel could not be compiled or launched; nothing of its results was written.
+    """A kernel could not be compiled or launched. None of its results was written.
 
     Attributes:
-        backend: the backend's name. reason: the kernel's name and the last line that the compiler or driver wrote.
+        backend: Name of the backend.
+        reason: Name of the kernel, and the last line that the compiler or driver wrote.
+
+    Examples:
+        >>> try:
+        ...     out = sdattn_fast.semantic_attention(query, key, value, backend="triton")
+        ... except sdattn_fast.KernelRefused as error:
+        ...     print(error.reason)
     """
 
     def __init__(self, backend: str, reason: str) -> None:

@@ -51,7 +51,7 @@ def heads(
     from ..lab.shapes.judge import shapes_truth
     from ..patching.words import tokenizer_of, words_of
     from ..prompts import Prompt, cuts_said_once, read_prompts, words_to_find
-    from ..tuning.heads import clip_score, iou_score, observe, rank_heads
+    from ..tuning import clip_score, iou_score, observe, rank_heads
     from .generate import load_pipeline
 
     if score not in ("auto", "masks", "clip"):
@@ -138,7 +138,7 @@ def clip_source(model: str, clip: str | None) -> str:
 
 def _effective(held_back: Sequence[Any], best: Any, judge: Any, measure: str) -> dict[str, Any]:
     """Mean scores of the chosen heads' map and of all heads', on prompts kept from the choice."""
-    from ..tuning.heads import effective_attention
+    from ..tuning import effective_attention
 
     if not held_back:
         return {}

@@ -56,7 +56,7 @@ def tune(
     from ..files import write_json
     from ..patching.words import tokenizer_of
     from ..prompts import cuts_said_once, read_prompts
-    from ..tuning.heads import HeadRanking
+    from ..tuning import HeadRanking
     from ..tuning.reward import Reward, compare
     from ..tuning.search_space import SearchSpace
     from ..tuning.study import best_program, draw_plots, open_study, shortlisted

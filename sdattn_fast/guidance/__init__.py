@@ -9,11 +9,11 @@ from .crf import PairwiseBilateral, PairwiseGaussian, dense_crf
 from .objectives import ClipSimilarity, NoisePrediction, Presence
 from .phrases import NounPhrase, find_phrases, phrase_ids
 from .preview import LinearDecoder, Preview, predicted_clean
-from .relevance import gradcam
+from .relevance import Seen, gradcam
 from .structure import Structure, refine_latents
 
 __all__ = [
     "ClipGate", "ClipScorer", "ClipSimilarity", "Correction", "LinearDecoder", "NoisePrediction", "NounPhrase",
-    "PairwiseBilateral", "PairwiseGaussian", "Presence", "Preview", "Structure", "dense_crf", "find_phrases", "gradcam",
-    "phrase_ids", "predicted_clean", "refine_latents",
+    "PairwiseBilateral", "PairwiseGaussian", "Presence", "Preview", "Seen", "Structure", "dense_crf", "find_phrases",
+    "gradcam", "phrase_ids", "predicted_clean", "refine_latents",
 ]  # fmt: skip

@@ -41,6 +41,11 @@ class Seen:
         latents: (B, C, height, width) tensor, its input.
         t: The timestep.
         maps: The maps of the captured layers, mean over heads; empty if the patch has no `capture`.
+
+    Examples:
+        >>> def score(seen):  # a scalar that is to grow: the 16x16 maps' attention to token 2
+        ...     return seen.maps.upsample((16, 16))[:, 2].mean()
+        >>> correction = Correction(patch, score)
     """
 
     prediction: Tensor

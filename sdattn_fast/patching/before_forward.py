@@ -222,7 +222,7 @@ class _ModelHook:
             raise RuntimeError(
                 f"{type(model.module).__name__}: a patched model cannot be exported or traced, since {_NO_GRAPH}"
             )
-        patch._keep_in_place(model.layers)
+        patch._processors.keep(model.layers)
         compiled = compiled or model.compiled_inside or is_compiled(model.around)
         state = model.states.begin(base=compiled)
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)

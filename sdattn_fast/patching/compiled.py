@@ -5,7 +5,7 @@ therefore reads tensors alone, from `Layer.compiled`. The two numbers that kerne
 content tokens and on those dropped, come as the sizes of an empty tensor, which may vary. So other prompts, of any
 length, and `Patch.update` compile nothing anew.
 
-Source: docs/design.md, "When kept text is stale".
+Source: docs/design.md, "When cached text is stale".
 """
 
 from __future__ import annotations

@@ -6,7 +6,7 @@
 The folded keys and values are made once per prompt and kept with it, so that one kernel goes from x to y. That saves
 two projections of 2 C^2 flops a row and costs 2 * 2 * H * N * C instead of 2 * 2 * N * C between them.
 
-Source: docs/design.md, "Projections fold into the text"; the cost model is `seconds_of`.
+Source: docs/design.md, "Projections fold into keys and values"; the cost model is `seconds_of`.
 """
 
 from __future__ import annotations

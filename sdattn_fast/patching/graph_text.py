@@ -7,7 +7,7 @@
 - the graph itself compares its text with the one that was shown last, and gives NaN where they differ: a picture that
   is plainly broken, not one that looks right and is of another prompt.
 
-Source: docs/design.md, "When kept text is stale".
+Source: docs/design.md, "When cached text is stale".
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ diffusers asks `isinstance(processor, IPAdapterAttnProcessor2_0)` in a dozen pla
 the processor that was loaded and shares its projections and its list of scales: `set_ip_adapter_scale` reaches both,
 and taking the patch off puts the loaded object back.
 
-Source: docs/design.md, "Inside diffusers".
+Source: docs/design.md, "Facts about diffusers".
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 Any other module is called, never read, and what it gave is not kept: a quantised layer's weights are no parameters, a
 subclass of Linear computes what it likes, and a parametrized module has a class of its own.
 
-Source: docs/design.md, "When kept text is stale".
+Source: docs/design.md, "When cached text is stale".
 """
 
 from __future__ import annotations

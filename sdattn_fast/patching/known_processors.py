@@ -3,7 +3,7 @@
 Any other may do what ours does not: turn queries by their positions (HunyuanDiT), normalise across heads (Sana), have
 weights of its own (Custom Diffusion). Such a layer is left alone; a subclass is another class, whatever it is called.
 
-Source: docs/design.md, "Inside diffusers".
+Source: docs/design.md, "Facts about diffusers".
 """
 
 from __future__ import annotations

@@ -4,8 +4,10 @@ A layer is served where its keys are the text: a diffusers `Attention` built wit
 key and value projections (DeepFloyd, Kandinsky). The module says so; its name does not (with only_cross_attention,
 attn1 reads the text too).
 
-Source: docs/design.md, "Inside diffusers": height and width are not passed to a processor, so they are those of the
-enclosing Transformer2DModel's input, and never a square root.
+Height and width are not passed to a processor, so they are those of the enclosing Transformer2DModel's input, and never
+a square root.
+
+Source: docs/design.md, "Facts about diffusers".
 """
 
 from __future__ import annotations

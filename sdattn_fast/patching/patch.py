@@ -13,12 +13,10 @@ from torch import Tensor, nn
 from .before_forward import PatchedModel, before_forward, rows_of
 from .call import Call, Calls
 from .graph_text import GraphText
-from .ip_adapter import ip_adapter_processor, is_ip_adapter
-from .known_processors import why_foreign
-from .layers import LAYER, Layer, watch_grids
+from .layers import Layer, watch_grids
 from .map_keeper import MapKeeper, key_layers
 from .maps import Maps
-from .processor import SemanticAttnProcessor
+from .placed_processors import PlacedProcessors
 from .prompt_memory import PromptMemory
 from .settings import Settings
 from .token_classes import EncoderListener
@@ -65,12 +63,8 @@ class Patch:
         self.step: int | None = None
         self._handles: list[Any] = []
         self._installed = False
-        self._warned: set[str] = set()
-        # One instance for all layers: torch.compile guards on the processor.
-        self._processor = SemanticAttnProcessor(
-            settings.program, inactive_heads=settings.inactive_heads, seed=settings.seed, fold=settings.fold,
-            text_cache=settings.text_cache, backend=settings.backend,
-        )  # fmt: skip
+        self._warned = False  # of calls with another UNet
+        self._processors = PlacedProcessors(settings)
 
     @property
     def _needs_grids(self) -> bool:
@@ -308,8 +302,8 @@ class Patch:
 
     def calling(self, pipe: Any) -> AbstractContextManager[Call]:
         """As `PipelineWatcher` has it."""
-        if not self._serves(pipe) and "unet" not in self._warned:
-            self._warned.add("unet")
+        if not self._serves(pipe) and not self._warned:
+            self._warned = True
             warnings.warn(
                 f"sdattn_fast: the unet of this {type(pipe).__name__} was exchanged after apply, and the program does "
                 "not run in the new one; remove() and apply again",
@@ -348,11 +342,7 @@ class Patch:
         for model in self._models:
             model.states.close()
         for layer in self._layers:
-            if layer.attn.processor is layer.placed:
-                layer.attn.set_processor(layer.original)
-            layer.placed = None
-            if getattr(layer.attn, LAYER, None) is layer:
-                delattr(layer.attn, LAYER)
+            self._processors.remove(layer)
         for one in self._watched:
             one.remove()
         self._watched.clear()
@@ -376,43 +366,8 @@ class Patch:
         self._installed = True
         for model in self._models:
             for layer in model.layers:
-                setattr(layer.attn, LAYER, layer)
-                self._place(layer)
+                self._processors.place(layer)
             if model.layers:
                 self._handles += before_forward(model, self)
                 if self._needs_grids:
                     self._handles += watch_grids(model.module, model.layers)
-
-    def _place(self, layer: Layer) -> None:
-        layer.original = layer.attn.processor
-        if is_ip_adapter(layer.original):
-            layer.placed = ip_adapter_processor(self._processor, layer.original)
-        else:
-            layer.placed = self._processor
-            self._processor.in_place_of = layer.original
-        layer.attn.set_processor(layer.placed)
-
-    def _keep_in_place(self, layers: Sequence[Layer]) -> None:
-        """Loading an IP-Adapter replaces our processors, unloading it makes new ones: put ours back. Anything else that
-        replaced one may be somebody's wish, and is left, with a word."""
-        foreign = []
-        for layer in layers:
-            now = layer.attn.processor
-            if now is layer.placed:
-                continue
-            unloaded = is_ip_adapter(layer.placed) and why_foreign(layer.attn) is None
-            if is_ip_adapter(now) or unloaded:
-                self._place(layer)
-            elif type(now) is SemanticAttnProcessor:
-                layer.attn.set_processor(layer.placed)
-            elif layer.name not in self._warned:
-                foreign.append((layer.name, type(now).__name__))
-        if foreign:
-            self._warned.update(name for name, _ in foreign)
-            warnings.warn(
-                f"sdattn_fast: {len(foreign)} of {len(layers)} layers run another processor, set over the patch's "
-                f"({foreign[0][0]!r}: {foreign[0][1]}); the program does not run there. To have it back, remove() and "
-                "apply again",
-                UserWarning,
-                stacklevel=2,
-            )

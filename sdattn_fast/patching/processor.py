@@ -3,7 +3,7 @@
 It holds nothing of a layer, so one instance serves every layer of a patch, and torch.compile sees one object. What a
 layer needs (its text, grid, heads, seed) is the `Layer` that `apply` hangs on the Attention module.
 
-Source: docs/design.md, "Inside diffusers".
+Source: docs/design.md, "Facts about diffusers".
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class SemanticAttnProcessor:
     Examples:
         >>> unet.set_attn_processor(SemanticAttnProcessor(Program(SalienceDropout(0.1))))
 
-    Source: docs/design.md, "Inside diffusers".
+    Source: docs/design.md, "Facts about diffusers".
     """
 
     def __init__(

@@ -13,7 +13,7 @@ That is the text, the weights they went through and torch's modes. Each is looke
 Where any of it cannot be known (a class that `known_modules` does not list, hooks on a module or on all, DataParallel's
 replicas, inference tensors, gradients), nothing is kept.
 
-Source: docs/design.md, "Text is stationary" and "When kept text is stale".
+Source: docs/design.md, "The text is constant across steps" and "When cached text is stale".
 """
 
 from __future__ import annotations

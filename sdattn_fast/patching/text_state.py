@@ -4,7 +4,7 @@ Two sources meet here. The pipeline says which batch entries are prompts and whi
 found in token_classes.py); the user says gates, phrases, and token classes of their own (`Given`). `TextState` brings
 both to the batch of the UNet and keeps the prepared call, which all steps of a prompt share.
 
-Source: docs/design.md, "Text is stationary" and "Where token classes come from".
+Source: docs/design.md, "The text is constant across steps" and "Where token classes come from".
 """
 
 from __future__ import annotations

@@ -42,7 +42,7 @@ def _run(
     from scipy.stats import spearmanr
 
     from ..guidance.clip_score import ClipScorer
-    from ..tuning.heads import clip_score, effective_attention, iou_score, observe, rank_heads
+    from ..tuning import clip_score, effective_attention, iou_score, observe, rank_heads
 
     for name, value in (("--selection", selection), ("--pictures", pictures)):
         if value < 2:

@@ -11,7 +11,7 @@ from typing import Any
 from ..files import ProgramFile, read_json
 from ..patching.layers import select_layers
 from ..program import Program, Refinement, SalienceDropout
-from .heads import HeadRanking
+from .head_ranking import HeadRanking
 
 __all__ = ["SearchSpace"]
 

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from ..files import ProgramFile
-from .heads import HeadRanking
+from .head_ranking import HeadRanking
 from .reward import Judge, Reward
 from .search_space import SearchSpace
 

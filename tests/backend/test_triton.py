@@ -176,7 +176,7 @@ def test_tile_a_holds_all_content(n, content):
 
 
 def test_known_tiles():
-    """docs/design.md, "Columns of a tile on a GPU": 77 = 64 + 16 or 16 + 64, 40 = 32 + 16, 80 = 64 + 16."""
+    """docs/design.md, "Tile sizes on a GPU": 77 = 64 + 16 or 16 + 64, 40 = 32 + 16, 80 = 64 + 16."""
     t = tiles.choose_tiles(77, 40, 80, 2, None, 4096, 16, 132, False)
     assert (t.NA, t.NB, t.DA, t.DB, t.VA, t.VB) == (64, 16, 32, 16, 64, 16)
     t = tiles.choose_tiles(77, 40, 40, 2, 12, 4096, 16, 132, False)

@@ -146,7 +146,7 @@ def test_what_counts_as_worse():
 
 def test_issue_against_memory():
     code = machine_code.Code("k", "sm_90", 1, 0, 0, 0, {})
-    # docs/design.md, "Columns of a tile on a GPU": at D = 40, 15 to 16 instructions a logit are within 13 % of the time
+    # docs/design.md, "Tile sizes on a GPU": at D = 40, 15 to 16 instructions a logit are within 13 % of the time
     # of Q and O.
     row = kernel_figures.row(code, 155, 10, bytes_=160 / 77)
     assert row["per logit"] == 15.5

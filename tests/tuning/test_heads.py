@@ -15,16 +15,16 @@ from sdattn_fast.guidance.clip_score import ClipScorer
 from sdattn_fast.lab.shapes.captions import held_out_captions, objects_of, selection_captions, words_of_objects
 from sdattn_fast.lab.shapes.judge import bound_objects
 from sdattn_fast.lab.shapes.world import sample_scene
-from sdattn_fast.tuning.heads import (
+from sdattn_fast.tuning import (
     HeadRanking,
     Observation,
     clip_score,
     effective_attention,
     iou_score,
-    masks_of,
     observe,
     rank_heads,
 )
+from sdattn_fast.tuning.head_scores import masks_of
 
 SIZE = 16
 TRUE = np.zeros((2 * SIZE, 2 * SIZE), dtype=bool)

@@ -21,7 +21,7 @@ import pytest
 import sdattn_fast
 from sdattn_fast import Program, Refinement, SalienceDropout
 from sdattn_fast.files import ProgramFile
-from sdattn_fast.tuning.heads import HeadRanking
+from sdattn_fast.tuning import HeadRanking
 from sdattn_fast.tuning.reward import Reward, compare
 from sdattn_fast.tuning.search_space import SearchSpace
 from sdattn_fast.tuning.study import best_program, draw_plots, open_study, shortlisted, tune

@@ -1,54 +1,22 @@
-"""Head ranking: every (layer, head) is scored by how well its word maps fit the objects of drawn pictures.
-
-A word's map in a head is the mean over denoising steps and over the word's tokens of the cross-attention probabilities,
-upsampled bicubically. `iou_score` and `clip_score` say how a map is scored, and where that comes from.
-"""
+"""Head ranking: every (layer, head) is scored by how well its word maps fit the objects of drawn pictures."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..files import load_heads, save_heads
-from ..guidance.clip_score import ClipScorer
-from ..guidance.pictures import pil_pictures
-from ..patching.apply import apply
-from ..patching.words import tokenizer_of, words_of
-from ..program import Capture
+from .head_scores import Score
+from .observation import Head, Observation
 
-__all__ = [
-    "HeadRanking", "Observation", "clip_score", "effective_attention", "iou_score", "masks_of", "observe", "rank_heads",
-]  # fmt: skip
-
-Score = Callable[["Observation", Tensor], Tensor]
-Head = tuple[str, int]
-
-
-@dataclass(frozen=True, eq=False)
-class Observation:
-    """A picture drawn with stock attention, with the maps of every head, as `observe` gives it.
-
-    Attributes:
-        prompt: Index of its prompt.
-        picture: A PIL image.
-        words: The words of its objects.
-        heads: (layer, head) of every head, in the model's order.
-        maps: (objects, heads, size, size) float16 tensor: probabilities times 1024.
-    """
-
-    prompt: int
-    picture: Any
-    words: tuple[str, ...]
-    heads: tuple[Head, ...]
-    maps: Tensor
+__all__ = ["HeadRanking", "effective_attention", "rank_heads"]
 
 
 @dataclass(frozen=True)
@@ -260,164 +228,6 @@ def effective_attention(
     means = [torch.stack([one.maps[:, i].float().mean(1) for i in (wanted, slice(None))], 1) for one in observations]
     rows = torch.cat([score(one, maps) for one, maps in zip(observations, means, strict=True)])
     return {"chosen": rows[:, 0], "all": rows[:, 1]}
-
-
-def iou_score(truth: Callable[[Observation], Sequence[np.ndarray | None]]) -> Score:
-    """A score for `rank_heads`: intersection over union of maps with true masks.
-
-    A map's mask is where it exceeds the middle between its smallest and largest value.
-
-    Args:
-        truth: Takes an `Observation` and returns each object's mask, a (height, width) bool array, or None if it was
-            not drawn.
-
-    Returns:
-        The score.
-
-    Examples:
-        >>> ranking = rank_heads(seen, iou_score(segment), "mask IoU")  # segment: a segmentation model of yours
-    """
-
-    def score(one: Observation, maps: Tensor) -> Tensor:
-        rows = torch.full(maps.shape[:2], math.nan)
-        for row, mask in enumerate(truth(one)):
-            if mask is not None:
-                true = torch.from_numpy(np.ascontiguousarray(mask))
-                found = masks_of(_sized(maps[row], (int(true.shape[0]), int(true.shape[1]))))
-                both, either = (found & true).sum((-1, -2)), (found | true).sum((-1, -2))
-                rows[row] = both / either.clamp(min=1)
-        return rows
-
-    return score
-
-
-def clip_score(clip: ClipScorer, texts: Callable[[Observation], Sequence[str]] | None = None) -> Score:
-    """A score for `rank_heads` without true masks, by CLIP.
-
-    It is the cosine of the object's text with the picture where only the mask is shown, less that where only the rest
-    is shown. What is not shown has the picture's mean colour.
-
-    Args:
-        clip: The CLIP that judges.
-        texts: Takes an `Observation` and returns a text for each object. None: "a photo of a" and the word.
-
-    Returns:
-        The score.
-
-    Examples:
-        >>> score = clip_score(ClipScorer.load("openai/clip-vit-large-patch14"))
-
-    Source: PnP-OVSS, Luo et al. 2024, arXiv 2311.17095, scores masks by CLIP; that the hidden part counts against them
-    is ours.
-    """
-
-    def score(one: Observation, maps: Tensor) -> Tensor:
-        picture = np.asarray(one.picture.convert("RGB"))
-        hidden = picture.mean((0, 1)).round().astype(np.uint8)
-        names = [f"a photo of a {word.partition(' (')[0]}" for word in one.words] if texts is None else texts(one)
-        asked = clip.texts(list(names))
-        rows = torch.empty(maps.shape[:2])
-        for row in range(maps.shape[0]):
-            masks = masks_of(_sized(maps[row], picture.shape[:2])).numpy()[..., None]
-            shown = clip.pictures([np.where(mask, picture, hidden) for mask in masks]) @ asked[row]
-            rest = clip.pictures([np.where(mask, hidden, picture) for mask in masks]) @ asked[row]
-            rows[row] = shown - rest
-        return rows
-
-    return score
-
-
-def masks_of(maps: Tensor) -> Tensor:
-    """(..., height, width) bool: where a map passes the middle between its least and its greatest value."""
-    return maps > (maps.amin((-1, -2), keepdim=True) + maps.amax((-1, -2), keepdim=True)) / 2
-
-
-def observe(
-    pipe: Any,
-    prompts: Sequence[str],
-    words: Sequence[Sequence[str]],
-    *,
-    seed: int = 0,
-    size: int = 64,
-    batch: int = 8,
-    layers: str | Sequence[str] = "*",
-    **asked: Any,
-) -> Iterator[Observation]:
-    """Draw prompts with stock attention and keep every head's maps of the objects' words.
-
-    Args:
-        pipe: A diffusers pipeline with a tokenizer, not patched.
-        prompts: The texts.
-        words: For each prompt the words that name its objects; the second "circle" is "circle (2)".
-        seed: Prompt i is drawn from the noise of seed + i.
-        size: Height and width of the maps.
-        batch: Number of prompts drawn at once.
-        layers: Names or fnmatch patterns of layers.
-        **asked: Passed to the pipeline, such as ``num_inference_steps``.
-
-    Yields:
-        A picture with its maps, for each prompt with a word that was not cut off.
-
-    Raises:
-        TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, or a prompt does not have a word.
-
-    Examples:
-        >>> for one in observe(pipe, ["a black cat and a white dog"], [["cat", "dog"]]):
-        ...     one.picture.save(f"{one.prompt}.png")
-
-    Source: the maps are those of DAAM, Tang et al. 2023, arXiv 2210.04885.
-    """
-    if len(words) != len(prompts):
-        raise ValueError(f"words: expected one list for each of {len(prompts)} prompts, got {len(words)}")
-    if size < 1 or batch < 1:
-        raise ValueError(f"size, batch: expected at least 1, got {size}, {batch}")
-    tokens = [_tokens_of(tokenizer_of(pipe), prompt, mine) for prompt, mine in zip(prompts, words, strict=True)]
-    for start in range(0, len(prompts), batch):
-        part = range(start, min(start + batch, len(prompts)))
-        wanted = sorted({t for i in part for indices in tokens[i].values() for t in indices})
-        if not wanted:
-            continue
-        capture = Capture(
-            tuple(wanted), stage="softmax", reduce="none", layers=layers if isinstance(layers, str) else tuple(layers)
-        )
-        with apply(pipe, capture=capture) as patch:
-            noise = [torch.Generator().manual_seed(seed + i) for i in part]
-            images = pipe([prompts[i] for i in part], **{**asked, "output_type": "np"}, generator=noise).images
-            pictures = pil_pictures(images)
-            maps = patch.maps
-        heads = tuple((layer, head) for layer, x in maps.items() for head in range(x.shape[1]))
-        for row, i in enumerate(part):
-            of_words = [
-                torch.cat([_word_maps(x[row], [wanted.index(t) for t in ids], size) for x in maps.values()])
-                for ids in tokens[i].values()
-            ]
-            if of_words:
-                yield Observation(i, pictures[row], tuple(tokens[i]), heads, torch.stack(of_words))
-
-
-def _tokens_of(tokenizer: Any, prompt: str, words: Sequence[str]) -> dict[str, list[int]]:
-    """The tokens of each word; words past the tokenizer's length are left out."""
-    kept = words_of(tokenizer, prompt)
-    found: dict[str, list[int]] = {}
-    for word in words:
-        if word in kept:
-            found[word] = kept[word]
-        elif word.partition(" (")[0].lower() not in prompt.lower():
-            raise ValueError(f"words: expected words of the prompt, {', '.join(map(repr, kept))}, got {word!r}")
-    return found
-
-
-def _word_maps(maps: Tensor, tokens: list[int], size: int) -> Tensor:
-    """(H, T, h, w) -> (H, size, size) float16, the mean over the word's tokens."""
-    # Small probabilities would lose bits in float16.
-    return _sized(1024 * maps[:, tokens].float().mean(1), (size, size)).half().cpu()
-
-
-def _sized(maps: Tensor, size: tuple[int, ...]) -> Tensor:
-    if tuple(maps.shape[-2:]) == tuple(size[:2]):
-        return maps
-    return F.interpolate(maps[:, None], size=tuple(size[:2]), mode="bicubic", align_corners=False)[:, 0]
 
 
 def _counts(heads: int) -> list[int]:
