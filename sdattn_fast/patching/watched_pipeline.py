@@ -132,10 +132,12 @@ def _watched_class(cls: type, encode: str | None) -> type:
         @functools.wraps(call)
         def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
             watcher = _watcher(self)
+            # Looked up now: somebody may have replaced the class's since.
+            function = functools.partial(cls.__call__, self)
             if watcher is None:
-                return call(self, *args, **kwargs)
+                return function(*args, **kwargs)
             with watcher.calling(self):
-                return call(self, *args, **kwargs)
+                return function(*args, **kwargs)
 
         members["__call__"] = __call__
     if encode is not None:
@@ -143,7 +145,7 @@ def _watched_class(cls: type, encode: str | None) -> type:
 
         @functools.wraps(method)
         def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:
-            function = functools.partial(method, self)
+            function = functools.partial(getattr(cls, encode), self)
             watched = vars(self).get(_WATCHED)
             return function(*args, **kwargs) if watched is None else watched.encode(self, function, args, kwargs)
 

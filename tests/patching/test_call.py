@@ -360,6 +360,27 @@ def test_a_patched_pipeline_is_of_its_class(build: Callable[[str], Any], draw: A
     np.testing.assert_allclose(draw(loaded), stock, atol=1e-6)
 
 
+def test_a_class_whose_methods_were_replaced_after_an_earlier_patch(
+    build: Callable[[str], Any], draw: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Runs what the class has now."""
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe):
+        draw(pipe)
+    kind = type(pipe)
+    called = []
+    for name in ("__call__", "encode_prompt"):
+
+        def replaced(self: Any, *args: Any, name: str = name, method: Any = getattr(kind, name), **more: Any) -> Any:
+            called.append(name)
+            return method(self, *args, **more)
+
+        monkeypatch.setattr(kind, name, replaced)
+    with sdattn_fast.apply(pipe):
+        draw(pipe)
+    assert called == ["__call__", "encode_prompt"]
+
+
 @pytest.mark.parametrize("how", ["deepcopy", "pickle", "torch.save"])
 @pytest.mark.parametrize("adapted", [False, True])
 def test_copies_are_whole_and_not_patched(
