@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from .binding import Binding, BindingPair, binding_loss, syntactic_pairs
 from .clip_gate import ClipGate
 from .clip_score import ClipScorer
 from .correction import Correction
@@ -13,7 +14,8 @@ from .relevance import Seen, gradcam
 from .structure import Structure, refine_latents
 
 __all__ = [
-    "ClipGate", "ClipScorer", "ClipSimilarity", "Correction", "LinearDecoder", "NoisePrediction", "NounPhrase",
-    "PairwiseBilateral", "PairwiseGaussian", "Presence", "Preview", "Seen", "Structure", "dense_crf", "find_phrases",
-    "gradcam", "phrase_ids", "predicted_clean", "refine_latents",
+    "Binding", "BindingPair", "ClipGate", "ClipScorer", "ClipSimilarity", "Correction", "LinearDecoder",
+    "NoisePrediction", "NounPhrase", "PairwiseBilateral", "PairwiseGaussian", "Presence", "Preview", "Seen",
+    "Structure", "binding_loss", "dense_crf", "find_phrases", "gradcam", "phrase_ids", "predicted_clean",
+    "refine_latents", "syntactic_pairs",
 ]  # fmt: skip

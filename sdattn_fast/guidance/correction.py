@@ -15,7 +15,8 @@ Source: Chefer et al. 2023, "Attend-and-Excite", algorithm 1; gradcam.py beside 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +47,10 @@ class Correction:
             sigmoid(g)``, as first proposed; it draws noise and is for comparison only (docs/gradcam.md).
         steps: (first, end): steps after which the correction acts, end excluded.
         strength: For "gradient" the root mean square of the change, >= 0; for "reweight" in [0, 1].
+        targets: For "gradient", {step: score}: after these steps the change is repeated until each picture's score
+            reaches the number, as Attend-and-Excite's iterative refinement. The score must have `by_picture`, as
+            `Presence` and `Binding` have. None: one change after each step.
+        repeats: The most changes after a step with a target.
         tokens: For "reweight", indices of tokens, or a list of indices for each picture. None: all tokens.
         layers: For "reweight", as in `gradcam`.
         heads: For "reweight", as in `gradcam`.
@@ -56,8 +61,9 @@ class Correction:
 
     Examples:
         >>> presence = Presence([(3,), (8,)])  # the tokens of two objects
-        >>> with sdattn_fast.apply(pipe, capture=Capture()) as patch, Correction(patch, presence) as correct:
-        ...     image = pipe(prompt, callback_on_step_end=correct).images[0]
+        >>> with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        ...     with Correction(patch, presence, targets={0: 0.05, 10: 0.5, 20: 0.8}) as correct:
+        ...         image = pipe(prompt, callback_on_step_end=correct).images[0]
 
     Source: Attend-and-Excite, Chefer et al. 2023, algorithm 1, arXiv 2301.13826.
     """
@@ -70,6 +76,8 @@ class Correction:
         how: str = "gradient",
         steps: tuple[int, int] = (0, 25),
         strength: float = 0.05,
+        targets: Mapping[int, float] | None = None,
+        repeats: int = 20,
         tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
         layers: str | Sequence[str] | None = None,
         heads: Any = None,
@@ -91,6 +99,12 @@ class Correction:
         most = 1.0 if how == "reweight" else float("inf")
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0.0 <= strength <= most:
             raise ValueError(f"strength: expected a number in [0, {most:g}], got {strength!r}")
+        self.targets = {} if targets is None else _checked_targets(targets, steps, how, score)
+        if isinstance(repeats, bool) or not isinstance(repeats, int):
+            raise TypeError(f"repeats: expected an int, got {type(repeats).__name__}")
+        if repeats < 1:
+            raise ValueError(f"repeats: expected at least 1, got {repeats}")
+        self.repeats = repeats
         self.patch, self.score, self.how, self.steps, self.strength = patch, score, how, steps, float(strength)
         self.tokens, self.layers, self.heads = tokens, layers, heads
         if patch.unet is None:
@@ -122,15 +136,24 @@ class Correction:
         if not self.steps[0] <= step < self.steps[1] or following is None:
             return kept
         latents: Tensor = kept["latents"]
-        inputs, entries = self._next_inputs(pipe, latents, following)
         if self.how == "reweight":
-            self._reweight(latents, inputs, entries)
+            self._reweight(latents, *self._next_inputs(pipe, latents, following))
             return kept
-        gradient = self._gradient(latents, inputs)
         if self.how == "scale":
+            gradient, _ = self._gradient(pipe, latents, following)
             return {**kept, "latents": latents * (1 + torch.sigmoid(gradient.mean(1, keepdim=True)))}
-        size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
-        return {**kept, "latents": latents + self.strength * gradient / size.clamp(min=1e-12)}
+        target = self.targets.get(step)
+        for _ in range(1 if target is None else self.repeats):
+            gradient, scores = self._gradient(pipe, latents, following)
+            size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
+            change = self.strength * gradient / size.clamp(min=1e-12)
+            if target is not None:
+                short = scores < target
+                if not short.any():
+                    break
+                change = change * short.to(change.dtype)[:, None, None, None]
+            latents = latents + change
+        return {**kept, "latents": latents}
 
     def remove(self) -> None:
         """Remove the changes to attention, and stop watching the UNet."""
@@ -143,15 +166,16 @@ class Correction:
     def __exit__(self, *error: Any) -> None:
         self.remove()
 
-    def _gradient(self, latents: Tensor, inputs: dict[str, Any]) -> Tensor:
+    def _gradient(self, pipe: Any, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
+        """The score's gradient, like the latents; the score, of each picture where there are targets."""
+        inputs, _ = self._next_inputs(pipe, latents, timestep)
         with torch.enable_grad():
             x = inputs.pop("sample").detach().requires_grad_()
-            value = self.score(
-                run(self.patch, x, inputs.pop("timestep"), inputs.pop("encoder_hidden_states"), **inputs)
-            )
-        (gradient,) = torch.autograd.grad(value, x)
+            seen = run(self.patch, x, inputs.pop("timestep"), inputs.pop("encoder_hidden_states"), **inputs)
+            scores = self.score.by_picture(seen) if self.targets else self.score(seen)  # type: ignore[attr-defined]
+            (gradient,) = torch.autograd.grad(scores.sum(), x)
         # Of the latents: an inpainting model has further channels, and a scheduler's scaling cancels in the direction.
-        return gradient[:, : latents.shape[1]].to(latents.dtype)
+        return gradient[:, : latents.shape[1]].to(latents.dtype), scores.detach()
 
     def _reweight(self, latents: Tensor, inputs: dict[str, Any], entries: list[int]) -> None:
         x, t, text = (inputs.pop(name) for name in ("sample", "timestep", "encoder_hidden_states"))
@@ -206,6 +230,21 @@ class Correction:
         inputs["sample"] = torch.cat([scaled, inputs["sample"][:, latents.shape[1] :]], 1)
         inputs["timestep"] = timestep
         return inputs, entries
+
+
+def _checked_targets(targets: Any, steps: tuple[int, int], how: str, score: Any) -> dict[int, float]:
+    if not isinstance(targets, Mapping):
+        raise TypeError(f"targets: expected {{step: score}}, got {type(targets).__name__}")
+    if how != "gradient":
+        raise ValueError(f"targets: expected how='gradient', got {how!r}")
+    if not callable(getattr(score, "by_picture", None)):
+        raise TypeError(f"score: targets need a score with by_picture, and {type(score).__name__} has none")
+    for step, target in targets.items():
+        if isinstance(step, bool) or not isinstance(step, int) or not steps[0] <= step < steps[1]:
+            raise ValueError(f"targets: expected steps from {steps[0]} to {steps[1] - 1}, got {step!r}")
+        if isinstance(target, bool) or not isinstance(target, (int, float)) or not math.isfinite(target):
+            raise ValueError(f"targets: expected finite scores, got {target!r} for step {step}")
+    return {step: float(target) for step, target in targets.items()}
 
 
 def _next_timestep(pipe: Any, step: int, timestep: Any) -> Tensor | None:

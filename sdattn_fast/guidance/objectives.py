@@ -12,6 +12,7 @@ from torch import Tensor
 from .pictures import decode_latents
 from .preview import predicted_clean
 from .relevance import Seen
+from .token_maps import for_each_picture, maps_of_tokens
 
 __all__ = ["NoisePrediction", "Presence", "ClipSimilarity"]
 
@@ -90,8 +91,21 @@ class Presence:
         Raises:
             ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
         """
-        by_entry = self.strongest(seen)
-        return torch.stack([x.amin() if self.weakest else x.mean() for x in by_entry]).mean()
+        return self.by_picture(seen).mean()
+
+    def by_picture(self, seen: Seen) -> Tensor:
+        """The score of each picture.
+
+        Args:
+            seen: The prediction and its maps.
+
+        Returns:
+            A (B,) tensor in [0, 1], up to what upsampling overshoots.
+
+        Raises:
+            ValueError: As the score itself.
+        """
+        return torch.stack([x.amin() if self.weakest else x.mean() for x in self.strongest(seen)])
 
     def strongest(self, seen: Seen) -> list[Tensor]:
         """The attention of each phrase at its strongest pixel.
@@ -105,18 +119,8 @@ class Presence:
         Raises:
             ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
         """
-        place = {token: i for i, token in enumerate(seen.maps.tokens)}
-        missing = [i for i in self.tokens if i not in place]
-        if not len(seen.maps) or missing:
-            raise ValueError(
-                f"phrases: expected maps of tokens {self.tokens}, got those of {seen.maps.tokens}; "
-                "apply(..., capture=Capture(tokens=...)) keeps them"
-            )
-        size = max(((x.shape[-2], x.shape[-1]) for x in seen.maps.values()), key=lambda s: s[0] * s[1])
-        maps = seen.maps.upsample(size)
-        phrases = self.phrases * len(maps) if len(self.phrases) == 1 else self.phrases
-        if len(phrases) != len(maps):
-            raise ValueError(f"phrases: expected a list for each of {len(maps)} entries, got {len(phrases)}")
+        maps, place = maps_of_tokens(seen, self.tokens, "phrases")
+        phrases = for_each_picture(self.phrases, len(maps), "phrases")
         return [
             _smoothed(torch.stack([x[[place[i] for i in phrase]].mean(0) for phrase in some])).flatten(1).amax(1)
             for x, some in zip(maps, phrases, strict=True)

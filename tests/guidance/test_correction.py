@@ -139,9 +139,55 @@ def test_entries_have_phrases_and_tokens_of_their_own(pipe) -> None:
             torch.testing.assert_close(together[i : i + 1], drawn(slice(i, i + 1), how), rtol=2e-2, atol=2e-2)
 
 
+def test_changes_are_repeated_until_each_picture_reaches_the_target(pipe) -> None:
+    """And no longer: a picture that is there already does not move while the other one does."""
+    captions, first, last = [CAPTION, "a small pink star on a black background"], [], []
+
+    class Watched(Presence):
+        def by_picture(self, seen: Any) -> torch.Tensor:
+            scores = super().by_picture(seen)
+            last.append(scores.tolist())
+            return scores
+
+    presence = Watched([PHRASES, [(3, 4)]])
+
+    def drawn(**how: Any) -> list[torch.Tensor]:
+        moved: list[torch.Tensor] = []
+        last.clear()
+        with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+            with Correction(patch, presence, steps=(1, 2), strength=0.004, **how) as correct:
+
+                def watched(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+                    after = correct(pipe, step, t, dict(kept))
+                    moved.append((after["latents"] - kept["latents"]).abs().amax((1, 2, 3)))
+                    return after
+
+                draw(pipe, watched, captions)
+        return moved
+
+    drawn(targets={1: 0.0})
+    (first,) = last  # looked at once, and nothing to do
+    low, high = sorted(first)
+    target = low + 0.5 * (high - low)  # one of them is there
+    moved = drawn(targets={1: target}, repeats=50)
+    assert 2 < len(last) < 51 and min(last[-1]) >= target > min(last[-2])
+    short = first.index(low)
+    assert moved[1][short] > 0 and moved[1][1 - short] == 0 and not moved[0].any() and not moved[2].any()
+    drawn(targets={1: 1e9}, repeats=3)
+    assert len(last) == 3
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"targets": [0.5]}, "targets: expected {step: score}, got list"),
+        ({"targets": {0: 0.5}, "how": "reweight", "strength": 0.5}, "targets: expected how='gradient', got 'reweight'"),
+        ({"targets": {25: 0.5}}, "targets: expected steps from 0 to 24, got 25"),
+        ({"targets": {True: 0.5}}, "targets: expected steps from 0 to 24, got True"),
+        ({"targets": {1: float("nan")}}, "targets: expected finite scores, got nan for step 1"),
+        ({"targets": {1: 0.5}, "score": lambda seen: seen}, "score: targets need a score with by_picture"),
+        ({"repeats": 0}, "repeats: expected at least 1, got 0"),
+        ({"repeats": 2.0}, "repeats: expected an int, got float"),
         ({"how": "push"}, "how: expected one of"),
         ({"steps": (3, 3)}, "steps: expected 0 <= first < end"),
         ({"steps": 3}, "steps: expected"),

@@ -10,14 +10,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ...guidance.binding import BindingPair, binding_loss, syntactic_pairs
 from ...guidance.phrases import NounPhrase
-from ...patching.words import words_of
 from .attention import KeptMaps, as_grid, no_such_grid
 from .pipelines import first_noise, no_stable_diffusion, pictures, preserved, stand_in
 
-__all__ = ["Pair", "SynGen", "binding_loss", "syntactic_pairs"]
-
-Tokens = Sequence[int]
+__all__ = ["SynGen"]
 
 
 @dataclass(frozen=True)
@@ -79,48 +77,8 @@ class SynGen:
         return pictures(pipe, [prompt], [generator], guidance, steps, **more)
 
 
-@dataclass(frozen=True)
-class Pair:
-    """Tokens of a modifier, of its noun, and of each word that is neither the noun nor one of its modifiers."""
-
-    modifier: Tokens
-    noun: Tokens
-    outside: Sequence[Tokens]
-
-
-def binding_loss(maps: Tensor, pairs: Sequence[Pair]) -> Tensor:
-    """The sum over pairs of d(m, n) - mean of (d(m, u) + d(u, n)) / 2 over words u outside: a scalar.
-
-    d is the symmetric Kullback-Leibler divergence, (KL(a || b) + KL(b || a)) / 2, of maps that sum to 1.
-
-    maps: (height, width, tokens), not negative; the scalar has their dtype.
-    """
-    found = []
-    for pair in pairs:
-        modifier, noun = _word(maps, pair.modifier), _word(maps, pair.noun)
-        loss = _distance(modifier, noun)
-        if pair.outside:
-            others = [_word(maps, tokens) for tokens in pair.outside]
-            apart = [(_distance(modifier, other) + _distance(other, noun)) / 2 for other in others]
-            loss = loss - torch.stack(apart).mean()
-        found.append(loss)
-    return torch.stack(found).sum()
-
-
-def syntactic_pairs(tokenizer: Any, prompt: str, phrases: Sequence[NounPhrase]) -> list[Pair]:
-    """Each noun with each of its adjectives, participles and nouns; articles and numbers are words like others."""
-    words = list(words_of(tokenizer, prompt).values())
-    pairs = []
-    for phrase in phrases:
-        inside = set(phrase.tokens("adjective-noun"))
-        outside = [tokens for tokens in words if not inside & set(tokens)]
-        modifiers = [w.tokens for w in phrase.words if w is not phrase.head and w.tokens and inside >= set(w.tokens)]
-        pairs += [Pair(modifier, phrase.head.tokens, outside) for modifier in modifiers]
-    return pairs
-
-
 def _gradient(
-    pipe: Any, latents: Tensor, step: int, text: Tensor, pairs: Sequence[Pair], grid: tuple[int, int]
+    pipe: Any, latents: Tensor, step: int, text: Tensor, pairs: Sequence[BindingPair], grid: tuple[int, int]
 ) -> Tensor:
     timestep = pipe.scheduler.timesteps[step]
     with torch.enable_grad(), KeptMaps(pipe.unet, grid) as kept:
@@ -128,14 +86,3 @@ def _gradient(
         pipe.unet(pipe.scheduler.scale_model_input(leaf, timestep), timestep, encoder_hidden_states=text)
         (gradient,) = torch.autograd.grad(binding_loss(kept.cross(), pairs), leaf)
     return gradient
-
-
-def _word(maps: Tensor, tokens: Tokens) -> Tensor:
-    shares = maps[..., list(tokens)].mean(-1).flatten()
-    shares = shares.clamp_min(torch.finfo(maps.dtype).tiny)  # where half precision has zeros, logarithms are finite
-    return shares / shares.sum()
-
-
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """(KL(a || b) + KL(b || a)) / 2, in one sum."""
-    return ((a - b) * (a.log() - b.log())).sum() / 2

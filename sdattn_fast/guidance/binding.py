@@ -1,0 +1,195 @@
+"""Binding of modifiers to their nouns, as a score of word maps.
+
+Source: Rassin et al. 2023, "Linguistic Binding in Diffusion Models: Enhancing Attribute Correspondence through
+Attention Map Alignment" (SynGen), section 3, arXiv 2306.08877.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..patching.words import words_of
+from .phrases import NounPhrase
+from .relevance import Seen
+from .token_maps import for_each_picture, maps_of_tokens
+
+__all__ = ["Binding", "BindingPair", "binding_loss", "syntactic_pairs"]
+
+Tokens = Sequence[int]
+
+
+@dataclass(frozen=True)
+class BindingPair:
+    """A modifier and its noun, with the words that neither belongs to. `syntactic_pairs` makes them.
+
+    Attributes:
+        modifier: Token indices of the modifier.
+        noun: Token indices of its noun.
+        outside: Token indices of each word that is neither the noun nor one of its modifiers.
+
+    Examples:
+        >>> pair = BindingPair(modifier=(2,), noun=(3,), outside=((6,), (7,)))  # "a red car and a blue bench"
+    """
+
+    modifier: Tokens
+    noun: Tokens
+    outside: Sequence[Tokens]
+
+
+class Binding:
+    """A score: how alike the maps of modifiers and their nouns are, and how unlike those of other words.
+
+    It is minus `binding_loss`, the mean over the B pictures. Maps are the mean over captured layers (at the largest
+    one's size) and heads. The patch needs a `capture` that keeps the pairs' tokens.
+
+    Args:
+        pairs: Pairs of `syntactic_pairs`; for several prompts, a list of such lists.
+
+    Raises:
+        TypeError: If a pair is not a `BindingPair`.
+        ValueError: If there is no pair.
+
+    Examples:
+        >>> phrases = find_phrases(prompt, pipe.tokenizer)
+        >>> binding = Binding(syntactic_pairs(pipe.tokenizer, prompt, phrases))
+        >>> with sdattn_fast.apply(pipe, capture=Capture()) as patch, Correction(patch, binding) as correct:
+        ...     image = pipe(prompt, callback_on_step_end=correct).images[0]
+
+    Source: SynGen, Rassin et al. 2023, arXiv 2306.08877.
+    """
+
+    def __init__(self, pairs: Sequence[BindingPair] | Sequence[Sequence[BindingPair]]) -> None:
+        by_picture = bool(pairs) and not isinstance(pairs[0], BindingPair)
+        self.pairs: list[list[BindingPair]] = [list(some) for some in (pairs if by_picture else [pairs])]  # type: ignore[arg-type]
+        for pair in (pair for some in self.pairs for pair in some):
+            if not isinstance(pair, BindingPair):
+                raise TypeError(f"pairs: expected BindingPair, got {pair!r}")
+        if not self.pairs or not all(self.pairs):
+            raise ValueError(f"pairs: expected at least one for each prompt, got {pairs!r}")
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The indices of all tokens of all pairs."""
+        of_pairs = (
+            token
+            for some in self.pairs
+            for pair in some
+            for word in (pair.modifier, pair.noun, *pair.outside)
+            for token in word
+        )
+        return tuple(sorted(set(of_pairs)))
+
+    def __call__(self, seen: Seen) -> Tensor:
+        """The score of a prediction.
+
+        Args:
+            seen: The prediction and its maps.
+
+        Returns:
+            A scalar tensor.
+
+        Raises:
+            ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
+        """
+        return self.by_picture(seen).mean()
+
+    def by_picture(self, seen: Seen) -> Tensor:
+        """The score of each picture.
+
+        Args:
+            seen: The prediction and its maps.
+
+        Returns:
+            A (B,) tensor.
+
+        Raises:
+            ValueError: As the score itself.
+        """
+        maps, place = maps_of_tokens(seen, self.tokens, "pairs")
+        pairs = for_each_picture(self.pairs, len(maps), "pairs")
+        maps = maps.clamp_min(_LEAST).movedim(1, -1)
+        return torch.stack([-binding_loss(x, _renumbered(some, place)) for x, some in zip(maps, pairs, strict=True)])
+
+
+def binding_loss(maps: Tensor, pairs: Sequence[BindingPair]) -> Tensor:
+    """The loss of SynGen: the sum over pairs of d(m, n) - mean of (d(m, u) + d(u, n)) / 2 over words u outside.
+
+    d is the symmetric Kullback-Leibler divergence, (KL(a || b) + KL(b || a)) / 2, of maps that are scaled to sum to 1.
+    A word of several tokens has their mean map.
+
+    Args:
+        maps: (height, width, tokens) floating tensor, >= 0.
+        pairs: The pairs, whose tokens index the maps' last dimension.
+
+    Returns:
+        A scalar tensor of the maps' dtype.
+
+    Examples:
+        >>> loss = binding_loss(torch.rand(16, 16, 77), syntactic_pairs(tokenizer, prompt, phrases))
+
+    Source: Rassin et al. 2023, section 3, arXiv 2306.08877.
+    """
+    losses = []
+    for pair in pairs:
+        modifier, noun = _word(maps, pair.modifier), _word(maps, pair.noun)
+        loss = _distance(modifier, noun)
+        if pair.outside:
+            others = [_word(maps, tokens) for tokens in pair.outside]
+            apart = [(_distance(modifier, other) + _distance(other, noun)) / 2 for other in others]
+            loss = loss - torch.stack(apart).mean()
+        losses.append(loss)
+    return torch.stack(losses).sum()
+
+
+def syntactic_pairs(tokenizer: Any, prompt: str, phrases: Sequence[NounPhrase]) -> list[BindingPair]:
+    """Each noun of a prompt with each of its adjectives, participles and nouns.
+
+    Articles and numbers are no modifiers. SynGen takes modifiers from a dependency parser, which also finds "the car is
+    red"; here they are those inside noun phrases.
+
+    Args:
+        tokenizer: The pipeline's.
+        prompt: The text.
+        phrases: Its noun phrases, from `find_phrases`.
+
+    Returns:
+        The pairs; none for a prompt without modifiers.
+
+    Examples:
+        >>> pairs = syntactic_pairs(pipe.tokenizer, prompt, find_phrases(prompt, pipe.tokenizer))
+    """
+    words = list(words_of(tokenizer, prompt).values())
+    pairs = []
+    for phrase in phrases:
+        inside = set(phrase.tokens("adjective-noun"))
+        outside = [tokens for tokens in words if not inside & set(tokens)]
+        modifiers = [w.tokens for w in phrase.words if w is not phrase.head and w.tokens and inside >= set(w.tokens)]
+        pairs += [BindingPair(modifier, phrase.head.tokens, outside) for modifier in modifiers]
+    return pairs
+
+
+def _renumbered(pairs: Sequence[BindingPair], place: dict[int, int]) -> list[BindingPair]:
+    def of(tokens: Tokens) -> tuple[int, ...]:
+        return tuple(place[token] for token in tokens)
+
+    return [BindingPair(of(one.modifier), of(one.noun), [of(word) for word in one.outside]) for one in pairs]
+
+
+def _word(maps: Tensor, tokens: Tokens) -> Tensor:
+    shares = maps[..., list(tokens)].mean(-1).flatten()
+    shares = shares.clamp_min(torch.finfo(maps.dtype).tiny)  # where half precision has zeros, logarithms are finite
+    return shares / shares.sum()
+
+
+def _distance(a: Tensor, b: Tensor) -> Tensor:
+    """(KL(a || b) + KL(b || a)) / 2, in one sum."""
+    return ((a - b) * (a.log() - b.log())).sum() / 2
+
+
+# Bicubic upsampling undershoots; below this a probability says nothing of where a word is.
+_LEAST = 1e-6
