@@ -46,7 +46,7 @@ def _app(typer):
 
     app = typer.Typer(
         name="sdattn-fast",
-        help="Stable Diffusion cross-attention with a program for its rows, fused.",
+        help="Edit Stable Diffusion's cross-attention: mute, boost, fuse, drop or smooth words.",
         no_args_is_help=True,
         add_completion=False,
         pretty_exceptions_enable=False,

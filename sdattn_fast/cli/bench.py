@@ -14,13 +14,13 @@ __all__ = ["bench", "FULL", "text_side"]
 def bench(
     model: Annotated[list[str] | None, typer.Option(help="sd15, sd21 or sdxl; may be repeated. Default: all.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    batch: Annotated[int, typer.Option(help="Entries, both guidance halves counted.")] = 2,
+    batch: Annotated[int, typer.Option(help="Batch entries, counting both guidance halves.")] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[str, typer.Option(help="auto, triton, cuda, cpu or reference.")] = "auto",
-    content: Annotated[int, typer.Option(help="Content tokens of 77 in each entry.")] = 20,
+    content: Annotated[int, typer.Option(help="Content tokens in each entry, of 77.")] = 20,
     step: Annotated[bool, typer.Option("--step", help="Also time a whole UNet step (minutes on a CPU).")] = False,
     compiled: Annotated[bool, typer.Option("--compiled", help="Also time torch.compile of the reference.")] = False,
-    seconds: Annotated[float, typer.Option(help="Time per contestant and shape.")] = 1.0,
+    seconds: Annotated[float, typer.Option(help="Seconds of timing for each contestant and shape.")] = 1.0,
 ) -> None:
     """Time the full row program against plain attention, at the shapes of SD 1.5, 2.1 and SDXL.
 
@@ -56,7 +56,7 @@ def bench(
 
 
 def FULL() -> Any:
-    """The full token program of the benchmarks: dropout, NMS and renormalisation; gate and phrases come beside it."""
+    """The full token program of the benchmarks: dropout, NMS and renormalization; gate and phrases come beside it."""
     from ..program import Program, Refinement, SalienceDropout
 
     return Program(SalienceDropout(0.2), Refinement(1, 0.3, 0.0), "content")

@@ -28,11 +28,11 @@ PROMPTS = (
 
 
 def demo(
-    out: Annotated[Path, typer.Option(help="Folder to write demo.html and the PNGs to.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Of the latents.")] = 0,
+    out: Annotated[Path, typer.Option(help="Output folder for demo.html and the PNGs.")] = Path("demo"),
+    seed: Annotated[int, typer.Option(help="Seed of the latents.")] = 0,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt of the shapes world; may be repeated.")] = None,
 ) -> None:
-    """Make pictures with the shapes pipeline, and a page that shows what the program does."""
+    """Draw pictures with the shapes pipeline, and write a page that shows what the program does."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 

@@ -17,12 +17,14 @@ _PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate
 def doctor(
     model: Annotated[
         str | None,
-        typer.Option(help="Also show what is folded in a model: sd15, sd21, sdxl, shapes, a folder or hub id."),
+        typer.Option(
+            help="Also show which layers of a model are folded: sd15, sd21, sdxl, shapes, a folder or a hub ID."
+        ),
     ] = None,
-    dtype: Annotated[str, typer.Option(help="Of that model: float32 or bfloat16.")] = "float32",
-    batch: Annotated[int, typer.Option(help="Of that model, both guidance halves counted.")] = 2,
+    dtype: Annotated[str, typer.Option(help="Dtype of that model: float32 or bfloat16.")] = "float32",
+    batch: Annotated[int, typer.Option(help="Batch entries of that model, counting both guidance halves.")] = 2,
 ) -> None:
-    """Show versions, devices, and each backend: available, or why not and how to mend it."""
+    """Show versions, devices, and whether each backend is available and, if not, how to fix it."""
     import torch
     from rich.console import Console
     from rich.table import Table

@@ -12,41 +12,51 @@ __all__ = ["evaluate"]
 
 def evaluate(
     model: Annotated[
-        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")
+        str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes', the demo's.")
     ] = "shapes",
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='A prompt a line, or {"prompt": ..., "words": [...]}, or GenEval\'s metadata; default: held-out '
-            "captions of the shapes world."
+            help='File with one prompt per line, or {"prompt": ..., "words": [...]}, or GenEval\'s metadata; default: '
+            "held-out captions of the shapes world."
         ),
     ] = None,
-    pictures: Annotated[int, typer.Option(help="Captions of the shapes world.")] = 512,
-    folder: Annotated[Path, typer.Option(help="Of batches, pictures and the report; the same command goes on.")] = Path(
+    pictures: Annotated[int, typer.Option(help="Number of captions of the shapes world.")] = 512,
+    folder: Annotated[Path, typer.Option(help="Output folder; run the same command again to resume.")] = Path(
         "evaluation"
     ),
     only: Annotated[
-        list[str] | None, typer.Option(help="A condition by name, as often as wanted; stock is always there.")
+        list[str] | None,
+        typer.Option(help="Name of a condition, may be repeated; default: all. Stock is always drawn."),
     ] = None,
-    heads: Annotated[Path | None, typer.Option(help="A file of `sdattn-fast heads`; without, none chooses.")] = None,
-    tuned: Annotated[Path | None, typer.Option(help="A program of `sdattn-fast tune`; without, none is tuned.")] = None,
-    clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP; default: the pipeline's own.")] = None,
+    heads: Annotated[
+        Path | None,
+        typer.Option(help="File of `sdattn-fast heads`; without it, conditions with chosen heads are left out."),
+    ] = None,
+    tuned: Annotated[
+        Path | None, typer.Option(help="Program of `sdattn-fast tune`; without it, tuned conditions are left out.")
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="Folder or hub ID of a CLIP model; default: the pipeline's own.")
+    ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Of the CLIP gate, a cosine; default: calibrated on stock pictures.")
+        float | None, typer.Option(help="Threshold of the CLIP gate, a cosine; default: calibrated on stock pictures.")
     ] = None,
-    blip: Annotated[str | None, typer.Option(help="Folder or hub id of a BLIP for questions: T2I-CompBench.")] = None,
+    blip: Annotated[
+        str | None, typer.Option(help="Folder or hub ID of a BLIP model for T2I-CompBench's questions.")
+    ] = None,
     detector: Annotated[
         str | None,
-        typer.Option(help="Folder or hub id of an object detector: GenEval, and T2I-CompBench's spatial relations."),
+        typer.Option(help="Folder or hub ID of an object detector for GenEval and T2I-CompBench's spatial relations."),
     ] = None,
-    num_inference_steps: Annotated[int | None, typer.Option("--steps", help="Denoising steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
-    batch: Annotated[int, typer.Option(help="Prompts drawn at once.")] = 16,
-    cost: Annotated[bool, typer.Option(help="Measure time and memory, too.")] = True,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    num_inference_steps: Annotated[int | None, typer.Option("--steps", help="Number of denoising steps.")] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
+    batch: Annotated[int, typer.Option(help="Number of prompts drawn at once.")] = 16,
+    cost: Annotated[bool, typer.Option(help="Also measure time and memory.")] = True,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
 ) -> None:
-    """Compare all techniques with stock, paired, with intervals; several processes share the work under
+    """Compare all techniques with stock, with paired confidence intervals; several processes share the work under
     `accelerate launch -m sdattn_fast.cli.evaluate`."""
     from rich.console import Console
 

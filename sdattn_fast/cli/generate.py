@@ -26,22 +26,25 @@ __all__ = ["generate", "load_pipeline"]
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
     model: Annotated[
-        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")
+        str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes', the demo's.")
     ] = "shapes",
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the latents, and of random dropout.")] = 0,
-    num_inference_steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
-    height: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Pixels; default: the model's.")] = None,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed of the latents and of random dropout.")] = 0,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Number of denoising steps.")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
+    height: Annotated[int | None, typer.Option(help="Height in pixels; default: the model's.")] = None,
+    width: Annotated[int | None, typer.Option(help="Width in pixels; default: the model's.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
     backend: Annotated[str, typer.Option(help="auto, triton, cuda, cpu or reference.")] = "auto",
     lora: Annotated[
-        str | None, typer.Option(help="A LoRA to load: a folder of `sdattn-fast train-lora`, or what diffusers takes.")
+        str | None,
+        typer.Option(help="LoRA to load: a folder of `sdattn-fast train-lora`, or anything that diffusers loads."),
     ] = None,
-    compare: Annotated[bool, typer.Option("--compare", help="Also save the stock picture, same seed.")] = False,
-    out: Annotated[Path, typer.Option(help="File to write.")] = Path("picture.png"),
+    compare: Annotated[bool, typer.Option("--compare", help="Also save the stock picture of the same seed.")] = False,
+    out: Annotated[Path, typer.Option(help="Output file.")] = Path("picture.png"),
     dropout_ratio: Ratio = None,
     dropout_axis: DropoutAxis = "token",
     dropout_mode: DropoutMode = "topk",
@@ -52,10 +55,10 @@ def generate(
     renormalize: Renormalize = "none",
     program_file: Annotated[
         Path | None,
-        typer.Option("--program", help="A file of `sdattn-fast tune`, in place of the options that say a program."),
+        typer.Option("--program", help="File of `sdattn-fast tune`, in place of the program options."),
     ] = None,
 ) -> None:
-    """Make a picture with a diffusers pipeline whose cross-attention runs the program."""
+    """Draw a picture with a diffusers pipeline and a program."""
     import torch
 
     from .. import Program, apply

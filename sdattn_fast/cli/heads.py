@@ -19,31 +19,37 @@ _HELD_BACK = 4
 
 def heads(
     model: Annotated[
-        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")
+        str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes', the demo's.")
     ] = "shapes",
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='A prompt a line, or {"prompt": ..., "words": [...]}; default: captions of the shapes world.'
+            help='File with one prompt per line, or {"prompt": ..., "words": [...]}; default: captions of the shapes '
+            "world."
         ),
     ] = None,
     score: Annotated[
-        str, typer.Option(help="masks: of the shapes world's detector; clip: CLIP on masked pictures; auto.")
+        str,
+        typer.Option(help="masks: by masks of the shapes world's detector; clip: by CLIP on masked pictures; auto."),
     ] = "auto",
-    clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP; default: the pipeline's own.")] = None,
-    count: Annotated[
-        int | None, typer.Option(help="How many heads to choose; default: where their map is best.")
+    clip: Annotated[
+        str | None, typer.Option(help="Folder or hub ID of a CLIP model; default: the pipeline's own.")
     ] = None,
-    layers: Annotated[str, typer.Option(help="Names or a pattern of layers.")] = "*",
-    num_inference_steps: Annotated[int | None, typer.Option("--steps", min=1, help="Denoising steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Classifier-free guidance.")] = None,
-    seed: Annotated[int, typer.Option(help="Prompt i is drawn from seed + i.")] = 0,
-    batch: Annotated[int, typer.Option(help="Prompts drawn at once.")] = 8,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    count: Annotated[
+        int | None, typer.Option(help="Number of heads to choose; default: as many as give the best map.")
+    ] = None,
+    layers: Annotated[str, typer.Option(help="Name or pattern of layers.")] = "*",
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Number of denoising steps.")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
+    seed: Annotated[int, typer.Option(help="Seed; prompt i is drawn with seed + i.")] = 0,
+    batch: Annotated[int, typer.Option(help="Number of prompts drawn at once.")] = 8,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
-    out: Annotated[Path, typer.Option(help="File to write; the picture goes beside it, as PNG.")] = Path("heads.json"),
+    out: Annotated[Path, typer.Option(help="Output file; a plot is written beside it as PNG.")] = Path("heads.json"),
 ) -> None:
-    """Rank every head by how well its word maps find the objects of what is drawn."""
+    """Rank every head by how well its word maps find the objects in the pictures."""
     from rich.console import Console
     from rich.progress import Progress
 

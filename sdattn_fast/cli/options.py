@@ -25,18 +25,21 @@ _PANEL = "Program (none given: plain attention)"
 
 Ratio = Annotated[
     float | None,
-    typer.Option("--dropout-ratio", help="Salience dropout: share to drop, 0 to 1.", rich_help_panel=_PANEL),
+    typer.Option("--dropout-ratio", help="Salience dropout: share of entries to drop, 0 to 1.", rich_help_panel=_PANEL),
 ]
 DropoutAxis = Annotated[str, typer.Option("--dropout-axis", help="token or space.", rich_help_panel=_PANEL)]
 DropoutMode = Annotated[str, typer.Option("--dropout-mode", help="topk or random.", rich_help_panel=_PANEL)]
 Steps = Annotated[
-    int, typer.Option("--refine-steps", help="Rounds of NMS, renormalisation and smoothing.", rich_help_panel=_PANEL)
+    int, typer.Option("--refine-steps", help="Rounds of NMS, renormalization and smoothing.", rich_help_panel=_PANEL)
 ]
 Threshold = Annotated[
     float | None, typer.Option("--threshold", help="NMS: share of the maximum, 0 to below 1.", rich_help_panel=_PANEL)
 ]
 Sigma = Annotated[
-    float | None, typer.Option("--sigma", help="Gaussian smoothing, pixels of the layer.", rich_help_panel=_PANEL)
+    float | None,
+    typer.Option(
+        "--sigma", help="Gaussian smoothing: standard deviation in pixels of the layer.", rich_help_panel=_PANEL
+    ),
 ]
 RefineAxis = Annotated[str, typer.Option("--refine-axis", help="token or space.", rich_help_panel=_PANEL)]
 Renormalize = Annotated[str, typer.Option("--renormalize", help="none, content or row.", rich_help_panel=_PANEL)]

@@ -14,37 +14,38 @@ __all__ = ["train_lora"]
 
 
 def train_lora(
-    data: Annotated[
-        Path, typer.Option(help="Folder of pictures with captions: metadata.jsonl, or a.txt beside a.png.")
-    ],
-    model: Annotated[str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes'.")] = "shapes",
-    out: Annotated[Path, typer.Option(help="Folder; the same command goes on where a killed one stopped.")] = Path(
-        "lora"
-    ),
-    steps: Annotated[int, typer.Option(help="Of the optimiser.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Pictures a step and process.")] = 4,
-    accumulate: Annotated[int, typer.Option(help="Forwards a step.")] = 1,
-    learning_rate: Annotated[float, typer.Option(help="Of AdamW.")] = 1e-4,
-    warmup: Annotated[int, typer.Option(help="Steps of linear growth.")] = 0,
-    rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 8,
+    data: Annotated[Path, typer.Option(help="Folder of captioned pictures: metadata.jsonl, or a.txt beside a.png.")],
+    model: Annotated[str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes'.")] = "shapes",
+    out: Annotated[Path, typer.Option(help="Output folder; run the same command again to resume.")] = Path("lora"),
+    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
+    batch: Annotated[int, typer.Option(help="Pictures per step and process.")] = 4,
+    accumulate: Annotated[int, typer.Option(help="Gradient accumulation: forward passes per step.")] = 1,
+    learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 8,
     size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; default: the model's.")] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the pictures.")] = False,
-    empty_captions: Annotated[float, typer.Option(help="Share of captions left out, for guidance.")] = 0.0,
-    seed: Annotated[int, typer.Option(help="Of all that is drawn.")] = 0,
+    empty_captions: Annotated[
+        float, typer.Option(help="Share of captions replaced by the empty one, for guidance.")
+    ] = 0.0,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
     precision: Annotated[
-        str | None, typer.Option(help="no, bf16 or fp16, of the model too; default: bf16 on cuda, no on cpu.")
+        str | None,
+        typer.Option(help="no, bf16 or fp16, also for the model's weights; default: bf16 on cuda, no on cpu."),
     ] = None,
-    gradient_checkpointing: Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory.")] = False,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Saves memory, takes time.")
+    ] = False,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")] = None,
     dropout_ratio: Ratio = None,
     dropout_axis: DropoutAxis = "token",
     dropout_mode: DropoutMode = "topk",
     dropout_when: Annotated[
-        str, typer.Option(help="training, or a schedule over steps as 0:0.0,500:0.2 (step:ratio).")
+        str, typer.Option(help="training, or a schedule over steps such as 0:0.0,500:0.2 (step:ratio).")
     ] = "training",
 ) -> None:
-    """Train a LoRA for any diffusers UNet; `accelerate launch -m sdattn_fast.cli.train_lora` for several GPUs."""
+    """Train a LoRA for a diffusers UNet; on several GPUs with `accelerate launch -m sdattn_fast.cli.train_lora`."""
     import torch
     from accelerate import PartialState
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn

@@ -15,42 +15,52 @@ __all__ = ["tune"]
 
 def tune(
     model: Annotated[
-        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")
+        str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes', the demo's.")
     ] = "shapes",
     prompts: Annotated[
-        Path | None, typer.Option(help="A prompt a line, to choose on; default: captions of the shapes world.")
+        Path | None,
+        typer.Option(help="File with one prompt per line, to choose on; default: captions of the shapes world."),
     ] = None,
     report_prompts: Annotated[
-        Path | None, typer.Option(help="Other prompts, to report on; default: held-out captions of the shapes world.")
+        Path | None,
+        typer.Option(help="File with other prompts, to report on; default: held-out captions of the shapes world."),
     ] = None,
-    trials: Annotated[int, typer.Option(help="How many the study is to have, over all its workers.")] = 60,
+    trials: Annotated[int, typer.Option(help="Number of trials, over all workers.")] = 60,
     storage: Annotated[
-        str | None, typer.Option(help="An SQLite file or a database's URL; default: study.db in --out.")
+        str | None, typer.Option(help="SQLite file or database URL; default: study.db in --out.")
     ] = None,
-    study: Annotated[str, typer.Option(help="The study's name in the storage.")] = "tune",
-    space: Annotated[Path | None, typer.Option(help="A JSON file that says what is searched.")] = None,
+    study: Annotated[str, typer.Option(help="Name of the study in the storage.")] = "tune",
+    space: Annotated[Path | None, typer.Option(help="JSON file with the search space.")] = None,
     heads: Annotated[
-        Path | None, typer.Option(help="A ranking by `sdattn-fast heads`; without, all heads stay active.")
+        Path | None, typer.Option(help="Ranking by `sdattn-fast heads`; without it, all heads stay active.")
     ] = None,
-    clip: Annotated[str | None, typer.Option(help="Folder or hub id of a CLIP; default: the pipeline's own.")] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="Folder or hub ID of a CLIP model; default: the pipeline's own.")
+    ] = None,
     judge: Annotated[
-        str | None, typer.Option(help="Another CLIP, which judges what this one liked; shapes: the detector does.")
+        str | None, typer.Option(help="Another CLIP model that judges the best trials; for shapes, the detector does.")
     ] = None,
-    temperature: Annotated[float, typer.Option(help="Of the reward, sigmoid(cosine / temperature).")] = 0.25,
-    pictures: Annotated[int, typer.Option(help="Captions of the shapes world to choose on.")] = 24,
-    report_pictures: Annotated[int, typer.Option(help="Captions of the shapes world to report on.")] = 64,
-    seeds: Annotated[int, typer.Option(help="Pictures a prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the noise; the same in every trial.")] = 0,
-    shortlist: Annotated[int, typer.Option(help="Best trials by reward that the judge chooses among.")] = 5,
-    num_inference_steps: Annotated[int | None, typer.Option("--steps", min=1, help="Where not searched.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance of stock attention.")] = None,
-    batch: Annotated[int, typer.Option(help="Pictures drawn at once.")] = 8,
-    heartbeat: Annotated[int, typer.Option(help="Seconds between a worker's signs of life.")] = 30,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Temperature of the reward, sigmoid(cosine / temperature).")
+    ] = 0.25,
+    pictures: Annotated[int, typer.Option(help="Number of captions of the shapes world to choose on.")] = 24,
+    report_pictures: Annotated[int, typer.Option(help="Number of captions of the shapes world to report on.")] = 64,
+    seeds: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
+    seed: Annotated[int, typer.Option(help="Seed of the noise, the same in every trial.")] = 0,
+    shortlist: Annotated[int, typer.Option(help="Number of best trials by reward among which the judge chooses.")] = 5,
+    num_inference_steps: Annotated[
+        int | None, typer.Option("--steps", min=1, help="Number of denoising steps, unless it is searched.")
+    ] = None,
+    guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale of stock attention.")] = None,
+    batch: Annotated[int, typer.Option(help="Number of pictures drawn at once.")] = 8,
+    heartbeat: Annotated[int, typer.Option(help="Seconds between a worker's heartbeats.")] = 30,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for program.json, report.json and the plots.")] = Path("tuned"),
+    out: Annotated[Path, typer.Option(help="Output folder for program.json, report.json and the plots.")] = Path(
+        "tuned"
+    ),
 ) -> None:
-    """Tune the program for CLIP's reward; start it again to go on, on more machines to go faster."""
+    """Tune a program by CLIP reward. Run it again to resume, on several machines to be faster."""
     from rich.console import Console
 
     from ..files import write_json

@@ -13,18 +13,18 @@ _SHAPES_THRESHOLD = 0.12  # as `sdattn-fast evaluate` calibrates it on captions 
 
 def ui(
     model: Annotated[
-        str, typer.Option(help="A folder or hub id of a diffusers pipeline, or 'shapes', our own.")
+        str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes', the demo's.")
     ] = "shapes",
     clip: Annotated[
-        str | None, typer.Option(help="Folder or hub id of a CLIP, for the gate; default: the pipeline's own.")
+        str | None, typer.Option(help="Folder or hub ID of a CLIP model for the gate; default: the pipeline's own.")
     ] = None,
-    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 lets other machines in.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address to listen on; 0.0.0.0 accepts other machines.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
     browser: Annotated[bool, typer.Option(help="Open a browser.")] = True,
-    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
 ) -> None:
-    """Serve a page: a prompt stock and patched, each technique with its controls, heat maps, time and memory."""
+    """Serve a page that draws a prompt with and without a program, with controls for each technique and heat maps."""
     from ..measure.memory import peak_mib
     from .generate import load_pipeline
     from .heads import clip_of, clip_source
