@@ -7,6 +7,7 @@ over, on torch's current stream. Nothing else is allocated and nobody waits, so 
 from __future__ import annotations
 
 import functools
+import importlib.util
 from typing import Any
 
 import torch
@@ -32,9 +33,11 @@ def _load() -> tuple[Any, str | None]:
     try:
         from .. import _cuda  # type: ignore[attr-defined]
     except ImportError as error:
+        is_built = importlib.util.find_spec("sdattn_fast._cuda") is not None
         return None, (
-            f"the CUDA kernels are not built ({error}); `pip install -e .` builds them where it finds nvcc: on the "
-            "PATH, in CUDA_HOME, or from pip install 'nvidia-cuda-nvcc==13.*' (SDATTN_FAST_CUDA=1 says what is missing)"
+            f"the CUDA kernels {f'cannot be loaded ({error})' if is_built else 'are not built'}; `pip install -e .` "
+            "builds them where it finds nvcc: on the PATH, in CUDA_HOME, or from pip install 'nvidia-cuda-nvcc==13.*' "
+            "(SDATTN_FAST_CUDA=1 says what is missing)"
         )
     return _cuda, None
 

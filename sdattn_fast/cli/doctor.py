@@ -47,13 +47,15 @@ def doctor(
     console.print(ground)
 
     table = Table(
-        "backend", "available", "why not, and what mends it", title="Backends, as sdattn_fast.backends() says"
+        "backend", "available", "why not, and how to fix it", title="Backends, as sdattn_fast.backends() says"
     )
     for row in backend_rows():
         table.add_row(*row)
     console.print(table)
 
-    gaps = Table("what", "why", title="Served by the plain torch reference so far (a named backend raises instead)")
+    gaps = Table(
+        "what", "why", title="Not supported by any kernel: the plain torch reference runs it (a named backend raises)"
+    )
     gaps.add_row("gradients of rounds and axis 'space'", "there is no backward kernel for programs over the picture")
     console.print(gaps)
     if model is not None:
@@ -61,7 +63,7 @@ def doctor(
 
 
 def backend_rows() -> list[tuple[str, str, str]]:
-    """(backend, "yes" or "no", why not or what is to be known); of several GPUs, each by itself."""
+    """(backend, "yes" or "no", the reason or a remark); of several GPUs, each by itself."""
     import torch
 
     from ..backend import NAMES, remark, unavailable
@@ -93,7 +95,7 @@ def _print_folds(console: Any, model: str, dtype: str, batch: int) -> None:
     with console.status(f"Loading {model}, and running it once"):
         unet = build_unet(model, kind) if model in UNET_CONFIGS else load_pipeline(model, "cpu", dtype).unet
         rows = fold_table(unet, random_inputs(unet.config, batch, kind))
-    table = Table(title=f"{model}, batch {batch}, {dtype}: projections folded into the text (ms expected)")
+    table = Table(title=f"{model}, batch {batch}, {dtype}: projections folded into the text; ms measured (expected)")
     for column in ("layers", "pixels", "channels", "heads", "folded", "ms", "not folded", "MB each"):
         table.add_column(column, justify="left" if column == "folded" else "right")
     for row in rows:
@@ -104,7 +106,9 @@ def _print_folds(console: Any, model: str, dtype: str, batch: int) -> None:
     took = 1e3 * sum(len(row.names) * row.measured for row in rows)
     unfolded = 1e3 * sum(len(row.names) * row.unfolded for row in rows)
     kept = sum(len(row.names) * row.kept for row in rows) / 1e6
-    console.print(f"A step's cross-attention: {took:.1f} ms, {unfolded:.1f} with fold='never'; {kept:.0f} MB a prompt")
+    console.print(
+        f"A step's cross-attention: {took:.1f} ms, {unfolded:.1f} with fold='never'; {kept:.0f} MB per prompt"
+    )
 
 
 def _against(measured: float, expected: float | None) -> str:

@@ -71,7 +71,7 @@ def test_doctor_shows_what_is_folded_in_a_model(run, monkeypatch):
     code, out, _ = run("doctor", "--model", "shapes")
     assert code == 0
     flat = " ".join(out.split())
-    for text in ("shapes, batch 2, float32", "256", "both", "MB a prompt"):
+    for text in ("shapes, batch 2, float32", "256", "both", "MB per prompt"):
         assert text in flat
 
 
