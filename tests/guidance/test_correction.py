@@ -185,7 +185,7 @@ def test_changes_are_repeated_until_each_picture_reaches_the_target(pipe) -> Non
         ({"targets": {25: 0.5}}, "targets: expected steps from 0 to 24, got 25"),
         ({"targets": {True: 0.5}}, "targets: expected steps from 0 to 24, got True"),
         ({"targets": {1: float("nan")}}, "targets: expected finite scores, got nan for step 1"),
-        ({"targets": {1: 0.5}, "score": lambda seen: seen}, "score: targets need a score with by_picture"),
+        ({"targets": {1: 0.5}, "score": max}, "score: targets need a score with by_picture"),
         ({"repeats": 0}, "repeats: expected at least 1, got 0"),
         ({"repeats": 2.0}, "repeats: expected an int, got float"),
         ({"how": "push"}, "how: expected one of"),
