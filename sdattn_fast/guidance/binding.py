@@ -16,7 +16,7 @@ from torch import Tensor
 from ..patching.words import words_of
 from .phrases import NounPhrase
 from .relevance import Seen
-from .token_maps import for_each_picture, maps_of_tokens
+from .token_maps import TokenScore, for_each_picture, maps_of_tokens
 
 __all__ = ["Binding", "BindingPair", "binding_loss", "syntactic_pairs"]
 
@@ -41,7 +41,7 @@ class BindingPair:
     outside: Sequence[Tokens]
 
 
-class Binding:
+class Binding(TokenScore):
     """A score: how alike the maps of modifiers and their nouns are, and how unlike those of other words.
 
     It is minus `binding_loss`, the mean over the B pictures. Maps are the mean over captured layers (at the largest
@@ -84,20 +84,6 @@ class Binding:
         )
         return tuple(sorted(set(of_pairs)))
 
-    def __call__(self, seen: Seen) -> Tensor:
-        """The score of a prediction.
-
-        Args:
-            seen: The prediction and its maps.
-
-        Returns:
-            A scalar tensor.
-
-        Raises:
-            ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
-        """
-        return self.by_picture(seen).mean()
-
     def by_picture(self, seen: Seen) -> Tensor:
         """The score of each picture.
 
@@ -108,7 +94,7 @@ class Binding:
             A (B,) tensor.
 
         Raises:
-            ValueError: As the score itself.
+            ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
         """
         maps, place = maps_of_tokens(seen, self.tokens, "pairs")
         pairs = for_each_picture(self.pairs, len(maps), "pairs")

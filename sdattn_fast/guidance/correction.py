@@ -140,19 +140,16 @@ class Correction:
             self._reweight(latents, *self._next_inputs(pipe, latents, following))
             return kept
         if self.how == "scale":
-            gradient, _ = self._gradient(pipe, latents, following)
+            gradient = self._gradient(pipe, latents, following)
+            assert gradient is not None
             return {**kept, "latents": latents * (1 + torch.sigmoid(gradient.mean(1, keepdim=True)))}
         target = self.targets.get(step)
         for _ in range(1 if target is None else self.repeats):
-            gradient, scores = self._gradient(pipe, latents, following)
+            gradient = self._gradient(pipe, latents, following, target)
+            if gradient is None:
+                break
             size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
-            change = self.strength * gradient / size.clamp(min=1e-12)
-            if target is not None:
-                short = scores < target
-                if not short.any():
-                    break
-                change = change * short.to(change.dtype)[:, None, None, None]
-            latents = latents + change
+            latents = latents + self.strength * gradient / size.clamp(min=1e-12)
         return {**kept, "latents": latents}
 
     def remove(self) -> None:
@@ -166,16 +163,20 @@ class Correction:
     def __exit__(self, *error: Any) -> None:
         self.remove()
 
-    def _gradient(self, pipe: Any, latents: Tensor, timestep: Tensor) -> tuple[Tensor, Tensor]:
-        """The score's gradient, like the latents; the score, of each picture where there are targets."""
+    def _gradient(self, pipe: Any, latents: Tensor, timestep: Tensor, target: float | None = None) -> Tensor | None:
+        """The score's gradient, like the latents: zeros for pictures that have reached the target; None: all have."""
         inputs, _ = self._next_inputs(pipe, latents, timestep)
         with torch.enable_grad():
             x = inputs.pop("sample").detach().requires_grad_()
             seen = run(self.patch, x, inputs.pop("timestep"), inputs.pop("encoder_hidden_states"), **inputs)
             scores = self.score.by_picture(seen) if self.targets else self.score(seen)  # type: ignore[attr-defined]
+            short = None if target is None else scores < target
+            if short is not None and not short.any():
+                return None
             (gradient,) = torch.autograd.grad(scores.sum(), x)
         # Of the latents: an inpainting model has further channels, and a scheduler's scaling cancels in the direction.
-        return gradient[:, : latents.shape[1]].to(latents.dtype), scores.detach()
+        gradient = gradient[:, : latents.shape[1]].to(latents.dtype)
+        return gradient if short is None else torch.where(short[:, None, None, None], gradient, 0)
 
     def _reweight(self, latents: Tensor, inputs: dict[str, Any], entries: list[int]) -> None:
         x, t, text = (inputs.pop(name) for name in ("sample", "timestep", "encoder_hidden_states"))

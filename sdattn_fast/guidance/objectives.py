@@ -12,7 +12,7 @@ from torch import Tensor
 from .pictures import decode_latents
 from .preview import predicted_clean
 from .relevance import Seen
-from .token_maps import for_each_picture, maps_of_tokens
+from .token_maps import TokenScore, for_each_picture, maps_of_tokens
 
 __all__ = ["NoisePrediction", "Presence", "ClipSimilarity"]
 
@@ -42,7 +42,7 @@ class NoisePrediction:
         return -F.mse_loss(seen.prediction.float(), self.target.to(seen.prediction.device).float())
 
 
-class Presence:
+class Presence(TokenScore):
     """A score: how much attention each phrase has at its strongest pixel.
 
     The map of a phrase is the mean over its tokens, the captured layers (at the largest one's size) and the heads,
@@ -79,20 +79,6 @@ class Presence:
         """The indices of all tokens of all phrases."""
         return tuple(sorted({i for some in self.phrases for phrase in some for i in phrase}))
 
-    def __call__(self, seen: Seen) -> Tensor:
-        """The score of a prediction.
-
-        Args:
-            seen: The prediction and its maps.
-
-        Returns:
-            A scalar tensor.
-
-        Raises:
-            ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
-        """
-        return self.by_picture(seen).mean()
-
     def by_picture(self, seen: Seen) -> Tensor:
         """The score of each picture.
 
@@ -103,7 +89,7 @@ class Presence:
             A (B,) tensor in [0, 1], up to what upsampling overshoots.
 
         Raises:
-            ValueError: As the score itself.
+            ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
         """
         return torch.stack([x.amin() if self.weakest else x.mean() for x in self.strongest(seen)])
 

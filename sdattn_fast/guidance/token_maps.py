@@ -1,7 +1,8 @@
-"""The maps of a prediction that a score of tokens needs."""
+"""What scores of tokens have in common: the maps of a prediction that they need, and a score of each picture."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import TypeVar
 
@@ -9,9 +10,31 @@ from torch import Tensor
 
 from .relevance import Seen
 
-__all__ = ["for_each_picture", "maps_of_tokens"]
+__all__ = ["TokenScore", "for_each_picture", "maps_of_tokens"]
 
 Some = TypeVar("Some")
+
+
+class TokenScore(ABC):
+    """A score of word maps that has a number for each picture."""
+
+    def __call__(self, seen: Seen) -> Tensor:
+        """The score of a prediction.
+
+        Args:
+            seen: The prediction and its maps.
+
+        Returns:
+            A scalar tensor.
+
+        Raises:
+            ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
+        """
+        return self.by_picture(seen).mean()
+
+    @abstractmethod
+    def by_picture(self, seen: Seen) -> Tensor:
+        """The score of each picture, (B,)."""
 
 
 def maps_of_tokens(seen: Seen, tokens: Sequence[int], argument: str) -> tuple[Tensor, dict[int, int]]:
