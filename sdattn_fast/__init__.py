@@ -7,10 +7,11 @@ sdattn_fast.apply(pipe, sdattn_fast.Program(dropout=sdattn_fast.SalienceDropout(
 from __future__ import annotations
 
 from ._version import __version__ as __version__
+from .api import apply
 from .backend import KernelRefused, backends
 from .files import ProgramFile
 from .functional import semantic_attention
-from .patching import Maps, Patch, SemanticAttnProcessor, apply
+from .patching import Maps, Patch, SemanticAttnProcessor
 from .program import Capture, Program, Refinement, SalienceDropout
 
 __all__ = [

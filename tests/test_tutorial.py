@@ -27,8 +27,8 @@ SHORTER = {"trials=60": "trials=2", "LoraTraining(steps=1000)": "LoraTraining(st
 AS_STOCK = ("empty", "mapped", "evaluated")
 CHANGED = (
     "more_bench", "no_bench", "fused", "in_chosen_heads", "dropped", "dropped_at_random", "suppressed",
-    "suppressed_over_space", "corrected", "bound", "reweighted", "structured", "clip_gated", "both", "embedded",
-    "mixed", "redrawn", "compiled",
+    "suppressed_over_space", "corrected", "bound", "reweighted", "structured", "clip_gated", "by_recipe",
+    "by_cheaper_recipe", "both", "embedded", "mixed", "redrawn", "compiled",
 )  # fmt: skip
 FILES = (
     "stock.png", "heads.json", "heads.png", "car-relevance.png", "labels.png", "car.png", "words.safetensors",

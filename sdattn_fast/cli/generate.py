@@ -53,6 +53,12 @@ def generate(
     sigma: Sigma = None,
     refine_axis: RefineAxis = "token",
     renormalize: Renormalize = "none",
+    recipe: Annotated[
+        str | None,
+        typer.Option(
+            help="objects, binding or both: correct the picture between its steps, as sdattn_fast.apply does."
+        ),
+    ] = None,
     program_file: Annotated[
         Path | None,
         typer.Option("--program", help="File of `sdattn-fast tune`, in place of the program options."),
@@ -73,6 +79,10 @@ def generate(
         if program != Program():
             raise typer.BadParameter("expected a file or options that say a program, got both", param_hint="--program")
         file = ProgramFile.load(program_file)
+    if recipe is not None:
+        from ..guidance import Recipe
+
+        Recipe.named(recipe)  # before a model is loaded
     if not prompt.strip():
         raise typer.BadParameter("expected some words, got an empty prompt", param_hint="--prompt")
     if not 0 <= seed < 2**63:
@@ -102,7 +112,7 @@ def generate(
 
     if compare:
         _save(draw(asked), out.with_name(f"{out.stem}.stock{out.suffix or '.png'}"))
-    with apply(pipe, file, seed=seed, backend=backend):
+    with apply(pipe, file, recipe=recipe, seed=seed, backend=backend):
         _save(draw(tuned), out if out.suffix else out.with_suffix(".png"))
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..api import apply
 from ..files import ProgramFile
 from ..guidance.clip_gate import ClipGate
 from ..guidance.clip_score import ClipScorer
@@ -22,7 +23,6 @@ from ..guidance.correction import Correction
 from ..guidance.objectives import Presence
 from ..guidance.phrases import NounPhrase, phrase_ids
 from ..guidance.structure import Structure
-from ..patching.apply import apply
 from ..patching.patch import Patch
 from ..program import Capture, Program, Refinement, SalienceDropout
 from .peers import Peer, peers

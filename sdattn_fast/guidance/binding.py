@@ -48,7 +48,8 @@ class Binding(TokenScore):
     one's size) and heads. The patch needs a `capture` that keeps the pairs' tokens.
 
     Args:
-        pairs: Pairs of `syntactic_pairs`; for several prompts, a list of such lists.
+        pairs: Pairs of `syntactic_pairs`; for several prompts, a list of such lists, of which some may be empty: these
+            pictures' score is 0.
 
     Raises:
         TypeError: If a pair is not a `BindingPair`.
@@ -64,13 +65,13 @@ class Binding(TokenScore):
     """
 
     def __init__(self, pairs: Sequence[BindingPair] | Sequence[Sequence[BindingPair]]) -> None:
-        by_picture = bool(pairs) and not isinstance(pairs[0], BindingPair)
+        by_picture = bool(pairs) and all(isinstance(some, Sequence) for some in pairs)
         self.pairs: list[list[BindingPair]] = [list(some) for some in (pairs if by_picture else [pairs])]  # type: ignore[arg-type]
         for pair in (pair for some in self.pairs for pair in some):
             if not isinstance(pair, BindingPair):
                 raise TypeError(f"pairs: expected BindingPair, got {pair!r}")
-        if not self.pairs or not all(self.pairs):
-            raise ValueError(f"pairs: expected at least one for each prompt, got {pairs!r}")
+        if not any(self.pairs):
+            raise ValueError(f"pairs: expected at least one, got {pairs!r}")
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -99,7 +100,11 @@ class Binding(TokenScore):
         maps, place = maps_of_tokens(seen, self.tokens, "pairs")
         pairs = for_each_picture(self.pairs, len(maps), "pairs")
         maps = maps.clamp_min(_LEAST).movedim(1, -1)
-        return torch.stack([-binding_loss(x, _renumbered(some, place)) for x, some in zip(maps, pairs, strict=True)])
+        losses = [
+            binding_loss(x, _renumbered(some, place)) if some else x.new_zeros(())
+            for x, some in zip(maps, pairs, strict=True)
+        ]
+        return -torch.stack(losses)
 
 
 def binding_loss(maps: Tensor, pairs: Sequence[BindingPair]) -> Tensor:

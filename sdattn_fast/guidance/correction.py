@@ -2,8 +2,8 @@
 
 Three ways, each with one more forward and backward of the prompts' half at the next timestep:
 
-- "gradient": latents + strength * g, with g the score's gradient scaled to a root mean square of 1 an entry, as
-  Attend-and-Excite's step but for its scale.
+- "gradient": latents + strength * g, with g the score's gradient, as Attend-and-Excite's step; by default scaled to a
+  root mean square of 1 a picture, so that one strength fits models of any size.
 - "reweight": at the next step the tokens' attention in the layers asked is multiplied by
   1 - strength + strength * r / mean(r), r their relevance (`gradcam`), and every row sums to 1 again: a bias of the
   logits.
@@ -16,6 +16,7 @@ Source: Chefer et al. 2023, "Attend-and-Excite", algorithm 1; gradcam.py beside 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,11 @@ class Correction:
             their relevance by `gradcam`, and normalizes the rows again. "scale" multiplies the latents by ``1 +
             sigmoid(g)``, as first proposed; it draws noise and is for comparison only (docs/gradcam.md).
         steps: (first, end): steps after which the correction acts, end excluded.
+        every: Of these steps it takes every n-th: first, first + n, and so on.
         strength: For "gradient" the root mean square of the change, >= 0; for "reweight" in [0, 1].
+        normalize: For "gradient", whether g has a root mean square of 1. False: g is the gradient of each picture's
+            score as it is, so that `strength` is the step size of Attend-and-Excite and SynGen, 20 for Stable
+            Diffusion. The score must have `by_picture`, as `Presence` and `Binding` have.
         targets: For "gradient", {step: score}: after these steps the change is repeated until each picture's score
             reaches the number, as Attend-and-Excite's iterative refinement. The score must have `by_picture`, as
             `Presence` and `Binding` have. None: one change after each step.
@@ -54,6 +59,10 @@ class Correction:
         tokens: For "reweight", indices of tokens, or a list of indices for each picture. None: all tokens.
         layers: For "reweight", as in `gradcam`.
         heads: For "reweight", as in `gradcam`.
+
+    Warns:
+        UserWarning: After the last correction of a picture, if a gradient was not finite, as where float16 overflows;
+            the picture was then left as it was.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -75,7 +84,9 @@ class Correction:
         *,
         how: str = "gradient",
         steps: tuple[int, int] = (0, 25),
+        every: int = 1,
         strength: float = 0.05,
+        normalize: bool = True,
         targets: Mapping[int, float] | None = None,
         repeats: int = 20,
         tokens: Sequence[int] | Sequence[Sequence[int]] | None = None,
@@ -99,12 +110,21 @@ class Correction:
         most = 1.0 if how == "reweight" else float("inf")
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0.0 <= strength <= most:
             raise ValueError(f"strength: expected a number in [0, {most:g}], got {strength!r}")
-        self.targets = {} if targets is None else _checked_targets(targets, steps, how, score)
-        if isinstance(repeats, bool) or not isinstance(repeats, int):
-            raise TypeError(f"repeats: expected an int, got {type(repeats).__name__}")
-        if repeats < 1:
-            raise ValueError(f"repeats: expected at least 1, got {repeats}")
-        self.repeats = repeats
+        self.targets = {} if targets is None else _checked_targets(targets, steps, how)
+        for name, count in (("every", every), ("repeats", repeats)):
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
+            if count < 1:
+                raise ValueError(f"{name}: expected at least 1, got {count}")
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
+        if not normalize and how != "gradient":
+            raise ValueError(f"normalize: False goes with how='gradient', got {how!r}")
+        if (self.targets or not normalize) and not callable(getattr(score, "by_picture", None)):
+            what = "targets need" if self.targets else "normalize=False needs"
+            raise TypeError(f"score: {what} a score with by_picture, and {type(score).__name__} has none")
+        self.repeats, self.every, self.normalize = repeats, every, normalize
+        self._not_finite: list[Tensor] = []  # of each gradient, whether it was; read once a picture
         self.patch, self.score, self.how, self.steps, self.strength = patch, score, how, steps, float(strength)
         self.tokens, self.layers, self.heads = tokens, layers, heads
         if patch.unet is None:
@@ -133,7 +153,8 @@ class Correction:
         check_gradients_may_be("Correction")
         self._unbiased()
         following = _next_timestep(pipe, step, timestep)
-        if not self.steps[0] <= step < self.steps[1] or following is None:
+        first, end = self.steps
+        if not first <= step < end or (step - first) % self.every or following is None:
             return kept
         latents: Tensor = kept["latents"]
         if self.how == "reweight":
@@ -148,8 +169,9 @@ class Correction:
             gradient = self._gradient(pipe, latents, following, target)
             if gradient is None:
                 break
-            size = gradient.square().mean((1, 2, 3), keepdim=True).sqrt()
-            latents = latents + self.strength * gradient / size.clamp(min=1e-12)
+            latents = latents + self._change(gradient)
+        if step + self.every >= min(end, _steps_of(pipe) - 1):
+            self._warn_of_not_finite()
         return {**kept, "latents": latents}
 
     def remove(self) -> None:
@@ -163,13 +185,33 @@ class Correction:
     def __exit__(self, *error: Any) -> None:
         self.remove()
 
+    def _change(self, gradient: Tensor) -> Tensor:
+        """What is added to the latents: nothing to a picture whose gradient is not finite."""
+        finite = gradient.isfinite().all(1).all(1).all(1)[:, None, None, None]
+        self._not_finite.append(~finite.all())
+        wide = torch.where(finite, gradient, 0).to(torch.promote_types(gradient.dtype, torch.float32))
+        if self.normalize:
+            wide = wide / wide.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
+        return (self.strength * wide).to(gradient.dtype)
+
+    def _warn_of_not_finite(self) -> None:
+        lost, self._not_finite = self._not_finite, []
+        if lost and bool(torch.stack(lost).any()):
+            warnings.warn(
+                "sdattn_fast: a correction's gradient was not finite, and the picture was left as it was at that step; "
+                "where a model overflows in float16, run it in bfloat16 or float32",
+                UserWarning,
+                stacklevel=3,
+            )
+
     def _gradient(self, pipe: Any, latents: Tensor, timestep: Tensor, target: float | None = None) -> Tensor | None:
         """The score's gradient, like the latents: zeros for pictures that have reached the target; None: all have."""
         inputs, _ = self._next_inputs(pipe, latents, timestep)
         with torch.enable_grad():
             x = inputs.pop("sample").detach().requires_grad_()
             seen = run(self.patch, x, inputs.pop("timestep"), inputs.pop("encoder_hidden_states"), **inputs)
-            scores = self.score.by_picture(seen) if self.targets else self.score(seen)  # type: ignore[attr-defined]
+            by_picture = bool(self.targets) or not self.normalize
+            scores = self.score.by_picture(seen) if by_picture else self.score(seen)  # type: ignore[attr-defined]
             short = None if target is None else scores < target
             if short is not None and not short.any():
                 return None
@@ -233,13 +275,11 @@ class Correction:
         return inputs, entries
 
 
-def _checked_targets(targets: Any, steps: tuple[int, int], how: str, score: Any) -> dict[int, float]:
+def _checked_targets(targets: Any, steps: tuple[int, int], how: str) -> dict[int, float]:
     if not isinstance(targets, Mapping):
         raise TypeError(f"targets: expected {{step: score}}, got {type(targets).__name__}")
     if how != "gradient":
         raise ValueError(f"targets: expected how='gradient', got {how!r}")
-    if not callable(getattr(score, "by_picture", None)):
-        raise TypeError(f"score: targets need a score with by_picture, and {type(score).__name__} has none")
     for step, target in targets.items():
         if isinstance(step, bool) or not isinstance(step, int) or not steps[0] <= step < steps[1]:
             raise ValueError(f"targets: expected steps from {steps[0]} to {steps[1] - 1}, got {step!r}")
@@ -252,13 +292,17 @@ def _next_timestep(pipe: Any, step: int, timestep: Any) -> Tensor | None:
     """After a step of a call; None where none follows. A call may begin and end inside the scheduler's timesteps, as
     image-to-image and SDXL's base model do."""
     times: Tensor = pipe.scheduler.timesteps
-    if step + 1 >= int(getattr(pipe, "num_timesteps", len(times))):
+    if step + 1 >= _steps_of(pipe):
         return None
     if isinstance(timestep, Tensor) and timestep.untyped_storage().data_ptr() == times.untyped_storage().data_ptr():
         place = timestep.storage_offset() - times.storage_offset()
     else:
         place = int((times == timestep).nonzero()[-1])
     return times[place + 1] if place + 1 < len(times) else None
+
+
+def _steps_of(pipe: Any) -> int:
+    return int(getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps)))
 
 
 def _by_entry(tokens: Any, entries: int) -> tuple[list[Sequence[int]], Sequence[int] | None]:

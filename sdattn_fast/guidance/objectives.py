@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -50,12 +51,17 @@ class Presence(TokenScore):
     keeps these tokens.
 
     Args:
-        phrases: Token indices of each phrase; for several prompts, a list of such lists.
+        phrases: Token indices of each phrase; for several prompts, a list of such lists, of which some may be empty:
+            these pictures' score is 1.
         weakest: True takes the weakest phrase of each picture, as Attend-and-Excite does; False the mean over its
             phrases.
+        sharpness: Attend-and-Excite's implementations take a softmax over all tokens but the first and the last, of
+            the probabilities times 100, and smooth by a sigma of 0.71: pass 100.0 to have the scores that its
+            thresholds refer to. It needs the maps of all tokens. None: the probabilities as they are.
 
     Raises:
-        ValueError: If there is no phrase, or one without tokens.
+        TypeError: If `sharpness` is not a number.
+        ValueError: If there is no phrase, one without tokens, or `sharpness` is not positive.
 
     Examples:
         >>> nouns = [phrase.tokens("noun") for phrase in find_phrases(prompt, pipe.tokenizer)]
@@ -66,13 +72,17 @@ class Presence(TokenScore):
     Source: Attend-and-Excite, Chefer et al. 2023, equations 1 and 2, arXiv 2301.13826, where 1 minus this is the loss.
     """
 
-    def __init__(self, phrases: Sequence[Any], *, weakest: bool = True) -> None:
+    def __init__(self, phrases: Sequence[Any], *, weakest: bool = True, sharpness: float | None = None) -> None:
         nested: list[list[Any]] = [[phrase] if isinstance(phrase, int) else list(phrase) for phrase in phrases]
-        by_entry = bool(nested) and all(some and not isinstance(some[0], int) for some in nested)
-        self.phrases = [[tuple(phrase) for phrase in some] for some in (nested if by_entry else [nested])]
-        if any(not some or any(not phrase for phrase in some) for some in self.phrases):
+        by_picture = any(some and not isinstance(some[0], int) for some in nested)
+        self.phrases = [[tuple(phrase) for phrase in some] for some in (nested if by_picture else [nested])]
+        if not any(self.phrases) or any(not phrase for some in self.phrases for phrase in some):
             raise ValueError(f"phrases: expected token indices of at least one phrase, got {phrases!r}")
-        self.weakest = weakest
+        if isinstance(sharpness, bool) or not isinstance(sharpness, (int, float, type(None))):
+            raise TypeError(f"sharpness: expected a number or None, got {type(sharpness).__name__}")
+        if sharpness is not None and not 0.0 < sharpness < math.inf:
+            raise ValueError(f"sharpness: expected a finite number > 0, got {sharpness}")
+        self.weakest, self.sharpness = weakest, sharpness
 
     @property
     def tokens(self) -> tuple[int, ...]:
@@ -91,7 +101,7 @@ class Presence(TokenScore):
         Raises:
             ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
         """
-        return torch.stack([x.amin() if self.weakest else x.mean() for x in self.strongest(seen)])
+        return torch.stack([_score(x, self.weakest) for x in self.strongest(seen)])
 
     def strongest(self, seen: Seen) -> list[Tensor]:
         """The attention of each phrase at its strongest pixel.
@@ -100,15 +110,23 @@ class Presence(TokenScore):
             seen: The prediction and its maps.
 
         Returns:
-            For each picture, a tensor with one number per phrase.
+            For each picture, a tensor with one number per phrase, empty where it has none.
 
         Raises:
             ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
         """
         maps, place = maps_of_tokens(seen, self.tokens, "phrases")
+        sigma = 0.5
+        if self.sharpness is not None:
+            maps, place = _sharpened(maps, seen.maps.tokens, self.sharpness)
+            sigma = 0.5 * math.sqrt(
+                2
+            )  # its implementations divide by 2 sigma where a Gaussian divides by sqrt(2) sigma
         phrases = for_each_picture(self.phrases, len(maps), "phrases")
         return [
-            _smoothed(torch.stack([x[[place[i] for i in phrase]].mean(0) for phrase in some])).flatten(1).amax(1)
+            _smoothed(torch.stack([x[[place[i] for i in phrase]].mean(0) for phrase in some]), sigma).flatten(1).amax(1)
+            if some
+            else x.new_zeros(0)
             for x, some in zip(maps, phrases, strict=True)
         ]
 
@@ -165,8 +183,25 @@ class ClipSimilarity:
         return side, side
 
 
-def _smoothed(maps: Tensor) -> Tensor:
-    """A Gaussian of sigma 1/2 over 3x3 pixels, (T, height, width)."""
+def _score(strongest: Tensor, weakest: bool) -> Tensor:
+    if not len(strongest):
+        return strongest.new_ones(())
+    return strongest.amin() if weakest else strongest.mean()
+
+
+def _sharpened(maps: Tensor, tokens: Sequence[int], sharpness: float) -> tuple[Tensor, dict[int, int]]:
+    """Probabilities among the tokens between the first and the last, and where each token now is."""
+    if tuple(tokens) != tuple(range(len(tokens))):
+        raise ValueError(
+            f"phrases: sharpness needs the maps of all tokens, got those of {tuple(tokens)}; "
+            "apply(..., capture=Capture()) keeps them"
+        )
+    return (sharpness * maps[:, 1:-1]).softmax(1), {token: token - 1 for token in tokens[1:-1]}
+
+
+def _smoothed(maps: Tensor, sigma: float) -> Tensor:
+    """A Gaussian over 3x3 pixels, (T, 1, height, width)."""
     from kornia.filters import gaussian_blur2d
 
-    return gaussian_blur2d(maps[:, None], (3, 3), (0.5, 0.5), border_type="replicate")
+    border = "reflect" if min(maps.shape[-2:]) > 1 else "replicate"
+    return gaussian_blur2d(maps[:, None], (3, 3), (sigma, sigma), border_type=border)

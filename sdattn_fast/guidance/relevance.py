@@ -23,10 +23,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..patching.apply import apply
+from ..patching.install import install
 from ..patching.layers import Layer, heads_of_layers, select_layers
 from ..patching.maps import Maps
 from ..patching.patch import Patch
+from ..patching.settings import Settings
 from ..program import Capture, Program
 
 __all__ = ["Seen", "gradcam", "asked", "check_gradients_may_be", "run"]
@@ -250,7 +251,7 @@ def _patched(unet: Any, program: Program, loss: Loss) -> Iterator[Patch]:
         raise TypeError(f"unet: expected a UNet or a Patch, got {type(unet).__name__}")
     needed = getattr(loss, "tokens", None)
     capture = None if needed is None else Capture(tuple(sorted(set(needed))))
-    with apply(unet, program, capture=capture) as patch:
+    with install(unet, Settings(program, capture=capture)) as patch:
         if patch.unet is None:
             raise ValueError("unet: it has no cross-attention layer to serve")
         yield patch

@@ -119,6 +119,16 @@ def rows_of(patch: Patch, model: PatchedModel, text: Tensor) -> Rows | None:
     return rows
 
 
+def _warn_of_loop(patch: Patch) -> None:
+    """A recipe acts through a pipeline's callbacks, which a loop of one's own does not have. Once a place."""
+    warnings.warn(
+        "sdattn_fast: the UNet runs outside a call of the patched pipeline, where a recipe does nothing; in a loop of "
+        "your own, use sdattn_fast.guidance.Correction",
+        UserWarning,
+        stacklevel=3,
+    )
+
+
 class _Hook:
     """A forward hook, of which a copy of the model has none."""
 
@@ -228,6 +238,8 @@ class _ModelHook:
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
         text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
         call, begins = self._step(state.text, timestep)
+        if patch.guide is not None and call.pipe is None and not call.aside:
+            _warn_of_loop(patch)
         for layer in state.layers:
             layer.grid = layer.bias = None
         state.text.use_gate(call.gate)

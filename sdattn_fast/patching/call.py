@@ -47,6 +47,7 @@ class Call:
         self.bias: dict[str, Tensor] = {}
         self.gate: Tensor | None = None
         self.forwards: list[Forward] = []  # of the UNet in the latest step, where somebody wants them
+        self.left_out: list[str] = []  # by a recipe, each with its reason
         self.time: float | None = None  # the latest timestep, where it was read
         self.schedule: Any = None  # the scheduler's timesteps at the first step
         self.encoder: weakref.ref[Any] | None = None  # the pipeline, or copy, that encoded a loop's prompts

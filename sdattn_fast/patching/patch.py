@@ -19,6 +19,7 @@ from .maps import Maps
 from .placed_processors import PlacedProcessors
 from .prompt_memory import PromptMemory
 from .settings import Settings
+from .step_callback import Guide, call_arguments, with_step_callback
 from .token_classes import EncoderListener
 from .token_inputs import TOKEN_INPUTS, Given, checked_token_input
 from .watched_pipeline import WatchedPipeline, encode_function
@@ -65,6 +66,7 @@ class Patch:
         self._installed = False
         self._warned = False  # of calls with another UNet
         self._processors = PlacedProcessors(settings)
+        self._guide: Guide | None = None
 
     @property
     def _needs_grids(self) -> bool:
@@ -138,9 +140,10 @@ class Patch:
         Raises:
             ValueError: If `apply` was not given `capture`, or several threads drew and this one did not.
         """
-        if self._keeper is None:
+        call = self._calls.to_read()
+        if self._keeper is None or (self._keeper.capture.steps == () and not call.aside):
             raise ValueError("maps: expected apply(..., capture=sdattn_fast.Capture(...)), got no capture")
-        return self._keeper.read(self._calls.to_read(), self.layers, tokenizer_of(self.pipe))
+        return self._keeper.read(call, self.layers, tokenizer_of(self.pipe))
 
     def update(self, **inputs: Tensor | None) -> None:
         """Change the inputs of the program, also between two steps. Inputs that are not named stay.
@@ -278,6 +281,24 @@ class Patch:
         """This thread's call in progress, or its latest one."""
         return self._calls.current
 
+    @property
+    def guide(self) -> Guide | None:
+        """What acts on every picture that the pipeline draws, until `remove`."""
+        return self._guide
+
+    @guide.setter
+    def guide(self, guide: Guide) -> None:
+        self._guide = guide
+
+    @property
+    def left_out(self) -> tuple[str, ...]:
+        """What the recipe could not do for this thread's latest picture, and why. Empty: it did all, or there is none.
+
+        Raises:
+            ValueError: If several threads drew and this one did not.
+        """
+        return tuple(self._calls.to_read().left_out)
+
     def watch(self, pipe: Any) -> None:
         """Know the prompts of another pipeline on the same UNet too, such as one made by `from_pipe`.
 
@@ -311,6 +332,16 @@ class Patch:
                 stacklevel=4,
             )
         return self._calls.of_pipeline(pipe)
+
+    def arguments(
+        self, pipe: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """As `PipelineWatcher` has it: with the guide's callback, where there is a guide."""
+        if self._guide is None or not self._serves(pipe):
+            return args, kwargs
+        by_name = call_arguments(function, args, kwargs)
+        callback = self._guide.begin(pipe, by_name)
+        return ((), by_name) if callback is None else ((), with_step_callback(by_name, callback))
 
     def encoded(
         self, pipe: Any, result: Any, heard: EncoderListener, function: Any, args: Sequence[Any], kwargs: dict[str, Any]
@@ -346,6 +377,9 @@ class Patch:
         for one in self._watched:
             one.remove()
         self._watched.clear()
+        if self._guide is not None:
+            self._guide.remove()
+            self._guide = None
         if self._memory is not None:
             self._memory.forget()
         self.refresh()

@@ -27,6 +27,11 @@ class PipelineWatcher(Protocol):
     def calling(self, pipe: Any) -> AbstractContextManager[Any]:
         """Around a call of the pipeline, or of a copy."""
 
+    def arguments(
+        self, pipe: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """What the pipeline is called with, inside `calling`, in place of the user's arguments."""
+
     def encoded(
         self, pipe: Any, result: Any, heard: EncoderListener, function: Callable[..., Any], args: Any, kwargs: Any
     ) -> None:
@@ -137,6 +142,7 @@ def _watched_class(cls: type, encode: str | None) -> type:
             if watcher is None:
                 return function(*args, **kwargs)
             with watcher.calling(self):
+                args, kwargs = watcher.arguments(self, function, args, kwargs)
                 return function(*args, **kwargs)
 
         members["__call__"] = __call__

@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..api import apply
 from ..files import written_aside
 from ..guidance.pictures import encode_pictures
-from ..patching.apply import apply
 from ..program import Program
 from .captions import CaptionedFolder
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..api import apply
 from ..guidance.pictures import pil_pictures
-from ..patching.apply import apply
 from ..patching.words import tokenizer_of, words_of
 from ..program import Capture
 

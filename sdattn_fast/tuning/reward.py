@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..api import apply
 from ..files import ProgramFile
 from ..guidance.clip_score import ClipScorer
 from ..guidance.pictures import pil_pictures
 from ..measure.paired import interval
-from ..patching.apply import apply
 from ..patching.layers import cross_attention_layers
 
 __all__ = ["Judge", "Reward", "compare"]

@@ -112,14 +112,25 @@ def test_a_correction_raises_it(shapes: Any) -> None:
 @pytest.mark.parametrize(
     ("pairs", "error", "message"),
     [
-        ([], ValueError, "pairs: expected at least one for each prompt"),
-        ([[]], ValueError, "pairs: expected at least one for each prompt"),
+        ([], ValueError, "pairs: expected at least one, got"),
+        ([[]], ValueError, "pairs: expected at least one, got"),
         ([(2, 3)], TypeError, "pairs: expected BindingPair, got 2"),
     ],
 )
 def test_bad_pairs(pairs: Any, error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         Binding(pairs)
+
+
+def test_a_picture_without_pairs_has_the_score_zero() -> None:
+    from sdattn_fast.guidance import Seen
+    from sdattn_fast.patching import Maps
+
+    maps = torch.rand(2, 5, 4, 4)
+    seen = Seen(maps, maps, 0, Maps({"layer": maps}, (0, 1, 2, 3, 4), (4, 4)))
+    pair = BindingPair((1,), (2,), ((3,),))
+    some = Binding([[pair], []]).by_picture(seen)
+    assert some[1] == 0 and some[0] == Binding([[pair], [pair]]).by_picture(seen)[0] != 0
 
 
 def test_missing_maps_and_pictures_are_said() -> None:

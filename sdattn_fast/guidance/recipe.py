@@ -1,0 +1,137 @@
+"""`Recipe`: corrections with settings that go together, by name, for `sdattn_fast.apply(pipe, recipe=...)`."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+from typing import Any
+
+from ..program import Program
+
+__all__ = ["RECIPES", "Recipe"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What `sdattn_fast.apply(pipe, recipe=...)` does with every picture that the pipeline draws.
+
+    It finds the noun phrases of the call's prompts, and after some of the steps moves the latents towards a higher
+    score of the attention to them: `presence` times `Presence` plus `binding` times `Binding`.
+
+    Args:
+        presence: Weight of `Presence` of the objects, >= 0: each is to be attended to somewhere.
+        binding: Weight of `Binding` of modifiers and nouns, >= 0: a colour is to be attended to where its noun is.
+        strength: Of each change of the latents, as in `Correction`.
+        normalize: As in `Correction`.
+        sharpness: As in `Presence`.
+        until: The share of the steps in which the latents are corrected, from the second one on, in (0, 1].
+        every: Of these it takes every n-th.
+        targets: {share of the steps: score}: before the step at this share the change is repeated until the score
+            reaches the number, at most `repeats` times.
+        repeats: As in `Correction`.
+        program: What happens to the rows of the map, as in `apply`.
+        objects: The objects, as prompts write them; a prompt need not have all. None: the noun phrases that
+            `find_phrases` finds, without those that name the picture itself, such as "photo", "style" and "background".
+
+    Raises:
+        TypeError: If an argument has the wrong type.
+        ValueError: If an argument is out of range, or both weights are 0.
+
+    Examples:
+        >>> from dataclasses import replace
+        >>> cheaper = replace(Recipe.named("objects"), every=3)
+        >>> with sdattn_fast.apply(pipe, recipe=cheaper):
+        ...     image = pipe("a cat and a frog").images[0]
+
+    Source: Attend-and-Excite, Chefer et al. 2023, arXiv 2301.13826; SynGen, Rassin et al. 2023, arXiv 2306.08877.
+    """
+
+    presence: float = 0.0
+    binding: float = 0.0
+    strength: float = 20.0
+    normalize: bool = False
+    sharpness: float | None = None
+    until: float = 0.5
+    every: int = 1
+    targets: Mapping[float, float] = field(default_factory=dict)
+    repeats: int = 20
+    program: Program = field(default_factory=Program)
+    objects: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("presence", "binding", "strength", "until"):
+            object.__setattr__(self, name, _number(name, getattr(self, name)))
+        for name in ("presence", "binding", "strength"):
+            if getattr(self, name) < 0.0:
+                raise ValueError(f"Recipe.{name}: expected a number >= 0, got {getattr(self, name)}")
+        if self.presence == 0.0 and self.binding == 0.0:
+            raise ValueError("Recipe: expected presence or binding greater than 0, got 0 for both")
+        if not 0.0 < self.until <= 1.0:
+            raise ValueError(f"Recipe.until: expected a share in (0, 1], got {self.until}")
+        if not isinstance(self.targets, Mapping):
+            raise TypeError(f"Recipe.targets: expected {{share: score}}, got {type(self.targets).__name__}")
+        targets = {_number("targets", share): _number("targets", score) for share, score in self.targets.items()}
+        for share in targets:
+            if not 0.0 <= share < self.until:
+                raise ValueError(f"Recipe.targets: expected shares in [0, {self.until}), got {share}")
+        object.__setattr__(self, "targets", MappingProxyType(targets))
+        for name in ("every", "repeats"):
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int):
+                raise TypeError(f"Recipe.{name}: expected an int, got {type(count).__name__}")
+            if count < 1:
+                raise ValueError(f"Recipe.{name}: expected at least 1, got {count}")
+        if not isinstance(self.normalize, bool):
+            raise TypeError(f"Recipe.normalize: expected a bool, got {type(self.normalize).__name__}")
+        if self.sharpness is not None and _number("sharpness", self.sharpness) <= 0.0:
+            raise ValueError(f"Recipe.sharpness: expected a number > 0 or None, got {self.sharpness}")
+        if not isinstance(self.program, Program):
+            raise TypeError(f"Recipe.program: expected a sdattn_fast.Program, got {type(self.program).__name__}")
+        if self.objects is not None:
+            if isinstance(self.objects, str) or not isinstance(self.objects, Sequence):
+                raise TypeError(f"Recipe.objects: expected a sequence of str or None, got {self.objects!r}")
+            if not self.objects or any(not isinstance(one, str) or not one.strip() for one in self.objects):
+                raise ValueError(f"Recipe.objects: expected words of the prompt, got {self.objects!r}")
+            object.__setattr__(self, "objects", tuple(self.objects))
+
+    @classmethod
+    def named(cls, name: str) -> Recipe:
+        """The recipe that `sdattn_fast.apply` knows by a name.
+
+        Args:
+            name: "objects", "binding" or "both".
+
+        Returns:
+            The recipe.
+
+        Raises:
+            TypeError: If `name` is not a str.
+            ValueError: If there is no such recipe.
+        """
+        if not isinstance(name, str):
+            raise TypeError(f"recipe: expected a name or a sdattn_fast.guidance.Recipe, got {type(name).__name__}")
+        if name not in RECIPES:
+            raise ValueError(f"recipe: expected one of {', '.join(map(repr, RECIPES))} or a Recipe, got {name!r}")
+        return RECIPES[name]
+
+
+def _number(name: str, value: Any) -> float:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"Recipe.{name}: expected a number, got {type(value).__name__}")
+    if not math.isfinite(value):
+        raise ValueError(f"Recipe.{name}: expected a finite number, got {value}")
+    return float(value)
+
+
+# The papers' settings for Stable Diffusion, where 50 steps have targets at the steps 0, 10 and 20.
+_ATTEND_AND_EXCITE = Recipe(presence=1.0, sharpness=100.0, targets={0.2: 0.5, 0.4: 0.8})
+
+RECIPES: Mapping[str, Recipe] = MappingProxyType(
+    {
+        "objects": _ATTEND_AND_EXCITE,
+        "binding": Recipe(binding=1.0),
+        "both": replace(_ATTEND_AND_EXCITE, binding=1.0, targets={}),
+    }
+)

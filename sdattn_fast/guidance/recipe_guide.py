@@ -1,0 +1,203 @@
+"""A recipe at work: of each call of the pipeline it finds the objects, and corrects the picture between steps."""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import inspect
+import re
+import threading
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..patching.patch import Patch
+from ..patching.step_callback import StepCallback
+from ..patching.text_tokens import text_tokens
+from ..patching.watched_pipeline import encode_function
+from ..patching.words import tokenizer_of
+from .binding import Binding, BindingPair, syntactic_pairs
+from .correction import Correction
+from .objectives import Presence
+from .phrases import find_phrases
+from .recipe import Recipe
+from .relevance import Seen, check_gradients_may_be
+from .token_maps import TokenScore
+
+__all__ = ["RecipeGuide", "check_pipeline"]
+
+# Nouns that name the picture, or a part of it that is no object.
+_OF_THE_PICTURE = frozenset(
+    """art artwork background close-up closeup detail drawing foreground illustration image landscape painting photo
+    photograph picture portrait render rendering resolution scene shot sketch style view wallpaper""".split()
+)
+
+
+def check_pipeline(pipe: Any) -> None:
+    """Whether a recipe can act on a pipeline at all.
+
+    Raises:
+        TypeError: If it is not a pipeline.
+        ValueError: If it has no tokenizer or `encode_prompt`, does not call back after its steps, or draws videos.
+        ImportError: If TextBlob or NLTK is missing.
+    """
+    kind = type(pipe).__name__
+    if not hasattr(pipe, "unet"):
+        raise TypeError(f"recipe: expected a pipeline, whose prompts it reads, got {kind}")
+    if tokenizer_of(pipe) is None:
+        raise ValueError(f"recipe: expected a pipeline with a tokenizer, to find the tokens of words; {kind} has none")
+    if encode_function(pipe) is None:
+        raise ValueError(f"recipe: expected a pipeline with encode_prompt, to know prompts by; {kind} has none")
+    parameters = inspect.signature(type(pipe).__call__).parameters
+    if "callback_on_step_end" not in parameters:
+        raise ValueError(f"recipe: expected a pipeline that takes callback_on_step_end; {kind} does not")
+    if "num_frames" in parameters:
+        raise ValueError(f"recipe: expected a pipeline of pictures; {kind} draws videos")
+    find_phrases("", tokenizer_of(pipe))
+
+
+class RecipeGuide:
+    """What a patch asks before each call of its pipeline. Calls of several threads have nothing in common."""
+
+    def __init__(self, patch: Patch, recipe: Recipe) -> None:
+        self.patch, self.recipe = patch, recipe
+        self._stop = patch.keep_forwards()
+        self._tokenizers = _Tokenizers()
+
+    def begin(self, pipe: Any, arguments: Mapping[str, Any]) -> StepCallback | None:
+        """The callback of a call with these arguments; None where there is nothing to correct.
+
+        Raises: RuntimeError inside torch.inference_mode, before a step is drawn.
+        """
+        check_gradients_may_be("recipe")
+        left_out: list[str] = []
+        score = self._score(pipe, arguments, left_out)
+        for reason in left_out:
+            self.patch.current_call.left_out.append(reason)
+            warnings.warn(f"sdattn_fast: the recipe left out {reason}", UserWarning, stacklevel=4)
+        return None if score is None else _Correcting(self.patch, self.recipe, score)
+
+    def remove(self) -> None:
+        """Stop watching the UNet."""
+        self._stop()
+
+    def _score(self, pipe: Any, arguments: Mapping[str, Any], left_out: list[str]) -> TokenScore | None:
+        prompt = arguments.get("prompt")
+        if prompt is None or arguments.get("prompt_embeds") is not None:
+            left_out.append("all corrections: the call has prompt_embeds, and no prompt to find words in")
+            return None
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        images = arguments.get("num_images_per_prompt") or 1
+        with self._tokenizers.of(pipe) as tokenizer:
+            words = [self._words(tokenizer, one, left_out) for one in prompts]
+        of_pictures = [one for one in words for _ in range(images)]
+        weighted: list[tuple[float, TokenScore]] = []
+        if self.recipe.presence and any(one.objects for one in words):
+            presence = Presence([one.objects for one in of_pictures], sharpness=self.recipe.sharpness)
+            weighted.append((self.recipe.presence, presence))
+        if self.recipe.binding and any(one.pairs for one in words):
+            weighted.append((self.recipe.binding, Binding([one.pairs for one in of_pictures])))
+        return _WeightedSum(weighted) if weighted else None
+
+    def _words(self, tokenizer: Any, prompt: str, left_out: list[str]) -> _Words:
+        wanted = self.recipe.objects
+        phrases = find_phrases(prompt, tokenizer)
+        if wanted is None:
+            objects = [phrase for phrase in phrases if phrase.head.text.lower() not in _OF_THE_PICTURE]
+        else:
+            objects = find_phrases(prompt, tokenizer, phrases=[one for one in wanted if _is_in(prompt, one, tokenizer)])
+        pairs = syntactic_pairs(tokenizer, prompt, phrases)
+        cut = _cut_off(prompt, tokenizer)
+        if cut:
+            left_out.append(f"{cut!r}, for which the text encoder has no room")
+        if self.recipe.presence and not objects:
+            none = "it has no noun that names an object" if wanted is None else f"it has none of {list(wanted)}"
+            left_out.append(f"presence in {prompt!r}: {none}")
+        if self.recipe.binding and not pairs:
+            left_out.append(f"binding in {prompt!r}: no noun of it has a modifier")
+        return _Words([phrase.tokens("noun") for phrase in objects], pairs)
+
+
+class _Tokenizers:
+    """A copy of a pipeline's tokenizer, for one thread at a time. transformers' fast tokenizers keep padding and
+    truncation of the latest call inside, so words that are looked up in one thread would spoil another's prompt."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        # By the original: its length when it was copied, and the copy.
+        self._copies: weakref.WeakKeyDictionary[Any, tuple[int, Any]] = weakref.WeakKeyDictionary()
+
+    @contextlib.contextmanager
+    def of(self, pipe: Any) -> Iterator[Any]:
+        original = tokenizer_of(pipe)
+        with self._lock:
+            length, own = self._copies.get(original, (0, None))
+            if length != len(original):  # or a textual inversion was loaded
+                own = copy.deepcopy(original)
+                self._copies[original] = len(original), own
+            yield own
+
+
+@dataclass(frozen=True)
+class _Words:
+    """Of a prompt: the tokens of each object's noun, and the modifiers with their nouns."""
+
+    objects: list[tuple[int, ...]]
+    pairs: list[BindingPair]
+
+
+class _WeightedSum(TokenScore):
+    def __init__(self, weighted: Sequence[tuple[float, TokenScore]]) -> None:
+        self.weighted = weighted
+
+    def by_picture(self, seen: Seen) -> Tensor:
+        return torch.stack([weight * score.by_picture(seen) for weight, score in self.weighted]).sum(0)
+
+
+class _Correcting:
+    """The callback of one call. How many steps it has is known after the first one."""
+
+    def __init__(self, patch: Patch, recipe: Recipe, score: TokenScore) -> None:
+        self.patch, self.recipe, self.score = patch, recipe, score
+        self._correction: Correction | None = None
+
+    def __call__(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if step == 0:
+            self._correction = self._for_steps(int(getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps))))
+        return values if self._correction is None else self._correction(pipe, step, timestep, values)
+
+    def _for_steps(self, count: int) -> Correction | None:
+        recipe = self.recipe
+        # A correction after a step is one before the next: the first step is not corrected.
+        end = max(1, round(recipe.until * count) - 1)
+        if count < 2:
+            reason = "all corrections: there is one step, and a recipe acts between steps"
+            self.patch.current_call.left_out.append(reason)
+            warnings.warn(f"sdattn_fast: the recipe left out {reason}", UserWarning, stacklevel=4)
+            return None
+        targets = {round(share * count) - 1: score for share, score in recipe.targets.items()}
+        correction = Correction(
+            self.patch, self.score, steps=(0, end), every=recipe.every, strength=recipe.strength,
+            normalize=recipe.normalize, targets={step: score for step, score in targets.items() if 0 <= step < end},
+            repeats=recipe.repeats,
+        )  # fmt: skip
+        correction.remove()  # the guide watches the UNet for all of them
+        return correction
+
+
+def _is_in(prompt: str, phrase: str, tokenizer: Any) -> bool:
+    try:
+        return bool(find_phrases(prompt, tokenizer, phrases=[phrase]))
+    except ValueError:
+        return False
+
+
+def _cut_off(prompt: str, tokenizer: Any) -> str:
+    """The words at the end of a prompt of which the text encoder sees nothing."""
+    rest = prompt[max((token.end for token in text_tokens(tokenizer, prompt)), default=0) :].strip()
+    return rest if re.search(r"\w", rest) else ""

@@ -1,0 +1,414 @@
+# ruff: noqa: F811
+"""Recipes: they correct as a correction set up by hand does, in every pipeline; what they cannot do they say, before a
+step is drawn."""
+
+from __future__ import annotations
+
+import copy
+import threading
+import warnings
+from collections.abc import Callable
+from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from diffusers.callbacks import PipelineCallback
+from tiny_models import _one_thread, build, draw, parts, psnr, tokenizer, tokenizer_2  # noqa: F401
+
+import sdattn_fast
+from sdattn_fast import Capture, Program, SalienceDropout
+from sdattn_fast.guidance import Binding, Correction, Presence, Recipe, find_phrases, syntactic_pairs
+from sdattn_fast.guidance.recipe import RECIPES
+
+CAPTION = "a red car and a blue cat"
+GENTLE = Recipe(presence=1.0, strength=0.3, normalize=True, until=1.0)
+
+
+def quiet(action: Callable[[], Any]) -> Any:
+    """What it gives; a warning is an error."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return action()
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_recipe_is_its_corrections(name: str, build: Any, draw: Any) -> None:
+    recipe, steps = Recipe.named(name), 10
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe, recipe=name) as patch:
+        picture = quiet(lambda: draw(pipe, CAPTION, num_inference_steps=steps))
+        assert patch.left_out == ()
+    phrases = find_phrases(CAPTION, pipe.tokenizer)
+    presence = Presence([phrase.tokens("noun") for phrase in phrases], sharpness=recipe.sharpness)
+    binding = Binding(syntactic_pairs(pipe.tokenizer, CAPTION, phrases))
+
+    class Score:
+        def by_picture(self, seen: Any) -> torch.Tensor:
+            total = torch.zeros(1)
+            if recipe.presence:
+                total = total + recipe.presence * presence.by_picture(seen)
+            return total + recipe.binding * binding.by_picture(seen) if recipe.binding else total
+
+        __call__ = by_picture
+
+    # Before the steps 1 to 4, that is after 0 to 3; the targets of the steps 2 and 4.
+    targets = {1: 0.5, 3: 0.8} if name == "objects" else None
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        how = {"strength": 20.0, "normalize": False, "steps": (0, 4), "targets": targets}
+        with Correction(patch, Score(), **how) as correct:
+            by_hand = draw(pipe, CAPTION, num_inference_steps=steps, callback_on_step_end=correct)
+    np.testing.assert_allclose(picture, by_hand, atol=1e-4)
+    assert np.abs(picture - draw(pipe, CAPTION, num_inference_steps=steps)).max() > 1e-2
+
+
+def test_presence_is_attend_and_excites() -> None:
+    """And an unnormalized gradient step is its step: diffusers' own functions on plain attention probabilities."""
+    from diffusers import StableDiffusionAttendAndExcitePipeline as AttendAndExcite
+
+    from sdattn_fast.evaluation.peers.attention import KeptMaps
+    from sdattn_fast.lab import load_pipeline
+
+    pipe = load_pipeline()
+    caption, tokens = "a red circle and a blue square", (3, 7)
+    text = pipe.encode_prompt(caption, torch.device("cpu"), 1, False)[0]
+    pipe.scheduler.set_timesteps(10)
+    latents, t = torch.randn(1, 4, 16, 16), pipe.scheduler.timesteps[1]
+    with KeptMaps(pipe.unet, (16, 16)) as kept:
+        leaf = latents.clone().requires_grad_()
+        pipe.unet(leaf, t, encoder_hidden_states=text)
+        strongest = AttendAndExcite._compute_max_attention_per_index(kept.cross(), list(tokens))
+        theirs = AttendAndExcite._update_latent(leaf, AttendAndExcite._compute_loss(strongest), 20.0).detach()
+
+    seen: list[torch.Tensor] = []
+    ours = []
+
+    class Watched(Presence):
+        def strongest(self, prediction: Any) -> list[torch.Tensor]:
+            seen[:] = super().strongest(prediction)
+            return seen
+
+    with sdattn_fast.apply(pipe, capture=Capture(steps=())) as patch:
+        correct = Correction(patch, Watched([(3,), (7,)], sharpness=100.0), normalize=False, strength=20.0)
+
+        def after_a_step(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            if step == 0:
+                ours.append(correct(pipe, step, t, {"latents": latents})["latents"] - latents)
+            return tensors
+
+        pipe(caption, num_inference_steps=10, output_type="latent", callback_on_step_end=after_a_step)
+    torch.testing.assert_close(seen[0], torch.stack(strongest).detach(), atol=2e-4, rtol=2e-4)
+    theirs = theirs - latents
+    assert theirs.abs().max() > 0.1
+    torch.testing.assert_close(ours[0], theirs, atol=2e-3 * theirs.abs().max().item(), rtol=1e-2)
+
+
+@pytest.mark.parametrize(
+    "name, how",
+    [
+        ("sd15", {"guidance_scale": 1.0}),
+        ("sd15", {"num_images_per_prompt": 2}),
+        ("sdxl", {}),
+        ("inpaint", {}),
+        ("img2img", {"strength": 0.6, "num_inference_steps": 5}),
+        ("controlnet", {"guess_mode": True}),
+        ("sdxl_controlnet", {}),
+        ("pix2pix", {}),
+    ],
+)
+def test_every_pipeline(name: str, how: dict[str, Any], build: Any, draw: Any) -> None:
+    pipe = build(name)
+    how = {"num_inference_steps": 4, **how}
+    stock = draw(pipe, CAPTION, **how)
+    with sdattn_fast.apply(pipe, recipe=replace(GENTLE, binding=1.0)) as patch:
+        picture = quiet(lambda: draw(pipe, CAPTION, **how))
+        assert patch.left_out == () and patch._wants_forwards == 1
+    assert patch._wants_forwards == 0
+    assert np.isfinite(picture).all()
+    assert (np.abs(picture - stock).reshape(len(picture), -1).max(1) > 1e-3).all()
+    np.testing.assert_array_equal(draw(pipe, CAPTION, **how), stock)
+
+
+def test_in_bfloat16(build: Any) -> None:
+    pipe = build("sd15")
+    pipe.unet, pipe.text_encoder = (copy.deepcopy(x).to(torch.bfloat16) for x in (pipe.unet, pipe.text_encoder))
+    how = {"num_inference_steps": 4, "output_type": "latent"}
+    stock = pipe(CAPTION, generator=torch.Generator().manual_seed(0), **how).images
+    with sdattn_fast.apply(pipe, recipe=GENTLE):
+        latents = pipe(CAPTION, generator=torch.Generator().manual_seed(0), **how).images
+    assert latents.dtype == torch.bfloat16 and bool(latents.isfinite().all()) and not torch.equal(latents, stock)
+
+
+def test_pictures_of_a_batch_are_corrected_by_themselves(build: Any) -> None:
+    pipe = build("sd15")
+    prompts = [CAPTION, "very", "a dog"]
+
+    def drawn(which: list[int], images: int = 1) -> np.ndarray:
+        noise = [torch.Generator().manual_seed(10 * i + j) for i in which for j in range(images)]
+        return pipe(
+            [prompts[i] for i in which], num_inference_steps=4, generator=noise, num_images_per_prompt=images,
+            output_type="np",
+        ).images  # fmt: skip
+
+    stock = drawn([0, 1, 2], 2)
+    with sdattn_fast.apply(pipe, recipe=GENTLE) as patch:
+        with pytest.warns(UserWarning, match="left out presence in 'very': it has no noun that names an object"):
+            together = drawn([0, 1, 2], 2)
+        assert patch.left_out == ("presence in 'very': it has no noun that names an object",)
+        alone = drawn([2], 2)
+        assert patch.left_out == ()
+    np.testing.assert_allclose(together[4:], alone, atol=2e-3)
+    np.testing.assert_allclose(together[2:4], stock[2:4], atol=1e-3)
+    assert np.abs(together - stock)[[0, 1, 4, 5]].reshape(4, -1).max(1).min() > 1e-2
+
+
+def test_beside_a_callback_of_the_users(build: Any, draw: Any) -> None:
+    pipe = build("sd15")
+    calls: list[tuple[int, list[str]]] = []
+
+    def function(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        calls.append((step, sorted(tensors)))
+        return tensors
+
+    class Official(PipelineCallback):
+        tensor_inputs = ("prompt_embeds",)
+
+        def callback_fn(self, pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+            return function(pipe, step, t, tensors)
+
+    def interrupting(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        pipe._interrupt = step == 0
+        return tensors
+
+    with sdattn_fast.apply(pipe, recipe=GENTLE):
+        alone = draw(pipe, CAPTION, num_inference_steps=3)
+        for callback, tensors, more in (
+            (function, ["latents"], {}),
+            (function, [], {"callback_on_step_end_tensor_inputs": []}),
+            (function, ["prompt_embeds"], {"callback_on_step_end_tensor_inputs": ["prompt_embeds"]}),
+            (Official(cutoff_step_ratio=None, cutoff_step_index=0), ["prompt_embeds"], {}),
+        ):
+            calls.clear()
+            beside = draw(pipe, CAPTION, num_inference_steps=3, callback_on_step_end=callback, **more)
+            np.testing.assert_array_equal(beside, alone)
+            assert calls == [(step, tensors) for step in range(3)], callback
+        interrupted = draw(pipe, CAPTION, num_inference_steps=3, callback_on_step_end=interrupting)
+    pipe._interrupt = False
+    stock = draw(pipe, CAPTION, num_inference_steps=3, callback_on_step_end=interrupting)
+    np.testing.assert_allclose(interrupted, stock, atol=1e-4)
+
+
+def test_threads_and_copies(build: Any, draw: Any) -> None:
+    pipe = build("sd15")
+    prompts = [CAPTION, "a dog", "a cat and a green frog"]
+    with sdattn_fast.apply(pipe, recipe=GENTLE) as patch:
+        alone = [draw(pipe, prompt, num_inference_steps=3) for prompt in prompts]
+        together: dict[int, np.ndarray] = {}
+
+        def work(i: int) -> None:
+            mine = copy.copy(pipe)
+            mine.scheduler = copy.deepcopy(pipe.scheduler)
+            mine.tokenizer = copy.deepcopy(pipe.tokenizer)  # transformers' are not safe for threads
+            together[i] = draw(mine, prompts[i], num_inference_steps=3)
+
+        threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert patch._wants_forwards == 1
+    for i in range(3):
+        np.testing.assert_allclose(together[i], alone[i], atol=1e-5)
+
+
+def test_with_a_program_and_maps(build: Any, draw: Any) -> None:
+    pipe = build("sd15")
+    program = Program(SalienceDropout(0.2), renormalize="content")
+    with sdattn_fast.apply(pipe, recipe=replace(GENTLE, program=program)) as patch:
+        own = draw(pipe, CAPTION)
+        with pytest.raises(ValueError, match="maps: expected apply"):
+            _ = patch.maps
+    with sdattn_fast.apply(pipe, program, recipe=GENTLE, capture=Capture()) as patch:
+        np.testing.assert_allclose(draw(pipe, CAPTION), own, atol=1e-5)
+        maps = patch.maps
+        assert maps.tokens == tuple(range(77)) and bool(torch.stack([x.isfinite().all() for x in maps.values()]).all())
+    with pytest.raises(ValueError, match="program: the recipe has a program of its own"):
+        sdattn_fast.apply(pipe, program, recipe=replace(GENTLE, program=program))
+    for capture in (Capture(tokens=(1,)), Capture(reduce="none")):
+        with pytest.raises(ValueError, match="capture: a recipe needs tokens=None"):
+            sdattn_fast.apply(pipe, recipe="objects", capture=capture)
+
+
+def test_objects_by_name(build: Any, draw: Any) -> None:
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe, recipe=replace(GENTLE, objects=("cat", "ca", "zebra"))) as patch:
+        of_cat = quiet(lambda: draw(pipe, CAPTION, num_inference_steps=3))
+        with pytest.warns(UserWarning, match=r"it has none of \['cat', 'ca', 'zebra'\]"):
+            draw(pipe, "a dog", num_inference_steps=3)
+    cat = find_phrases(CAPTION, pipe.tokenizer, phrases=["cat"])[0].tokens()
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        with Correction(patch, Presence([cat]), steps=(0, 2), strength=0.3) as correct:
+            by_hand = draw(pipe, CAPTION, num_inference_steps=3, callback_on_step_end=correct)
+    np.testing.assert_allclose(of_cat, by_hand, atol=1e-4)
+
+
+def test_words_of_the_picture_are_no_objects(build: Any) -> None:
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe, recipe="objects") as patch:
+        words = patch.guide._words(pipe.tokenizer, "a photo of a cat on a white background, oil painting style", [])
+        assert words.objects == [find_phrases("a photo of a cat", pipe.tokenizer)[-1].tokens("noun")]
+
+
+def test_what_is_left_out_is_said(build: Any, draw: Any) -> None:
+    pipe = build("sd15")
+    embeds, negative = pipe.encode_prompt(CAPTION, "cpu", 1, True)
+    stock = draw(pipe, None, prompt_embeds=embeds, negative_prompt_embeds=negative)
+    long = "a cat and " + "very " * 20 + "blue dog"
+    with sdattn_fast.apply(pipe, recipe="both") as patch:
+        with pytest.warns(UserWarning, match="left out all corrections: the call has prompt_embeds"):
+            picture = draw(pipe, None, prompt_embeds=embeds, negative_prompt_embeds=negative)
+        np.testing.assert_allclose(picture, stock, atol=1e-5)
+        with pytest.warns(UserWarning, match="there is one step"):
+            draw(pipe, CAPTION, num_inference_steps=1)
+        assert patch.left_out == ("all corrections: there is one step, and a recipe acts between steps",)
+        with pytest.warns(UserWarning, match="blue dog', for which the text encoder has no room"):
+            draw(pipe, long)
+        with pytest.warns(UserWarning, match="binding in 'a dog': no noun of it has a modifier"):
+            draw(pipe, "a dog")
+        for empty in ("", ["", ""]):
+            with pytest.warns(UserWarning, match="presence in ''"):
+                draw(pipe, empty)
+        assert len(patch.left_out) == 4
+        with torch.inference_mode(), pytest.raises(RuntimeError, match="recipe: it needs gradients"):
+            draw(pipe, CAPTION)
+        with pytest.warns(UserWarning, match="the UNet runs outside a call of the patched pipeline"):
+            pipe.unet(torch.randn(1, 4, 16, 16), 5, encoder_hidden_states=embeds)
+
+
+def test_a_gradient_that_is_not_finite_leaves_the_picture(build: Any) -> None:
+    pipe = build("sd15")
+
+    class Overflows(Presence):
+        def by_picture(self, seen: Any) -> torch.Tensor:
+            return super().by_picture(seen) * torch.tensor([1.0, float("inf")])
+
+    noise = [torch.Generator().manual_seed(i) for i in range(2)]
+    how = {"num_inference_steps": 3, "output_type": "latent"}
+    stock = pipe([CAPTION] * 2, generator=[g.clone_state() for g in noise], **how).images
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        for normalize in (True, False):
+            with Correction(patch, Overflows([(1,)]), normalize=normalize, strength=0.5, steps=(0, 2)) as correct:
+                with pytest.warns(UserWarning, match="gradient was not finite"):
+                    latents = pipe(
+                        [CAPTION] * 2, generator=[g.clone_state() for g in noise], callback_on_step_end=correct, **how
+                    ).images
+            assert bool(latents.isfinite().all())
+            torch.testing.assert_close(latents[1], stock[1], atol=1e-4, rtol=1e-4)
+            assert not torch.equal(latents[0], stock[0])
+
+
+def test_every_nth_step(build: Any, draw: Any) -> None:
+    pipe = build("sd15")
+    changed = []
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        with Correction(patch, Presence([(3,)]), steps=(1, 7), every=3) as correct:
+
+            def watched(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                after = correct(pipe, step, t, tensors)
+                changed.append(after["latents"] is not tensors["latents"])
+                return after
+
+            draw(pipe, num_inference_steps=8, callback_on_step_end=watched)
+    assert [step for step, there in enumerate(changed) if there] == [1, 4]
+
+
+def test_pipelines_that_cannot_carry_a_recipe(build: Any) -> None:
+    pipe = build("sd15")
+    with pytest.raises(TypeError, match="recipe: expected a pipeline"):
+        sdattn_fast.apply(pipe.unet, recipe="objects")
+
+    class Old(type(pipe)):  # type: ignore[misc]
+        def __call__(self, prompt: str) -> None:
+            """No callback."""
+
+    class Video(type(pipe)):  # type: ignore[misc]
+        def __call__(self, prompt: str, num_frames: int, callback_on_step_end: Any = None) -> None:
+            """Frames."""
+
+    for kind, message in ((Old, "callback_on_step_end"), (Video, "draws videos")):
+        other = copy.copy(pipe)
+        other.__class__ = kind
+        with pytest.raises(ValueError, match=message):
+            sdattn_fast.apply(other, recipe="objects")
+    none = copy.copy(pipe)
+    none.tokenizer = None
+    with pytest.raises(ValueError, match="recipe: expected a pipeline with a tokenizer"):
+        sdattn_fast.apply(none, recipe="objects")
+    with pytest.raises(ValueError, match="with encode_prompt"):
+        sdattn_fast.apply(SimpleNamespace(unet=pipe.unet, tokenizer=pipe.tokenizer), recipe="objects")
+    with pytest.raises(ValueError, match="recipe: expected one of 'objects', 'binding', 'both' or a Recipe, got 'x'"):
+        sdattn_fast.apply(pipe, recipe="x")
+    with pytest.raises(TypeError, match="recipe: expected a name"):
+        sdattn_fast.apply(pipe, recipe=3)  # type: ignore[arg-type]
+    assert not hasattr(pipe.unet, "_sdattn_fast_watched")
+    sdattn_fast.apply(pipe).remove()  # nothing was left in place
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({}, ValueError, "presence or binding greater than 0"),
+        ({"presence": -1.0}, ValueError, r"Recipe.presence: expected a number >= 0, got -1"),
+        ({"presence": "1"}, TypeError, "Recipe.presence: expected a number, got str"),
+        ({"presence": 1, "strength": float("nan")}, ValueError, "Recipe.strength: expected a finite number, got nan"),
+        ({"presence": 1, "until": 0.0}, ValueError, r"Recipe.until: expected a share in \(0, 1\], got 0"),
+        ({"presence": 1, "every": 0}, ValueError, "Recipe.every: expected at least 1, got 0"),
+        ({"presence": 1, "repeats": 1.0}, TypeError, "Recipe.repeats: expected an int, got float"),
+        ({"presence": 1, "targets": {0.5: 1.0}}, ValueError, r"Recipe.targets: expected shares in \[0, 0.5\), got 0.5"),
+        ({"presence": 1, "targets": [0.5]}, TypeError, "Recipe.targets: expected {share: score}, got list"),
+        ({"presence": 1, "sharpness": 0.0}, ValueError, "Recipe.sharpness: expected a number > 0 or None, got 0"),
+        ({"presence": 1, "normalize": 1}, TypeError, "Recipe.normalize: expected a bool, got int"),
+        ({"presence": 1, "program": None}, TypeError, "Recipe.program: expected a sdattn_fast.Program"),
+        ({"presence": 1, "objects": "cat"}, TypeError, "Recipe.objects: expected a sequence of str"),
+        ({"presence": 1, "objects": [""]}, ValueError, "Recipe.objects: expected words of the prompt"),
+        ({"presence": 1, "objects": []}, ValueError, "Recipe.objects: expected words of the prompt"),
+    ],
+)
+def test_bad_recipes(changes: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        Recipe(**changes)
+
+
+@pytest.mark.parametrize(
+    "changes, error, message",
+    [
+        ({"every": 0}, ValueError, "every: expected at least 1, got 0"),
+        ({"every": True}, TypeError, "every: expected an int, got bool"),
+        ({"normalize": 0}, TypeError, "normalize: expected a bool, got int"),
+        ({"normalize": False, "how": "reweight"}, ValueError, "normalize: False goes with how='gradient'"),
+        ({"normalize": False, "score": lambda seen: 0}, TypeError, "normalize=False needs a score with by_picture"),
+    ],
+)
+def test_bad_corrections(changes: dict[str, Any], error: type[Exception], message: str, build: Any) -> None:
+    with sdattn_fast.apply(build("sd15"), capture=Capture()) as patch, pytest.raises(error, match=message):
+        Correction(**{"patch": patch, "score": Presence([(1,)]), **changes})
+
+
+def test_presence_of_some_pictures_and_its_sharpness() -> None:
+    for sharpness, error in ((0.0, ValueError), (float("inf"), ValueError), (True, TypeError), ("1", TypeError)):
+        with pytest.raises(error, match="sharpness: expected"):
+            Presence([(1,)], sharpness=sharpness)
+    with pytest.raises(ValueError, match="at least one phrase"):
+        Presence([[], []])
+    from sdattn_fast.guidance import Seen
+    from sdattn_fast.patching import Maps
+
+    maps = torch.rand(2, 5, 4, 4)
+    seen = Seen(maps, maps, 0, Maps({"layer": maps}, (0, 1, 2, 3, 4), (4, 4)))
+    both = Presence([[(1,), (2,)], []]).by_picture(seen)
+    assert both[1] == 1 and both[0] == Presence([[(1,), (2,)], [(3,)]]).by_picture(seen)[0]
+    some = Seen(maps, maps, 0, Maps({"layer": maps[:, 1:]}, (1, 2, 3, 4), (4, 4)))
+    with pytest.raises(ValueError, match="sharpness needs the maps of all tokens"):
+        Presence([[(1,)], []], sharpness=100.0).by_picture(some)
