@@ -28,8 +28,8 @@ class Recipe:
         sharpness: As in `Presence`.
         until: The share of the steps in which the latents are corrected, from the second one on, in (0, 1].
         every: Of these it takes every n-th.
-        targets: {share of the steps: score}: before the step at this share the change is repeated until the score
-            reaches the number, at most `repeats` times.
+        targets: {share of the steps: score}, kept as a tuple of pairs: before the step at this share the change is
+            repeated until the score reaches the number, at most `repeats` times.
         repeats: As in `Correction`.
         program: What happens to the rows of the map, as in `apply`.
         objects: The objects, as prompts write them; a prompt need not have all. None: the noun phrases that
@@ -55,7 +55,7 @@ class Recipe:
     sharpness: float | None = None
     until: float = 0.5
     every: int = 1
-    targets: Mapping[float, float] = field(default_factory=dict)
+    targets: Mapping[float, float] | tuple[tuple[float, float], ...] = ()
     repeats: int = 20
     program: Program = field(default_factory=Program)
     objects: tuple[str, ...] | None = None
@@ -70,13 +70,7 @@ class Recipe:
             raise ValueError("Recipe: expected presence or binding greater than 0, got 0 for both")
         if not 0.0 < self.until <= 1.0:
             raise ValueError(f"Recipe.until: expected a share in (0, 1], got {self.until}")
-        if not isinstance(self.targets, Mapping):
-            raise TypeError(f"Recipe.targets: expected {{share: score}}, got {type(self.targets).__name__}")
-        targets = {_number("targets", share): _number("targets", score) for share, score in self.targets.items()}
-        for share in targets:
-            if not 0.0 <= share < self.until:
-                raise ValueError(f"Recipe.targets: expected shares in [0, {self.until}), got {share}")
-        object.__setattr__(self, "targets", MappingProxyType(targets))
+        object.__setattr__(self, "targets", _checked_targets(self.targets, self.until))
         for name in ("every", "repeats"):
             count = getattr(self, name)
             if isinstance(count, bool) or not isinstance(count, int):
@@ -125,6 +119,17 @@ def _number(name: str, value: Any) -> float:
     return float(value)
 
 
+def _checked_targets(targets: Any, until: float) -> tuple[tuple[float, float], ...]:
+    if not isinstance(targets, (Mapping, tuple)):
+        raise TypeError(f"Recipe.targets: expected {{share: score}}, got {type(targets).__name__}")
+    pairs = sorted(targets.items() if isinstance(targets, Mapping) else targets)
+    checked = tuple((_number("targets", share), _number("targets", score)) for share, score in pairs)
+    for share, _ in checked:
+        if not 0.0 <= share < until:
+            raise ValueError(f"Recipe.targets: expected shares in [0, {until}), got {share}")
+    return checked
+
+
 # The papers' settings for Stable Diffusion, where 50 steps have targets at the steps 0, 10 and 20.
 _ATTEND_AND_EXCITE = Recipe(presence=1.0, sharpness=100.0, targets={0.2: 0.5, 0.4: 0.8})
 
@@ -132,6 +137,6 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "objects": _ATTEND_AND_EXCITE,
         "binding": Recipe(binding=1.0),
-        "both": replace(_ATTEND_AND_EXCITE, binding=1.0, targets={}),
+        "both": replace(_ATTEND_AND_EXCITE, binding=1.0, targets=()),
     }
 )

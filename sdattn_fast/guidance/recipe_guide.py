@@ -180,7 +180,7 @@ class _Correcting:
             self.patch.current_call.left_out.append(reason)
             warnings.warn(f"sdattn_fast: the recipe left out {reason}", UserWarning, stacklevel=4)
             return None
-        targets = {round(share * count) - 1: score for share, score in recipe.targets.items()}
+        targets = {round(share * count) - 1: score for share, score in dict(recipe.targets).items()}
         correction = Correction(
             self.patch, self.score, steps=(0, end), every=recipe.every, strength=recipe.strength,
             normalize=recipe.normalize, targets={step: score for step, score in targets.items() if 0 <= step < end},

@@ -5,10 +5,11 @@ step is drawn."""
 from __future__ import annotations
 
 import copy
+import pickle
 import threading
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -354,6 +355,13 @@ def test_pipelines_that_cannot_carry_a_recipe(build: Any) -> None:
         sdattn_fast.apply(pipe, recipe=3)  # type: ignore[arg-type]
     assert not hasattr(pipe.unet, "_sdattn_fast_watched")
     sdattn_fast.apply(pipe).remove()  # nothing was left in place
+
+
+def test_recipes_are_values() -> None:
+    recipe = Recipe(presence=1, targets={0.4: 1, 0.2: 0.5}, objects=["cat"])
+    assert recipe.targets == ((0.2, 0.5), (0.4, 1.0)) and recipe.objects == ("cat",)
+    assert hash(recipe) == hash(replace(recipe)) and copy.deepcopy(recipe) == recipe != replace(recipe, every=2)
+    assert pickle.loads(pickle.dumps(recipe)) == recipe == Recipe(**{**asdict(recipe), "program": Program()})
 
 
 @pytest.mark.parametrize(
