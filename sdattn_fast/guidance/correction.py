@@ -110,12 +110,12 @@ class Correction:
         most = 1.0 if how == "reweight" else float("inf")
         if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0.0 <= strength <= most:
             raise ValueError(f"strength: expected a number in [0, {most:g}], got {strength!r}")
-        self.targets = {} if targets is None else _checked_targets(targets, steps, how)
         for name, count in (("every", every), ("repeats", repeats)):
             if isinstance(count, bool) or not isinstance(count, int):
                 raise TypeError(f"{name}: expected an int, got {type(count).__name__}")
             if count < 1:
                 raise ValueError(f"{name}: expected at least 1, got {count}")
+        self.targets = {} if targets is None else _checked_targets(targets, steps, every, how)
         if not isinstance(normalize, bool):
             raise TypeError(f"normalize: expected a bool, got {type(normalize).__name__}")
         if not normalize and how != "gradient":
@@ -275,7 +275,7 @@ class Correction:
         return inputs, entries
 
 
-def _checked_targets(targets: Any, steps: tuple[int, int], how: str) -> dict[int, float]:
+def _checked_targets(targets: Any, steps: tuple[int, int], every: int, how: str) -> dict[int, float]:
     if not isinstance(targets, Mapping):
         raise TypeError(f"targets: expected {{step: score}}, got {type(targets).__name__}")
     if how != "gradient":
@@ -283,6 +283,8 @@ def _checked_targets(targets: Any, steps: tuple[int, int], how: str) -> dict[int
     for step, target in targets.items():
         if isinstance(step, bool) or not isinstance(step, int) or not steps[0] <= step < steps[1]:
             raise ValueError(f"targets: expected steps from {steps[0]} to {steps[1] - 1}, got {step!r}")
+        if (step - steps[0]) % every:
+            raise ValueError(f"targets: expected every {every}-th step from {steps[0]} on, got {step}")
         if isinstance(target, bool) or not isinstance(target, (int, float)) or not math.isfinite(target):
             raise ValueError(f"targets: expected finite scores, got {target!r} for step {step}")
     return {step: float(target) for step, target in targets.items()}

@@ -180,11 +180,15 @@ class _Correcting:
             self.patch.current_call.left_out.append(reason)
             warnings.warn(f"sdattn_fast: the recipe left out {reason}", UserWarning, stacklevel=4)
             return None
-        targets = {round(share * count) - 1: score for share, score in dict(recipe.targets).items()}
+        taken = range(0, end, recipe.every)
+        targets = {
+            min(taken, key=lambda step: abs(step + 1 - share * count)): score
+            for share, score in dict(recipe.targets).items()
+            if share * count >= 0.5  # the others' step is the first
+        }
         correction = Correction(
             self.patch, self.score, steps=(0, end), every=recipe.every, strength=recipe.strength,
-            normalize=recipe.normalize, targets={step: score for step, score in targets.items() if 0 <= step < end},
-            repeats=recipe.repeats,
+            normalize=recipe.normalize, targets=targets, repeats=recipe.repeats,
         )  # fmt: skip
         correction.remove()  # the guide watches the UNet for all of them
         return correction

@@ -357,6 +357,23 @@ def test_pipelines_that_cannot_carry_a_recipe(build: Any) -> None:
     sdattn_fast.apply(pipe).remove()  # nothing was left in place
 
 
+@pytest.mark.parametrize(
+    "count, every, steps, targets",
+    [
+        (50, 1, (0, 24), {9: 0.5, 19: 0.8}),
+        (50, 3, (0, 24), {9: 0.5, 18: 0.8}),
+        (20, 1, (0, 9), {3: 0.5, 7: 0.8}),
+        (4, 1, (0, 1), {0: 0.8}),
+        (2, 1, (0, 1), {0: 0.8}),
+    ],
+)
+def test_the_steps_of_a_recipe(count: int, every: int, steps: Any, targets: dict[int, float], build: Any) -> None:
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe, recipe=replace(Recipe.named("objects"), every=every)) as patch:
+        correction = patch.guide.begin(pipe, {"prompt": CAPTION})._for_steps(count)
+    assert (correction.steps, correction.every, correction.targets) == (steps, every, targets)
+
+
 def test_recipes_are_values() -> None:
     recipe = Recipe(presence=1, targets={0.4: 1, 0.2: 0.5}, objects=["cat"])
     assert recipe.targets == ((0.2, 0.5), (0.4, 1.0)) and recipe.objects == ("cat",)
@@ -394,6 +411,7 @@ def test_bad_recipes(changes: dict[str, Any], error: type[Exception], message: s
     [
         ({"every": 0}, ValueError, "every: expected at least 1, got 0"),
         ({"every": True}, TypeError, "every: expected an int, got bool"),
+        ({"every": 3, "targets": {4: 0.5}}, ValueError, "targets: expected every 3-th step from 0 on, got 4"),
         ({"normalize": 0}, TypeError, "normalize: expected a bool, got int"),
         ({"normalize": False, "how": "reweight"}, ValueError, "normalize: False goes with how='gradient'"),
         ({"normalize": False, "score": lambda seen: 0}, TypeError, "normalize=False needs a score with by_picture"),
