@@ -4,7 +4,7 @@
 #include <algorithm>
 
 #include "launch.h"
-#include "rows.cuh"
+#include "token_side.cuh"
 
 namespace sdattn::cuda {
 namespace {
