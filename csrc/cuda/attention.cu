@@ -25,7 +25,8 @@ struct Device {
 // Keys, values and the columns' side in shared memory, all at once or, where they do not fit, piece by piece.
 void lay_out(Launch& l, Grid& grid, int size, int limit) {
   const Attention& a = l.call.attention;
-  const int side = rows::side_bytes(l.columns), planes = static_cast<int>(up(a.Dv, 8) / 8), plane = 8 * size * l.columns;
+  const int side = rows::side_bytes(l.columns);
+  const int planes = static_cast<int>(up(a.Dv, 8) / 8), plane = 8 * size * l.columns;
   l.stream = int64_t(l.key_bytes) * l.columns + int64_t(planes) * plane + side > limit;
   int next = 0;
   const auto take = [&](int bytes) {
@@ -97,12 +98,15 @@ int sdattn_cuda_attention(const Call* call, void* stream) {
 
   l.key_bytes = static_cast<int32_t>(a.D * size);
   lay_out(l, grid, size, device.shared_bytes);
+  // A tensor core takes 16 bytes of a row at the least, of float32 32.
   const int granule = a.dtype == float32 ? 32 : 16;
   const bool whole_rows = l.whole_query && l.whole_key && l.whole_value && l.whole_out && a.D * size % granule == 0 &&
                           a.Dv % 8 == 0 && !l.stream;
   const bool alone = a.bias.data == nullptr && a.maps == nullptr && a.bits == nullptr && l.scale > 0.0f && a.N > 64 &&
                      !(a.program.content != nullptr && a.program.random_ratio >= 0.0f);
-  grid.kind = !whole_rows || (grid.wide && (!alone || a.dtype == float32)) ? rows::any_shape : alone ? rows::bare : rows::equipped;
+  grid.kind = !whole_rows || (grid.wide && (!alone || a.dtype == float32)) ? rows::any_shape
+              : alone                                                      ? rows::bare
+                                                                           : rows::equipped;
   if (grid.kind == rows::any_shape) {
     l.key_bytes = static_cast<int32_t>(up(a.D * size, 32));
     lay_out(l, grid, size, device.shared_bytes);

@@ -7,8 +7,8 @@ namespace sdattn::cuda::rows {
 
 // Columns of a row to the maps that were asked for, at m of (T, M).
 template <int VALUES>
-SDATTN_DEVICE void store_map(const Launch& l, const unsigned char* shared, const float (&p)[VALUES], float factor, float* to,
-                             bool add) {
+SDATTN_DEVICE void store_map(const Launch& l, const unsigned char* shared, const float (&p)[VALUES], float factor,
+                             float* to, bool add) {
   const auto* slots = reinterpret_cast<const int32_t*>(shared + l.slots);
 #pragma unroll
   for (int i = 0; i < VALUES; ++i) {

@@ -82,25 +82,7 @@ struct Warp {
   SDATTN_DEVICE void output() {
     const Attention& a = l.call.attention;
     uint32_t packed[TILES][BLOCKS][is_float<T> ? 8 : 4];
-#pragma unroll
-    for (int tile = 0; tile < TILES; ++tile) {
-      const float(&low)[values] = p[2 * tile], (&high)[values] = p[2 * tile + 1];
-#pragma unroll
-      for (int block = 0; block < BLOCKS; ++block) {
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int i = 4 * block + 2 * half;
-          if constexpr (is_float<T>) {
-            uint32_t* to = &packed[tile][block][4 * half];
-            to[0] = float_bits(low[i]), to[1] = float_bits(high[i]);
-            to[2] = float_bits(low[i + 1]), to[3] = float_bits(high[i + 1]);
-          } else {
-            packed[tile][block][2 * half] = pack2<T>(low[i], low[i + 1]);
-            packed[tile][block][2 * half + 1] = pack2<T>(high[i], high[i + 1]);
-          }
-        }
-      }
-    }
+    pack_rows<T>(p, packed);
     const int planes = static_cast<int>(a.Dv + 7) / 8;
     const unsigned char* from = shared + l.values;
     int plane = 0;
@@ -142,35 +124,8 @@ struct Warp {
   // Step 1, steps 2 to 6, the map and the bits.
   SDATTN_DEVICE void row(float (&x)[values], float& factor, int row) {
     const Attention& a = l.call.attention;
-    if constexpr (KIND >= equipped) {
-      const auto* order = reinterpret_cast<const int16_t*>(shared + l.order);
-      const int64_t here = head.b * a.bias.stride[0] + head.h * a.bias.stride[1] + row * a.bias.stride[2];
-      const bool biased = a.bias.data != nullptr && row < a.M;
-#pragma unroll
-      for (int i = 0; i < values; ++i) {
-        const int column = column_of(i, thread_index() & 31);
-        if (column >= a.N) continue;
-        x[i] *= l.scale;
-        if (!biased) continue;
-        in_order();
-        const float more = bias_at(a.bias.data, a.bias_dtype, here + order[column] * a.bias.stride[3]);
-        x[i] = fmaf(more, 1.44269504088896340736f, x[i]);
-      }
-    }
-    float most = x[0], total = 0.0f;
-#pragma unroll
-    for (int i = 1; i < values; ++i) most = larger(most, x[i]);
-    most = quad_max(most);
-    // In units of ln 2, for exp2. Where there may be a bias, logits have the scale already.
-    const float scale = KIND == bare ? l.scale : 1.0f;
-    most = most == bits_float(0xff800000) ? 0.0f : most * scale;
-#pragma unroll
-    for (int i = 0; i < values; ++i) {
-      x[i] = exp2_fast(KIND == bare ? fmaf(x[i], scale, -most) : x[i] - most);
-      total += x[i];
-    }
-    total = quad_sum(total);
-    factor = total == 0.0f ? 0.0f : reciprocal(total);
+    if constexpr (KIND >= equipped) add_bias(l, head, shared, row, x);
+    const float total = softmax<KIND>(l, x, factor);
     const auto decide = [&] {
       if (numbers().content == 0) return;
       row_program<A, KIND>(l, shared, head.b, head.h, row, total, x, factor);

@@ -51,6 +51,38 @@ SDATTN_DEVICE void load_share(const Launch& l, const Head& head, int m, int firs
   }
 }
 
+// A lane's share of eight keys of a plane, in one access.
+template <int WORDS>
+SDATTN_DEVICE void load_words(const unsigned char* from, uint32_t (&to)[WORDS]) {
+  if constexpr (WORDS == 4) {
+    const uint4 x = *reinterpret_cast<const uint4*>(from);
+    to[0] = x.x, to[1] = x.y, to[2] = x.z, to[3] = x.w;
+  } else if constexpr (WORDS == 2) {
+    const uint2 x = *reinterpret_cast<const uint2*>(from);
+    to[0] = x.x, to[1] = x.y;
+  } else {
+    to[0] = *reinterpret_cast<const uint32_t*>(from);
+  }
+}
+
+// c += 16 rows of a piece of the query times the same piece of eight keys; of_query: the rows split, for float32.
+template <class T, int WORDS, int SPLITS>
+SDATTN_DEVICE void multiply_tile(const Share<WORDS>& q, const Split (&of_query)[SPLITS], const uint32_t (&k)[WORDS],
+                                 float& c0, float& c1, float& c2, float& c3) {
+  if constexpr (WORDS == 1) {
+    mma_k8<T>(c0, c1, c2, c3, q.low[0], q.high[0], k[0]);
+  } else {
+#pragma unroll
+    for (int w = 0; w < WORDS; w += 2) {
+      if constexpr (is_float<T>) {
+        multiply_split(c0, c1, c2, c3, of_query[w / 2], k[w], k[w + 1]);
+      } else {
+        mma_k16<T>(c0, c1, c2, c3, q.low[w], q.high[w], q.low[w + 1], q.high[w + 1], k[w], k[w + 1]);
+      }
+    }
+  }
+}
+
 // Adds the product of a piece of the query with the same piece of the keys; keys: the plane.
 template <class T, int WORDS, int TILES, int VALUES>
 SDATTN_DEVICE void multiply_keys(const Launch& l, const Share<WORDS> (&q)[TILES], const unsigned char* keys,
@@ -73,32 +105,12 @@ SDATTN_DEVICE void multiply_keys(const Launch& l, const Share<WORDS> (&q)[TILES]
     if (VALUES > 20 && 8 * j >= l.columns) break;
     uint32_t k[WORDS];
     const unsigned char* from = keys + (32 * j + lane) * 4 * WORDS;
-    if constexpr (WORDS == 4) {
-      const uint4 x = *reinterpret_cast<const uint4*>(from);
-      k[0] = x.x, k[1] = x.y, k[2] = x.z, k[3] = x.w;
-    } else if constexpr (WORDS == 2) {
-      const uint2 x = *reinterpret_cast<const uint2*>(from);
-      k[0] = x.x, k[1] = x.y;
-    } else {
-      k[0] = *reinterpret_cast<const uint32_t*>(from);
-    }
+    load_words(from, k);
 #pragma unroll
     for (int tile = 0; tile < TILES; ++tile) {
       float &c0 = p[2 * tile][2 * j], &c1 = p[2 * tile][2 * j + 1];
       float &c2 = p[2 * tile + 1][2 * j], &c3 = p[2 * tile + 1][2 * j + 1];
-      if constexpr (WORDS == 1) {
-        mma_k8<T>(c0, c1, c2, c3, q[tile].low[0], q[tile].high[0], k[0]);
-      } else {
-#pragma unroll
-        for (int w = 0; w < WORDS; w += 2) {
-          if constexpr (is_float<T>) {
-            multiply_split(c0, c1, c2, c3, of_query[tile][w / 2], k[w], k[w + 1]);
-          } else {
-            const Share<WORDS>& x = q[tile];
-            mma_k16<T>(c0, c1, c2, c3, x.low[w], x.high[w], x.low[w + 1], x.high[w + 1], k[w], k[w + 1]);
-          }
-        }
-      }
+      multiply_tile<T>(q[tile], of_query[tile], k, c0, c1, c2, c3);
     }
   }
 }

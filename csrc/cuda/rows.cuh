@@ -13,6 +13,10 @@
 //
 // Tensor cores by mma.sync on every target. wgmma would take both products of 64 rows at once, but at 77 columns they
 // are a tenth of the instructions (docs/kernels.md counts them): the rows are what costs.
+//
+// Each part has a file: token_side.cuh and staging.cuh fill shared memory; mainloop.cuh takes a warp's rows through
+// qk_gemm.cuh, softmax.cuh, row_program.cuh (select.cuh: the k-th largest), capture.cuh and pv_gemm.cuh; epilogue.cuh
+// stores the output.
 #pragma once
 
 #if defined(__CUDACC__)
@@ -29,7 +33,8 @@ namespace sdattn::cuda {
 // BLOCKS: of 16 columns, at most 16; with 5 or fewer they are all there, beyond those that N needs. A: of 16 columns,
 // those of tile A. TILES: of 16 rows, of a warp.
 template <class T, int BLOCKS, int A, int TILES, int KIND>
-SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident(sizeof(T), BLOCKS, A, KIND))) rows_kernel(const SDATTN_PARAMETER Launch l) {
+SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident(sizeof(T), BLOCKS, A, KIND)))
+    rows_kernel(const SDATTN_PARAMETER Launch l) {
   using namespace rows;
   unsigned char* shared = shared_memory();
   const Attention& a = l.call.attention;
@@ -52,37 +57,7 @@ SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident(sizeof(T), BLOCK
     sync_block();  // nobody reads the last head's any more
     token_side<A, KIND>(l, shared, head.b, h, programmed, mode == head_program);
     const bool resident = !(KIND >= any_shape && l.stream);
-    if (resident) {
-      const int bytes = l.key_bytes;
-      unsigned char* plane = shared;
-      int done = 0;
-      const int planes = static_cast<int>(a.Dv + 7) / 8;
-      unsigned char* values = shared + l.values;
-      int first = 0;
-      if constexpr (KIND >= any_shape) {
-        for (; done < bytes; done += 32, plane += 32 * l.columns) load_keys<T, KIND>(l, head, shared, plane, done, 32);
-        for (; first < planes; ++first, values += value_plane<T> * l.columns) {
-          load_values<T, 1, KIND>(l, head, shared, values, 8 * first);
-        }
-      }
-      for (; KIND < any_shape && done + 64 <= bytes; done += 64, plane += 64 * l.columns) load_keys<T, KIND>(l, head, shared, plane, done, 64);
-      if (KIND < any_shape && (bytes & 32) != 0) {
-        load_keys<T, KIND>(l, head, shared, plane, done, 32);
-        plane += 32 * l.columns;
-        done += 32;
-      }
-      if (KIND < any_shape && (bytes & 16) != 0) load_keys<T, KIND>(l, head, shared, plane, done, 16);
-      for (; KIND < any_shape && first + 4 <= planes; first += 4, values += 4 * value_plane<T> * l.columns) {
-        load_values<T, 4, KIND>(l, head, shared, values, 8 * first);
-      }
-      if (KIND < any_shape && (planes & 2) != 0) {
-        load_values<T, 2, KIND>(l, head, shared, values, 8 * first);
-        values += 2 * value_plane<T> * l.columns;
-        first += 2;
-      }
-      if (KIND < any_shape && (planes & 1) != 0) load_values<T, 1, KIND>(l, head, shared, values, 8 * first);
-      commit_copies();
-    }
+    if (resident) stage_head<T, KIND>(l, head, shared);
 
     const auto row_of = [&](int tile) {
       return ((group * tiles + tile) * warps + warp) * (16 * TILES) + (lane >> 2);
@@ -96,7 +71,8 @@ SDATTN_KERNEL void SDATTN_BOUNDS(rows::threads, (rows::resident(sizeof(T), BLOCK
     }
     for (int tile = 0; tile < tiles; ++tile) {
       const int m = row_of(tile);
-      if (!(KIND >= any_shape && l.stream) && m - (lane >> 2) >= a.M) break;  // with `stream` every warp brings its part
+      // With `stream` every warp brings its part of the keys and values, even without rows.
+      if (!(KIND >= any_shape && l.stream) && m - (lane >> 2) >= a.M) break;
       Warp<T, BLOCKS, A, TILES, KIND> w{l, head, shared, m};
       w.logits(first);
       w.rows();

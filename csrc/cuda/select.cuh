@@ -126,8 +126,8 @@ SDATTN_DEVICE float kth_by_bisection(const X& x, int k) {
   return smaller(least, shuffle_xor(least, 2));
 }
 
-// x: SIZE floats by index, >= 0, or negative for entries that do not count. 1 <= k <= most, and k entries or more count; `most` is the same
-// for all rows of a launch. A row with a NaN gets some number.
+// x: SIZE floats by index, >= 0, or negative for entries that do not count. 1 <= k <= most, and k entries or more
+// count; `most` is the same for all rows of a launch. A row with a NaN gets some number.
 template <int SIZE, class X>
 SDATTN_DEVICE float kth_largest(const X& x, int k, int most) {
   if (most == 1) {

@@ -7,8 +7,8 @@ namespace sdattn::cuda::rows {
 
 // `width` bytes of every key from byte `first` on, 16 at a time: a plane of (columns, width).
 template <class T, int KIND>
-SDATTN_DEVICE void load_keys(const Launch& l, const Head& head, const unsigned char* shared, unsigned char* to, int first,
-                             int width) {
+SDATTN_DEVICE void load_keys(const Launch& l, const Head& head, const unsigned char* shared, unsigned char* to,
+                             int first, int width) {
   const auto* position = reinterpret_cast<const int16_t*>(shared + l.position);
   const Attention& a = l.call.attention;
   const int chunks = width / 16, shift = width == 64 ? 2 : width == 32 ? 1 : 0;
@@ -82,6 +82,42 @@ SDATTN_DEVICE void load_values(const Launch& l, const Head& head, const unsigned
       place[e % in_unit] = token < a.N && element + e < a.Dv ? from[e] : from_float<T>(0.0f);
     }
   }
+}
+
+// All keys and values of a head; what is copied is committed as one group.
+template <class T, int KIND>
+SDATTN_DEVICE void stage_head(const Launch& l, const Head& head, unsigned char* shared) {
+  const int bytes = l.key_bytes;
+  unsigned char* plane = shared;
+  int done = 0;
+  const int planes = static_cast<int>(l.call.attention.Dv + 7) / 8;
+  unsigned char* values = shared + l.values;
+  int first = 0;
+  if constexpr (KIND >= any_shape) {
+    for (; done < bytes; done += 32, plane += 32 * l.columns) load_keys<T, KIND>(l, head, shared, plane, done, 32);
+    for (; first < planes; ++first, values += value_plane<T> * l.columns) {
+      load_values<T, 1, KIND>(l, head, shared, values, 8 * first);
+    }
+  }
+  for (; KIND < any_shape && done + 64 <= bytes; done += 64, plane += 64 * l.columns) {
+    load_keys<T, KIND>(l, head, shared, plane, done, 64);
+  }
+  if (KIND < any_shape && (bytes & 32) != 0) {
+    load_keys<T, KIND>(l, head, shared, plane, done, 32);
+    plane += 32 * l.columns;
+    done += 32;
+  }
+  if (KIND < any_shape && (bytes & 16) != 0) load_keys<T, KIND>(l, head, shared, plane, done, 16);
+  for (; KIND < any_shape && first + 4 <= planes; first += 4, values += 4 * value_plane<T> * l.columns) {
+    load_values<T, 4, KIND>(l, head, shared, values, 8 * first);
+  }
+  if (KIND < any_shape && (planes & 2) != 0) {
+    load_values<T, 2, KIND>(l, head, shared, values, 8 * first);
+    values += 2 * value_plane<T> * l.columns;
+    first += 2;
+  }
+  if (KIND < any_shape && (planes & 1) != 0) load_values<T, 1, KIND>(l, head, shared, values, 8 * first);
+  commit_copies();
 }
 
 }  // namespace sdattn::cuda::rows

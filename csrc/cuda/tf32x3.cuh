@@ -22,7 +22,8 @@ SDATTN_DEVICE Split split(uint32_t a0, uint32_t a1, uint32_t a2, uint32_t a3) {
 }
 
 // A product of float32 to float32's accuracy by three of TF32.
-SDATTN_DEVICE void multiply_split(float& c0, float& c1, float& c2, float& c3, const Split& a, uint32_t b0, uint32_t b1) {
+SDATTN_DEVICE void multiply_split(float& c0, float& c1, float& c2, float& c3, const Split& a, uint32_t b0,
+                                  uint32_t b1) {
   const uint32_t h0 = to_tf32(bits_float(b0)), h1 = to_tf32(bits_float(b1));
   const uint32_t l0 = to_tf32(bits_float(b0) - bits_float(h0)), l1 = to_tf32(bits_float(b1) - bits_float(h1));
   mma_tf32(c0, c1, c2, c3, a.low[0], a.low[1], a.low[2], a.low[3], h0, h1);

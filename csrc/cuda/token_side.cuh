@@ -30,11 +30,28 @@ SDATTN_DEVICE bool is_content(const RowProgram& p, int64_t b, int64_t tokens, in
   return token < tokens && p.content[b * tokens + token] != 0;
 }
 
+// Of every phrase, for each lane of a quad: which of its values are members.
+template <int A>
+SDATTN_DEVICE void phrase_masks(const int16_t* leaders, const int16_t* first_of, int phrases, uint32_t* masks) {
+#pragma unroll 1
+  for (int i = thread_index(); i < 4 * phrases; i += threads_of_block()) {
+    const int leader = first_of[i / 4];
+#pragma unroll
+    for (int word = 0; word < phrase_words; ++word) {
+      uint32_t mask = 0;
+#pragma unroll 1
+      for (int j = 0; j < 32 && 32 * word + j < 4 * A; ++j) {
+        mask |= (leaders[column_of(32 * word + j, i % 4)] == leader ? 1u : 0u) << j;
+      }
+      masks[phrase_words * i + word] = mask;
+    }
+  }
+}
+
 // Which token is in which column, what its gate, its map's slot and its phrase are, and the head's `Numbers`. Ends with
 // all of it visible.
 template <int A, int KIND>
-SDATTN_DEVICE void token_side(const Launch& l, unsigned char* shared, int b, int h, bool programmed,
-                              bool active) {
+SDATTN_DEVICE void token_side(const Launch& l, unsigned char* shared, int b, int h, bool programmed, bool active) {
   const RowProgram& program = l.call.attention.program;
   const int n = static_cast<int>(l.call.attention.N);
   const int lane = thread_index() & 31, threads = threads_of_block();
@@ -100,22 +117,11 @@ SDATTN_DEVICE void token_side(const Launch& l, unsigned char* shared, int b, int
   sync_block();
   if (KIND >= equipped && l.call.attention.maps != nullptr) {
 #pragma unroll 1
-    for (int i = thread_index(); i < program.capture_count; i += threads) slots[position[program.capture_tokens[i]]] = i;
-  }
-  // Of every phrase, for each lane of a quad: which of its values are members.
-#pragma unroll 1
-  for (int i = thread_index(); i < 4 * phrases; i += threads) {
-    const int leader = first_of[i / 4];
-#pragma unroll
-    for (int word = 0; word < phrase_words; ++word) {
-      uint32_t mask = 0;
-#pragma unroll 1
-      for (int j = 0; j < 32 && 32 * word + j < 4 * A; ++j) {
-        mask |= (leaders[column_of(32 * word + j, i % 4)] == leader ? 1u : 0u) << j;
-      }
-      masks[phrase_words * i + word] = mask;
+    for (int i = thread_index(); i < program.capture_count; i += threads) {
+      slots[position[program.capture_tokens[i]]] = i;
     }
   }
+  phrase_masks<A>(leaders, first_of, phrases, masks);
   sync_block();
 }
 
