@@ -170,9 +170,11 @@ void head(const Job& job, char* base, int64_t b, int64_t h, int64_t m, int64_t r
   second_product<E>(a, packed, w, base, factor, add);
 }
 
-// ---- Other kernels, on the same lanes ---------------------------------------------------------------------------------
+// ---- Other kernels, on the same lanes ------------------------------------------------------------------------------
 
 #include "smooth.inl"
+#include "outer_product.inl"
+#include "backward_row.inl"
 #include "backward.inl"
 #include "gaussian_attention.inl"
 #include "refine.inl"
