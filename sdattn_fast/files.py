@@ -17,7 +17,7 @@ from typing import Any
 
 from .program import Program, Refinement, SalienceDropout
 
-__all__ = ["ProgramFile", "load_heads", "save_heads", "read_json", "write_json", "written_aside"]
+__all__ = ["ProgramFile", "atomic_write", "load_heads", "read_json", "save_heads", "write_json"]
 
 _PROGRAM, _HEADS = "sdattn-fast program", "sdattn-fast heads"
 _VERSION = 1
@@ -149,9 +149,9 @@ def read_json(path: str | Path, kind: str) -> dict[str, Any]:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise ValueError(f"{path}: expected a JSON file of the format {kind!r}: {error}") from None
-    found = content.get("format") if isinstance(content, dict) else None
-    if found != kind:
-        raise ValueError(f"{path}: expected the format {kind!r}, got {found!r}")
+    stored_format = content.get("format") if isinstance(content, dict) else None
+    if stored_format != kind:
+        raise ValueError(f"{path}: expected the format {kind!r}, got {stored_format!r}")
     version = content.get("version")
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= _VERSION:
         raise ValueError(f"{path}: expected version {_VERSION} of the format {kind!r}, got {version!r}")
@@ -161,28 +161,28 @@ def read_json(path: str | Path, kind: str) -> dict[str, Any]:
 def write_json(path: str | Path, kind: str, content: Mapping[str, Any]) -> None:
     """Write a file of that kind: aside first, then renamed. Raises: OSError; TypeError, ValueError (not JSON)."""
     text = json.dumps({"format": kind, "version": _VERSION, **content}, indent=1, default=_plain, allow_nan=False)
-    with written_aside(path) as aside:
-        aside.write_text(text + "\n", encoding="utf-8")
+    with atomic_write(path) as temporary:
+        temporary.write_text(text + "\n", encoding="utf-8")
 
 
 @contextlib.contextmanager
-def written_aside(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path to write to, in the folder of `path`, made if need be; renamed to it where the block ends well. A full
     disk, an error or a kill leaves what was there. Raises: OSError."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
     os.close(handle)
-    aside = Path(name)
+    temporary = Path(name)
     try:
-        yield aside
-        with aside.open("rb+") as file:
+        yield temporary
+        with temporary.open("rb+") as file:
             os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
     except BaseException as error:
         with contextlib.suppress(OSError):
-            aside.unlink()
+            temporary.unlink()
         if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
             error.filename = str(path)
         raise
@@ -195,20 +195,20 @@ def _program(content: Any) -> Program:
     parts: dict[str, Any] = dict(content)
     _only_known(parts, [f.name for f in fields(Program)], "program: ")
     for name, kind in (("dropout", SalienceDropout), ("refine", Refinement)):
-        given = parts.get(name)
-        if given is None:
+        values = parts.get(name)
+        if values is None:
             continue
-        if not isinstance(given, dict):
-            raise TypeError(f"program.{name}: expected a mapping or null, got {given!r}")
-        _only_known(given, [f.name for f in fields(kind)], f"program.{name}: ")
-        parts[name] = kind(**given)
+        if not isinstance(values, dict):
+            raise TypeError(f"program.{name}: expected a mapping or null, got {values!r}")
+        _only_known(values, [f.name for f in fields(kind)], f"program.{name}: ")
+        parts[name] = kind(**values)
     return Program(**parts)
 
 
-def _only_known(content: Mapping[str, Any], known: Sequence[str], where: str = "") -> None:
+def _only_known(content: Mapping[str, Any], known: Sequence[str], prefix: str = "") -> None:
     unknown = [name for name in content if name not in known]
     if unknown:
-        raise ValueError(f"{where}expected the fields {', '.join(known)}, got also {unknown[0]!r}")
+        raise ValueError(f"{prefix}expected the fields {', '.join(known)}, got also {unknown[0]!r}")
 
 
 def _checked_heads(name: str, heads: Any) -> dict[str, tuple[int, ...]]:

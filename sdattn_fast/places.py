@@ -17,17 +17,17 @@ class Known:
     """A tensor that came before; nothing of it is kept but, where looking is free, a copy."""
 
     def __init__(self, x: Tensor) -> None:
-        self._what = x.detach().clone() if looking_is_free(x.device) else Place(x)
+        self._remembered = x.detach().clone() if looking_is_free(x.device) else Place(x)
 
     def is_same(self, x: Tensor) -> bool:
         """Whether x is the same: equal, or the same memory, not written to since, by any tensor or view."""
-        kept = self._what
-        return _equal(kept, x) if isinstance(kept, Tensor) else kept == Place(x)
+        remembered = self._remembered
+        return _equal(remembered, x) if isinstance(remembered, Tensor) else remembered == Place(x)
 
     @property
     def bytes(self) -> int:
         """Of the copy."""
-        return self._what.nbytes if isinstance(self._what, Tensor) else 0
+        return self._remembered.nbytes if isinstance(self._remembered, Tensor) else 0
 
 
 class Place:
@@ -86,9 +86,9 @@ def _nowhere() -> Place:
     return place
 
 
-def _equal(kept: Tensor, x: Tensor) -> bool:
-    alike = kept.shape == x.shape and kept.dtype == x.dtype and kept.device == x.device
-    return alike and torch.equal(kept, x)
+def _equal(copy: Tensor, x: Tensor) -> bool:
+    alike = copy.shape == x.shape and copy.dtype == x.dtype and copy.device == x.device
+    return alike and torch.equal(copy, x)
 
 
 def version_of(x: Tensor) -> int | None:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Prompt", "cuts_said_once", "read_prompts", "words_to_find"]
+__all__ = ["Prompt", "read_prompts", "report_truncation", "words_to_find"]
 
 # Closed classes of words, which name nothing that could be seen.
 _NAMELESS = frozenset(
@@ -37,7 +37,7 @@ def read_prompts(path: Path, name: str = "prompts") -> list[Prompt]:
 
     Raises: OSError; ValueError, naming the line, where one is not such; also for a file without prompts.
     """
-    found = []
+    prompts = []
     try:
         lines = path.read_text(encoding="utf-8-sig").splitlines()
     except UnicodeDecodeError as error:
@@ -45,16 +45,16 @@ def read_prompts(path: Path, name: str = "prompts") -> list[Prompt]:
     for number, line in enumerate(lines, 1):
         line = line.strip()
         if line.startswith("{"):
-            found.append(_from_json(line, f"{name}: {path}, line {number}"))
+            prompts.append(_from_json(line, f"{name}: {path}, line {number}"))
         elif line:
-            found.append(Prompt(line))
-    if not found:
+            prompts.append(Prompt(line))
+    if not prompts:
         raise ValueError(f"{name}: expected at least one prompt in {path}, got none")
-    return found
+    return prompts
 
 
 @contextlib.contextmanager
-def cuts_said_once(tokenizer: Any, prompts: Sequence[str], console: Any) -> Iterator[None]:
+def report_truncation(tokenizer: Any, prompts: Sequence[str], console: Any) -> Iterator[None]:
     """Tells rich's console which prompts are longer than the model reads, and keeps diffusers from telling it at every
     call, with the padding of all the prompts beside them."""
     from .loading import quiet_loading
@@ -80,18 +80,18 @@ def words_to_find(prompt: Prompt, words: list[str]) -> list[str]:
     return [word for word, name in plain if name not in _NAMELESS and any(c.isalpha() or c > "\x7f" for c in name)]
 
 
-def _from_json(line: str, where: str) -> Prompt:
+def _from_json(line: str, location: str) -> Prompt:
     try:
         content = json.loads(line)
     except json.JSONDecodeError as error:
-        raise ValueError(f'{where}: expected a prompt, or {{"prompt": ..., "words": [...]}}: {error}') from None
+        raise ValueError(f'{location}: expected a prompt, or {{"prompt": ..., "words": [...]}}: {error}') from None
     text, words = content.get("prompt"), content.get("words")
     if not isinstance(text, str) or not text.strip():
-        raise ValueError(f'{where}: expected "prompt" to be some words, got {text!r}')
+        raise ValueError(f'{location}: expected "prompt" to be some words, got {text!r}')
     if words is not None and (not isinstance(words, list) or any(not isinstance(word, str) for word in words)):
-        raise ValueError(f'{where}: expected "words" to be a list of words, got {words!r}')
+        raise ValueError(f'{location}: expected "words" to be a list of words, got {words!r}')
     for name in ("include", "exclude"):
         if not isinstance(content.get(name, []), list):
-            raise ValueError(f'{where}: expected "{name}" to be a list of GenEval\'s entries, got {content[name]!r}')
+            raise ValueError(f'{location}: expected "{name}" to be a list of GenEval\'s entries, got {content[name]!r}')
     geneval = {name: content[name] for name in ("include", "exclude", "tag") if name in content}
     return Prompt(text.strip(), None if words is None else tuple(words), geneval)

@@ -67,7 +67,7 @@ def evaluate(
     from ..files import ProgramFile, load_heads
     from ..lab.pipeline import WORLDS
     from ..patching.words import tokenizer_of
-    from ..prompts import cuts_said_once, read_prompts
+    from ..prompts import read_prompts, report_truncation
     from .doctor import processor_name
     from .generate import load_pipeline
     from .heads import clip_of
@@ -107,7 +107,7 @@ def evaluate(
     subject = _subject(
         model, read, pictures, scorer, blip, detector, num_inference_steps, guidance_scale, str(pipe.device)
     )
-    with cuts_said_once(tokenizer_of(pipe), subject.prompts, console):
+    with report_truncation(tokenizer_of(pipe), subject.prompts, console):
         if threshold is None and any("threshold" in c.needs for c in every):
             threshold = _calibrated(folder, state, pipe, subject, scorer, model if read is None else None)
             console.print(f"the CLIP gate's threshold, calibrated: {threshold:.4f}")

@@ -56,7 +56,7 @@ def heads(
     from ..lab.shapes.captions import objects_of, phrases_of, selection_captions, words_of_objects
     from ..lab.shapes.judge import shapes_truth
     from ..patching.words import tokenizer_of, words_of
-    from ..prompts import Prompt, cuts_said_once, read_prompts, words_to_find
+    from ..prompts import Prompt, read_prompts, report_truncation, words_to_find
     from ..tuning import clip_score, iou_score, observe, rank_heads
     from .generate import load_pipeline
 
@@ -97,7 +97,7 @@ def heads(
 
     seen = []
     with (
-        cuts_said_once(tokenizer_of(pipe), texts, console),
+        report_truncation(tokenizer_of(pipe), texts, console),
         Progress(console=console, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("Drawing", total=len(texts))

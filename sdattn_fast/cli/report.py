@@ -10,7 +10,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..files import written_aside
+from ..files import atomic_write
 
 __all__ = ["Cost", "Pictures", "write_report"]
 
@@ -136,5 +136,5 @@ def _slug(text: str) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with written_aside(path) as aside:
-        aside.write_bytes(data)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)

@@ -65,7 +65,7 @@ def tune(
 
     from ..files import write_json
     from ..patching.words import tokenizer_of
-    from ..prompts import cuts_said_once, read_prompts
+    from ..prompts import read_prompts, report_truncation
     from ..tuning import HeadRanking
     from ..tuning.reward import Reward, compare
     from ..tuning.search_space import SearchSpace
@@ -122,7 +122,7 @@ def tune(
     found = open_study(
         storage or out / "study.db", reward, searched, name=study, model=model, ranking=ranking, heartbeat=heartbeat
     )
-    with cuts_said_once(tokenizer_of(pipe), [*chosen_on, *reported], console):
+    with report_truncation(tokenizer_of(pipe), [*chosen_on, *reported], console):
         _run(console, found, reward, searched, trials, ranking)
         if judging is None:
             file = best_program(found, searched, reward, ranking)

@@ -13,7 +13,7 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from ..files import written_aside
+from ..files import atomic_write
 from ..measure.paired import said, summary
 from .conditions import STOCK
 from .run import KEPT, Evaluation
@@ -166,5 +166,5 @@ def _uri(png: bytes) -> str:
 
 
 def _write(path: Path, data: bytes) -> None:
-    with written_aside(path) as aside:
-        aside.write_bytes(data)
+    with atomic_write(path) as temporary:
+        temporary.write_bytes(data)

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import written_aside
+from ..files import atomic_write
 from ..guidance.phrases import head_words
 from ..guidance.pictures import uint8_pictures
 from ..patching.words import tokenizer_of, words_of
@@ -101,8 +101,8 @@ class Evaluation:
         from PIL import Image
 
         for i, picture in enumerate(pictures):
-            with written_aside(self.folder / "pictures" / _file_name(condition) / f"{i}.png") as aside:
-                Image.fromarray(picture).save(aside, format="PNG")
+            with atomic_write(self.folder / "pictures" / _file_name(condition) / f"{i}.png") as temporary:
+                Image.fromarray(picture).save(temporary, format="PNG")
 
     def _check_settings(self) -> None:
         """Batches are of one evaluation: the same prompts, drawn the same way, by the same conditions."""
@@ -176,5 +176,5 @@ def _file_name(condition: Condition) -> str:
 
 
 def _write(path: Path, text: str) -> None:
-    with written_aside(path) as aside:
-        aside.write_text(text)
+    with atomic_write(path) as temporary:
+        temporary.write_text(text)

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from ..files import written_aside
+from ..files import atomic_write
 
 __all__ = ["Schedule", "fit", "is_first", "load_average", "progress", "say", "seeded", "write_tensors"]
 
@@ -102,8 +102,8 @@ def seeded(seed: int, step: int) -> torch.Generator:
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """To a file that appears when it is whole."""
-    with written_aside(path) as aside:
-        save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, aside)
+    with atomic_write(path) as temporary:
+        save_file({key: t.detach().cpu().contiguous().clone() for key, t in tensors.items()}, temporary)
 
 
 def progress(name: str, items: Iterable[int], total: int) -> Iterable[int]:

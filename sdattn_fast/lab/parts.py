@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from .tokenizer import POSITIONS
+from .tokenizer import MAX_TOKENS
 
 __all__ = ["build_clip", "build_scheduler", "build_text_encoder", "build_unet", "build_vae"]
 
@@ -78,6 +78,6 @@ def _text_config(tokenizer: Any) -> Any:
 
     return CLIPTextConfig(
         vocab_size=len(tokenizer), hidden_size=TEXT_WIDTH, intermediate_size=256, num_hidden_layers=2,
-        num_attention_heads=4, max_position_embeddings=POSITIONS, projection_dim=TEXT_WIDTH,
+        num_attention_heads=4, max_position_embeddings=MAX_TOKENS, projection_dim=TEXT_WIDTH,
         bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
     )  # fmt: skip

@@ -7,9 +7,9 @@ import string
 from collections.abc import Collection, Iterable
 from typing import Any
 
-__all__ = ["POSITIONS", "byte_pair_tokenizer"]
+__all__ = ["MAX_TOKENS", "byte_pair_tokenizer"]
 
-POSITIONS = 77
+MAX_TOKENS = 77
 
 
 def byte_pair_tokenizer(captions: Iterable[str], vocabulary: int, split: Collection[str] = ()) -> Any:
@@ -40,4 +40,4 @@ def byte_pair_tokenizer(captions: Iterable[str], vocabulary: int, split: Collect
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
     vocabulary_of = {p: i for i, p in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary_of, merges=merges, model_max_length=POSITIONS)  # type: ignore[arg-type]
+    return CLIPTokenizer(vocab=vocabulary_of, merges=merges, model_max_length=MAX_TOKENS)  # type: ignore[arg-type]

@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..files import written_aside
+from ..files import atomic_write
 from ..lab.pipeline import draw, load_pipeline
 from ..lab.shapes.captions import held_out_scenes
 from ..lab.shapes.judge import judge
@@ -46,8 +46,8 @@ def write_scenes(folder: Path, count: int) -> None:
         scene = sample_scene(_DATA_SEED + i)
         Image.fromarray(scene.image).save(folder / f"{i:05}.png")
         lines.append(json.dumps({"file_name": f"{i:05}.png", "text": scene.caption}))
-    with written_aside(folder / "metadata.jsonl") as aside:
-        aside.write_text("\n".join(lines) + "\n")
+    with atomic_write(folder / "metadata.jsonl") as temporary:
+        temporary.write_text("\n".join(lines) + "\n")
 
 
 def _run(
@@ -76,8 +76,8 @@ def _run(
             images = draw(make(), reported)
             rows = [judge(s, x) for s, x in zip(reported, images, strict=True)]
             np.save(folder / f"{name}.npy", images[:8])
-            with written_aside(path) as aside:
-                aside.write_text(json.dumps([[r.present, r.bound, float(r.right)] for r in rows]))
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps([[r.present, r.bound, float(r.right)] for r in rows]))
             console.print(f"{name}: bound {np.mean([r.bound for r in rows]):.3f}")
         return np.array(json.loads(path.read_text()))
 

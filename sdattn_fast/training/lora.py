@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..api import apply
-from ..files import written_aside
+from ..files import atomic_write
 from ..guidance.pictures import encode_pictures
 from ..program import Program
 from .captions import CaptionedFolder
@@ -291,8 +291,8 @@ class _Checkpoint:
             state = self.optimizer.state[p]
             tensors |= {f"weight/{name}": p, f"mean/{name}": state["exp_avg"], f"square/{name}": state["exp_avg_sq"]}
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        with written_aside(self.path) as aside:
-            save_file(tensors, aside, {"settings": self.settings})
+        with atomic_write(self.path) as temporary:
+            save_file(tensors, temporary, {"settings": self.settings})
 
     def load(self) -> int:
         """The steps done, 0 without a checkpoint."""
@@ -309,8 +309,8 @@ class _Checkpoint:
         now = json.loads(self.settings)
         changed = [name for name in now if before.get(name) != now[name]]
         if changed:
-            what = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in changed)
-            raise ValueError(f"out: {self.path} was made with other settings ({what}); name another folder")
+            changes = ", ".join(f"{name} {before.get(name)!r}, now {now[name]!r}" for name in changed)
+            raise ValueError(f"out: {self.path} was made with other settings ({changes}); name another folder")
         step = int(tensors["step"])
         for name, p in self.named.items():
             p.data.copy_(tensors[f"weight/{name}"])
