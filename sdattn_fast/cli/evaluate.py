@@ -206,10 +206,10 @@ def _world(name: str, pictures: int, scorer: Any, choose: bool = False) -> Any:
         return ShapesWorld(pictures, scorer, *((SELECTION_SEED, False) if choose else ()))
     from ..evaluation.objects_world import ObjectsWorld
     from ..lab.objects.captions import report_scenes, selection_scenes
-    from ..lab.objects.detector import Detector
+    from ..lab.objects.detector import PictogramDetector
 
     scenes = selection_scenes(pictures) if choose else report_scenes(pictures)
-    return ObjectsWorld(scenes, Detector.load(), scorer)
+    return ObjectsWorld(scenes, PictogramDetector.load(), scorer)
 
 
 def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any, world: str | None) -> float:

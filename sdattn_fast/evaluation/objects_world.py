@@ -9,9 +9,9 @@ import numpy as np
 
 from ..guidance.clip_score import ClipScorer
 from ..guidance.phrases import NounPhrase, find_phrases
-from ..lab.objects.detector import Detection, Detector
-from ..lab.objects.judge import judge
-from ..lab.objects.world import Scene
+from ..lab.objects.detector import PictogramDetection, PictogramDetector
+from ..lab.objects.judge import judge_detections
+from ..lab.objects.world import ObjectsScene
 
 __all__ = ["ObjectsWorld", "object_phrases"]
 
@@ -28,8 +28,8 @@ class ObjectsWorld:
     needs_maps = True
 
     def __init__(
-        self, scenes: Sequence[Scene], detector: Detector, scorer: ClipScorer | None = None, guidance: float = 4.0,
-        steps: int = 20,
+        self, scenes: Sequence[ObjectsScene], detector: PictogramDetector, scorer: ClipScorer | None = None,
+        guidance: float = 4.0, steps: int = 20,
     ) -> None:  # fmt: skip
         self.scenes, self.detector, self.scorer = list(scenes), detector, scorer
         self.prompts = [scene.caption for scene in self.scenes]
@@ -50,7 +50,7 @@ class ObjectsWorld:
         """As `Subject` says. maps: of each noun phrase of things, in the caption's order."""
         rows = []
         for i, found, heat in zip(indices, self.detector(list(pictures)), maps, strict=True):
-            judged = judge(self.scenes[i], found)
+            judged = judge_detections(self.scenes[i], found)
             fit, hits = _fit(self.scenes[i], found, heat)
             relation = float("nan") if judged.relation is None else float(judged.relation)
             rows.append(
@@ -66,7 +66,7 @@ class ObjectsWorld:
         return rows
 
 
-def object_phrases(scene: Scene, found: Sequence[NounPhrase]) -> list[NounPhrase]:
+def object_phrases(scene: ObjectsScene, found: Sequence[NounPhrase]) -> list[NounPhrase]:
     """Of the noun phrases found in a scene's caption, those that name things and not the background.
 
     Raises: ValueError where one of the things is named by none of them.
@@ -78,7 +78,9 @@ def object_phrases(scene: Scene, found: Sequence[NounPhrase]) -> list[NounPhrase
     return of_things
 
 
-def _fit(scene: Scene, found: Sequence[Detection], maps: Sequence[np.ndarray] | None) -> tuple[float, float]:
+def _fit(
+    scene: ObjectsScene, found: Sequence[PictogramDetection], maps: Sequence[np.ndarray] | None
+) -> tuple[float, float]:
     """Means over the nouns that are there: intersection over union, and whether the strongest pixel lies within."""
     overlaps, hits = [], []
     for what, heat in zip(scene.named, maps or (), strict=maps is not None):

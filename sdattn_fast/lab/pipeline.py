@@ -10,7 +10,7 @@ import numpy as np
 
 from ..loading import quiet_loading
 
-__all__ = ["GUIDANCE", "STEPS", "WORLDS", "draw", "load_clip", "load_pipeline", "shapes_path", "world_path"]
+__all__ = ["GUIDANCE", "STEPS", "WORLDS", "draw_scenes", "load_clip", "load_pipeline", "shapes_path", "world_path"]
 
 GUIDANCE, STEPS = 4.0, 20
 WORLDS = ("shapes", "objects")
@@ -79,7 +79,7 @@ def load_clip(dtype: Any = None, folder: Path | None = None, world: str = "shape
         return model.to(dtype or torch.float32).eval(), CLIPTokenizer.from_pretrained(folder)
 
 
-def draw(
+def draw_scenes(
     pipe: Any, scenes: Sequence[Any], *, first: int = 0, batch: int = 32, guidance: float = GUIDANCE,
     steps: int = STEPS, tick: Any = None,
 ) -> np.ndarray:  # fmt: skip

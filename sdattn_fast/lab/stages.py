@@ -19,7 +19,9 @@ _EMPTY_CAPTIONS = 0.1
 Parts = dict[str, Any]  # "vae", "unet", "text_encoder", "clip" and, of the world objects, "detector"
 
 
-def train_vae(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
+def train_vae(
+    parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **fit_options: Any
+) -> None:
     """Encoder and decoder: absolute and squared error, and a breath of the posterior's divergence."""
     vae = parts["vae"]
 
@@ -30,10 +32,12 @@ def train_vae(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Pat
         error = vae.decode(posterior.mean + posterior.std * noise).sample.float() - picture
         return error.abs().mean() + error.square().mean() + 1e-6 * posterior.kl().float().mean()
 
-    fit("vae", vae, loss, schedule, folder, **how)
+    fit("vae", vae, loss, schedule, folder, **fit_options)
 
 
-def train_decoder(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
+def train_decoder(
+    parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **fit_options: Any
+) -> None:
     """The decoder alone, on the latents that the UNet learns: they stay, and it can go on as long as it gains."""
     vae = parts["vae"]
     latents = scenes.latents(vae, folder)
@@ -47,7 +51,7 @@ def train_decoder(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder:
         error = vae.decode(latents[chosen] + 0.03 * spread * noise).sample.float() - scenes.pictures(chosen)
         return error.abs().mean() + error.square().mean()
 
-    fit("decoder", vae, loss, schedule, folder, **how)
+    fit("decoder", vae, loss, schedule, folder, **fit_options)
 
 
 def train_unet(
@@ -58,7 +62,7 @@ def train_unet(
     batch: int,
     *,
     compiles: bool = False,
-    **how: Any,
+    **fit_options: Any,
 ) -> None:
     """The UNet together with the text encoder: velocity, a tenth of the captions empty. compiles: by torch.compile.
 
@@ -91,10 +95,12 @@ def train_unet(
         guess = unet(signal[when] * clean + spread[when] * noise, when, states).sample
         return F.mse_loss(guess.float(), signal[when] * noise - spread[when] * clean)
 
-    fit("unet", trained_part(parts, "unet"), loss, schedule, folder, **how)
+    fit("unet", trained_part(parts, "unet"), loss, schedule, folder, **fit_options)
 
 
-def train_clip(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
+def train_clip(
+    parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **fit_options: Any
+) -> None:
     """The vision tower alone, against the text encoder of the UNet, which is locked."""
     clip = parts["clip"]
     clip.text_model.load_state_dict(text_state(parts["text_encoder"], clip))
@@ -106,10 +112,12 @@ def train_clip(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Pa
         captions = scenes.tokens(chosen)
         return clip(input_ids=captions, pixel_values=scenes.pictures(chosen), return_loss=True).loss
 
-    fit("clip", clip, loss, schedule, folder, **how)
+    fit("clip", clip, loss, schedule, folder, **fit_options)
 
 
-def train_detector(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **how: Any) -> None:
+def train_detector(
+    parts: Parts, scenes: TrainingSet, schedule: Schedule, folder: Path, batch: int, **fit_options: Any
+) -> None:
     """The judge of pictures: the noun of every pixel of true scenes, roughened; an eighth of a batch has no objects."""
     from .objects.detector import roughened, without_objects
 
@@ -122,7 +130,7 @@ def train_detector(parts: Parts, scenes: TrainingSet, schedule: Schedule, folder
         pictures[:empty], nouns[:empty] = without_objects(pictures[:empty], generator), 0
         return F.cross_entropy(network(roughened(pictures, generator)).float(), nouns)
 
-    fit("detector", network, loss, schedule, folder, **how)
+    fit("detector", network, loss, schedule, folder, **fit_options)
 
 
 def trained_part(parts: Parts, stage: str) -> nn.Module:

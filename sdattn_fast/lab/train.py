@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 
 from ..loading import quiet_loading
 from .loop import Schedule, is_first, load_average, say, write_tensors
-from .objects.detector import Detector, PixelNouns
+from .objects.detector import PictogramDetector, PixelNouns
 from .objects.faults import Faults
 from .parts import build_clip, build_scheduler, build_text_encoder, build_unet, build_vae
 from .pipeline import load_clip, load_pipeline
@@ -77,7 +77,7 @@ def train(
         if value < 1:
             raise typer.BadParameter(f"expected at least 1, got {value}", param_hint=f"--{name}")
     try:
-        of = world_of(world, Faults(phantom, omitted, swapped))
+        chosen_world = world_of(world, Faults(phantom, omitted, swapped))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
     if "RANK" in os.environ:
@@ -86,18 +86,18 @@ def train(
     folder = out / "checkpoints"
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
-    tokenizer = of.build_tokenizer()
+    tokenizer = chosen_world.build_tokenizer()
     parts = {
         "detector": PixelNouns() if world == "objects" else None,
         "vae": build_vae(),
-        "unet": build_unet(of.channels),
+        "unet": build_unet(chosen_world.channels),
         "text_encoder": build_text_encoder(tokenizer),
         "clip": build_clip(tokenizer),
     }
     if start_from is not None:
         _start_from(parts, tokenizer, start_from)
     parts = {name: part.to(device) for name, part in parts.items() if part is not None}
-    drawn = TrainingSet(of.draw, scenes, seed, tokenizer, device)
+    drawn = TrainingSet(chosen_world.draw, scenes, seed, tokenizer, device)
     trainers = {"detector": train_detector, "vae": train_vae, "decoder": train_decoder, "unet": train_unet}
     for name, run in {**trainers, "clip": train_clip}.items():
         if name == "detector" and "detector" not in parts:
@@ -106,8 +106,10 @@ def train(
             steps, batch = plan[name]
             if name in ("decoder", "unet") and start_from is None and not (folder / "vae.safetensors").exists():
                 raise typer.BadParameter("expected vae first: there is no autoencoder yet", param_hint="--stage")
-            how = {"compiles": compiled} if name == "unet" else {}
-            run(parts, drawn, Schedule(learning_rate, steps), folder, batch, save_every=save_every, bf16=bf16, **how)
+            options = {"compiles": compiled} if name == "unet" else {}
+            run(
+                parts, drawn, Schedule(learning_rate, steps), folder, batch, save_every=save_every, bf16=bf16, **options
+            )
         if (folder / f"{name}.safetensors").exists():
             load_average(trained_part(parts, name), folder / f"{name}.safetensors")
     if not is_first():
@@ -130,7 +132,7 @@ def _start_from(parts: dict[str, Any], tokenizer: Any, folder: Path) -> None:
     for name, source in {"vae": pipe.vae, "unet": pipe.unet, "text_encoder": pipe.text_encoder, "clip": clip}.items():
         parts[name].load_state_dict(source.state_dict())
     if parts["detector"] is not None:
-        parts["detector"] = Detector.load(folder).network
+        parts["detector"] = PictogramDetector.load(folder).network
 
 
 def _save(parts: dict[str, Any], tokenizer: Any, folder: Path, out: Path) -> None:

@@ -61,9 +61,9 @@ class TrainingSet:
         encoder = [*vae.encoder.parameters(), *vae.quant_conv.parameters()]
         sums = torch.stack([p.detach().double().sum().cpu() for p in encoder])
         if path.exists():
-            kept = load_file(path)
-            if len(kept["latents"]) == len(self) and torch.equal(kept["encoder"], sums):
-                return kept["latents"].to(self.device)
+            cached = load_file(path)
+            if len(cached["latents"]) == len(self) and torch.equal(cached["encoder"], sums):
+                return cached["latents"].to(self.device)
         starts = range(0, len(self), 64)
         with torch.no_grad():
             means = [

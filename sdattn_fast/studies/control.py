@@ -18,7 +18,7 @@ import typer
 from ..evaluation.control import attend_and_excite_grid, positive_control
 from ..evaluation.objects_world import ObjectsWorld
 from ..lab.objects.captions import report_scenes, selection_scenes
-from ..lab.objects.detector import Detector
+from ..lab.objects.detector import PictogramDetector
 from ..lab.pipeline import load_pipeline
 
 
@@ -42,7 +42,7 @@ def _control(
     console = Console()
     pipe = load_pipeline(folder=model, world="objects")
     pipe.set_progress_bar_config(disable=True)
-    world = ObjectsWorld([*selection_scenes(choose), *report_scenes(report)], Detector.load(model))
+    world = ObjectsWorld([*selection_scenes(choose), *report_scenes(report)], PictogramDetector.load(model))
     phrases = [world.phrases(i, pipe.tokenizer)[1] for i in range(len(world.prompts))]
 
     def present(indices: Sequence[int], pictures: Sequence[np.ndarray]) -> np.ndarray:

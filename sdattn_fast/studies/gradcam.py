@@ -23,9 +23,9 @@ import typer
 
 from ..lab.pipeline import GUIDANCE, STEPS, load_clip, load_pipeline, shapes_path
 from ..lab.shapes.captions import SELECTION_SEED, held_out_scenes, words_of_objects
-from ..lab.shapes.judge import judge
+from ..lab.shapes.judge import judge_picture
 from ..lab.shapes.measures import iou
-from ..lab.shapes.world import SIDE, Scene, sample_scene
+from ..lab.shapes.world import SIDE, ShapesScene, sample_scene
 from ..loading import quiet_loading
 from ..measure.paired import summary, table
 from .sheet import save_sheet
@@ -39,7 +39,9 @@ _BATCH = 32
 _TIMES = (200, 500, 800)  # of 1000
 
 
-def maps_of_scenes(pipe: Any, scenes: Sequence[Scene], t: int, best_head: tuple[str, int]) -> dict[str, list[Any]]:
+def maps_of_scenes(
+    pipe: Any, scenes: Sequence[ShapesScene], t: int, best_head: tuple[str, int]
+) -> dict[str, list[Any]]:
     """Way -> of each scene, (objects, 64, 64) float32: the nouns' maps at timestep t, the mean over words' tokens.
 
     Scene i's noise depends on i and t alone. best_head: (layer, head).
@@ -78,7 +80,7 @@ def maps_of_scenes(pipe: Any, scenes: Sequence[Scene], t: int, best_head: tuple[
     return found
 
 
-def fits(scene: Scene, maps: Any) -> dict[str, float]:
+def fits(scene: ShapesScene, maps: Any) -> dict[str, float]:
     """IoU of where a map passes the middle of its range, and the share of maps whose strongest pixel is in the mask."""
     ious, hits = [], []
     for thing, heat in zip(scene.objects, np.asarray(maps), strict=True):
@@ -102,7 +104,7 @@ def corrections() -> dict[str, dict[str, Any] | None]:
 
 
 def draw(
-    pipe: Any, scenes: Sequence[Scene], first: int, keywords: dict[str, Any] | None
+    pipe: Any, scenes: Sequence[ShapesScene], first: int, keywords: dict[str, Any] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures (n, 64, 64, 3) uint8, picture i's noise depending on first + i alone; and (n,), by how much latents grew
     (ratio of root mean squares) at a correction, NaN where there is none."""
@@ -140,7 +142,7 @@ def draw(
     return np.rint(images * 255).astype(np.uint8), growth
 
 
-def _noised(pipe: Any, scenes: Sequence[Scene], t: int) -> tuple[Any, Any, Any]:
+def _noised(pipe: Any, scenes: Sequence[ShapesScene], t: int) -> tuple[Any, Any, Any]:
     """Noised latents, what the UNet is to predict there, and text, of each scene."""
     import torch
 
@@ -168,7 +170,7 @@ def _maps_by_head(pipe: Any, latents: Any, t: int, text: Any, tokens: Sequence[i
         return dict(patch.maps)
 
 
-def _best_head(pipe: Any, scenes: Sequence[Scene]) -> tuple[str, int]:
+def _best_head(pipe: Any, scenes: Sequence[ShapesScene]) -> tuple[str, int]:
     """The (layer, head) with the best mean IoU on scenes that are not reported on."""
     scores: dict[tuple[str, int], list[float]] = {}
     for t in _TIMES:
@@ -232,7 +234,7 @@ def _run(
     for start in range(0, pictures, _BATCH):
         part = scenes[start : start + _BATCH]
 
-        def at_times(part: list[Scene] = part) -> dict[str, list[dict[str, float]]]:
+        def at_times(part: list[ShapesScene] = part) -> dict[str, list[dict[str, float]]]:
             """The mean over timesteps, of each way and scene."""
             by_time = [maps_of_scenes(pipe, part, t, tuple(best)) for t in _TIMES]
             return {
@@ -248,12 +250,12 @@ def _run(
         for name, keywords in corrections().items():
 
             def judged(
-                name: str = name, keywords: Any = keywords, part: list[Scene] = part, start: int = start
+                name: str = name, keywords: Any = keywords, part: list[ShapesScene] = part, start: int = start
             ) -> list[dict[str, float]]:
                 images, growth = draw(pipe, part, start, keywords)
                 if start == 0:
                     np.save(folder / f"{name}.npy", images[:8])
-                found = [judge(s, x) for s, x in zip(part, images, strict=True)]
+                found = [judge_picture(s, x) for s, x in zip(part, images, strict=True)]
                 return [
                     dict(zip(_PICTURE_MEASURES, (j.present, j.bound, float(j.right), float(g)), strict=True))
                     for j, g in zip(found, growth, strict=True)

@@ -16,9 +16,9 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
-from ..lab.pipeline import GUIDANCE, STEPS, draw, load_pipeline, shapes_path
+from ..lab.pipeline import GUIDANCE, STEPS, draw_scenes, load_pipeline, shapes_path
 from ..lab.shapes.captions import held_out_scenes, phrases_of, selection_captions, words_of_objects
-from ..lab.shapes.judge import judge, shapes_truth
+from ..lab.shapes.judge import judge_picture, shapes_truth
 from ..measure.paired import interval
 
 _BATCH = 32
@@ -120,8 +120,8 @@ def _effect(
             kept = folder / f"{selection} {start}-{len(part)} {name}.json"
             if not kept.exists():
                 with apply(pipe, **keywords):
-                    images = draw(pipe, part, first=start)
-                judged = [judge(s, x) for s, x in zip(part, images, strict=True)]
+                    images = draw_scenes(pipe, part, first=start)
+                judged = [judge_picture(s, x) for s, x in zip(part, images, strict=True)]
                 kept.write_text(json.dumps([(j.present, j.bound, float(j.right)) for j in judged]))
             rows[name] += [tuple(row) for row in json.loads(kept.read_text())]
     return _compared(rows, console)

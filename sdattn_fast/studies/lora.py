@@ -17,9 +17,9 @@ import numpy as np
 import typer
 
 from ..files import atomic_write
-from ..lab.pipeline import draw, load_pipeline
+from ..lab.pipeline import draw_scenes, load_pipeline
 from ..lab.shapes.captions import held_out_scenes
-from ..lab.shapes.judge import judge
+from ..lab.shapes.judge import judge_picture
 from ..lab.shapes.world import sample_scene
 from ..loading import quiet_loading
 from ..measure.paired import interval_of_means, said, table
@@ -73,8 +73,8 @@ def _run(
         """(captions, measures), kept."""
         path = folder / f"{name}-{pictures}.json"
         if not path.exists():
-            images = draw(make(), reported)
-            rows = [judge(s, x) for s, x in zip(reported, images, strict=True)]
+            images = draw_scenes(make(), reported)
+            rows = [judge_picture(s, x) for s, x in zip(reported, images, strict=True)]
             np.save(folder / f"{name}.npy", images[:8])
             with atomic_write(path) as temporary:
                 temporary.write_text(json.dumps([[r.present, r.bound, float(r.right)] for r in rows]))

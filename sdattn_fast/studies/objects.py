@@ -18,10 +18,10 @@ import typer
 
 from ..guidance.pictures import decode_latents, encode_pictures, uint8_pictures
 from ..lab.objects.captions import REPORT_SEED
-from ..lab.objects.detector import Detection, Detector
-from ..lab.objects.judge import judge, mean_judgements
-from ..lab.objects.world import Scene, sample_scene
-from ..lab.pipeline import draw, load_pipeline
+from ..lab.objects.detector import PictogramDetection, PictogramDetector
+from ..lab.objects.judge import judge_detections, mean_judgements
+from ..lab.objects.world import ObjectsScene, sample_scene
+from ..lab.pipeline import draw_scenes, load_pipeline
 from .sheet import save_sheet
 
 _JUDGED = 700_000_000
@@ -48,7 +48,7 @@ def _evaluate(
         if value < least:
             raise typer.BadParameter(f"expected at least {least}, got {value}", param_hint=f"--{name}")
     console = Console()
-    detector = Detector.load(model)
+    detector = PictogramDetector.load(model)
     pipe = load_pipeline(folder=model, world="objects") if pictures else None
 
     scenes = [sample_scene(_JUDGED + i) for i in range(true_scenes)]
@@ -69,8 +69,12 @@ def _evaluate(
     scenes = [sample_scene(REPORT_SEED + i, objects=1 + i % 4) for i in range(pictures)]
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Drawing", total=pictures)
-        images = draw(pipe, scenes, guidance=guidance, steps=steps, tick=lambda n: progress.update(task, advance=n))
-    rows = mean_judgements([judge(s, found) for s, found in zip(scenes, detector(list(images)), strict=True)])
+        images = draw_scenes(
+            pipe, scenes, guidance=guidance, steps=steps, tick=lambda n: progress.update(task, advance=n)
+        )
+    rows = mean_judgements(
+        [judge_detections(s, found) for s, found in zip(scenes, detector(list(images)), strict=True)]
+    )
     shown = Table("captions of", *rows["all"], title=f"{pictures} captions; guidance {guidance:g}, {steps} DDIM steps")
     for name, row in rows.items():
         values = [f"{100 * x:.1f} %" if np.isfinite(x) else "" for x in list(row.values())[1:]]
@@ -90,7 +94,7 @@ def _save_grid(pictures: Sequence[np.ndarray], path: Path) -> None:
     save_sheet([some[i : i + across] for i in range(0, len(some), across)], path)
 
 
-def _errors(scenes: Sequence[Scene], found: Sequence[Sequence[Detection]]) -> dict[str, float]:
+def _errors(scenes: Sequence[ObjectsScene], found: Sequence[Sequence[PictogramDetection]]) -> dict[str, float]:
     """Shares: of objects found; of found coloured objects in their true colour; found, but not there, per object."""
     there = hits = coloured = right = 0
     invented = 0

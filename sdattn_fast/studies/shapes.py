@@ -12,9 +12,9 @@ from typing import Annotated
 
 import typer
 
-from ..lab.pipeline import GUIDANCE, STEPS, draw, load_pipeline
+from ..lab.pipeline import GUIDANCE, STEPS, draw_scenes, load_pipeline
 from ..lab.shapes.captions import held_out_scenes
-from ..lab.shapes.judge import judge, table
+from ..lab.shapes.judge import judge_picture, judgement_table
 from .sheet import save_sheet
 
 
@@ -34,14 +34,14 @@ def _evaluate(
         raise typer.BadParameter(f"expected at least 1, got {pictures}", param_hint="--pictures")
     console = Console()
     scenes = held_out_scenes(pictures, held_out=not seen)
-    truth = [judge(s, s.image) for s in scenes]
+    truth = [judge_picture(s, s.image) for s in scenes]
     pipe = load_pipeline(folder=model)
     pipe.set_progress_bar_config(disable=True)
     with Progress(console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Drawing", total=pictures)
-        images = draw(pipe, scenes, tick=lambda n: progress.update(task, advance=n))
-    rows = {"true scenes (the detector)": table(truth)["all"]}
-    rows |= table([judge(s, image) for s, image in zip(scenes, images, strict=True)])
+        images = draw_scenes(pipe, scenes, tick=lambda n: progress.update(task, advance=n))
+    rows = {"true scenes (the detector)": judgement_table(truth)["all"]}
+    rows |= judgement_table([judge_picture(s, image) for s, image in zip(scenes, images, strict=True)])
 
     kind = "pairs seen in training" if seen else "pairs never seen in training"
     shown = Table(title=f"{pictures} captions, {kind}; guidance {GUIDANCE:g}, {STEPS} DDIM steps")

@@ -19,7 +19,7 @@ import typer
 from ..lab.pipeline import GUIDANCE, STEPS, load_pipeline
 from ..lab.shapes.captions import held_out_scenes, words_of_objects
 from ..lab.shapes.measures import MEASURES, measure
-from ..lab.shapes.world import SIDE, Scene
+from ..lab.shapes.world import SIDE, ShapesScene
 from ..measure.paired import summary, table
 from .sheet import save_sheet
 
@@ -43,7 +43,7 @@ def conditions() -> dict[str, tuple[Any, bool]]:
 
 
 def _draw(
-    pipe: Any, scenes: Sequence[Scene], first: int, program: Any, structured: bool
+    pipe: Any, scenes: Sequence[ShapesScene], first: int, program: Any, structured: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures (n, 64, 64, 3) uint8 and maps (n, tokens, 64, 64); picture i's noise depends on i alone."""
     import contextlib

@@ -8,7 +8,7 @@ import pytest
 from sdattn_fast.evaluation.objects_world import ObjectsWorld, object_phrases
 from sdattn_fast.guidance.phrases import find_phrases
 from sdattn_fast.lab.objects.captions import report_scenes
-from sdattn_fast.lab.objects.detector import Detection
+from sdattn_fast.lab.objects.detector import PictogramDetection
 from sdattn_fast.lab.objects.model import build_tokenizer
 
 
@@ -24,7 +24,7 @@ def world():
 
     def detector(pictures):
         return [
-            [Detection(o.noun, o.colour, o.centre, o.mask) for o in true[picture.tobytes()].objects]
+            [PictogramDetection(o.noun, o.colour, o.centre, o.mask) for o in true[picture.tobytes()].objects]
             for picture in pictures
         ]
 

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import CLIPModel
 
 from sdattn_fast.lab.loop import Schedule, fit
-from sdattn_fast.lab.objects.detector import Detector
+from sdattn_fast.lab.objects.detector import PictogramDetector
 from sdattn_fast.lab.objects.world import sample_scene
 from sdattn_fast.lab.train import train
 
@@ -69,7 +69,7 @@ def test_a_killed_run_resumes(tmp_path, one_thread, capfd):
             assert x.equal(have[key]), (file, key)
 
     _can_be_loaded(whole)
-    assert Detector.load(whole)([sample_scene(0).image]) == [[]]
+    assert PictogramDetector.load(whole)([sample_scene(0).image]) == [[]]
 
 
 def test_the_world_of_shapes(tmp_path, capfd):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from .sprites import COLOURED, HUES, NOUNS, dominant_hue, sprite
 from .world import SIDE, SMALLEST_SIDE
 
-__all__ = ["Detection", "Detector", "PixelNouns", "roughened", "without_objects"]
+__all__ = ["PictogramDetection", "PictogramDetector", "PixelNouns", "roughened", "without_objects"]
 
 _WHOLE = 0.6
 _SURE = 0.6
@@ -29,7 +29,7 @@ _FARTHEST_HUE = 30.0
 
 
 @dataclass(frozen=True)
-class Detection:
+class PictogramDetection:
     """One found object: its noun, its colour (None for nouns of one look, or a hue of none of the names), the middle of
     its mask (x, y) in pixels, and the mask, (64, 64) bool."""
 
@@ -59,11 +59,11 @@ class PixelNouns(nn.Module):
         return self.out(x)
 
 
-class Detector:
+class PictogramDetector:
     """`detector(pictures)`: what is found in each picture.
 
     Example:
-        >>> detector = Detector.load(folder)
+        >>> detector = PictogramDetector.load(folder)
         >>> [thing.noun for thing in detector([scene.image])[0]]
         ['owl', 'fire engine']
     """
@@ -72,7 +72,7 @@ class Detector:
         self.network = network.eval()
 
     @classmethod
-    def load(cls, folder: Path | None = None) -> Detector:
+    def load(cls, folder: Path | None = None) -> PictogramDetector:
         """From ``folder/detector.safetensors``, as training saves it; None: the one that ships.
 
         Raises: ImportError where sdattn-fast-lab is missing and no folder is given; OSError where the file is.
@@ -87,7 +87,7 @@ class Detector:
         return cls(network)
 
     @torch.no_grad()
-    def __call__(self, pictures: Sequence[np.ndarray]) -> list[list[Detection]]:
+    def __call__(self, pictures: Sequence[np.ndarray]) -> list[list[PictogramDetection]]:
         """Of each picture (64, 64, 3) uint8, its objects from left to right.
 
         Raises: TypeError, ValueError: not such arrays.
@@ -99,16 +99,16 @@ class Detector:
                 raise ValueError(
                     f"pictures[{index}]: expected shape ({SIDE}, {SIDE}, 3) uint8, got {picture.shape} {picture.dtype}"
                 )
-        found: list[list[Detection]] = []
+        detections: list[list[PictogramDetection]] = []
         for start in range(0, len(pictures), 64):
             part = torch.from_numpy(np.stack(pictures[start : start + 64]))
             shares = self.network(part.permute(0, 3, 1, 2).float() / 127.5 - 1).softmax(1)
             best, nouns = shares.max(1)
-            found += [
+            detections += [
                 _objects(picture, noun.numpy(), sure.numpy())
                 for picture, noun, sure in zip(pictures[start:], nouns, best, strict=False)
             ]
-        return found
+        return detections
 
 
 def roughened(pictures: Tensor, generator: torch.Generator) -> Tensor:
@@ -141,12 +141,12 @@ def without_objects(pictures: Tensor, generator: torch.Generator) -> Tensor:
     return torch.where((torch.arange(n, device=pictures.device) % 2 == 0)[:, None, None, None], noise, scattered)
 
 
-def _objects(picture: np.ndarray, nouns: np.ndarray, sure: np.ndarray) -> list[Detection]:
+def _objects(picture: np.ndarray, nouns: np.ndarray, sure: np.ndarray) -> list[PictogramDetection]:
     """Connected pixels of one noun that are enough for a whole object of the smallest size, and that the network is
     sure of."""
     from skimage import measure
 
-    found = []
+    detections = []
     for index in np.unique(nouns[nouns > 0]):
         noun = NOUNS[index - 1]
         for region in measure.regionprops(measure.label(nouns == index, connectivity=2)):
@@ -154,8 +154,8 @@ def _objects(picture: np.ndarray, nouns: np.ndarray, sure: np.ndarray) -> list[D
             mask[tuple(region.coords.T)] = True
             if region.area >= _WHOLE * _smallest_area(noun) and sure[mask].mean() >= _SURE:
                 y, x = region.centroid
-                found.append(Detection(noun, _colour(noun, picture[mask]), (x + 0.5, y + 0.5), mask))
-    return sorted(found, key=lambda d: d.centre)
+                detections.append(PictogramDetection(noun, _colour(noun, picture[mask]), (x + 0.5, y + 0.5), mask))
+    return sorted(detections, key=lambda d: d.centre)
 
 
 def _colour(noun: str, pixels: np.ndarray) -> str | None:

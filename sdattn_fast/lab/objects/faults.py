@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from .sprites import COLOURED, HUES, NOUNS
-from .world import Named, Scene, caption_of
+from .world import NamedObjects, ObjectsScene, caption_of
 
 __all__ = ["Faults", "faulty_caption"]
 
@@ -39,7 +39,7 @@ class Faults:
                 raise ValueError(f"{field.name}: expected a number in [0, 1], got {value}")
 
 
-def faulty_caption(scene: Scene, faults: Faults, seed: int) -> str:
+def faulty_caption(scene: ObjectsScene, faults: Faults, seed: int) -> str:
     """The caption of a scene with the faults that this seed draws; the true one where it draws none."""
     rng = np.random.default_rng((seed, 11))
     omits, invents, swaps = rng.random(3) < (faults.omitted, faults.phantom, faults.swapped)
@@ -51,17 +51,17 @@ def faulty_caption(scene: Scene, faults: Faults, seed: int) -> str:
     if omits and len(named) > 1:
         del named[int(rng.integers(len(named)))]
     if invents:
-        others = [noun for noun in NOUNS if noun not in {what.noun for what in scene.named}]
+        others = [noun for noun in NOUNS if noun not in {item.noun for item in scene.named}]
         noun = others[int(rng.integers(len(others)))]
         colour = tuple(HUES)[int(rng.integers(len(HUES)))] if noun in COLOURED and rng.random() < 0.8 else None
-        named.insert(int(rng.integers(len(named) + 1)), Named(noun, colour, 1))
+        named.insert(int(rng.integers(len(named) + 1)), NamedObjects(noun, colour, 1))
     relation = scene.relation if len(named) == 2 else None
     shown = scene.background if scene.caption.endswith(" background") else None
     return caption_of(named, relation, shown)[0]
 
 
-def _swapped(named: list[Named], rng: np.random.Generator) -> list[Named]:
-    able = [i for i, what in enumerate(named) if what.noun in COLOURED]
+def _swapped(named: list[NamedObjects], rng: np.random.Generator) -> list[NamedObjects]:
+    able = [i for i, item in enumerate(named) if item.noun in COLOURED]
     if len(able) < 2:
         return named
     first, second = rng.permutation(able)[:2]

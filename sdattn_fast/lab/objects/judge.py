@@ -8,14 +8,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .detector import Detection
-from .world import Scene
+from .detector import PictogramDetection
+from .world import ObjectsScene
 
-__all__ = ["Judgement", "judge", "mean_judgements"]
+__all__ = ["ObjectsJudgement", "judge_detections", "mean_judgements"]
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ObjectsJudgement:
     """What the detector says of one picture.
 
     present: share of the objects that the caption names whose noun is there, each detection used once; bound: share
@@ -30,25 +30,25 @@ class Judgement:
     relation: bool | None
 
 
-def judge(scene: Scene, found: Sequence[Detection]) -> Judgement:
+def judge_detections(scene: ObjectsScene, detections: Sequence[PictogramDetection]) -> ObjectsJudgement:
     """Judge what was found in a picture by the caption of a scene."""
-    wanted = [(what.noun, what.colour) for what in scene.named for _ in range(what.count)]
-    present = (Counter(noun for noun, _ in wanted) & Counter(d.noun for d in found)).total()
+    wanted = [(item.noun, item.colour) for item in scene.named for _ in range(item.count)]
+    present = (Counter(noun for noun, _ in wanted) & Counter(d.noun for d in detections)).total()
     # Those with a colour take theirs first, so that "a red car and a car" is bound by a red and any other car.
-    left = list(found)
+    left = list(detections)
     bound = 0
     for noun, colour in sorted(wanted, key=lambda w: w[1] is None):
         match = next((d for d in left if d.noun == noun and colour in (None, d.colour)), None)
         if match is not None:
             left.remove(match)
             bound += 1
-    return Judgement(
-        len(wanted), present / len(wanted), bound / len(wanted), bound == len(wanted) == len(found),
-        _stands(scene, found) if scene.relation else None,
+    return ObjectsJudgement(
+        len(wanted), present / len(wanted), bound / len(wanted), bound == len(wanted) == len(detections),
+        _stands(scene, detections) if scene.relation else None,
     )  # fmt: skip
 
 
-def mean_judgements(judgements: Sequence[Judgement]) -> dict[str, dict[str, float]]:
+def mean_judgements(judgements: Sequence[ObjectsJudgement]) -> dict[str, dict[str, float]]:
     """By number of objects named, and over all: the mean of each measure, and how many pictures it rests on."""
     groups = {f"{n} objects" if n > 1 else "1 object": [j for j in judgements if j.objects == n] for n in (1, 2, 3, 4)}
     groups["all"] = list(judgements)
@@ -65,7 +65,7 @@ def mean_judgements(judgements: Sequence[Judgement]) -> dict[str, dict[str, floa
     }
 
 
-def _stands(scene: Scene, found: Sequence[Detection]) -> bool:
+def _stands(scene: ObjectsScene, detections: Sequence[PictogramDetection]) -> bool:
     axis = 0 if scene.relation == "left of" else 1
-    first, second = (next((d.centre[axis] for d in found if d.noun == what.noun), None) for what in scene.named)
+    first, second = (next((d.centre[axis] for d in detections if d.noun == item.noun), None) for item in scene.named)
     return first is not None and second is not None and first < second

@@ -15,17 +15,9 @@ from ..scenes import check_scene, pick, places
 from .sprites import COLOURED, HUES, NOUNS, SPRITE_SIDE, plural, sprite
 
 __all__ = [
-    "BACKGROUNDS",
-    "NUMBERS",
-    "SIDE",
-    "SMALLEST_SIDE",
-    "Named",
-    "Object",
-    "Phrase",
-    "Scene",
-    "caption_of",
-    "sample_scene",
-]
+    "BACKGROUNDS", "NUMBERS", "SIDE", "SMALLEST_SIDE", "NamedObjects", "ObjectsPhrase", "ObjectsScene",
+    "PlacedPictogram", "caption_of", "sample_scene",
+]  # fmt: skip
 
 SIDE = 64
 BACKGROUNDS = {"white": (244, 244, 244), "gray": (140, 140, 140), "black": (22, 22, 22), "beige": (226, 206, 170)}
@@ -37,7 +29,7 @@ SMALLEST_SIDE = min(smallest for smallest, _ in _SIZES.values())
 
 
 @dataclass(frozen=True)
-class Object:
+class PlacedPictogram:
     """One pictogram: its noun, its colour (None for nouns of one look), centre (x, y) and side in pixels, and its mask,
     (64, 64) bool."""
 
@@ -49,7 +41,7 @@ class Object:
 
 
 @dataclass(frozen=True)
-class Named:
+class NamedObjects:
     """What a caption names by one phrase: `count` objects of a noun, in a colour or (None) in whichever."""
 
     noun: str
@@ -58,7 +50,7 @@ class Named:
 
 
 @dataclass(frozen=True)
-class Phrase:
+class ObjectsPhrase:
     """A noun phrase of the caption: its text, where it stands (start, end), and the indices of the objects that it
     names; none for the background."""
 
@@ -69,17 +61,17 @@ class Phrase:
 
 
 @dataclass(frozen=True)
-class Scene:
+class ObjectsScene:
     """A picture (64, 64, 3) uint8, its caption, objects in the caption's order, background name, relation ("left of",
     "above" or None), noun phrases, and what the caption names."""
 
     image: np.ndarray
     caption: str
-    objects: tuple[Object, ...]
+    objects: tuple[PlacedPictogram, ...]
     background: str
     relation: str | None
-    phrases: tuple[Phrase, ...]
-    named: tuple[Named, ...]
+    phrases: tuple[ObjectsPhrase, ...]
+    named: tuple[NamedObjects, ...]
 
     def labels(self) -> np.ndarray:
         """(64, 64) uint8: 0 for background, 1 + the index in `NOUNS` of the object at that pixel."""
@@ -89,7 +81,7 @@ class Scene:
         return labels
 
 
-def sample_scene(seed: int, *, objects: int | None = None) -> Scene:
+def sample_scene(seed: int, *, objects: int | None = None) -> ObjectsScene:
     """The scene of that seed.
 
     Args:
@@ -107,42 +99,45 @@ def sample_scene(seed: int, *, objects: int | None = None) -> Scene:
     relation, slots = places(rng, count, 0.3 if len(named) == 2 else 0.0)
 
     canvas = _background(rng, background)
-    placed: list[Object] = []
-    for what in named:
-        for _ in range(what.count):
-            placed.append(_place(rng, canvas, what, slots[len(placed)], count))
-    said = [Named(what.noun, what.colour if what.colour and rng.random() < 0.8 else None, what.count) for what in named]
+    placed: list[PlacedPictogram] = []
+    for item in named:
+        for _ in range(item.count):
+            placed.append(_place(rng, canvas, item, slots[len(placed)], count))
+    captioned = [
+        NamedObjects(item.noun, item.colour if item.colour and rng.random() < 0.8 else None, item.count)
+        for item in named
+    ]
     shown = background if rng.random() < 0.4 else None
-    caption, phrases = caption_of(said, relation, shown)
-    return Scene(np.asarray(canvas), caption, tuple(placed), background, relation, phrases, tuple(said))
+    caption, phrases = caption_of(captioned, relation, shown)
+    return ObjectsScene(np.asarray(canvas), caption, tuple(placed), background, relation, phrases, tuple(captioned))
 
 
 def caption_of(
-    named: Sequence[Named], relation: str | None = None, background: str | None = None
-) -> tuple[str, tuple[Phrase, ...]]:
+    named: Sequence[NamedObjects], relation: str | None = None, background: str | None = None
+) -> tuple[str, tuple[ObjectsPhrase, ...]]:
     """ "a red car and two owls on a white background", and its noun phrases."""
     text, phrases, first = "", [], 0
 
     def add(phrase: str, objects: tuple[int, ...]) -> None:
         nonlocal text
-        phrases.append(Phrase(phrase, len(text), len(text) + len(phrase), objects))
+        phrases.append(ObjectsPhrase(phrase, len(text), len(text) + len(phrase), objects))
         text += phrase
 
-    for index, what in enumerate(named):
+    for index, item in enumerate(named):
         if index:
             text += f" {relation} " if relation else " and " if index == len(named) - 1 else ", "
-        noun = plural(what.noun) if what.count > 1 else what.noun
-        noun = f"{what.colour} {noun}" if what.colour else noun
+        noun = plural(item.noun) if item.count > 1 else item.noun
+        noun = f"{item.colour} {noun}" if item.colour else noun
         article = "an" if noun[0] in "aeiou" else "a"
-        add(f"{NUMBERS[what.count] if what.count > 1 else article} {noun}", tuple(range(first, first + what.count)))
-        first += what.count
+        add(f"{NUMBERS[item.count] if item.count > 1 else article} {noun}", tuple(range(first, first + item.count)))
+        first += item.count
     if background:
         text += " on "
         add(f"a {background} background", ())
     return text, tuple(phrases)
 
 
-def _named(rng: np.random.Generator, count: int) -> list[Named]:
+def _named(rng: np.random.Generator, count: int) -> list[NamedObjects]:
     """Different nouns, of which one may stand there several times."""
     several = 1
     if count > 1 and rng.random() < 0.2:
@@ -152,11 +147,14 @@ def _named(rng: np.random.Generator, count: int) -> list[Named]:
     nouns = [NOUNS[i] for i in rng.permutation(len(NOUNS))[: len(counts)]]
     colours = [tuple(HUES)[i] for i in rng.permutation(len(HUES))]
     return [
-        Named(noun, colours.pop() if noun in COLOURED else None, many) for noun, many in zip(nouns, counts, strict=True)
+        NamedObjects(noun, colours.pop() if noun in COLOURED else None, many)
+        for noun, many in zip(nouns, counts, strict=True)
     ]
 
 
-def _place(rng: np.random.Generator, canvas: Image.Image, what: Named, slot: tuple[int, int], count: int) -> Object:
+def _place(
+    rng: np.random.Generator, canvas: Image.Image, item: NamedObjects, slot: tuple[int, int], count: int
+) -> PlacedPictogram:
     """One pictogram on the canvas: in its quarter of the picture and clear of its border, or anywhere where it is
     alone."""
     smallest, largest = _SIZES[count]
@@ -165,13 +163,13 @@ def _place(rng: np.random.Generator, canvas: Image.Image, what: Named, slot: tup
         x, y = (int(rng.integers(SIDE - side + 1)) for _ in range(2))
     else:
         x, y = (32 * s + 1 + int(rng.integers(31 - side)) for s in slot)
-    small = sprite(what.noun, what.colour).resize((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
+    small = sprite(item.noun, item.colour).resize((side, side), Image.Resampling.LANCZOS, reducing_gap=None)
     if rng.random() < 0.5:
         small = small.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     canvas.paste(small, (x, y), small)
     mask = np.zeros((SIDE, SIDE), bool)
     mask[y : y + side, x : x + side] = np.asarray(small)[..., 3] >= 128
-    return Object(what.noun, what.colour, (x + side / 2, y + side / 2), side, mask)
+    return PlacedPictogram(item.noun, item.colour, (x + side / 2, y + side / 2), side, mask)
 
 
 def _background(rng: np.random.Generator, name: str) -> Image.Image:

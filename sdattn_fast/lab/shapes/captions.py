@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from .world import COLOURS, SHAPES, Scene, sample_scene
+from .world import COLOURS, SHAPES, ShapesScene, sample_scene
 
 __all__ = [
     "HELD_OUT_SEED", "SELECTION_SEED", "held_out_captions", "held_out_scenes", "objects_of", "phrases_of",
@@ -42,7 +42,7 @@ def held_out_captions(count: int) -> list[str]:
     return [scene.caption for scene in held_out_scenes(count)]
 
 
-def held_out_scenes(count: int, held_out: bool = True, first: int = HELD_OUT_SEED) -> list[Scene]:
+def held_out_scenes(count: int, held_out: bool = True, first: int = HELD_OUT_SEED) -> list[ShapesScene]:
     """Scenes of one, two and three objects by turns, whose pairs of colour and shape no training scene has; held_out
     False: of pairs seen in training, as every training scene. first: the first one's seed."""
     return [sample_scene(first + i, held_out=held_out, objects=1 + i % 3) for i in range(count)]

@@ -12,7 +12,7 @@ from skimage import color, measure, morphology
 
 from .world import BACKGROUNDS, COLOURS, SIDE
 
-__all__ = ["Detection", "detect", "detect_background"]
+__all__ = ["ShapeDetection", "detect", "detect_background"]
 
 _SMALLEST_AREA = 45
 _FARTHEST = 26.0
@@ -20,7 +20,7 @@ _SIZE_BOUNDARY = 9.7
 
 
 @dataclass(frozen=True)
-class Detection:
+class ShapeDetection:
     """One found shape: names, centre (x, y) in pixels and mask (64, 64) bool."""
 
     shape: str
@@ -30,20 +30,20 @@ class Detection:
     mask: np.ndarray
 
 
-def detect(image: np.ndarray) -> list[Detection]:
+def detect(image: np.ndarray) -> list[ShapeDetection]:
     """The coloured shapes of a picture (64, 64, 3) uint8, left to right.
 
     Raises: TypeError, ValueError: not such an array.
     """
     names, classes = _classify(image)
-    found = []
+    detections = []
     for index, colour in enumerate(names):
         if colour in BACKGROUNDS:
             continue
         mask = morphology.remove_small_objects(classes == index, max_size=_SMALLEST_AREA - 1)
         for region in measure.regionprops(measure.label(mask, connectivity=1)):
-            found.append(_detection(region, colour))
-    return sorted(found, key=lambda d: d.centre)
+            detections.append(_detection(region, colour))
+    return sorted(detections, key=lambda d: d.centre)
 
 
 def detect_background(image: np.ndarray) -> str:
@@ -73,12 +73,14 @@ def _classify(image: np.ndarray) -> tuple[list[str], np.ndarray]:
     return list(palette), np.where(distance.min(-1) <= _FARTHEST, nearest, -1)
 
 
-def _detection(region, colour: str) -> Detection:
+def _detection(region, colour: str) -> ShapeDetection:
     mask = np.zeros((SIDE, SIDE), dtype=bool)
     mask[tuple(region.coords.T)] = True
     y, x = region.centroid
     radius = _circumradius(region)
-    return Detection(_shape(region), colour, "small" if radius < _SIZE_BOUNDARY else "large", (x + 0.5, y + 0.5), mask)
+    return ShapeDetection(
+        _shape(region), colour, "small" if radius < _SIZE_BOUNDARY else "large", (x + 0.5, y + 0.5), mask
+    )
 
 
 def _shape(region) -> str:

@@ -10,14 +10,14 @@ from typing import Any
 import numpy as np
 
 from .captions import objects_of
-from .detector import Detection, detect, detect_background
-from .world import Scene
+from .detector import ShapeDetection, detect, detect_background
+from .world import ShapesScene
 
-__all__ = ["Judgement", "bound_objects", "judge", "shapes_truth", "table"]
+__all__ = ["ShapesJudgement", "bound_objects", "judge_picture", "judgement_table", "shapes_truth"]
 
 
 @dataclass(frozen=True)
-class Judgement:
+class ShapesJudgement:
     """What the detector says of one picture.
 
     present: share of the caption's objects whose shape is there, each detection used once; bound: share whose colour
@@ -32,20 +32,22 @@ class Judgement:
     background: bool | None
 
 
-def judge(scene: Scene, image: np.ndarray, found: Sequence[Detection] | None = None) -> Judgement:
-    """Judge a picture (64, 64, 3) uint8 by the caption of a scene. found: of `detect`, where it is known."""
-    found = detect(image) if found is None else found
+def judge_picture(
+    scene: ShapesScene, image: np.ndarray, detections: Sequence[ShapeDetection] | None = None
+) -> ShapesJudgement:
+    """Judge a picture (64, 64, 3) uint8 by the caption of a scene. detections: of `detect`, where they are known."""
+    detections = detect(image) if detections is None else detections
     wanted = [(o.colour, o.shape) for o in scene.objects]
-    bound = _matched(wanted, [(d.colour, d.shape) for d in found])
-    present = _matched([w[1] for w in wanted], [d.shape for d in found])
+    bound = _matched(wanted, [(d.colour, d.shape) for d in detections])
+    present = _matched([w[1] for w in wanted], [d.shape for d in detections])
     named = any(p.object is None for p in scene.phrases)
-    return Judgement(
-        len(wanted), present / len(wanted), bound / len(wanted), bound == len(wanted) == len(found),
+    return ShapesJudgement(
+        len(wanted), present / len(wanted), bound / len(wanted), bound == len(wanted) == len(detections),
         detect_background(image) == scene.background if named else None,
     )  # fmt: skip
 
 
-def table(judgements: Sequence[Judgement]) -> dict[str, dict[str, float]]:
+def judgement_table(judgements: Sequence[ShapesJudgement]) -> dict[str, dict[str, float]]:
     """By number of objects, and over all: the mean of each measure, and how many pictures it rests on."""
     groups = {f"{n} objects" if n > 1 else "1 object": [j for j in judgements if j.objects == n] for n in (1, 2, 3)}
     groups["all"] = list(judgements)
@@ -66,11 +68,11 @@ def table(judgements: Sequence[Judgement]) -> dict[str, dict[str, float]]:
 def shapes_truth(captions: Sequence[str]) -> Callable[[Any], list[np.ndarray | None]]:
     """For `iou_score`: the detector's masks of a drawn picture, None for an object that it does not find."""
 
-    def truth(one: Any) -> list[np.ndarray | None]:
-        found = detect(np.asarray(one.picture))
+    def truth(observation: Any) -> list[np.ndarray | None]:
+        detections = detect(np.asarray(observation.picture))
         masks: list[np.ndarray | None] = []
-        for colour, shape in objects_of(captions[one.prompt])[: len(one.words)]:
-            masks.append(next((d.mask for d in found if (d.colour, d.shape) == (colour, shape)), None))
+        for colour, shape in objects_of(captions[observation.prompt])[: len(observation.words)]:
+            masks.append(next((d.mask for d in detections if (d.colour, d.shape) == (colour, shape)), None))
         return masks
 
     return truth
@@ -82,10 +84,10 @@ def bound_objects(captions: Sequence[str], pictures: Sequence[Any]) -> np.ndarra
     shares = []
     for caption, picture in zip(captions, pictures, strict=True):
         wanted = Counter(objects_of(caption))
-        found = Counter((d.colour, d.shape) for d in detect(np.asarray(picture)))
-        shares.append((wanted & found).total() / max(1, wanted.total()))
+        detected = Counter((d.colour, d.shape) for d in detect(np.asarray(picture)))
+        shares.append((wanted & detected).total() / max(1, wanted.total()))
     return np.array(shares)
 
 
-def _matched(wanted: list[Any], found: list[Any]) -> int:
-    return sum((Counter(wanted) & Counter(found)).values())
+def _matched(wanted: list[Any], detected: list[Any]) -> int:
+    return sum((Counter(wanted) & Counter(detected)).values())

@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from .detector import Detection, detect
-from .judge import judge
-from .world import Scene
+from .detector import ShapeDetection, detect
+from .judge import judge_picture
+from .world import ShapesScene
 
 __all__ = ["MEASURES", "iou", "measure"]
 
@@ -16,19 +16,22 @@ MEASURES = ("sharpness", "map IoU", "map boundary F", "bound", "present", "all r
 
 
 def measure(
-    scene: Scene, image: np.ndarray, maps: Sequence[np.ndarray], found: Sequence[Detection] | None = None
+    scene: ShapesScene,
+    image: np.ndarray,
+    maps: Sequence[np.ndarray],
+    detections: Sequence[ShapeDetection] | None = None,
 ) -> dict[str, float]:
     """`MEASURES` of one picture (64, 64, 3) uint8; maps: of each object's noun, (64, 64). NaN: nothing was found.
-    found: of `detect`, where it is known."""
-    found = detect(image) if found is None else found
-    judged = judge(scene, image, found)
+    detections: of `detect`, where they are known."""
+    detections = detect(image) if detections is None else detections
+    judged = judge_picture(scene, image, detections)
     fits = []
     for thing, heat in zip(scene.objects, maps, strict=True):
-        drawn = next((d for d in found if (d.colour, d.shape) == (thing.colour, thing.shape)), None)
+        drawn = next((d for d in detections if (d.colour, d.shape) == (thing.colour, thing.shape)), None)
         if drawn is not None:
             mask = heat > (heat.min() + heat.max()) / 2
             fits.append((iou(mask, drawn.mask), _boundary_f(mask, drawn.mask)))
-    sharp = [s for s in (_sharpness(image, d) for d in found) if np.isfinite(s)]
+    sharp = [s for s in (_sharpness(image, d) for d in detections) if np.isfinite(s)]
     fit, boundary = np.mean(fits, 0) if fits else (np.nan, np.nan)
     values = (np.mean(sharp) if sharp else np.nan, fit, boundary, judged.bound, judged.present, judged.right)
     return {name: float(value) for name, value in zip(MEASURES, values, strict=True)}
@@ -39,7 +42,7 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
     return float((a & b).sum() / max(1, (a | b).sum()))
 
 
-def _sharpness(image: np.ndarray, thing: Detection) -> float:
+def _sharpness(image: np.ndarray, thing: ShapeDetection) -> float:
     """Mean gradient along the boundary over the contrast across it, per pixel: 1/2 for a step between two pixels, as
     central differences see it."""
     from scipy import ndimage

@@ -15,7 +15,8 @@ from PIL import Image, ImageDraw
 from ..scenes import check_scene, pick, places
 
 __all__ = [
-    "BACKGROUNDS", "COLOURS", "HELD_OUT", "SHAPES", "SIDE", "SIZES", "Object", "Phrase", "Scene", "sample_scene",
+    "BACKGROUNDS", "COLOURS", "HELD_OUT", "SHAPES", "SIDE", "SIZES", "PlacedShape", "ShapesPhrase", "ShapesScene",
+    "sample_scene",
 ]  # fmt: skip
 
 SIDE = 64
@@ -43,7 +44,7 @@ _SUPERSAMPLE = 4
 
 
 @dataclass(frozen=True)
-class Object:
+class PlacedShape:
     """One shape: names, centre (x, y) and circumradius in pixels, and its mask, (64, 64) bool."""
 
     shape: str
@@ -55,7 +56,7 @@ class Object:
 
 
 @dataclass(frozen=True)
-class Phrase:
+class ShapesPhrase:
     """A noun phrase of the caption: its text, where it stands (start, end), and which object it names (None: the
     background)."""
 
@@ -66,18 +67,18 @@ class Phrase:
 
 
 @dataclass(frozen=True)
-class Scene:
+class ShapesScene:
     """A picture (64, 64, 3) uint8, its caption, objects in the caption's order, background name and noun phrases."""
 
     image: np.ndarray
     caption: str
-    objects: tuple[Object, ...]
+    objects: tuple[PlacedShape, ...]
     background: str
     relation: str | None
-    phrases: tuple[Phrase, ...]
+    phrases: tuple[ShapesPhrase, ...]
 
 
-def sample_scene(seed: int, *, held_out: bool = False, objects: int | None = None) -> Scene:
+def sample_scene(seed: int, *, held_out: bool = False, objects: int | None = None) -> ShapesScene:
     """The scene of that seed.
 
     Args:
@@ -94,14 +95,14 @@ def sample_scene(seed: int, *, held_out: bool = False, objects: int | None = Non
     background = pick(rng, tuple(BACKGROUNDS))
     relation, slots = places(rng, count, 0.4)
 
-    placed: list[Object] = []
+    placed: list[PlacedShape] = []
     for slot in slots:
         colour, shape = _pair(rng, held_out, [o.colour for o in placed])
         size = pick(rng, tuple(SIZES))
         radius = SIZES[size] * rng.uniform(0.93, 1.07)
         room = 15.5 - radius
         x, y = (16 + 32 * s + rng.uniform(-room, room) for s in slot)
-        placed.append(Object(shape, colour, size, (x, y), radius, _mask(shape, x, y, radius) >= 0.5))
+        placed.append(PlacedShape(shape, colour, size, (x, y), radius, _mask(shape, x, y, radius) >= 0.5))
 
     image = np.empty((SIDE, SIDE, 3))
     image[:] = BACKGROUNDS[background]
@@ -109,7 +110,7 @@ def sample_scene(seed: int, *, held_out: bool = False, objects: int | None = Non
         cover = _mask(thing.shape, *thing.centre, thing.radius)[..., None]
         image = image * (1 - cover) + np.array(COLOURS[thing.colour]) * cover
     caption, phrases = _caption(rng, placed, background, relation)
-    return Scene(np.rint(image).astype(np.uint8), caption, tuple(placed), background, relation, phrases)
+    return ShapesScene(np.rint(image).astype(np.uint8), caption, tuple(placed), background, relation, phrases)
 
 
 def _pair(rng: np.random.Generator, held_out: bool, taken: Sequence[str]) -> tuple[str, str]:
@@ -118,13 +119,13 @@ def _pair(rng: np.random.Generator, held_out: bool, taken: Sequence[str]) -> tup
 
 
 def _caption(
-    rng: np.random.Generator, objects: Sequence[Object], background: str, relation: str | None
-) -> tuple[str, tuple[Phrase, ...]]:
+    rng: np.random.Generator, objects: Sequence[PlacedShape], background: str, relation: str | None
+) -> tuple[str, tuple[ShapesPhrase, ...]]:
     text, phrases = "", []
 
     def add(phrase: str, index: int | None) -> None:
         nonlocal text
-        phrases.append(Phrase(phrase, len(text), len(text) + len(phrase), index))
+        phrases.append(ShapesPhrase(phrase, len(text), len(text) + len(phrase), index))
         text += phrase
 
     for index, thing in enumerate(objects):

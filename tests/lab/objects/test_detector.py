@@ -9,7 +9,7 @@ import pytest
 import torch
 from scipy.ndimage import gaussian_filter
 
-from sdattn_fast.lab.objects.detector import Detector, roughened
+from sdattn_fast.lab.objects.detector import PictogramDetector, roughened
 from sdattn_fast.lab.objects.world import BACKGROUNDS, SIDE, sample_scene
 
 SCENES = [sample_scene(800_000_000 + seed) for seed in range(200)]
@@ -17,7 +17,7 @@ SCENES = [sample_scene(800_000_000 + seed) for seed in range(200)]
 
 @pytest.fixture(scope="module")
 def detector():
-    return Detector.load()
+    return PictogramDetector.load()
 
 
 @pytest.mark.parametrize("blur", [0.0, 0.7])

@@ -7,22 +7,22 @@ import dataclasses
 import numpy as np
 import pytest
 
-from sdattn_fast.lab.objects.detector import Detection
-from sdattn_fast.lab.objects.judge import judge, mean_judgements
-from sdattn_fast.lab.objects.world import Named, sample_scene
+from sdattn_fast.lab.objects.detector import PictogramDetection
+from sdattn_fast.lab.objects.judge import judge_detections, mean_judgements
+from sdattn_fast.lab.objects.world import NamedObjects, sample_scene
 
 MASK = np.zeros((64, 64), bool)
 
 
-def named(*phrases: Named, relation: str | None = None):
+def named(*phrases: NamedObjects, relation: str | None = None):
     return dataclasses.replace(sample_scene(0), named=phrases, relation=relation)
 
 
 def found(*things: tuple[str, str | None], at=None):
-    return [Detection(noun, colour, (at or [(0, 0)] * 9)[i], MASK) for i, (noun, colour) in enumerate(things)]
+    return [PictogramDetection(noun, colour, (at or [(0, 0)] * 9)[i], MASK) for i, (noun, colour) in enumerate(things)]
 
 
-RED_CAR, CAR, OWLS = Named("car", "red", 1), Named("car", None, 1), Named("owl", None, 2)
+RED_CAR, CAR, OWLS = NamedObjects("car", "red", 1), NamedObjects("car", None, 1), NamedObjects("owl", None, 2)
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ RED_CAR, CAR, OWLS = Named("car", "red", 1), Named("car", None, 1), Named("owl",
     ],
 )
 def test_shares(phrases, things, present, bound, right):
-    judged = judge(named(*phrases), found(*things))
+    judged = judge_detections(named(*phrases), found(*things))
     assert (judged.present, judged.bound, judged.right) == (pytest.approx(present), pytest.approx(bound), right)
 
 
@@ -53,21 +53,26 @@ def test_shares(phrases, things, present, bound, right):
     ],
 )
 def test_relations(relation, at, stands):
-    scene = named(CAR, Named("owl", None, 1), relation=relation)
-    assert judge(scene, found(("car", "red"), ("owl", None), at=at)).relation is stands
-    assert judge(scene, found(("car", "red"), at=at)).relation is False
-    assert judge(named(CAR), found(("car", "red"))).relation is None
+    scene = named(CAR, NamedObjects("owl", None, 1), relation=relation)
+    assert judge_detections(scene, found(("car", "red"), ("owl", None), at=at)).relation is stands
+    assert judge_detections(scene, found(("car", "red"), at=at)).relation is False
+    assert judge_detections(named(CAR), found(("car", "red"))).relation is None
 
 
 def test_true_scenes_are_right():
     for seed in range(100):
         scene = sample_scene(seed)
-        judged = judge(scene, [Detection(o.noun, o.colour, o.centre, o.mask) for o in scene.objects])
+        judged = judge_detections(
+            scene, [PictogramDetection(o.noun, o.colour, o.centre, o.mask) for o in scene.objects]
+        )
         assert judged.present == judged.bound == 1 and judged.right and judged.relation in (None, True)
 
 
 def test_means():
-    judged = [judge(named(RED_CAR), found(("car", "red"))), judge(named(RED_CAR, OWLS), found(("car", "red")))]
+    judged = [
+        judge_detections(named(RED_CAR), found(("car", "red"))),
+        judge_detections(named(RED_CAR, OWLS), found(("car", "red"))),
+    ]
     rows = mean_judgements(judged)
     assert list(rows) == ["1 object", "3 objects", "all"]
     assert rows["all"]["present"] == pytest.approx((1 + 1 / 3) / 2) and rows["all"]["pictures"] == 2

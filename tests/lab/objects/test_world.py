@@ -10,7 +10,7 @@ import pytest
 from sdattn_fast.lab.objects.captions import report_scenes, selection_scenes
 from sdattn_fast.lab.objects.faults import Faults, faulty_caption
 from sdattn_fast.lab.objects.sprites import COLOURED, HUES, NOUNS, dominant_hue, plural, sprite
-from sdattn_fast.lab.objects.world import BACKGROUNDS, SIDE, Named, caption_of, sample_scene
+from sdattn_fast.lab.objects.world import BACKGROUNDS, SIDE, NamedObjects, caption_of, sample_scene
 
 SCENES = [sample_scene(seed) for seed in range(300)]
 
@@ -91,11 +91,13 @@ def test_gray_has_no_hue():
 
 
 def test_caption_of():
-    named = [Named("apple", "red", 1), Named("owl", None, 2), Named("dress", "blue", 3)]
+    named = [NamedObjects("apple", "red", 1), NamedObjects("owl", None, 2), NamedObjects("dress", "blue", 3)]
     text, phrases = caption_of(named, None, "white")
     assert text == "a red apple, two owls and three blue dresses on a white background"
     assert [p.objects for p in phrases] == [(0,), (1, 2), (3, 4, 5), ()]
-    assert caption_of([Named("owl", None, 1), Named("car", None, 1)], "left of")[0] == "an owl left of a car"
+    assert (
+        caption_of([NamedObjects("owl", None, 1), NamedObjects("car", None, 1)], "left of")[0] == "an owl left of a car"
+    )
 
 
 def test_faults_have_their_shares():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from sdattn_fast.lab.shapes.detector import detect, detect_background
-from sdattn_fast.lab.shapes.judge import judge, table
+from sdattn_fast.lab.shapes.judge import judge_picture, judgement_table
 from sdattn_fast.lab.shapes.world import sample_scene
 
 SCENES = [sample_scene(10_000_000 + i, held_out=i % 2 == 1) for i in range(300)]
@@ -35,19 +35,19 @@ def test_masks_and_centres_are_the_objects():
 
 def test_judgement_of_wrong_pictures():
     scene = sample_scene(3, objects=2)
-    right = judge(scene, scene.image)
+    right = judge_picture(scene, scene.image)
     assert right.right and right.bound == right.present == 1.0
     empty = np.full((64, 64, 3), 128, dtype=np.uint8)
-    assert judge(scene, empty).bound == 0.0 and not judge(scene, empty).right
+    assert judge_picture(scene, empty).bound == 0.0 and not judge_picture(scene, empty).right
     swapped = scene.image[..., ::-1].copy()
-    assert not judge(scene, swapped).right
-    assert table([right, judge(scene, empty)])["all"]["all right"] == 0.5
+    assert not judge_picture(scene, swapped).right
+    assert judgement_table([right, judge_picture(scene, empty)])["all"]["all right"] == 0.5
 
 
 def test_one_detection_answers_for_one_object():
     one = sample_scene(11, objects=1)
     doubled = type(one)(one.image, one.caption, one.objects * 2, one.background, None, one.phrases)
-    assert judge(doubled, one.image).bound == 0.5
+    assert judge_picture(doubled, one.image).bound == 0.5
 
 
 @pytest.mark.parametrize("image", [np.zeros((64, 64, 3)), np.zeros((32, 64, 3), np.uint8)])
