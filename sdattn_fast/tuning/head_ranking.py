@@ -184,15 +184,15 @@ def rank_heads(observations: Sequence[Observation], score: Score, measure: str) 
     if not observations:
         raise ValueError("observations: expected at least one, got none")
     heads = observations[0].heads
-    rows = torch.cat([score(one, one.maps.float()) for one in observations])
+    rows = torch.cat([score(o, o.maps.float()) for o in observations])
     judged = int((~rows.isnan()).any(1).sum())
     if not judged:
         raise ValueError("observations: no object was found in any picture, so no head can be scored")
     means = rows.nanmean(0)
     order = sorted(range(len(heads)), key=lambda i: -_or_least(float(means[i])))
     counts = _counts(len(heads))
-    best = [torch.stack([one.maps[:, order[:k]].float().mean(1) for k in counts], 1) for one in observations]
-    curve = torch.cat([score(one, maps) for one, maps in zip(observations, best, strict=True)]).nanmean(0)
+    best = [torch.stack([o.maps[:, order[:k]].float().mean(1) for k in counts], 1) for o in observations]
+    curve = torch.cat([score(o, maps) for o, maps in zip(observations, best, strict=True)]).nanmean(0)
     return HeadRanking(
         dict(zip(heads, means.tolist(), strict=True)), measure, judged, dict(zip(counts, curve.tolist(), strict=True))
     )
@@ -217,16 +217,16 @@ def effective_attention(
         ValueError: If there is no observation, or no head is chosen.
 
     Examples:
-        >>> found = effective_attention(seen, ranking.best(), clip_score(clip))
-        >>> gain = found["chosen"].nanmean() / found["all"].nanmean() - 1
+        >>> scores = effective_attention(seen, ranking.best(), clip_score(clip))
+        >>> gain = scores["chosen"].nanmean() / scores["all"].nanmean() - 1
     """
     if not observations:
         raise ValueError("observations: expected at least one, got none")
     wanted = [i for i, (layer, head) in enumerate(observations[0].heads) if head in chosen.get(layer, ())]
     if not wanted:
         raise ValueError("chosen: expected at least one head of the model, got none")
-    means = [torch.stack([one.maps[:, i].float().mean(1) for i in (wanted, slice(None))], 1) for one in observations]
-    rows = torch.cat([score(one, maps) for one, maps in zip(observations, means, strict=True)])
+    means = [torch.stack([o.maps[:, i].float().mean(1) for i in (wanted, slice(None))], 1) for o in observations]
+    rows = torch.cat([score(o, maps) for o, maps in zip(observations, means, strict=True)])
     return {"chosen": rows[:, 0], "all": rows[:, 1]}
 
 

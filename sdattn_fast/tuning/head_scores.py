@@ -33,13 +33,13 @@ def iou_score(truth: Callable[[Observation], Sequence[np.ndarray | None]]) -> Sc
         >>> ranking = rank_heads(seen, iou_score(segment), "mask IoU")  # segment: a segmentation model of yours
     """
 
-    def score(one: Observation, maps: Tensor) -> Tensor:
+    def score(observation: Observation, maps: Tensor) -> Tensor:
         rows = torch.full(maps.shape[:2], math.nan)
-        for row, mask in enumerate(truth(one)):
+        for row, mask in enumerate(truth(observation)):
             if mask is not None:
                 true = torch.from_numpy(np.ascontiguousarray(mask))
-                found = masks_of(sized(maps[row], (int(true.shape[0]), int(true.shape[1]))))
-                both, either = (found & true).sum((-1, -2)), (found | true).sum((-1, -2))
+                predicted = masks_of(sized(maps[row], (int(true.shape[0]), int(true.shape[1]))))
+                both, either = (predicted & true).sum((-1, -2)), (predicted | true).sum((-1, -2))
                 rows[row] = both / either.clamp(min=1)
         return rows
 
@@ -66,16 +66,20 @@ def clip_score(clip: ClipScorer, texts: Callable[[Observation], Sequence[str]] |
     is ours.
     """
 
-    def score(one: Observation, maps: Tensor) -> Tensor:
-        picture = np.asarray(one.picture.convert("RGB"))
+    def score(observation: Observation, maps: Tensor) -> Tensor:
+        picture = np.asarray(observation.picture.convert("RGB"))
         hidden = picture.mean((0, 1)).round().astype(np.uint8)
-        names = [f"a photo of a {word.partition(' (')[0]}" for word in one.words] if texts is None else texts(one)
-        asked = clip.texts(list(names))
+        names = (
+            [f"a photo of a {word.partition(' (')[0]}" for word in observation.words]
+            if texts is None
+            else texts(observation)
+        )
+        embeddings = clip.texts(list(names))
         rows = torch.empty(maps.shape[:2])
         for row in range(maps.shape[0]):
             masks = masks_of(sized(maps[row], picture.shape[:2])).numpy()[..., None]
-            shown = clip.pictures([np.where(mask, picture, hidden) for mask in masks]) @ asked[row]
-            rest = clip.pictures([np.where(mask, hidden, picture) for mask in masks]) @ asked[row]
+            shown = clip.pictures([np.where(mask, picture, hidden) for mask in masks]) @ embeddings[row]
+            rest = clip.pictures([np.where(mask, hidden, picture) for mask in masks]) @ embeddings[row]
             rows[row] = shown - rest
         return rows
 

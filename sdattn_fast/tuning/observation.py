@@ -36,8 +36,8 @@ class Observation:
         maps: (objects, heads, size, size) float16 tensor: probabilities times 1024.
 
     Examples:
-        >>> one = next(observe(pipe, ["a black cat and a white dog"], [["cat", "dog"]]))
-        >>> one.maps[0].mean(0)  # (64, 64), the map of "cat" over all heads
+        >>> observation = next(observe(pipe, ["a black cat and a white dog"], [["cat", "dog"]]))
+        >>> observation.maps[0].mean(0)  # (64, 64), the map of "cat" over all heads
     """
 
     prompt: int
@@ -56,7 +56,7 @@ def observe(
     size: int = 64,
     batch: int = 8,
     layers: str | Sequence[str] = "*",
-    **asked: Any,
+    **call_kwargs: Any,
 ) -> Iterator[Observation]:
     """Draw prompts with stock attention and keep every head's maps of the objects' words.
 
@@ -68,7 +68,7 @@ def observe(
         size: Height and width of the maps.
         batch: Number of prompts drawn at once.
         layers: Names or fnmatch patterns of layers.
-        **asked: Passed to the pipeline, such as ``num_inference_steps``.
+        **call_kwargs: Passed to the pipeline, such as ``num_inference_steps``.
 
     Yields:
         A picture with its maps, for each prompt with a word that was not cut off.
@@ -78,8 +78,8 @@ def observe(
         ValueError: If an argument is out of range, or a prompt does not have a word.
 
     Examples:
-        >>> for one in observe(pipe, ["a black cat and a white dog"], [["cat", "dog"]]):
-        ...     one.picture.save(f"{one.prompt}.png")
+        >>> for observation in observe(pipe, ["a black cat and a white dog"], [["cat", "dog"]]):
+        ...     observation.picture.save(f"{observation.prompt}.png")
 
     Source: the maps are those of DAAM, Tang et al. 2023, arXiv 2210.04885.
     """
@@ -87,7 +87,8 @@ def observe(
         raise ValueError(f"words: expected one list for each of {len(prompts)} prompts, got {len(words)}")
     if size < 1 or batch < 1:
         raise ValueError(f"size, batch: expected at least 1, got {size}, {batch}")
-    tokens = [_tokens_of(tokenizer_of(pipe), prompt, mine) for prompt, mine in zip(prompts, words, strict=True)]
+    tokenizer = tokenizer_of(pipe)
+    tokens = [_tokens_of(tokenizer, prompt, of_prompt) for prompt, of_prompt in zip(prompts, words, strict=True)]
     for start in range(0, len(prompts), batch):
         part = range(start, min(start + batch, len(prompts)))
         wanted = sorted({t for i in part for indices in tokens[i].values() for t in indices})
@@ -98,7 +99,7 @@ def observe(
         )
         with apply(pipe, capture=capture) as patch:
             noise = [torch.Generator().manual_seed(seed + i) for i in part]
-            images = pipe([prompts[i] for i in part], **{**asked, "output_type": "np"}, generator=noise).images
+            images = pipe([prompts[i] for i in part], **{**call_kwargs, "output_type": "np"}, generator=noise).images
             pictures = pil_pictures(images)
             maps = patch.maps
         heads = tuple((layer, head) for layer, x in maps.items() for head in range(x.shape[1]))
@@ -120,14 +121,14 @@ def sized(maps: Tensor, size: tuple[int, ...]) -> Tensor:
 
 def _tokens_of(tokenizer: Any, prompt: str, words: Sequence[str]) -> dict[str, list[int]]:
     """The tokens of each word; words past the tokenizer's length are left out."""
-    kept = words_of(tokenizer, prompt)
-    found: dict[str, list[int]] = {}
+    word_tokens = words_of(tokenizer, prompt)
+    tokens: dict[str, list[int]] = {}
     for word in words:
-        if word in kept:
-            found[word] = kept[word]
+        if word in word_tokens:
+            tokens[word] = word_tokens[word]
         elif word.partition(" (")[0].lower() not in prompt.lower():
-            raise ValueError(f"words: expected words of the prompt, {', '.join(map(repr, kept))}, got {word!r}")
-    return found
+            raise ValueError(f"words: expected words of the prompt, {', '.join(map(repr, word_tokens))}, got {word!r}")
+    return tokens
 
 
 def _word_maps(maps: Tensor, tokens: list[int], size: int) -> Tensor:

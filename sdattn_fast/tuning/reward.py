@@ -22,9 +22,9 @@ from ..guidance.pictures import pil_pictures
 from ..measure.paired import interval
 from ..patching.layers import cross_attention_layers
 
-__all__ = ["Judge", "Reward", "compare"]
+__all__ = ["PictureJudge", "Reward", "compare"]
 
-Judge = Callable[[Sequence[str], Sequence[Any]], np.ndarray]
+PictureJudge = Callable[[Sequence[str], Sequence[Any]], np.ndarray]
 
 
 class Reward:
@@ -41,7 +41,7 @@ class Reward:
         seed: Picture j of prompt i is drawn from the noise of ``seed + i * seeds + j``.
         temperature: Temperature of the sigmoid, > 0.
         batch: Number of pictures drawn at once.
-        **asked: Passed to the pipeline where the program's file does not say otherwise, such as
+        **call_kwargs: Passed to the pipeline where the program's file does not say otherwise, such as
             ``num_inference_steps``.
 
     Attributes:
@@ -53,8 +53,8 @@ class Reward:
     Examples:
         >>> reward = Reward(pipe, clip, ["a red car and a blue bench"], seeds=2, num_inference_steps=30)
         >>> rewards, pictures = reward.all(ProgramFile())  # of stock attention
-        >>> for which, some in reward.pictures(ProgramFile(Program(SalienceDropout(0.1)))):
-        ...     rewards = reward.score(which, some)
+        >>> for which, pictures in reward.pictures(ProgramFile(Program(SalienceDropout(0.1)))):
+        ...     rewards = reward.score(which, pictures)
 
     Source: tuning by CLIP without labels: PnP-OVSS, Luo et al. 2024, arXiv 2311.17095.
     """
@@ -69,7 +69,7 @@ class Reward:
         seed: int = 0,
         temperature: float = 0.25,
         batch: int = 8,
-        **asked: Any,
+        **call_kwargs: Any,
     ) -> None:
         if isinstance(prompts, str) or not prompts or any(not isinstance(p, str) or not p.strip() for p in prompts):
             raise ValueError(f"prompts: expected at least one, each some words, got {prompts!r}")
@@ -84,7 +84,7 @@ class Reward:
         self.seed = seed
         self.temperature = float(temperature)
         self.batch = batch
-        self.asked = asked
+        self.call_kwargs = call_kwargs
         self.seeds = seeds
 
     @property
@@ -106,16 +106,16 @@ class Reward:
             ValueError: If a picture is not finite.
         """
         which = range(len(self.texts)) if which is None else which
-        asked = dict(self.asked)
+        call_kwargs = dict(self.call_kwargs)
         for name in ("guidance_scale", "num_inference_steps"):
             if getattr(file, name) is not None:
-                asked[name] = getattr(file, name)
+                call_kwargs[name] = getattr(file, name)
         with apply(self.pipe, file, seed=self.seed):
             for start in range(0, len(which), self.batch):
                 part = [int(i) for i in which[start : start + self.batch]]
                 noise = [torch.Generator().manual_seed(self.seed + i) for i in part]
                 texts = [self.texts[i] for i in part]
-                images = self.pipe(texts, **{**asked, "output_type": "np"}, generator=noise).images
+                images = self.pipe(texts, **{**call_kwargs, "output_type": "np"}, generator=noise).images
                 yield part, pil_pictures(images)
 
     def score(self, which: Sequence[int], pictures: Sequence[Any]) -> np.ndarray:
@@ -140,7 +140,7 @@ class Reward:
         Returns:
             (n,) float64 array of rewards, and n PIL images.
         """
-        pictures = [one for _, batch in self.pictures(file) for one in batch]
+        pictures = [picture for _, batch in self.pictures(file) for picture in batch]
         return self.score(range(len(self.texts)), pictures), pictures
 
     def describe(self) -> dict[str, Any]:
@@ -149,12 +149,12 @@ class Reward:
         Returns:
             Their names and values, which JSON can hold.
         """
-        plain = {key: x for key, x in self.asked.items() if isinstance(x, (str, int, float))}
+        plain = {key: x for key, x in self.call_kwargs.items() if isinstance(x, (str, int, float))}
         return {"prompts": self.texts[:: self.seeds], "seeds": self.seeds, "seed": self.seed,
                 "temperature": self.temperature, "asked": plain}  # fmt: skip
 
 
-def compare(reward: Reward, file: ProgramFile, judge: Judge | None = None) -> dict[str, dict[str, Any]]:
+def compare(reward: Reward, file: ProgramFile, judge: PictureJudge | None = None) -> dict[str, dict[str, Any]]:
     """Compare a program with stock attention, on prompts that were not used to choose it.
 
     Args:
@@ -172,11 +172,12 @@ def compare(reward: Reward, file: ProgramFile, judge: Judge | None = None) -> di
         >>> compare(others, best)["reward"]["supports"]
         'no difference'
     """
-    stock, tuned = (reward.all(one) for one in (ProgramFile(), file))
-    found = {"reward": _paired(stock[0], tuned[0])}
+    (stock, stock_pictures), (tuned, tuned_pictures) = (reward.all(x) for x in (ProgramFile(), file))
+    figures = {"reward": _paired(stock, tuned)}
     if judge is not None:
-        found["judge"] = _paired(*(np.asarray(judge(reward.texts, one[1]), dtype=float) for one in (stock, tuned)))
-    return found
+        drawn = (stock_pictures, tuned_pictures)
+        figures["judge"] = _paired(*(np.asarray(judge(reward.texts, x), dtype=float) for x in drawn))
+    return figures
 
 
 def _paired(stock: np.ndarray, tuned: np.ndarray) -> dict[str, Any]:

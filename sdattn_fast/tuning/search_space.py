@@ -136,7 +136,7 @@ class SearchSpace:
             inactive = trial.suggest_categorical("inactive_heads", self.inactive_heads)
             if count < len(ranking.scores):
                 here = set(select_layers(layers, model_layers))
-                heads = {layer: found for layer, found in ranking.best(count).items() if layer in here}
+                heads = {layer: indices for layer, indices in ranking.best(count).items() if layer in here}
         return ProgramFile(
             program, None if layers == "*" else (layers,), heads, inactive if heads else "plain", scale, steps
         )
@@ -154,45 +154,48 @@ class SearchSpace:
         Returns:
             Names of parameters and their values.
         """
-        found: dict[str, Any] = {"renormalize": self.renormalize[0], "layers": _matching(self.layers, model_layers)[0]}
+        parameters: dict[str, Any] = {
+            "renormalize": self.renormalize[0],
+            "layers": _matching(self.layers, model_layers)[0],
+        }
         if self.dropout_ratio is not None:
-            found["dropout"] = False
+            parameters["dropout"] = False
         if self.threshold is not None or self.sigma is not None:
-            found["refine"] = False
+            parameters["refine"] = False
         for name in ("guidance_scale", "num_inference_steps"):
             limits = getattr(self, name)
             if limits is not None and name in asked:
-                found[name] = min(max(asked[name], limits[0]), limits[1])
+                parameters[name] = min(max(asked[name], limits[0]), limits[1])
         if ranking is not None and self.heads is not None:
-            found |= {"heads": self.heads[1], "inactive_heads": self.inactive_heads[0]}
-        return found
+            parameters |= {"heads": self.heads[1], "inactive_heads": self.inactive_heads[0]}
+        return parameters
 
 
 def _matching(patterns: Sequence[str], layers: Sequence[str]) -> list[str]:
-    found = [p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in layers)]
-    if not found:
+    matching = [p for p in patterns if any(fnmatch.fnmatchcase(name, p) for name in layers)]
+    if not matching:
         raise ValueError(f"layers: none of {', '.join(map(repr, patterns))} matches a layer of the model")
-    return found
+    return matching
 
 
-def _range(name: str, given: Any, low: float, high: float, whole: bool, may_be_none: bool) -> Any:
+def _range(name: str, value: Any, low: float, high: float, whole: bool, may_be_none: bool) -> Any:
     expected = f"{'two ints' if whole else 'two numbers'}, lowest and highest, from {low} to {high}"
-    if given is None and may_be_none:
+    if value is None and may_be_none:
         return None
-    if isinstance(given, str) or not isinstance(given, Sequence) or len(given) != 2:
-        raise TypeError(f"{name}: expected {expected}, got {given!r}")
+    if isinstance(value, str) or not isinstance(value, Sequence) or len(value) != 2:
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
     kinds = (int,) if whole else (int, float)
-    if any(isinstance(x, bool) or not isinstance(x, kinds) for x in given):
-        raise TypeError(f"{name}: expected {expected}, got {given!r}")
-    if not low <= given[0] <= given[1] <= high:
-        raise ValueError(f"{name}: expected {expected}, got {given!r}")
-    return tuple(given) if whole else (float(given[0]), float(given[1]))
+    if any(isinstance(x, bool) or not isinstance(x, kinds) for x in value):
+        raise TypeError(f"{name}: expected {expected}, got {value!r}")
+    if not low <= value[0] <= value[1] <= high:
+        raise ValueError(f"{name}: expected {expected}, got {value!r}")
+    return tuple(value) if whole else (float(value[0]), float(value[1]))
 
 
-def _choices(name: str, given: Any, known: tuple[str, ...] | None) -> tuple[str, ...]:
+def _choices(name: str, choices: Any, known: tuple[str, ...] | None) -> tuple[str, ...]:
     expected = "patterns of layers" if known is None else f"some of {', '.join(known)}"
-    if isinstance(given, str) or not isinstance(given, Sequence) or any(not isinstance(x, str) for x in given):
-        raise TypeError(f"{name}: expected {expected}, got {given!r}")
-    if not given or len(set(given)) != len(given) or (known is not None and not set(given) <= set(known)):
-        raise ValueError(f"{name}: expected {expected}, each once, got {list(given)!r}")
-    return tuple(given)
+    if isinstance(choices, str) or not isinstance(choices, Sequence) or any(not isinstance(x, str) for x in choices):
+        raise TypeError(f"{name}: expected {expected}, got {choices!r}")
+    if not choices or len(set(choices)) != len(choices) or (known is not None and not set(choices) <= set(known)):
+        raise ValueError(f"{name}: expected {expected}, each once, got {list(choices)!r}")
+    return tuple(choices)

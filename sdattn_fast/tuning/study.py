@@ -26,12 +26,12 @@ import numpy as np
 
 from ..files import ProgramFile
 from .head_ranking import HeadRanking
-from .reward import Judge, Reward
+from .reward import PictureJudge, Reward
 from .search_space import SearchSpace
 
 __all__ = ["best_program", "draw_plots", "open_study", "shortlisted", "tune"]
 
-_MADE = "sdattn-fast"
+_SETTINGS_KEY = "sdattn-fast"
 _P_THRESHOLD = 0.1
 _FEWEST_BEFORE_PRUNING = 6
 
@@ -97,23 +97,23 @@ def open_study(
         except (SQLAlchemyError, ImportError) as error:
             why = getattr(error, "orig", error)
             raise OSError(f"storage: cannot open {_without_password(url)}: {why}") from None
-    made: dict[str, Any] = {"model": model, "reward": reward.describe(), "space": asdict(space),
+    settings: dict[str, Any] = {"model": model, "reward": reward.describe(), "space": asdict(space),
             "heads": None if ranking is None else [list(head) for head in ranking.order]}  # fmt: skip
-    made = _as_json(made)
+    settings = _as_json(settings)
     # Trials first: another worker that is creating the study writes its attribute before it queues a trial.
     trials = study.get_trials(deepcopy=False)
-    found = study.user_attrs.get(_MADE)
-    if found is None and trials:
+    stored = study.user_attrs.get(_SETTINGS_KEY)
+    if stored is None and trials:
         raise ValueError(
             f"study: {name!r} in {_without_password(url)} was not made by sdattn-fast; choose another name"
         )
-    if found is None:
-        study.set_user_attr(_MADE, made)
-        stock = space.stock(reward.asked, reward.model_layers, ranking)
+    if stored is None:
+        study.set_user_attr(_SETTINGS_KEY, settings)
+        stock = space.stock(reward.call_kwargs, reward.model_layers, ranking)
         study.enqueue_trial(stock, user_attrs={"stock": True}, skip_if_exists=True)
-    elif found != made:
+    elif stored != settings:
         raise ValueError(
-            f"study: {name!r} in {_without_password(url)} was made with another {_first_difference(found, made)}; "
+            f"study: {name!r} in {_without_password(url)} was made with another {_first_difference(stored, settings)}; "
             "choose another name or storage, or what it was made with"
         )
     return study
@@ -166,7 +166,7 @@ def tune(
     if len(study.get_trials(deepcopy=False, states=states)) >= trials:
         return
     enough = optuna.study.MaxTrialsCallback(trials, states=states)
-    with _quiet(optuna), _told_plainly(optuna):
+    with _quiet(optuna), _plain_storage_errors(optuna):
         study.optimize(objective, callbacks=[*callbacks, enough])
 
 
@@ -205,7 +205,13 @@ def best_program(
 
 
 def shortlisted(
-    study: Any, space: SearchSpace, reward: Reward, judge: Judge, ranking: HeadRanking | None = None, *, length: int = 5
+    study: Any,
+    space: SearchSpace,
+    reward: Reward,
+    judge: PictureJudge,
+    ranking: HeadRanking | None = None,
+    *,
+    length: int = 5,
 ) -> list[dict[str, Any]]:
     """The trials with the best rewards, drawn again and ordered by a judge of another kind.
 
@@ -280,7 +286,7 @@ def draw_plots(study: Any, folder: str | Path) -> list[Path]:
         with matplotlib.rc_context(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             plots = optuna.visualization.matplotlib
-            asked: dict[str, Callable[[], Any]] = {
+            draw_functions: dict[str, Callable[[], Any]] = {
                 "history": lambda: plots.plot_optimization_history(study),
                 "slices": lambda: plots.plot_slice(study),
                 "parallel": lambda: plots.plot_parallel_coordinate(study),
@@ -288,8 +294,8 @@ def draw_plots(study: Any, folder: str | Path) -> list[Path]:
             }
             if len(complete) >= 4 and len({t.value for t in complete}) > 1:
                 evaluator = optuna.importance.PedAnovaImportanceEvaluator()
-                asked["importances"] = lambda: plots.plot_param_importances(study, evaluator=evaluator)
-            for name, plot in asked.items():
+                draw_functions["importances"] = lambda: plots.plot_param_importances(study, evaluator=evaluator)
+            for name, plot in draw_functions.items():
                 axes = plot()
                 figure = (axes.flat[0] if isinstance(axes, np.ndarray) else axes).figure
                 if name == "parallel":
@@ -303,10 +309,10 @@ def draw_plots(study: Any, folder: str | Path) -> list[Path]:
 
 
 def _complete(study: Any) -> list[Any]:
-    found = study.get_trials(deepcopy=False, states=(_optuna().trial.TrialState.COMPLETE,))
-    if not found:
+    trials = study.get_trials(deepcopy=False, states=(_optuna().trial.TrialState.COMPLETE,))
+    if not trials:
         raise ValueError(f"study: no trial of {study.study_name!r} is complete")
-    return found
+    return trials
 
 
 def _optuna() -> Any:
@@ -353,7 +359,7 @@ def _url(storage: str | Path) -> str:
 
 
 @contextlib.contextmanager
-def _told_plainly(optuna: Any) -> Iterator[None]:
+def _plain_storage_errors(optuna: Any) -> Iterator[None]:
     """What the database said is why a storage fails; SQLAlchemy adds the statement, and Optuna its own words."""
     from sqlalchemy.exc import SQLAlchemyError
 
@@ -376,11 +382,11 @@ def _as_json(value: Any) -> Any:
     return json.loads(json.dumps(value))
 
 
-def _first_difference(found: Any, made: Any, where: str = "") -> str:
+def _first_difference(stored: Any, settings: Any, field: str = "") -> str:
     """ "space: sigma, [0, 2] and not [0, 1]" """
-    if isinstance(found, dict) and isinstance(made, dict):
-        for key in [*made, *(key for key in found if key not in made)]:
-            if found.get(key) != made.get(key):
-                return _first_difference(found.get(key), made.get(key), f"{where}: {key}" if where else str(key))
-    shown = [text if len(text) < 60 else f"{text[:57]}..." for text in (repr(found), repr(made))]
-    return f"{where}, {shown[0]} and not {shown[1]}"
+    if isinstance(stored, dict) and isinstance(settings, dict):
+        for key in [*settings, *(key for key in stored if key not in settings)]:
+            if stored.get(key) != settings.get(key):
+                return _first_difference(stored.get(key), settings.get(key), f"{field}: {key}" if field else str(key))
+    shown = [text if len(text) < 60 else f"{text[:57]}..." for text in (repr(stored), repr(settings))]
+    return f"{field}, {shown[0]} and not {shown[1]}"

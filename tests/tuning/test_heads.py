@@ -38,9 +38,9 @@ def observation(*maps: torch.Tensor, prompt: int = 0) -> Observation:
 
 
 def box(top: int, bottom: int, left: int, right: int) -> torch.Tensor:
-    found = torch.zeros(SIZE, SIZE)
-    found[top:bottom, left:right] = 1.0
-    return found
+    mask = torch.zeros(SIZE, SIZE)
+    mask[top:bottom, left:right] = 1.0
+    return mask
 
 
 # Exactly the object; its left half; its mirror image below; everything but one pixel.
@@ -48,17 +48,17 @@ EXACT, HALF, OTHER = box(4, 8, 4, 12), box(4, 8, 4, 8), box(8, 12, 4, 12)
 MOST = 1 - box(0, 1, 0, 1)
 
 
-def truth(one):
+def truth(_):
     return [TRUE]
 
 
 def test_iou_is_what_it_is_by_hand():
     rows = iou_score(truth)(observation(EXACT, HALF, OTHER, MOST), torch.stack([EXACT, HALF, OTHER, MOST])[None])
     # Bicubic to twice the side moves no edge of these boxes: halves of the range lie between the same pixels.
-    found = rows[0].tolist()
-    assert found[:3] == pytest.approx([1.0, 0.5, 0.0])
-    assert found[3] == pytest.approx(TRUE.sum() / (TRUE.size - 4), abs=0.01)
-    none = iou_score(lambda one: [None])(observation(EXACT, HALF, OTHER, MOST), torch.zeros(1, 4, SIZE, SIZE))
+    scores = rows[0].tolist()
+    assert scores[:3] == pytest.approx([1.0, 0.5, 0.0])
+    assert scores[3] == pytest.approx(TRUE.sum() / (TRUE.size - 4), abs=0.01)
+    none = iou_score(lambda _: [None])(observation(EXACT, HALF, OTHER, MOST), torch.zeros(1, 4, SIZE, SIZE))
     assert none.isnan().all()
 
 
@@ -79,20 +79,20 @@ def test_the_best_heads_and_their_number():
     assert ranking.count == 2 and ranking.curve[2] == pytest.approx(1.0) and ranking.curve[1] == pytest.approx(0.5)
     assert ranking.best() == {"down": [0, 1], "up": []}
     assert ranking.best(3) == {"down": [0, 1], "up": [0]}
-    found = effective_attention(seen, ranking.best(), iou_score(truth))
-    assert found["chosen"].tolist() == pytest.approx([1.0] * 3)
+    scores = effective_attention(seen, ranking.best(), iou_score(truth))
+    assert scores["chosen"].tolist() == pytest.approx([1.0] * 3)
     # All heads' mean map is level where any of them looks: the object is 32 of those 128 pixels.
-    assert found["all"].tolist() == pytest.approx([32 / 128] * 3, abs=0.02)
-    gain = float(found["chosen"].mean() / found["all"].mean() - 1)
+    assert scores["all"].tolist() == pytest.approx([32 / 128] * 3, abs=0.02)
+    gain = float(scores["chosen"].mean() / scores["all"].mean() - 1)
     assert gain == pytest.approx(3.0, abs=0.3)
 
 
 def test_objects_that_were_not_drawn_count_for_nothing():
     seen = [observation(EXACT, HALF, OTHER, MOST), observation(OTHER, OTHER, EXACT, OTHER, prompt=1)]
-    ranking = rank_heads(seen, iou_score(lambda one: [TRUE if one.prompt == 0 else None]), "mask IoU")
+    ranking = rank_heads(seen, iou_score(lambda seen: [TRUE if seen.prompt == 0 else None]), "mask IoU")
     assert ranking.objects == 1 and ranking.scores[("down", 0)] == pytest.approx(1.0)
     with pytest.raises(ValueError, match="no object was found in any picture"):
-        rank_heads(seen, iou_score(lambda one: [None]), "mask IoU")
+        rank_heads(seen, iou_score(lambda _: [None]), "mask IoU")
 
 
 def test_a_ranking_is_a_file_for_apply_and_a_picture(tmp_path):
@@ -130,7 +130,7 @@ def test_clip_knows_a_true_mask_from_a_false_one(clip):
         maps = torch.stack([thing, other, torch.ones(64, 64) - thing, torch.rand(64, 64)])
         seen.append(Observation(seed, Image.fromarray(scene.image), ("x",), HEADS, maps[None].half()))
         texts.append([f"a {scene.objects[0].size} {scene.objects[0].colour} {scene.objects[0].shape}"])
-    ranking = rank_heads(seen, clip_score(clip, lambda one: texts[one.prompt]), "CLIP of masked pictures")
+    ranking = rank_heads(seen, clip_score(clip, lambda seen: texts[seen.prompt]), "CLIP of masked pictures")
     scores = ranking.scores
     assert ranking.order[0] == ("down", 0)
     assert scores[("down", 0)] > 0.1 + max(scores[("down", 1)], scores[("up", 0)])
@@ -139,8 +139,8 @@ def test_clip_knows_a_true_mask_from_a_false_one(clip):
 def test_clip_scores(clip):
     scenes = [sample_scene(20_000_000 + i) for i in range(8)]
     pictures, texts = [Image.fromarray(s.image) for s in scenes], [s.caption for s in scenes]
-    mine = clip.similarity(pictures, texts)
-    assert mine.mean() > 0.4 > clip.similarity(pictures, texts[1:] + texts[:1]).mean() + 0.2
+    cosines = clip.similarity(pictures, texts)
+    assert cosines.mean() > 0.4 > clip.similarity(pictures, texts[1:] + texts[:1]).mean() + 0.2
     assert clip.texts(["a red circle " * 60]).norm() == pytest.approx(1, abs=1e-5), "77 tokens are kept of more"
     with pytest.raises(ValueError, match="texts: expected one for each of 8 pictures, got 1"):
         clip.similarity(pictures, texts[:1])
@@ -160,8 +160,8 @@ def test_every_heads_maps_of_the_words(pipe):
     prompts = ["a red circle and a blue circle", "a large green triangle", "nothing"]
     words = [["circle", "circle (2)"], ["triangle"], []]
     seen = list(observe(pipe, prompts, words, size=32, batch=2, num_inference_steps=2, guidance_scale=4.0))
-    assert [(one.prompt, one.words) for one in seen] == [(0, ("circle", "circle (2)")), (1, ("triangle",))]
-    assert [tuple(one.maps.shape) for one in seen] == [(2, 28, 32, 32), (1, 28, 32, 32)]
+    assert [(x.prompt, x.words) for x in seen] == [(0, ("circle", "circle (2)")), (1, ("triangle",))]
+    assert [tuple(x.maps.shape) for x in seen] == [(2, 28, 32, 32), (1, 28, 32, 32)]
     assert len(set(seen[0].heads)) == 28
     assert len(pipe.tokenizer.tokenize(prompts[1])) == 5, "a triangle is two tokens"
     # One prompt at a time gives the same maps, and the mean over heads is what a patch captures.
@@ -171,9 +171,9 @@ def test_every_heads_maps_of_the_words(pipe):
     with apply(pipe, capture=Capture(stage="softmax", layers=layer)) as patch:
         pipe(prompts[1], num_inference_steps=2, guidance_scale=4.0, generator=torch.Generator().manual_seed(1))
         tokens = patch.maps[layer][0, [4, 5]].mean(0)
-    mine = seen[1].maps[0, [i for i, (name, _) in enumerate(seen[1].heads) if name == layer]].float().mean(0) / 1024
+    mean_map = seen[1].maps[0, [i for i, (name, _) in enumerate(seen[1].heads) if name == layer]].float().mean(0) / 1024
     wanted = torch.nn.functional.interpolate(tokens[None, None], size=(32, 32), mode="bicubic")[0, 0]
-    torch.testing.assert_close(mine, wanted, rtol=2e-2, atol=2e-4)
+    torch.testing.assert_close(mean_map, wanted, rtol=2e-2, atol=2e-4)
     with pytest.raises(ValueError, match="words: expected words of the prompt, 'a', 'red'"):
         list(observe(pipe, ["a red circle"], [["bench"]]))
     with pytest.raises(ValueError, match="words: expected one list for each of 2 prompts"):

@@ -48,7 +48,7 @@ class Pretended(Reward):
     def pictures(self, file: ProgramFile, which=None):
         which = range(len(self.texts)) if which is None else which
         self.runs += 1
-        scale = self.asked["guidance_scale"] if file.guidance_scale is None else file.guidance_scale
+        scale = self.call_kwargs["guidance_scale"] if file.guidance_scale is None else file.guidance_scale
         for start in range(0, len(which), self.batch):
             time.sleep(600 if self.hangs and self.runs == 2 and start else self.seconds)
             yield list(which[start : start + self.batch]), [(i, scale) for i in which[start : start + self.batch]]
@@ -168,9 +168,11 @@ def test_the_judge_chooses_and_reports_and_the_reward_alone_does_not(study):
     assert rows[0]["file"].guidance_scale == min(row["file"].guidance_scale for row in rows)
     best = sorted((t.value for t in study.trials if t.state.name == "COMPLETE"), reverse=True)[:3]
     assert sorted((row["reward"] for row in rows), reverse=True) == best
-    found = compare(reward, ProgramFile(guidance_scale=6.0), lambda texts, drawn: np.array([-s - i for i, s in drawn]))
-    assert found["reward"]["supports"] == "better" and found["judge"]["supports"] == "worse"
-    assert found["judge"]["difference"] == pytest.approx(-2) and found["reward"]["pictures"] == 12
+    figures = compare(
+        reward, ProgramFile(guidance_scale=6.0), lambda texts, drawn: np.array([-s - i for i, s in drawn])
+    )
+    assert figures["reward"]["supports"] == "better" and figures["judge"]["supports"] == "worse"
+    assert figures["judge"]["difference"] == pytest.approx(-2) and figures["reward"]["pictures"] == 12
     same = compare(reward, ProgramFile(guidance_scale=4.0))
     assert same["reward"]["supports"] == "no difference" and same["reward"]["difference"] == 0
 
@@ -276,8 +278,8 @@ def test_two_workers_share_a_postgresql_study(postgresql, tmp_path):
 def postgresql():
     """The URL of a server of its own; without Debian's package `postgresql` the test is skipped, and says so."""
     pytest.importorskip("psycopg")
-    found = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
-    binaries = found[-1].parent if found else Path(shutil.which("initdb") or "/nowhere/initdb").parent
+    installed = sorted(Path("/usr/lib/postgresql").glob("*/bin/initdb"))
+    binaries = installed[-1].parent if installed else Path(shutil.which("initdb") or "/nowhere/initdb").parent
     if not (binaries / "postgres").exists():
         pytest.skip("PostgreSQL is not installed: apt-get install postgresql")
     # The server refuses to run as root, and pytest's folders are closed to others.
@@ -318,8 +320,8 @@ def test_a_reward_is_of_the_pipelines_own_pictures_and_of_no_nan() -> None:
     with sdattn_fast.apply(pipe, ProgramFile()):
         want = pipe(reward.texts, num_inference_steps=1, generator=noise).images
     assert which == [0, 1]
-    for mine, theirs in zip(pictures, want, strict=True):
-        assert mine.mode == theirs.mode and np.array_equal(np.asarray(mine), np.asarray(theirs))
+    for picture, wanted in zip(pictures, want, strict=True):
+        assert picture.mode == wanted.mode and np.array_equal(np.asarray(picture), np.asarray(wanted))
     pipe.vae.post_quant_conv.bias.data[0] = float("nan")
     with pytest.raises(ValueError, match="pictures: expected finite numbers, got NaN or infinity in picture 0 of 2"):
         list(reward.pictures(ProgramFile()))
