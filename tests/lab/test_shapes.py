@@ -50,8 +50,8 @@ for load in (shapes_path, load_pipeline, load_clip):
 print({"diffusers", "transformers"} & set(sys.modules))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    *said, imported = done.stdout.splitlines()
-    assert len(said) == 3 and all("pip install 'sdattn-fast[demo]'" in line for line in said)
+    *messages, imported = done.stdout.splitlines()
+    assert len(messages) == 3 and all("pip install 'sdattn-fast[demo]'" in line for line in messages)
     assert imported == "set()"
 
 
@@ -71,8 +71,8 @@ def test_draws_what_it_is_asked_for(pipe):
     """Not the evaluation, which is long: pairs seen in training, and the best of a few."""
     caption = "a large blue square on a white background"
     generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
-    found = pipe([caption] * 6, guidance_scale=4.0, num_inference_steps=20, generator=generators).images
-    pictures = [np.asarray(picture) for picture in found]
+    images = pipe([caption] * 6, guidance_scale=4.0, num_inference_steps=20, generator=generators).images
+    pictures = [np.asarray(image) for image in images]
     assert [detect_background(p) for p in pictures].count("white") >= 5
     assert sum(any((d.colour, d.shape) == ("blue", "square") for d in detect(p)) for p in pictures) >= 2
 
@@ -84,9 +84,9 @@ def test_phrases_of_several_pieces_occur(pipe):
 
 def test_clip_shares_the_text_tower_and_knows_pictures(pipe):
     model, tokenizer = load_clip()
-    mine, theirs = model.text_model.state_dict(), pipe.text_encoder.state_dict()
-    for key, x in mine.items():
-        assert torch.equal(x, theirs[key] if key in theirs else theirs[f"text_model.{key}"])
+    clip_text, encoder_text = model.text_model.state_dict(), pipe.text_encoder.state_dict()
+    for key, x in clip_text.items():
+        assert torch.equal(x, encoder_text[key] if key in encoder_text else encoder_text[f"text_model.{key}"])
     scenes = [sample_scene(20_000_000 + i, held_out=i % 2 == 0) for i in range(64)]
     pictures = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
     ids = tokenizer([s.caption for s in scenes], padding="max_length", return_tensors="pt").input_ids

@@ -110,8 +110,8 @@ def test_more_steps_go_on(tmp_path, capfd):
     network = torch.nn.Linear(2, 1)
     for steps in (2, 5):
         fit("line", network, lambda step: network(torch.ones(1, 2)).square().sum(), Schedule(0.1, steps), tmp_path)
-    said = capfd.readouterr().out
-    assert "line: resumed at step 2" in said and "line: step 5/5" in said
+    output = capfd.readouterr().out
+    assert "line: resumed at step 2" in output and "line: step 5/5" in output
 
 
 @pytest.mark.parametrize(

@@ -23,14 +23,14 @@ def detector():
 @pytest.mark.parametrize("blur", [0.0, 0.7])
 def test_true_scenes(detector, blur):
     pictures = [gaussian_filter(s.image, (blur, blur, 0)) for s in SCENES]
-    found = detector(pictures)
+    detections = detector(pictures)
     nouns = [Counter(o.noun for o in s.objects) for s in SCENES]
-    seen = [Counter(d.noun for d in things) for things in found]
+    seen = [Counter(d.noun for d in things) for things in detections]
     there = sum(n.total() for n in nouns)
     assert sum((n & s).total() for n, s in zip(nouns, seen, strict=True)) >= 0.99 * there
     assert sum((s - n).total() for n, s in zip(nouns, seen, strict=True)) <= 0.01 * there
     coloured = [Counter((o.noun, o.colour) for o in s.objects if o.colour) for s in SCENES]
-    bound = [Counter((d.noun, d.colour) for d in things) for things in found]
+    bound = [Counter((d.noun, d.colour) for d in things) for things in detections]
     total = sum(c.total() for c in coloured)
     assert sum((c & b).total() for c, b in zip(coloured, bound, strict=True)) >= 0.98 * total
 
@@ -59,8 +59,8 @@ def test_half_an_object_is_none(detector):
         picture, middle = scene.image.copy(), int(scene.objects[0].centre[0])
         picture[:, : middle + 3] = scene.image[0, 0] if scene.objects[0].centre[1] > 20 else scene.image[-1, 0]
         cut.append(picture)
-    found = [[d.noun for d in things] for things in detector(cut)]
-    counted = [s.objects[0].noun in nouns for s, nouns in zip(alone, found, strict=True)]
+    detections = [[d.noun for d in things] for things in detector(cut)]
+    counted = [s.objects[0].noun in nouns for s, nouns in zip(alone, detections, strict=True)]
     assert np.mean(counted) < 0.1
 
 

@@ -18,7 +18,7 @@ def named(*phrases: NamedObjects, relation: str | None = None):
     return dataclasses.replace(sample_scene(0), named=phrases, relation=relation)
 
 
-def found(*things: tuple[str, str | None], at=None):
+def detections(*things: tuple[str, str | None], at=None):
     return [PictogramDetection(noun, colour, (at or [(0, 0)] * 9)[i], MASK) for i, (noun, colour) in enumerate(things)]
 
 
@@ -39,7 +39,7 @@ RED_CAR, CAR, OWLS = NamedObjects("car", "red", 1), NamedObjects("car", None, 1)
     ],
 )
 def test_shares(phrases, things, present, bound, right):
-    judged = judge_detections(named(*phrases), found(*things))
+    judged = judge_detections(named(*phrases), detections(*things))
     assert (judged.present, judged.bound, judged.right) == (pytest.approx(present), pytest.approx(bound), right)
 
 
@@ -54,9 +54,9 @@ def test_shares(phrases, things, present, bound, right):
 )
 def test_relations(relation, at, stands):
     scene = named(CAR, NamedObjects("owl", None, 1), relation=relation)
-    assert judge_detections(scene, found(("car", "red"), ("owl", None), at=at)).relation is stands
-    assert judge_detections(scene, found(("car", "red"), at=at)).relation is False
-    assert judge_detections(named(CAR), found(("car", "red"))).relation is None
+    assert judge_detections(scene, detections(("car", "red"), ("owl", None), at=at)).relation is stands
+    assert judge_detections(scene, detections(("car", "red"), at=at)).relation is False
+    assert judge_detections(named(CAR), detections(("car", "red"))).relation is None
 
 
 def test_true_scenes_are_right():
@@ -70,8 +70,8 @@ def test_true_scenes_are_right():
 
 def test_means():
     judged = [
-        judge_detections(named(RED_CAR), found(("car", "red"))),
-        judge_detections(named(RED_CAR, OWLS), found(("car", "red"))),
+        judge_detections(named(RED_CAR), detections(("car", "red"))),
+        judge_detections(named(RED_CAR, OWLS), detections(("car", "red"))),
     ]
     rows = mean_judgements(judged)
     assert list(rows) == ["1 object", "3 objects", "all"]

@@ -59,8 +59,8 @@ def test_captions_are_true():
             counts += len(things) > 1
             for thing in things:
                 assert phrase.text.endswith(plural(thing.noun) if len(things) > 1 else thing.noun)
-                said = [c for c in HUES if f" {c} " in phrase.text]
-                assert said in ([], [thing.colour])
+                colours_said = [c for c in HUES if f" {c} " in phrase.text]
+                assert colours_said in ([], [thing.colour])
             if not things:
                 assert phrase.text == f"a {scene.background} background"
         if scene.relation:

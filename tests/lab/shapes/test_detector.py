@@ -13,15 +13,15 @@ SCENES = [sample_scene(10_000_000 + i, held_out=i % 2 == 1) for i in range(300)]
 
 
 def test_finds_99_percent_of_the_objects_of_true_scenes():
-    wanted = found = invented = 0
+    wanted = hits = invented = 0
     for scene in SCENES:
         detections = detect(scene.image)
         names = [(d.colour, d.shape, d.size) for d in detections]
         wanted += len(scene.objects)
-        found += sum((o.colour, o.shape, o.size) in names for o in scene.objects)
+        hits += sum((o.colour, o.shape, o.size) in names for o in scene.objects)
         invented += max(0, len(detections) - len(scene.objects))
         assert detect_background(scene.image) == scene.background
-    assert found >= 0.99 * wanted
+    assert hits >= 0.99 * wanted
     assert invented <= 0.01 * wanted
 
 
@@ -45,9 +45,9 @@ def test_judgement_of_wrong_pictures():
 
 
 def test_one_detection_answers_for_one_object():
-    one = sample_scene(11, objects=1)
-    doubled = type(one)(one.image, one.caption, one.objects * 2, one.background, None, one.phrases)
-    assert judge_picture(doubled, one.image).bound == 0.5
+    scene = sample_scene(11, objects=1)
+    doubled = type(scene)(scene.image, scene.caption, scene.objects * 2, scene.background, None, scene.phrases)
+    assert judge_picture(doubled, scene.image).bound == 0.5
 
 
 @pytest.mark.parametrize("image", [np.zeros((64, 64, 3)), np.zeros((32, 64, 3), np.uint8)])

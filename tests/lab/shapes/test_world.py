@@ -19,8 +19,8 @@ def test_the_same_seed_gives_the_same_scene():
 
 def test_held_out_pairs_stand_in_no_training_scene_and_alone_in_the_others():
     assert not {(o.colour, o.shape) for s in SCENES for o in s.objects} & HELD_OUT
-    asked = {(o.colour, o.shape) for seed in range(100) for o in sample_scene(seed, held_out=True).objects}
-    assert asked == HELD_OUT
+    held_out_pairs = {(o.colour, o.shape) for seed in range(100) for o in sample_scene(seed, held_out=True).objects}
+    assert held_out_pairs == HELD_OUT
     for colour, shape in HELD_OUT:
         seen = {(o.colour, o.shape) for s in SCENES for o in s.objects}
         assert any(c == colour for c, _ in seen) and any(s == shape for _, s in seen)
