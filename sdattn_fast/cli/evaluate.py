@@ -60,7 +60,7 @@ def evaluate(
     `accelerate launch -m sdattn_fast.cli.evaluate`."""
     from rich.console import Console
 
-    from ..evaluation.conditions import STOCK, Given, conditions
+    from ..evaluation.conditions import STOCK, ConditionInputs, conditions
     from ..evaluation.cost import costs
     from ..evaluation.report import write_report
     from ..evaluation.run import Evaluation
@@ -111,9 +111,11 @@ def evaluate(
         if threshold is None and any("threshold" in c.needs for c in every):
             threshold = _calibrated(folder, state, pipe, subject, scorer, model if read is None else None)
             console.print(f"the CLIP gate's threshold, calibrated: {threshold:.4f}")
-        given = Given((), (), (), (), subject.steps, scorer=scorer, threshold=threshold, heads=chosen, tuned=program)
+        inputs = ConditionInputs(
+            (), (), (), (), subject.steps, scorer=scorer, threshold=threshold, heads=chosen, tuned=program
+        )
         with state.main_process_first():
-            evaluation = Evaluation(folder, pipe, subject, every, given, model, batch)
+            evaluation = Evaluation(folder, pipe, subject, every, inputs, model, batch)
         state.wait_for_everyone()
         for name, why in evaluation.left_out.items():
             console.print(f"{name}: not drawn, {why}")
@@ -124,7 +126,7 @@ def evaluate(
         prices: dict[str, Any] = {}
         if cost:
             console.print("time and memory")
-            prices = costs(pipe, subject, evaluation.conditions, given)
+            prices = costs(pipe, subject, evaluation.conditions, inputs)
     import torch
 
     ground = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -146,9 +148,10 @@ def _processes(device: str | None) -> Any:
     return PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
 
 
-def _device(asked: str | None, state: Any) -> str:
+def _device(requested: str | None, state: Any) -> str:
     """Of several processes each has a GPU of its own, also where "cuda" was asked for."""
-    return asked if asked is not None and (asked != "cuda" or state.num_processes == 1) else str(state.device)
+    one_device = requested != "cuda" or state.num_processes == 1
+    return requested if requested is not None and one_device else str(state.device)
 
 
 def _check_fits(pipe: Any, heads: Any, program: Any) -> None:
@@ -167,7 +170,7 @@ def _subject(
     model: str, read: Any, pictures: int, scorer: Any, blip: str | None, detector: str | None, steps: int | None,
     guidance: float | None, device: str,
 ) -> Any:  # fmt: skip
-    from ..evaluation.judges import BlipVqa, Detector, GenEval, Judge, Spatial
+    from ..evaluation.judges import BlipVqa, BoxDetector, GenEval, Judge, Spatial
     from ..evaluation.subjects import Prompts
 
     if read is None:
@@ -175,22 +178,22 @@ def _subject(
         world.steps, world.guidance = steps or world.steps, world.guidance if guidance is None else guidance
         return world
     texts = [p.text for p in read]
-    given = {i: p.words for i, p in enumerate(read) if p.words is not None}
+    phrases = {i: p.words for i, p in enumerate(read) if p.words is not None}
     judges: list[Judge] = []
-    subject = Prompts(texts, scorer, judges, 7.5 if guidance is None else guidance, steps or 50, given)
+    subject = Prompts(texts, scorer, judges, 7.5 if guidance is None else guidance, steps or 50, phrases)
     if blip is not None:
         judges.append(BlipVqa(blip, device))
     if detector is not None:
         wanted = [p.geneval for p in read]
         spatial = any(map(Spatial.relation, texts))
-        if not any(one.get("include") for one in wanted) and not spatial:
+        if not any(metadata.get("include") for metadata in wanted) and not spatial:
             raise typer.BadParameter(
                 'a detector needs lines of GenEval\'s, {"prompt": ..., "include": [{"class": "car", "count": 1}]}, or '
                 f"T2I-CompBench's prompts, with one of: {', '.join(Spatial.RELATIONS)}",
                 param_hint="--prompts",
             )
-        finds = Detector(detector, device)
-        if any(one.get("include") for one in wanted):
+        finds = BoxDetector(detector, device)
+        if any(metadata.get("include") for metadata in wanted):
             judges.append(GenEval(finds, scorer, wanted))
         if spatial:
             judges.append(Spatial(finds, texts))
@@ -223,14 +226,14 @@ def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any, 
     path = folder / "threshold.json"
     with state.main_process_first():
         if not path.exists():
-            asked = subject if world is None else _world(world, 32, scorer, choose=True)
-            count = min(32, len(asked.prompts))
-            texts = [[p.text for p in asked.phrases(i, tokenizer_of(pipe))[1]] for i in range(count)]
-            found = calibrate(
-                pipe, scorer, asked.prompts[:count], texts, num_inference_steps=subject.steps,
+            calibrated_on = subject if world is None else _world(world, 32, scorer, choose=True)
+            count = min(32, len(calibrated_on.prompts))
+            texts = [[p.text for p in calibrated_on.phrases(i, tokenizer_of(pipe))[1]] for i in range(count)]
+            threshold = calibrate(
+                pipe, scorer, calibrated_on.prompts[:count], texts, num_inference_steps=subject.steps,
                 guidance_scale=subject.guidance,
             )  # fmt: skip
-            write_json(path, "sdattn-fast threshold", {"threshold": found})
+            write_json(path, "sdattn-fast threshold", {"threshold": threshold})
     return float(read_json(path, "sdattn-fast threshold")["threshold"])
 
 

@@ -32,7 +32,7 @@ def ui(
     if not 0 < port < 65536:
         raise typer.BadParameter(f"expected a port, 1 to 65535, got {port}", param_hint="--port")
     try:
-        from ..ui.page import LAUNCH, Served, page
+        from ..ui.page import LAUNCH, ServedPipeline, page
     except ModuleNotFoundError as error:
         raise ImportError(f"ui needs gradio: pip install 'sdattn-fast[ui]' ({error})") from None
     pipe = load_pipeline(model, device, dtype)
@@ -53,9 +53,9 @@ def ui(
             raise
         print("no CLIP: the semantic gate is off; --clip names one")
     scorer = None if source is None else clip_of(model, clip, pipe.device)
-    served = Served(pipe, model, scorer, source)
+    served = ServedPipeline(pipe, model, scorer, source)
     if served.shapes:
-        served = Served(pipe, model, scorer, source, _SHAPES_THRESHOLD, 20, 4.0)
+        served = ServedPipeline(pipe, model, scorer, source, _SHAPES_THRESHOLD, 20, 4.0)
     # The profiler, which counts memory, has its first use in the thread that loaded it, or it complains on stderr.
     peak_mib(lambda: None)
     blocks = page(served)

@@ -28,13 +28,13 @@ from ..program import Capture, Program, Refinement, SalienceDropout
 from .peers import Peer, peers
 from .sketches import RandomMasks
 
-__all__ = ["Callbacks", "Condition", "Given", "acting_steps", "conditions", "entered"]
+__all__ = ["Callbacks", "Condition", "ConditionInputs", "acting_steps", "apply_condition", "conditions"]
 
 STOCK = "stock"
 
 
 @dataclass(frozen=True)
-class Given:
+class ConditionInputs:
     """What conditions draw on beside the pipeline.
 
     phrases: each prompt's noun phrases; objects: those of them that are things to be drawn. words: of each prompt, the
@@ -55,10 +55,11 @@ class Given:
 
 @dataclass(frozen=True)
 class Condition:
-    """name: as the report calls it. technique: which of the nine, "pair", "sketch" or "peer". needs: fields of `Given`
-    that it cannot do without. program, patch: keywords of `apply`. gate, correct: of `ClipGate` and `Correction`.
-    fuse: of `phrase_ids`. structure: with `Structure`. tuned: the program is `Given.tuned`. sketch: "masks" on logits,
-    or "unprotected". peer: what draws, in place of the pipeline; then all of the above but the names is unused."""
+    """name: as the report calls it. technique: which of the nine, "pair", "sketch" or "peer". needs: fields of
+    `ConditionInputs` that it cannot do without. program, patch: keywords of `apply`. gate, correct: of `ClipGate` and
+    `Correction`. fuse: of `phrase_ids`. structure: with `Structure`. tuned: the program is `ConditionInputs.tuned`.
+    sketch: "masks" on logits, or "unprotected". peer: what draws, in place of the pipeline; then all of the above but
+    the names is unused."""
 
     name: str
     technique: str
@@ -73,9 +74,9 @@ class Condition:
     sketch: str | None = None
     peer: Peer | None = None
 
-    def left_out(self, given: Given, pipe: Any, guidance: float) -> str | None:
+    def left_out(self, inputs: ConditionInputs, pipe: Any, guidance: float) -> str | None:
         """Why the condition cannot be drawn with this pipeline and guidance, None where it can."""
-        missing = [name for name in self.needs if getattr(given, name) is None]
+        missing = [name for name in self.needs if getattr(inputs, name) is None]
         if missing:
             return f"no {', '.join(missing)}"
         return None if self.peer is None else self.peer.left_out(pipe, guidance)
@@ -84,7 +85,7 @@ class Condition:
 def conditions() -> list[Condition]:
     """All of them, stock first."""
     nms = Program(refine=Refinement(1), renormalize="content")
-    over_picture = Program(refine=Refinement(1, axis="space"), renormalize="content")
+    spatial_nms = Program(refine=Refinement(1, axis="space"), renormalize="content")
     dropout = Program(SalienceDropout(0.2), renormalize="content")
     random = Program(SalienceDropout(0.2, mode="random"), renormalize="content")
     both = Program(SalienceDropout(0.2), Refinement(1), "content")
@@ -93,8 +94,8 @@ def conditions() -> list[Condition]:
     return [
         Condition(STOCK, STOCK),
         *(
-            Condition(f"gate, {how}", "semantic gate", clip, gate={"how": how})
-            for how in ("hard", "soft", "amplify")
+            Condition(f"gate, {mode}", "semantic gate", clip, gate={"how": mode})
+            for mode in ("hard", "soft", "amplify")
         ),
         Condition("phrases, all words", "phrase fusion", fuse="all"),
         Condition("phrases, adjective and noun", "phrase fusion", fuse="adjective-noun"),
@@ -102,7 +103,7 @@ def conditions() -> list[Condition]:
         Condition("dropout", "salience dropout", program=dropout),
         Condition("dropout, random", "salience dropout", program=random),
         Condition("NMS and smoothing", "NMS with smoothing", program=nms),
-        Condition("NMS, over the picture", "NMS with smoothing", program=over_picture),
+        Condition("NMS, over the picture", "NMS with smoothing", program=spatial_nms),
         Condition("GradCAM, gradient", "GradCAM", correct=gradient),
         Condition("GradCAM, reweighted", "GradCAM", correct={"how": "reweight", "strength": 1.0}),
         Condition("structure", "structure refinement", structure=True),
@@ -123,7 +124,7 @@ def conditions() -> list[Condition]:
 
 
 @contextmanager
-def entered(condition: Condition, pipe: Any, given: Given) -> Any:
+def apply_condition(condition: Condition, pipe: Any, inputs: ConditionInputs) -> Any:
     """The condition, no peer's, in place: yields (patch or None, callback or None, keywords of the pipeline's call)."""
     assert condition.peer is None, condition.name
     with ExitStack() as stack:
@@ -131,26 +132,26 @@ def entered(condition: Condition, pipe: Any, given: Given) -> Any:
             stack.enter_context(RandomMasks(pipe.unet, 0.2))
             yield None, None, {}
             return
-        patch = stack.enter_context(_patch(condition, pipe, given))
+        patch = stack.enter_context(_patch(condition, pipe, inputs))
         callbacks = Callbacks()
-        at = acting_steps(given.steps)
+        at = acting_steps(inputs.steps)
         if condition.gate is not None:
-            assert given.scorer is not None and given.threshold is not None
-            phrases = [list(some) for some in given.objects]
-            of_gate = {"steps": at["gate_steps"], "threshold": given.threshold, **condition.gate}
+            assert inputs.scorer is not None and inputs.threshold is not None
+            objects = [list(phrases) for phrases in inputs.objects]
+            gate = {"steps": at["gate_steps"], "threshold": inputs.threshold, **condition.gate}
             callbacks.parts.append(
-                stack.enter_context(ClipGate(patch, list(given.prompts), given.scorer, phrases=phrases, **of_gate))
+                stack.enter_context(ClipGate(patch, list(inputs.prompts), inputs.scorer, phrases=objects, **gate))
             )
         if condition.correct is not None:
-            nouns = [[p.tokens("noun") for p in some] for some in given.objects]
-            how = {"steps": at["correct_steps"], **condition.correct}
-            if how["how"] == "reweight":
-                how["tokens"] = [[i for noun in some for i in noun] for some in nouns]
-            callbacks.parts.append(stack.enter_context(Correction(patch, Presence(nouns), **how)))
+            nouns = [[p.tokens("noun") for p in phrases] for phrases in inputs.objects]
+            correction = {"steps": at["correct_steps"], **condition.correct}
+            if correction["how"] == "reweight":
+                correction["tokens"] = [[i for noun in of_prompt for i in noun] for of_prompt in nouns]
+            callbacks.parts.append(stack.enter_context(Correction(patch, Presence(nouns), **correction)))
         if condition.structure:
-            how = {"words": list(given.words), "steps": at["structure_steps"]}
-            callbacks.parts.append(stack.enter_context(Structure(patch, list(given.prompts), **how)))
-        yield patch, callbacks if callbacks.parts else None, _asked(condition, given)
+            structure = Structure(patch, list(inputs.prompts), words=list(inputs.words), steps=at["structure_steps"])
+            callbacks.parts.append(stack.enter_context(structure))
+        yield patch, callbacks if callbacks.parts else None, _tuned_options(condition, inputs)
 
 
 def acting_steps(steps: int) -> dict[str, tuple[int, int]]:
@@ -170,31 +171,31 @@ class Callbacks:
 
     parts: list[Callable[..., Any]] = field(default_factory=list)
 
-    def __call__(self, pipe: Any, step: int, timestep: Any, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-        for one in self.parts:
-            kept = one(pipe, step, timestep, kept)
-        return kept
+    def __call__(self, pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
+        for callback in self.parts:
+            callback_kwargs = callback(pipe, step, timestep, callback_kwargs)
+        return callback_kwargs
 
 
-def _patch(condition: Condition, pipe: Any, given: Given) -> Patch:
+def _patch(condition: Condition, pipe: Any, inputs: ConditionInputs) -> Patch:
     keywords: dict[str, Any] = dict(condition.patch)
     program: Any = condition.program
     if condition.tuned:
-        program = given.tuned
+        program = inputs.tuned
     if "heads" in condition.needs:
-        keywords["heads"] = given.heads
+        keywords["heads"] = inputs.heads
     if condition.fuse is not None:
-        keywords["phrases"] = phrase_ids([list(some) for some in given.phrases], fuse=condition.fuse)
+        keywords["phrases"] = phrase_ids([list(phrases) for phrases in inputs.phrases], fuse=condition.fuse)
     if condition.sketch == "unprotected":
         # As first written: every token, the first one too, which has most of the mass; the unconditional half also.
-        batch = 2 * len(given.prompts)
+        batch = 2 * len(inputs.prompts)
         keywords["protected"] = torch.zeros(77, dtype=torch.bool)
         keywords["active"] = torch.ones(batch, dtype=torch.bool)
     return apply(pipe, program, capture=Capture(), **keywords)
 
 
-def _asked(condition: Condition, given: Given) -> dict[str, Any]:
-    if not condition.tuned or given.tuned is None:
+def _tuned_options(condition: Condition, inputs: ConditionInputs) -> dict[str, Any]:
+    if not condition.tuned or inputs.tuned is None:
         return {}
-    asked = {"guidance_scale": given.tuned.guidance_scale, "num_inference_steps": given.tuned.num_inference_steps}
-    return {name: x for name, x in asked.items() if x is not None}
+    options = {"guidance_scale": inputs.tuned.guidance_scale, "num_inference_steps": inputs.tuned.num_inference_steps}
+    return {name: x for name, x in options.items() if x is not None}

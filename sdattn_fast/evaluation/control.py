@@ -19,7 +19,7 @@ from .peers.pipelines import pictures, stand_in
 
 __all__ = ["Control", "attend_and_excite_grid", "positive_control"]
 
-Judge = Callable[[Sequence[int], Sequence[np.ndarray]], np.ndarray]
+ShareJudge = Callable[[Sequence[int], Sequence[np.ndarray]], np.ndarray]
 _FIRST_NOISE = 2_000_000
 
 
@@ -59,7 +59,7 @@ def positive_control(
     prompts_to_choose_on: Sequence[str],
     prompts_to_report_on: Sequence[str],
     phrases: Sequence[Sequence[NounPhrase]],
-    judge: Judge,
+    judge: ShareJudge,
     *,
     guidance: float,
     steps: int,
@@ -97,16 +97,16 @@ def positive_control(
         shares: list[float] = []
         for start in range(indices.start, indices.stop, batch):
             part = range(start, min(start + batch, indices.stop))
-            mine, things = [prompts[i] for i in part], [phrases[i] for i in part]
+            texts, things = [prompts[i] for i in part], [phrases[i] for i in part]
             noise = [torch.Generator().manual_seed(first_noise + i) for i in part]
             if peer is None:
-                drawn = pictures(stand_in(pipe), mine, noise, guidance, steps)
+                drawn = pictures(stand_in(pipe), texts, noise, guidance, steps)
             else:
-                drawn = peer.draw(pipe, mine, things, noise, guidance, steps)
-            found = np.asarray(judge(part, list(drawn)), dtype=np.float64)
-            if found.shape != (len(part),):
-                raise ValueError(f"judge: expected {len(part)} shares, got an array of shape {found.shape}")
-            shares.extend(found)
+                drawn = peer.draw(pipe, texts, things, noise, guidance, steps)
+            judged_shares = np.asarray(judge(part, list(drawn)), dtype=np.float64)
+            if judged_shares.shape != (len(part),):
+                raise ValueError(f"judge: expected {len(part)} shares, got an array of shape {judged_shares.shape}")
+            shares.extend(judged_shares)
             if tell is not None:
                 tell(f"{name}: {part.stop - indices.start} of {len(indices)}")
         return np.array(shares)
@@ -114,12 +114,12 @@ def positive_control(
     searched = {"stock": _mean(judged(None, choosing))}
     searched |= {peer.name: _mean(judged(peer, choosing)) for peer in peers}
     chosen = max(peers, key=lambda peer: searched[peer.name])
-    stock, mine = judged(None, reporting), judged(chosen, reporting)
-    both = np.isfinite(stock) & np.isfinite(mine)
-    difference = (mine - stock)[both]
+    stock, best = judged(None, reporting), judged(chosen, reporting)
+    both = np.isfinite(stock) & np.isfinite(best)
+    difference = (best - stock)[both]
     low, high = interval(difference)
     return Control(
-        searched, left_out, chosen, _mean(stock[both]), _mean(mine[both]), _mean(difference), low, high, len(difference)
+        searched, left_out, chosen, _mean(stock[both]), _mean(best[both]), _mean(difference), low, high, len(difference)
     )
 
 

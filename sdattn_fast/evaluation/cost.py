@@ -11,16 +11,21 @@ from typing import Any
 import torch
 
 from ..measure.memory import peak_mib
-from .conditions import STOCK, Condition, Given
+from .conditions import STOCK, Condition, ConditionInputs
 from .peers.pipelines import pictures
-from .run import draw, given_for
+from .run import draw_batch, inputs_for
 from .subjects import Subject
 
 __all__ = ["costs"]
 
 
 def costs(
-    pipe: Any, subject: Subject, conditions: Sequence[Condition], given: Given, count: int = 4, rounds: int = 5
+    pipe: Any,
+    subject: Subject,
+    conditions: Sequence[Condition],
+    inputs: ConditionInputs,
+    count: int = 4,
+    rounds: int = 5,
 ) -> dict[str, dict[str, float]]:
     """Condition -> "ms a step" of one picture, a median over rounds in which conditions take turns; "of stock", the
     median of its ratios to stock's time in the same round; "peak MiB", what its tensors take at the most beside the
@@ -30,38 +35,40 @@ def costs(
     for some peers serve no more. Stock is the pipeline alone: the patch that keeps its maps is none of its cost.
     """
     parts = [range(i, i + 1) for i in range(min(count, len(subject.prompts)))]
-    mine = [given_for(subject, part, pipe, given) for part in parts]
+    part_inputs = [inputs_for(subject, part, pipe, inputs) for part in parts]
     times: dict[str, list[float]] = {c.name: [] for c in conditions}
     for turn in range(rounds + 1):
         for condition in conditions:
             _wait(pipe)
             start = time.perf_counter()
-            for of_part, part in zip(mine, parts, strict=True):
-                _draw(pipe, condition, of_part, subject, part)
+            for inputs_of_part, part in zip(part_inputs, parts, strict=True):
+                _draw(pipe, condition, inputs_of_part, subject, part)
             _wait(pipe)
             if turn:  # the first of each warms up
                 times[condition.name].append((time.perf_counter() - start) / len(parts))
-    found = {}
+    table = {}
     for condition in conditions:
         steps = subject.steps
-        if condition.tuned and given.tuned is not None and given.tuned.num_inference_steps is not None:
-            steps = given.tuned.num_inference_steps
-        mine_of = times[condition.name]
-        ratios = [a / b for a, b in zip(mine_of, times[STOCK], strict=True)]
-        found[condition.name] = {
-            "ms a step": 1e3 * statistics.median(mine_of) / steps,
+        if condition.tuned and inputs.tuned is not None and inputs.tuned.num_inference_steps is not None:
+            steps = inputs.tuned.num_inference_steps
+        seconds = times[condition.name]
+        ratios = [a / b for a, b in zip(seconds, times[STOCK], strict=True)]
+        table[condition.name] = {
+            "ms a step": 1e3 * statistics.median(seconds) / steps,
             "of stock": statistics.median(ratios),
-            "peak MiB": peak_mib(functools.partial(_draw, pipe, condition, mine[0], subject, parts[0]), pipe.device),
+            "peak MiB": peak_mib(
+                functools.partial(_draw, pipe, condition, part_inputs[0], subject, parts[0]), pipe.device
+            ),
         }
-    return found
+    return table
 
 
-def _draw(pipe: Any, condition: Condition, given: Given, subject: Subject, part: range) -> None:
+def _draw(pipe: Any, condition: Condition, inputs: ConditionInputs, subject: Subject, part: range) -> None:
     if condition.name != STOCK:
-        draw(pipe, condition, given, subject, part)
+        draw_batch(pipe, condition, inputs, subject, part)
         return
     noise = [torch.Generator().manual_seed(i) for i in part]
-    pictures(pipe, given.prompts, noise, subject.guidance, subject.steps)
+    pictures(pipe, inputs.prompts, noise, subject.guidance, subject.steps)
 
 
 def _wait(pipe: Any) -> None:

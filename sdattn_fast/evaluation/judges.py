@@ -19,7 +19,7 @@ import torch
 from ..guidance.clip_score import ClipScorer
 from ..loading import load_model
 
-__all__ = ["BlipVqa", "Detected", "Detector", "GenEval", "Judge", "Spatial"]
+__all__ = ["BlipVqa", "BoxDetection", "BoxDetector", "GenEval", "Judge", "Spatial"]
 
 
 class Judge(Protocol):
@@ -55,8 +55,8 @@ class BlipVqa:
         self, indices: Sequence[int], pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]
     ) -> list[dict[str, float]]:
         rows = []
-        for picture, mine in zip(pictures, phrases, strict=True):
-            answers = [self._yes(picture, f"{phrase}?") for phrase in mine]
+        for picture, picture_phrases in zip(pictures, phrases, strict=True):
+            answers = [self._yes(picture, f"{phrase}?") for phrase in picture_phrases]
             rows.append({"BLIP-VQA": float(np.prod(answers)) if answers else float("nan")})
         return rows
 
@@ -65,14 +65,14 @@ class BlipVqa:
         device = self.model.device
         pixels = self.processor(picture, return_tensors="pt").pixel_values.to(device)
         image = self.model.vision_model(pixels)[0]
-        asked = self.tokenizer(question, return_tensors="pt").input_ids.to(device)
-        meant = self.model.text_encoder(
-            input_ids=asked, attention_mask=torch.ones_like(asked), encoder_hidden_states=image,
+        question_ids = self.tokenizer(question, return_tensors="pt").input_ids.to(device)
+        encoded = self.model.text_encoder(
+            input_ids=question_ids, attention_mask=torch.ones_like(question_ids), encoder_hidden_states=image,
             encoder_attention_mask=torch.ones(image.shape[:2], dtype=torch.long, device=device), return_dict=True,
         ).last_hidden_state  # fmt: skip
         start = torch.full((1, 1), self.model.decoder_start_token_id, device=device)
         logits = self.model.text_decoder(
-            input_ids=start, encoder_hidden_states=meant, encoder_attention_mask=torch.ones_like(asked),
+            input_ids=start, encoder_hidden_states=encoded, encoder_attention_mask=torch.ones_like(question_ids),
             return_dict=True,
         ).logits[0, -1]  # fmt: skip
         words = [self.tokenizer(word, add_special_tokens=False).input_ids[0] for word in ("yes", "no")]
@@ -80,7 +80,7 @@ class BlipVqa:
 
 
 @dataclass(frozen=True)
-class Detected:
+class BoxDetection:
     """label: of the detector's. score: in [0, 1]. box: left, top, right, bottom, in pixels."""
 
     label: str
@@ -92,7 +92,7 @@ class Detected:
         return (self.box[0] + self.box[2]) / 2, (self.box[1] + self.box[3]) / 2
 
 
-class Detector:
+class BoxDetector:
     """Any of transformers' object detectors, a model for `AutoModelForObjectDetection`.
 
     Raises: ValueError where its files are not whole; OSError, from transformers, where there is none; ImportError.
@@ -116,15 +116,15 @@ class Detector:
         return name if name in self.labels else also if also in self.labels else None
 
     @torch.no_grad()
-    def __call__(self, picture: np.ndarray, threshold: float) -> list[Detected]:
+    def __call__(self, picture: np.ndarray, threshold: float) -> list[BoxDetection]:
         """What is in a picture (height, width, 3) uint8 with at least that score, the surest first."""
         inputs = self.processor(images=picture, return_tensors="pt").to(self.model.device)
-        found = self.processor.post_process_object_detection(
+        results = self.processor.post_process_object_detection(
             self.model(**inputs), threshold=threshold, target_sizes=[picture.shape[:2]]
         )[0]
-        rows = zip(found["labels"].tolist(), found["scores"].tolist(), found["boxes"].tolist(), strict=True)
-        all_of_them = [Detected(self.model.config.id2label[label], s, tuple(box)) for label, s, box in rows]
-        return sorted(all_of_them, key=lambda one: -one.score)
+        rows = zip(results["labels"].tolist(), results["scores"].tolist(), results["boxes"].tolist(), strict=True)
+        detections = [BoxDetection(self.model.config.id2label[label], s, tuple(box)) for label, s, box in rows]
+        return sorted(detections, key=lambda d: -d.score)
 
 
 class GenEval:
@@ -150,14 +150,14 @@ class GenEval:
     _MOST = 16  # of a class
 
     def __init__(
-        self, detector: Detector, scorer: ClipScorer, wanted: Sequence[Mapping[str, Any]], threshold: float = 0.3,
+        self, detector: BoxDetector, scorer: ClipScorer, wanted: Sequence[Mapping[str, Any]], threshold: float = 0.3,
         counting: float = 0.9,
     ) -> None:  # fmt: skip
         self.detector, self.scorer, self.wanted = detector, scorer, wanted
         self.threshold, self.counting = threshold, counting
-        for number, one in enumerate(wanted, 1):
+        for number, metadata in enumerate(wanted, 1):
             for kind in ("include", "exclude"):
-                for place, entry in enumerate(one.get(kind, ())):
+                for place, entry in enumerate(metadata.get(kind, ())):
                     self._check(entry, kind, place, f"wanted: prompt {number}, {kind!r}")
 
     def measure(
@@ -171,59 +171,59 @@ class GenEval:
         return rows
 
     def _right(self, picture: np.ndarray, wanted: Mapping[str, Any]) -> bool:
-        found = self.detector(picture, self.counting if wanted.get("tag") == "counting" else self.threshold)
+        detections = self.detector(picture, self.counting if wanted.get("tag") == "counting" else self.threshold)
 
-        def of(entry: Mapping[str, Any]) -> list[Detected]:
+        def detections_of(entry: Mapping[str, Any]) -> list[BoxDetection]:
             label = self.detector.label(entry["class"])
-            return [one for one in found if one.label == label][: self._MOST]
+            return [d for d in detections if d.label == label][: self._MOST]
 
-        matched: list[list[Detected]] = []
+        matched: list[list[BoxDetection]] = []
         for entry in wanted["include"]:
             count = entry.get("count", 1)
             # Colour and place are asked of the surest alone.
-            mine = of(entry)[:count]
-            if len(mine) < count:
+            matches = detections_of(entry)[:count]
+            if len(matches) < count:
                 return False
             colour = entry.get("color")
-            if colour is not None and any(self._colour(picture, one, entry["class"]) != colour for one in mine):
+            if colour is not None and any(self._colour(picture, d, entry["class"]) != colour for d in matches):
                 return False
             if entry.get("position") is not None:
                 relation, other = entry["position"]
-                if not all(relation in _relations(a.box, b.box) for a in mine for b in matched[other]):
+                if not all(relation in _relations(a.box, b.box) for a in matches for b in matched[other]):
                     return False
-            matched.append(mine)
-        return not any(len(of(entry)) >= entry.get("count", 1) for entry in wanted.get("exclude", ()))
+            matched.append(matches)
+        return not any(len(detections_of(entry)) >= entry.get("count", 1) for entry in wanted.get("exclude", ()))
 
-    def _colour(self, picture: np.ndarray, one: Detected, name: str) -> str:
-        x0, y0, x1, y1 = (round(v) for v in one.box)
+    def _colour(self, picture: np.ndarray, detection: BoxDetection, name: str) -> str:
+        x0, y0, x1, y1 = (round(v) for v in detection.box)
         height, width = picture.shape[:2]
         x0, y0 = min(max(0, x0), width - 1), min(max(0, y0), height - 1)
         cut = picture[y0 : max(y0 + 1, y1), x0 : max(x0 + 1, x1)]
-        said = ("a photo of a {} " + name, "a photo of a {}-colored " + name, "a photo of a {} object")
-        texts = torch.stack([self.scorer.texts([text.format(c) for text in said]).mean(0) for c in self.COLOURS])
+        templates = ("a photo of a {} " + name, "a photo of a {}-colored " + name, "a photo of a {} object")
+        texts = torch.stack([self.scorer.texts([text.format(c) for text in templates]).mean(0) for c in self.COLOURS])
         texts = torch.nn.functional.normalize(texts, dim=-1)
         return self.COLOURS[int((texts @ self.scorer.pictures([cut])[0]).argmax())]
 
-    def _check(self, entry: Any, kind: str, place: int, where: str) -> None:
+    def _check(self, entry: Any, kind: str, place: int, source: str) -> None:
         if not isinstance(entry, Mapping) or not isinstance(entry.get("class"), str):
-            raise ValueError(f'{where}: expected entries such as {{"class": "car", "count": 1}}, got {entry!r}')
+            raise ValueError(f'{source}: expected entries such as {{"class": "car", "count": 1}}, got {entry!r}')
         if self.detector.label(entry["class"]) is None:
             known = ", ".join(sorted(self.detector.labels)[:8])
             raise ValueError(
-                f"{where}: the detector knows no {entry['class']!r}, but {len(self.detector.labels)} other classes: "
+                f"{source}: the detector knows no {entry['class']!r}, but {len(self.detector.labels)} other classes: "
                 f"{known}, ..."
             )
         count = entry.get("count", 1)
         if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f'{where}: expected "count" to be an int >= 1, got {count!r}')
+            raise ValueError(f'{source}: expected "count" to be an int >= 1, got {count!r}')
         if entry.get("color") not in (None, *self.COLOURS):
-            raise ValueError(f'{where}: expected "color" among {", ".join(self.COLOURS)}, got {entry["color"]!r}')
+            raise ValueError(f'{source}: expected "color" among {", ".join(self.COLOURS)}, got {entry["color"]!r}')
         position = entry.get("position")
         if position is not None:
             whole = isinstance(position, Sequence) and not isinstance(position, str) and len(position) == 2
             if not whole or position[0] not in self.RELATIONS or position[1] not in range(place):
                 raise ValueError(
-                    f'{where}: expected "position" to be a relation among {", ".join(self.RELATIONS)} and the number '
+                    f'{source}: expected "position" to be a relation among {", ".join(self.RELATIONS)} and the number '
                     f"of an entry before it, got {position!r}"
                 )
 
@@ -244,7 +244,7 @@ class Spatial:
     _PEOPLE = ("girl", "boy", "man", "woman")
     _NEAR = 150 / 512  # of a side
 
-    def __init__(self, detector: Detector, prompts: Sequence[str], threshold: float = 0.3) -> None:
+    def __init__(self, detector: BoxDetector, prompts: Sequence[str], threshold: float = 0.3) -> None:
         self.detector, self.prompts, self.threshold = detector, prompts, threshold
 
     @classmethod
@@ -255,8 +255,8 @@ class Spatial:
         self, indices: Sequence[int], pictures: Sequence[np.ndarray], phrases: Sequence[Sequence[str]]
     ) -> list[dict[str, float]]:
         rows = []
-        for i, picture, mine in zip(indices, pictures, phrases, strict=True):
-            relation, objects = self.relation(self.prompts[i]), self._objects(mine)
+        for i, picture, picture_phrases in zip(indices, pictures, phrases, strict=True):
+            relation, objects = self.relation(self.prompts[i]), self._objects(picture_phrases)
             score = float("nan") if relation is None or objects is None else self._score(picture, relation, *objects)
             rows.append({"T2I spatial": score})
         return rows
@@ -272,17 +272,17 @@ class Spatial:
         return next((label for label in map(self.detector.label, names) if label is not None), None)
 
     def _score(self, picture: np.ndarray, relation: str, first: str, last: str) -> float:
-        found = self.detector(picture, self.threshold)
-        a, b = (next((one for one in found if one.label == label), None) for label in (first, last))
+        detections = self.detector(picture, self.threshold)
+        a, b = (next((d for d in detections if d.label == label), None) for label in (first, last))
         if first == last:
-            b = next((one for one in found if one.label == last and one is not a), None)
-        score = 0.25 * sum(one.score for one in (a, b) if one is not None)
+            b = next((d for d in detections if d.label == last and d is not a), None)
+        score = 0.25 * sum(d.score for d in (a, b) if d is not None)
         if a is not None and b is not None:
             score += self._placed(a, b, relation, self._NEAR * max(picture.shape[:2])) / 2
         return score if score >= 0.5 else 0.0
 
     @staticmethod
-    def _placed(a: Detected, b: Detected, relation: str, near: float) -> float:
+    def _placed(a: BoxDetection, b: BoxDetection, relation: str, near: float) -> float:
         x, y = (b.centre[i] - a.centre[i] for i in (0, 1))
         if relation in ("next to", "on side of", "near"):
             return 1.0 if min(abs(x), abs(y)) < near else near / max(abs(x), abs(y))

@@ -41,17 +41,17 @@ class ObjectsWorld:
         return names if self.scorer is None else (*names, "CLIP")
 
     def phrases(self, index: int, tokenizer: Any) -> tuple[list[NounPhrase], list[NounPhrase]]:
-        found = find_phrases(self.prompts[index], tokenizer)
-        return found, object_phrases(self.scenes[index], found)
+        phrases = find_phrases(self.prompts[index], tokenizer)
+        return phrases, object_phrases(self.scenes[index], phrases)
 
     def measure(
         self, indices: Sequence[int], pictures: Sequence[np.ndarray], maps: Sequence[Sequence[np.ndarray] | None]
     ) -> list[dict[str, float]]:
         """As `Subject` says. maps: of each noun phrase of things, in the caption's order."""
         rows = []
-        for i, found, heat in zip(indices, self.detector(list(pictures)), maps, strict=True):
-            judged = judge_detections(self.scenes[i], found)
-            fit, hits = _fit(self.scenes[i], found, heat)
+        for i, detections, heat in zip(indices, self.detector(list(pictures)), maps, strict=True):
+            judged = judge_detections(self.scenes[i], detections)
+            fit, hits = _fit(self.scenes[i], detections, heat)
             relation = float("nan") if judged.relation is None else float(judged.relation)
             rows.append(
                 {
@@ -79,12 +79,12 @@ def object_phrases(scene: ObjectsScene, found: Sequence[NounPhrase]) -> list[Nou
 
 
 def _fit(
-    scene: ObjectsScene, found: Sequence[PictogramDetection], maps: Sequence[np.ndarray] | None
+    scene: ObjectsScene, detections: Sequence[PictogramDetection], maps: Sequence[np.ndarray] | None
 ) -> tuple[float, float]:
     """Means over the nouns that are there: intersection over union, and whether the strongest pixel lies within."""
     overlaps, hits = [], []
-    for what, heat in zip(scene.named, maps or (), strict=maps is not None):
-        masks = [d.mask for d in found if d.noun == what.noun]
+    for item, heat in zip(scene.named, maps or (), strict=maps is not None):
+        masks = [d.mask for d in detections if d.noun == item.noun]
         if masks:
             there = np.logical_or.reduce(masks)
             strong = heat > (heat.min() + heat.max()) / 2

@@ -14,9 +14,9 @@ from pathlib import Path
 from typing import Any
 
 from ..files import atomic_write
-from ..measure.paired import said, summary
+from ..measure.paired import cell_text, summary
 from .conditions import STOCK
-from .run import KEPT, Evaluation
+from .run import REPORT_PICTURES, Evaluation
 
 __all__ = ["verdict", "write_report"]
 
@@ -72,7 +72,7 @@ def _markdown(content: Mapping[str, Any], table: Table) -> str:
     for name, cells in table.items():
         shown = []
         for cell in cells.values():
-            text = said(cell)
+            text = cell_text(cell)
             shown.append(f"**{text}**" if "difference" in cell and verdict(cell) != "no difference" else text)
         price = content["cost"].get(name)
         ratio, peak = (f"{price['of stock']:.2f}", f"{price['peak MiB']:.0f}") if price else ("", "")
@@ -127,7 +127,7 @@ def _pictures(evaluation: Evaluation) -> bytes:
     from PIL import Image, ImageDraw, ImageFont
 
     side, margin = 96, 230
-    rows = [(c.name, evaluation.pictures(c)[:KEPT]) for c in evaluation.conditions]
+    rows = [(c.name, evaluation.pictures(c)[:REPORT_PICTURES]) for c in evaluation.conditions]
     columns = max((len(paths) for _, paths in rows), default=0)
     sheet = Image.new("RGB", (margin + columns * (side + 4), max(1, len(rows)) * (side + 4)), "white")
     draw = ImageDraw.Draw(sheet)
@@ -151,7 +151,7 @@ def _page(content: Mapping[str, Any], table: Table, differences: bytes, pictures
         {
             "name": name,
             "technique": content["techniques"][name],
-            "cells": [{"text": said(cell), "verdict": verdict(cell).replace(" ", "-")} for cell in cells.values()],
+            "cells": [{"text": cell_text(cell), "verdict": verdict(cell).replace(" ", "-")} for cell in cells.values()],
             "cost": content["cost"].get(name),
         }
         for name, cells in table.items()

@@ -20,12 +20,12 @@ from ..files import atomic_write
 from ..guidance.phrases import head_words
 from ..guidance.pictures import uint8_pictures
 from ..patching.words import tokenizer_of, words_of
-from .conditions import Condition, Given, entered
+from .conditions import Condition, ConditionInputs, apply_condition
 from .subjects import Subject
 
-__all__ = ["Evaluation", "draw", "given_for"]
+__all__ = ["Evaluation", "draw_batch", "inputs_for"]
 
-KEPT = 8  # pictures of each condition, for the report
+REPORT_PICTURES = 8  # pictures of each condition, for the report
 _FIRST_NOISE = 1_000_000
 
 
@@ -35,19 +35,19 @@ class Evaluation:
     Args:
         folder: of `settings.json`, batches and pictures. pipe: a diffusers pipeline. subject: whom to ask.
         conditions: what to compare; those that cannot be drawn are left out, and said in `left_out`.
-        given: what conditions draw on; its prompts, phrases, objects and words are made here, from the subject.
+        inputs: what conditions draw on; its prompts, phrases, objects and words are made here, from the subject.
         model: a name for the report. batch: prompts a call.
 
     Raises: ValueError where the folder holds an evaluation of something else.
     """
 
     def __init__(
-        self, folder: str | Path, pipe: Any, subject: Subject, conditions: Sequence[Condition], given: Given,
+        self, folder: str | Path, pipe: Any, subject: Subject, conditions: Sequence[Condition], inputs: ConditionInputs,
         model: str, batch: int = 16,
     ) -> None:  # fmt: skip
         self.folder, self.pipe, self.subject, self.batch, self.model = Path(folder), pipe, subject, batch, model
-        self.given = given
-        reasons = {c.name: c.left_out(given, pipe, subject.guidance) for c in conditions}
+        self.inputs = inputs
+        reasons = {c.name: c.left_out(inputs, pipe, subject.guidance) for c in conditions}
         self.left_out = {name: reason for name, reason in reasons.items() if reason is not None}
         self.conditions = [c for c in conditions if c.name not in self.left_out]
         self._check_settings()
@@ -69,12 +69,12 @@ class Evaluation:
             path = self._path(condition, part)
             if path.exists():
                 continue
-            pictures, maps = draw(
-                self.pipe, condition, given_for(self.subject, part, self.pipe, self.given), self.subject, part
+            pictures, maps = draw_batch(
+                self.pipe, condition, inputs_for(self.subject, part, self.pipe, self.inputs), self.subject, part
             )
             rows = self.subject.measure(part, pictures, maps)
             if part.start == 0:
-                self._keep_pictures(condition, pictures[:KEPT])
+                self._keep_pictures(condition, pictures[:REPORT_PICTURES])
             _write(path, json.dumps(rows))
             if tell is not None:
                 tell(f"{condition.name}: {part.stop} of {len(self.subject.prompts)}")
@@ -86,10 +86,10 @@ class Evaluation:
         """Condition -> of every prompt, its measures. Raises: ValueError while any are missing."""
         if self.missing():
             raise ValueError(f"folder: {self.missing()} batches of {self.folder} are not drawn yet")
-        found: dict[str, list[dict[str, float]]] = {}
+        results: dict[str, list[dict[str, float]]] = {}
         for condition, part in self.units():
-            found.setdefault(condition.name, []).extend(json.loads(self._path(condition, part).read_text()))
-        return found
+            results.setdefault(condition.name, []).extend(json.loads(self._path(condition, part).read_text()))
+        return results
 
     def pictures(self, condition: Condition) -> list[Path]:
         return sorted((self.folder / "pictures" / _file_name(condition)).glob("*.png"))
@@ -109,26 +109,26 @@ class Evaluation:
         prompts = hashlib.sha256("\n".join(self.subject.prompts).encode()).hexdigest()[:16]
         fixed: dict[str, Any] = {
             "model": self.model, "prompts": prompts, "count": len(self.subject.prompts), "batch": self.batch,
-            "guidance": self.subject.guidance, "steps": self.subject.steps, "threshold": self.given.threshold,
-            "heads": self.given.heads, "tuned": None if self.given.tuned is None else repr(self.given.tuned),
+            "guidance": self.subject.guidance, "steps": self.subject.steps, "threshold": self.inputs.threshold,
+            "heads": self.inputs.heads, "tuned": None if self.inputs.tuned is None else repr(self.inputs.tuned),
         }  # fmt: skip
         settings = json.loads(json.dumps({**fixed, "measures": list(self.subject.measures)}, default=str))
         path = self.folder / "settings.json"
         self.folder.mkdir(parents=True, exist_ok=True)
-        said = {c.name: json.loads(json.dumps(_said(c), default=str)) for c in self.conditions}
+        described = {c.name: json.loads(json.dumps(_described(c), default=str)) for c in self.conditions}
         if path.exists():
             before = json.loads(path.read_text())
             changed = [name for name in settings if before.get(name) != settings[name]]
-            changed += [name for name, c in said.items() if before["conditions"].get(name, c) != c]
+            changed += [name for name, c in described.items() if before["conditions"].get(name, c) != c]
             if changed:
-                what = ", ".join(f"{n}: {before.get(n)!r}, now {settings.get(n)!r}" for n in changed[:3])
-                raise ValueError(f"folder: {self.folder} has another evaluation ({what}); name another folder")
-            said = {**before["conditions"], **said}
-        _write(path, json.dumps({**settings, "conditions": said}, indent=1) + "\n")
+                changes = ", ".join(f"{n}: {before.get(n)!r}, now {settings.get(n)!r}" for n in changed[:3])
+                raise ValueError(f"folder: {self.folder} has another evaluation ({changes}); name another folder")
+            described = {**before["conditions"], **described}
+        _write(path, json.dumps({**settings, "conditions": described}, indent=1) + "\n")
 
 
-def given_for(subject: Subject, part: range, pipe: Any, given: Given) -> Given:
-    """`given` with the prompts, phrases, objects and words of one batch."""
+def inputs_for(subject: Subject, part: range, pipe: Any, inputs: ConditionInputs) -> ConditionInputs:
+    """`inputs` with the prompts, phrases, objects and words of one batch."""
     phrases, objects, words = [], [], []
     tokenizer = tokenizer_of(pipe)
     for i in part:
@@ -137,23 +137,24 @@ def given_for(subject: Subject, part: range, pipe: Any, given: Given) -> Given:
         objects.append(things)
         words.append(head_words(things, words_of(tokenizer, subject.prompts[i])))
     prompts = [subject.prompts[i] for i in part]
-    return replace(given, prompts=prompts, phrases=phrases, objects=objects, words=words, steps=subject.steps)
+    return replace(inputs, prompts=prompts, phrases=phrases, objects=objects, words=words, steps=subject.steps)
 
 
-def draw(
-    pipe: Any, condition: Condition, given: Given, subject: Subject, part: range
+def draw_batch(
+    pipe: Any, condition: Condition, inputs: ConditionInputs, subject: Subject, part: range
 ) -> tuple[list[np.ndarray], list[list[np.ndarray] | None]]:
     """Pictures (height, width, 3) uint8, the noise of each depending on its prompt's index alone; and of each, its
     objects' maps (height, width), None where the condition keeps none or the subject wants none."""
     noise = [torch.Generator().manual_seed(_FIRST_NOISE + i) for i in part]
     if condition.peer is not None:
-        asked_of_peer = (given.prompts, given.objects, noise, subject.guidance, subject.steps)
-        return list(condition.peer.draw(pipe, *asked_of_peer)), [None] * len(part)
-    with entered(condition, pipe, given) as (patch, callback, more):
-        asked: dict[str, Any] = {"guidance_scale": subject.guidance, "num_inference_steps": subject.steps, **more}
+        peer_args = (inputs.prompts, inputs.objects, noise, subject.guidance, subject.steps)
+        return list(condition.peer.draw(pipe, *peer_args)), [None] * len(part)
+    with apply_condition(condition, pipe, inputs) as (patch, callback, tuned_options):
+        call_kwargs: dict[str, Any] = {"guidance_scale": subject.guidance, "num_inference_steps": subject.steps}
+        call_kwargs |= tuned_options
         if callback is not None:
-            asked["callback_on_step_end"] = callback
-        images = pipe(list(given.prompts), generator=noise, output_type="np", **asked).images
+            call_kwargs["callback_on_step_end"] = callback
+        images = pipe(list(inputs.prompts), generator=noise, output_type="np", **call_kwargs).images
         pictures = list(uint8_pictures(images))
         maps: list[list[np.ndarray] | None] = [None] * len(pictures)
         if patch is not None and subject.needs_maps:
@@ -161,12 +162,12 @@ def draw(
             if len(whole) == len(pictures):  # not where every entry is active
                 maps = [
                     [heat[list(p.head.tokens)].mean(0).float().numpy() for p in things]
-                    for heat, things in zip(whole.cpu(), given.objects, strict=True)
+                    for heat, things in zip(whole.cpu(), inputs.objects, strict=True)
                 ]
     return pictures, maps
 
 
-def _said(condition: Condition) -> dict[str, Any]:
+def _described(condition: Condition) -> dict[str, Any]:
     """Its fields; without a peer where it has none, as folders have them that were begun before there were peers."""
     return {name: x for name, x in asdict(condition).items() if name != "peer" or x is not None}
 

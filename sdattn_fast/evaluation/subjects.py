@@ -61,11 +61,11 @@ class ShapesWorld:
 
     def phrases(self, index: int, tokenizer: Any) -> tuple[list[NounPhrase], list[NounPhrase]]:
         scene = self.scenes[index]
-        found = find_phrases(scene.caption, tokenizer)
+        phrases = find_phrases(scene.caption, tokenizer)
         ends = {truth.end for truth in scene.phrases if truth.object is not None}
-        objects = [p for p in found if p.end in ends]
+        objects = [p for p in phrases if p.end in ends]
         assert len(objects) == len(scene.objects), scene.caption
-        return found, objects
+        return phrases, objects
 
     def measure(
         self, indices: Sequence[int], pictures: Sequence[np.ndarray], maps: Sequence[Sequence[np.ndarray] | None]
@@ -78,12 +78,12 @@ class ShapesWorld:
         for i, picture, heat, cosine in zip(indices, pictures, maps, similar.tolist(), strict=True):
             scene = self.scenes[i]
             blank = [np.zeros(picture.shape[:2])] * len(scene.objects)
-            found = detect(picture)
-            row = measure(scene, picture, blank if heat is None else heat, found)
+            detections = detect(picture)
+            row = measure(scene, picture, blank if heat is None else heat, detections)
             if heat is None:
                 row |= {"map IoU": float("nan"), "map boundary F": float("nan")}
-            row["pointing"] = float("nan") if heat is None else _pointing(scene, found, heat)
-            row["relation"] = _relation(scene, found)
+            row["pointing"] = float("nan") if heat is None else _pointing(scene, detections, heat)
+            row["relation"] = _relation(scene, detections)
             row["CLIP"] = cosine
             rows.append({name: row[name] for name in self.measures})
         return rows
@@ -100,7 +100,7 @@ class Prompts:
     ) -> None:  # fmt: skip
         self.prompts, self.scorer, self.judges = list(prompts), scorer, judges
         self.guidance, self.steps = guidance, steps
-        self.given = dict(phrases or {})
+        self.chosen_phrases = dict(phrases or {})
         self._texts: dict[int, list[str]] = {}
 
     @property
@@ -109,14 +109,14 @@ class Prompts:
 
     def phrases(self, index: int, tokenizer: Any) -> tuple[list[NounPhrase], list[NounPhrase]]:
         prompt = self.prompts[index]
-        found = find_phrases(prompt, tokenizer, phrases=self.given.get(index))
+        phrases = find_phrases(prompt, tokenizer, phrases=self.chosen_phrases.get(index))
         # A prompt without a noun is one phrase, as far as the tokenizer reads it.
         words = prompt.split()
-        while not found and words:
-            found = find_phrases(prompt, tokenizer, phrases=[" ".join(words)])
+        while not phrases and words:
+            phrases = find_phrases(prompt, tokenizer, phrases=[" ".join(words)])
             words.pop()
-        self._texts[index] = [p.text for p in found]
-        return found, found
+        self._texts[index] = [p.text for p in phrases]
+        return phrases, phrases
 
     def measure(
         self, indices: Sequence[int], pictures: Sequence[np.ndarray], maps: Sequence[Sequence[np.ndarray] | None]
@@ -130,26 +130,26 @@ class Prompts:
             rows.append({"CLIP": cosine, "CLIP of the weakest phrase": weakest})
         for judge in self.judges:
             phrases = [self._texts.get(i, []) for i in indices]
-            for row, more in zip(rows, judge.measure(indices, pictures, phrases), strict=True):
-                row |= more
+            for row, measured in zip(rows, judge.measure(indices, pictures, phrases), strict=True):
+                row |= measured
         return rows
 
 
-def _pointing(scene: Any, found: Sequence[Any], maps: Sequence[np.ndarray]) -> float:
+def _pointing(scene: Any, detections: Sequence[Any], maps: Sequence[np.ndarray]) -> float:
     """Over the objects that are there: is the strongest pixel of the noun's map in one of that colour and shape?"""
     hits = []
     for thing, heat in zip(scene.objects, maps, strict=True):
-        masks = [d.mask for d in found if (d.colour, d.shape) == (thing.colour, thing.shape)]
+        masks = [d.mask for d in detections if (d.colour, d.shape) == (thing.colour, thing.shape)]
         if masks:
             hits.append(bool(np.logical_or.reduce(masks).flat[int(heat.argmax())]))
     return float(np.mean(hits)) if hits else float("nan")
 
 
-def _relation(scene: Any, found: Sequence[Any]) -> float:
+def _relation(scene: Any, detections: Sequence[Any]) -> float:
     if scene.relation is None:
         return float("nan")
     places = [
-        [d.centre for d in found if (d.colour, d.shape) == (thing.colour, thing.shape)] for thing in scene.objects
+        [d.centre for d in detections if (d.colour, d.shape) == (thing.colour, thing.shape)] for thing in scene.objects
     ]
     axis = 0 if scene.relation == "left of" else 1
     return float(any(a[axis] < b[axis] for a in places[0] for b in places[1]))

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["interval", "interval_of_means", "said", "summary", "table"]
+__all__ = ["cell_text", "interval", "interval_of_means", "summary", "summary_table"]
 
 _RESAMPLES = 5000
 
@@ -31,10 +31,11 @@ def interval(*samples: np.ndarray, statistic: Callable[..., Any] | None = None) 
     if all(np.ptp(sample) == 0 for sample in samples):
         value = float(np.mean(samples[0]) if statistic is None else statistic(*samples))
         return value, value
-    how: dict[str, Any] = {} if statistic is None else {"paired": True, "vectorized": False}
+    options: dict[str, Any] = {} if statistic is None else {"paired": True, "vectorized": False}
     bounds = bootstrap(
-        samples, statistic or np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0), **how
-    ).confidence_interval
+        samples, statistic or np.mean, n_resamples=_RESAMPLES, method="percentile", rng=np.random.default_rng(0),
+        **options,
+    ).confidence_interval  # fmt: skip
     return float(bounds.low), float(bounds.high)
 
 
@@ -57,13 +58,13 @@ def summary(
     for condition, rows in sorted(results.items(), key=lambda item: item[0] != base):
         table[condition] = {}
         for name in measures:
-            mine, none = (np.array([row[name] for row in r]) for r in (rows, results[base]))
-            both = np.isfinite(mine) & np.isfinite(none)
-            difference = (mine - none)[both]
-            known = mine[np.isfinite(mine)]
+            values, base_values = (np.array([row[name] for row in r]) for r in (rows, results[base]))
+            both = np.isfinite(values) & np.isfinite(base_values)
+            difference = (values - base_values)[both]
+            known = values[np.isfinite(values)]
             cell: dict[str, Any] = {"captions": int(both.sum())}
             cell["mean"] = float(known.mean()) if len(known) else None
-            cell["none"] = float(none[both].mean()) if both.any() else None
+            cell["none"] = float(base_values[both].mean()) if both.any() else None
             if condition != base and len(difference) > 1 and np.ptp(difference) > 0:
                 low, high = interval(difference)
                 cell |= {"difference": float(difference.mean()), "low": low, "high": high}
@@ -71,20 +72,23 @@ def summary(
     return table
 
 
-def table(
-    found: Mapping[str, Mapping[str, Any]], title: str, first: str, text: Callable[[dict[str, Any]], str] | None = None
+def summary_table(
+    results: Mapping[str, Mapping[str, Any]],
+    title: str,
+    first: str,
+    text: Callable[[dict[str, Any]], str] | None = None,
 ) -> Any:
-    """`found`, of `summary`, as a rich table, a condition a row; text: of a cell, `said` by default."""
+    """`results`, of `summary`, as a rich table, a condition a row; text: of a cell, `cell_text` by default."""
     from rich.table import Column, Table
 
-    measures = next(iter(found.values()))
+    measures = next(iter(results.values()))
     shown = Table(first, *(Column(name, justify="right") for name in measures), title=title)
-    for name, cells in found.items():
-        shown.add_row(name, *map(text or said, cells.values()))
+    for name, cells in results.items():
+        shown.add_row(name, *map(text or cell_text, cells.values()))
     return shown
 
 
-def said(cell: dict[str, Any]) -> str:
+def cell_text(cell: dict[str, Any]) -> str:
     """A cell of `summary`: the difference with its interval, or the mean where there is none."""
     if "difference" not in cell:
         return "" if cell["mean"] is None else f"{cell['mean']:.3f}"

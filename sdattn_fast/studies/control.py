@@ -49,19 +49,19 @@ def _control(
         return np.array([row["present"] for row in world.measure(indices, pictures, [None] * len(pictures))])
 
     grid = attend_and_excite_grid(resolution or (16, 8), scale or (0.5, 2.0, 8.0, 20.0))
-    found = positive_control(
+    result = positive_control(
         pipe, world.prompts[:choose], world.prompts[choose:], phrases, present, guidance=guidance, steps=steps,
         grid=grid, tell=console.print if console.is_terminal else None,
     )  # fmt: skip
-    for name, share in found.searched.items():
+    for name, share in result.searched.items():
         console.print(f"{name}: {share:.3f} of the objects present, {choose} captions to choose on")
     console.print(
-        f"{found.chosen.name}, {found.prompts} captions to report on: {found.mean:.3f}, stock {found.stock:.3f}, "
-        f"{found.difference:+.3f} [{found.low:+.3f}, {found.high:+.3f}]"
+        f"{result.chosen.name}, {result.prompts} captions to report on: {result.mean:.3f}, stock {result.stock:.3f}, "
+        f"{result.difference:+.3f} [{result.low:+.3f}, {result.high:+.3f}]"
     )
-    console.print("It helps." if found.low > 0 else "It does not help: the interval holds zero, or harm.")
+    console.print("It helps." if result.low > 0 else "It does not help: the interval holds zero, or harm.")
     if out is not None:
-        figures = {**asdict(found), "chosen": found.chosen.name, "guidance": guidance, "steps": steps}
+        figures = {**asdict(result), "chosen": result.chosen.name, "guidance": guidance, "steps": steps}
         out.write_text(json.dumps(figures, indent=1) + "\n")
 
 

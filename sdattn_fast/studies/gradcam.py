@@ -21,16 +21,17 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from ..files import atomic_write
 from ..lab.pipeline import GUIDANCE, STEPS, load_clip, load_pipeline, shapes_path
 from ..lab.shapes.captions import SELECTION_SEED, held_out_scenes, words_of_objects
 from ..lab.shapes.judge import judge_picture
 from ..lab.shapes.measures import iou
 from ..lab.shapes.world import SIDE, ShapesScene, sample_scene
 from ..loading import quiet_loading
-from ..measure.paired import summary, table
+from ..measure.paired import summary, summary_table
 from .sheet import save_sheet
 
-__all__ = ["corrections", "draw", "fits", "maps_of_scenes"]
+__all__ = ["corrections", "draw_corrected", "fits", "maps_of_scenes"]
 
 _MAP_MEASURES = ("IoU", "pointing")
 _PICTURE_MEASURES = ("present", "bound", "all right", "latents grow")
@@ -54,13 +55,13 @@ def maps_of_scenes(
 
     latents, target, text = _noised(pipe, scenes, t)
     nouns = [_noun_tokens(pipe, s.caption) for s in scenes]
-    tokens = tuple(sorted({i for some in nouns for noun in some for i in noun}))
+    tokens = tuple(sorted({i for of_scene in nouns for noun in of_scene for i in noun}))
 
     def of_nouns(maps: Any) -> list[Any]:
-        return [_of_nouns(x, some, tokens) for x, some in zip(maps, nouns, strict=True)]
+        return [_of_nouns(x, of_scene, tokens) for x, of_scene in zip(maps, nouns, strict=True)]
 
     by_head = _maps_by_head(pipe, latents, t, text, tokens)
-    found = {"attention, best head": of_nouns(by_head[best_head[0]][:, best_head[1]])}
+    maps_by_way = {"attention, best head": of_nouns(by_head[best_head[0]][:, best_head[1]])}
     clip, tokenizer = load_clip()
     with quiet_loading():
         processor = CLIPImageProcessor.from_pretrained(shapes_path() / "clip")
@@ -71,13 +72,13 @@ def maps_of_scenes(
     }
     with apply(pipe.unet, capture=Capture(tokens)) as patch:
         pipe.unet(latents, t, encoder_hidden_states=text)
-        found[_PLAIN] = of_nouns(patch.maps.upsample((SIDE, SIDE)).detach())
+        maps_by_way[_PLAIN] = of_nouns(patch.maps.upsample((SIDE, SIDE)).detach())
         for name, score in scores.items():
             for rounds in (1, 3):
                 maps = gradcam(patch, latents, t, text, score, tokens=tokens, rounds=rounds, drop=0.1)
                 way = f"GradCAM of {name}" + (f", {rounds} rounds" if rounds > 1 else "")
-                found[way] = of_nouns(maps.upsample((SIDE, SIDE)))
-    return found
+                maps_by_way[way] = of_nouns(maps.upsample((SIDE, SIDE)))
+    return maps_by_way
 
 
 def fits(scene: ShapesScene, maps: Any) -> dict[str, float]:
@@ -103,7 +104,7 @@ def corrections() -> dict[str, dict[str, Any] | None]:
     }
 
 
-def draw(
+def draw_corrected(
     pipe: Any, scenes: Sequence[ShapesScene], first: int, keywords: dict[str, Any] | None
 ) -> tuple[np.ndarray, np.ndarray]:
     """Pictures (n, 64, 64, 3) uint8, picture i's noise depending on first + i alone; and (n,), by how much latents grew
@@ -122,12 +123,12 @@ def draw(
         if keywords is not None:
             nouns = [_noun_tokens(pipe, caption) for caption in captions]
             if keywords["how"] == "reweight":
-                keywords = {**keywords, "tokens": [[i for noun in some for i in noun] for some in nouns]}
+                keywords = {**keywords, "tokens": [[i for noun in of_caption for i in noun] for of_caption in nouns]}
             correct = stack.enter_context(Correction(patch, Presence(nouns), **keywords))
 
-            def callback(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
-                before = kept["latents"]
-                after = correct(pipe, step, t, kept)
+            def callback(pipe: Any, step: int, t: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+                before = callback_kwargs["latents"]
+                after = correct(pipe, step, t, callback_kwargs)
                 if after["latents"] is not before:
                     sizes = [x["latents"].square().mean((1, 2, 3)).sqrt() for x in ({"latents": before}, after)]
                     grew.append((sizes[1] / sizes[0]).numpy())
@@ -176,12 +177,12 @@ def _best_head(pipe: Any, scenes: Sequence[ShapesScene]) -> tuple[str, int]:
     for t in _TIMES:
         latents, _, text = _noised(pipe, scenes, t)
         nouns = [_noun_tokens(pipe, s.caption) for s in scenes]
-        tokens = tuple(sorted({i for some in nouns for noun in some for i in noun}))
+        tokens = tuple(sorted({i for of_scene in nouns for noun in of_scene for i in noun}))
         for layer, maps in _maps_by_head(pipe, latents, t, text, tokens).items():
             for head in range(maps.shape[1]):
-                for scene, x, some in zip(scenes, maps[:, head], nouns, strict=True):
-                    scores.setdefault((layer, head), []).append(fits(scene, _of_nouns(x, some, tokens))["IoU"])
-    return max(scores, key=lambda which: np.mean(scores[which]))
+                for scene, x, of_scene in zip(scenes, maps[:, head], nouns, strict=True):
+                    scores.setdefault((layer, head), []).append(fits(scene, _of_nouns(x, of_scene, tokens))["IoU"])
+    return max(scores, key=lambda layer_and_head: np.mean(scores[layer_and_head]))
 
 
 def _of_nouns(maps: Any, nouns: Sequence[Sequence[int]], tokens: Sequence[int]) -> Any:
@@ -219,16 +220,15 @@ def _run(
     pipe.unet.requires_grad_(False)
     pipe.vae.requires_grad_(False)
 
-    def kept(name: str, make: Callable[[], Any]) -> Any:
+    def cached(name: str, make: Callable[[], Any]) -> Any:
         path = folder / f"{name}.json"
         if not path.exists():
-            aside = path.with_suffix(".part")
-            aside.write_text(json.dumps(make()))
-            aside.rename(path)
+            with atomic_write(path) as temporary:
+                temporary.write_text(json.dumps(make()))
             console.print(name)
         return json.loads(path.read_text())
 
-    best: Any = kept("best head", lambda: _best_head(pipe, [sample_scene(SELECTION_SEED + i) for i in range(64)]))
+    best: Any = cached("best head", lambda: _best_head(pipe, [sample_scene(SELECTION_SEED + i) for i in range(64)]))
     maps: dict[str, list[dict[str, float]]] = {}
     drawn: dict[str, list[dict[str, float]]] = {}
     for start in range(0, pictures, _BATCH):
@@ -245,32 +245,32 @@ def _run(
                 for way in by_time[0]
             }
 
-        for way, rows in kept(f"maps {start}-{len(part)}", at_times).items():
+        for way, rows in cached(f"maps {start}-{len(part)}", at_times).items():
             maps.setdefault(way, []).extend(rows)
         for name, keywords in corrections().items():
 
             def judged(
                 name: str = name, keywords: Any = keywords, part: list[ShapesScene] = part, start: int = start
             ) -> list[dict[str, float]]:
-                images, growth = draw(pipe, part, start, keywords)
+                images, growth = draw_corrected(pipe, part, start, keywords)
                 if start == 0:
                     np.save(folder / f"{name}.npy", images[:8])
-                found = [judge_picture(s, x) for s, x in zip(part, images, strict=True)]
+                judgements = [judge_picture(s, x) for s, x in zip(part, images, strict=True)]
                 return [
                     dict(zip(_PICTURE_MEASURES, (j.present, j.bound, float(j.right), float(g)), strict=True))
-                    for j, g in zip(found, growth, strict=True)
+                    for j, g in zip(judgements, growth, strict=True)
                 ]
 
-            drawn.setdefault(name, []).extend(kept(f"{name} {start}-{len(part)}", judged))
+            drawn.setdefault(name, []).extend(cached(f"{name} {start}-{len(part)}", judged))
 
     tables = {
         "maps": summary(maps, _MAP_MEASURES, _PLAIN),
         "corrections": summary(drawn, _PICTURE_MEASURES, "none"),
     }
     (folder / "summary.json").write_text(json.dumps({"pictures": pictures, "head": best, **tables}, indent=1) + "\n")
-    for title, found in tables.items():
-        said = f"{title}, {pictures} held-out captions; difference to the first, 95 % bootstrap interval"
-        console.print(table(found, said, "way"))
+    for name, figures in tables.items():
+        title = f"{name}, {pictures} held-out captions; difference to the first, 95 % bootstrap interval"
+        console.print(summary_table(figures, title, "way"))
     sheet = [np.load(folder / f"{name}.npy", allow_pickle=False) for name in corrections()]
     save_sheet(sheet, folder / "pictures.png")  # a row a correction
 

@@ -51,12 +51,12 @@ def _run(
     folder.mkdir(parents=True, exist_ok=True)
     pipe, clip = load_pipeline(), ClipScorer.load(shapes_path() / "clip")
     pipe.set_progress_bar_config(disable=True)
-    asked: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
+    call_kwargs: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 
     captions = selection_captions(selection)
-    seen = list(observe(pipe, captions, [words_of_objects(c) for c in captions], batch=_BATCH, **asked))
+    seen = list(observe(pipe, captions, [words_of_objects(c) for c in captions], batch=_BATCH, **call_kwargs))
     truth = iou_score(shapes_truth(captions))
-    by_clip = clip_score(clip, lambda one: phrases_of(captions[one.prompt])[: len(one.words)])
+    by_clip = clip_score(clip, lambda observation: phrases_of(captions[observation.prompt])[: len(observation.words)])
     rankings = {
         "mask IoU": rank_heads(seen, truth, "mask IoU"),
         "CLIP of masked pictures": rank_heads(seen, by_clip, "CLIP of masked pictures"),
@@ -66,7 +66,7 @@ def _run(
 
     scenes = held_out_scenes(pictures)
     captions = [s.caption for s in scenes]
-    held_out = list(observe(pipe, captions, [words_of_objects(c) for c in captions], batch=_BATCH, **asked))
+    held_out = list(observe(pipe, captions, [words_of_objects(c) for c in captions], batch=_BATCH, **call_kwargs))
     truth = iou_score(shapes_truth(captions))
     report: dict[str, Any] = {
         "selection": selection, "pictures": pictures, "steps": STEPS, "guidance": GUIDANCE, "spearman": agreement,
@@ -76,19 +76,21 @@ def _run(
         ranking.save(folder / f"{stem}.json")
         ranking.draw(folder / f"{stem}.png")
         for count in sorted({1, ranking.count}):
-            found = effective_attention(held_out, ranking.best(count), truth)
-            known = ~found["all"].isnan()
-            chosen, whole = (found[k][known].double().numpy() for k in ("chosen", "all"))
+            scores = effective_attention(held_out, ranking.best(count), truth)
+            known = ~scores["all"].isnan()
+            chosen, whole = (scores[k][known].double().numpy() for k in ("chosen", "all"))
             # Objects of one picture share its fate: pictures are drawn anew, not objects.
-            of = np.concatenate([np.full(len(one.words), one.prompt) for one in held_out])[known.numpy()]
+            of = np.concatenate([np.full(len(observation.words), observation.prompt) for observation in held_out])[
+                known.numpy()
+            ]
             sums = [np.bincount(of, x)[np.unique(of)] for x in (chosen, whole)]
             gain = (_gain(*sums), *interval(*sums, statistic=_gain))
             report[f"{name}, best {count}"] = {
                 "heads": ranking.best(count), "objects": int(known.sum()), "mean IoU of the chosen": chosen.mean(),
                 "mean IoU of all": whole.mean(), "effective attention": gain,
             }  # fmt: skip
-            said = f"mean IoU {chosen.mean():.3f}, of all heads {whole.mean():.3f}: {_percent(gain)}"
-            console.print(f"{name}, best {count} of {len(ranking.scores)}: {said}, {known.sum()} objects")
+            figures = f"mean IoU {chosen.mean():.3f}, of all heads {whole.mean():.3f}: {_percent(gain)}"
+            console.print(f"{name}, best {count} of {len(ranking.scores)}: {figures}, {known.sum()} objects")
     report["pictures drawn"] = _effect(pipe, scenes, rankings["mask IoU"].best(), folder, selection, console)
     (folder / "summary.json").write_text(json.dumps(report, indent=1) + "\n")
 
@@ -117,30 +119,30 @@ def _effect(
     for start in range(0, len(scenes), _BATCH):
         part = scenes[start : start + _BATCH]
         for name, keywords in _conditions(heads).items():
-            kept = folder / f"{selection} {start}-{len(part)} {name}.json"
-            if not kept.exists():
+            path = folder / f"{selection} {start}-{len(part)} {name}.json"
+            if not path.exists():
                 with apply(pipe, **keywords):
                     images = draw_scenes(pipe, part, first=start)
                 judged = [judge_picture(s, x) for s, x in zip(part, images, strict=True)]
-                kept.write_text(json.dumps([(j.present, j.bound, float(j.right)) for j in judged]))
-            rows[name] += [tuple(row) for row in json.loads(kept.read_text())]
+                path.write_text(json.dumps([(j.present, j.bound, float(j.right)) for j in judged]))
+            rows[name] += [tuple(row) for row in json.loads(path.read_text())]
     return _compared(rows, console)
 
 
 def _compared(rows: Mapping[str, Iterable[Any]], console: Any) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+    figures: dict[str, Any] = {}
     stock = np.array(list(rows["stock"]))
-    for name, mine in rows.items():
-        values = np.array(list(mine))
-        found[name] = {"present": values[:, 0].mean(), "bound": values[:, 1].mean(), "all right": values[:, 2].mean()}
-        line = ", ".join(f"{k} {v:.3f}" for k, v in found[name].items())
+    for name, drawn in rows.items():
+        values = np.array(list(drawn))
+        figures[name] = {"present": values[:, 0].mean(), "bound": values[:, 1].mean(), "all right": values[:, 2].mean()}
+        line = ", ".join(f"{k} {v:.3f}" for k, v in figures[name].items())
         if np.ptp(values[:, 1] - stock[:, 1]) > 0:
             difference = values[:, 1] - stock[:, 1]
             change = (float(difference.mean()), *interval(difference))
-            found[name]["bound, change from stock"] = change
+            figures[name]["bound, change from stock"] = change
             line += f"; bound {change[0]:+.3f} [{change[1]:+.3f}, {change[2]:+.3f}] from stock"
         console.print(f"{name}: {line}")
-    return found
+    return figures
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from ..lab.shapes.captions import held_out_scenes
 from ..lab.shapes.judge import judge_picture
 from ..lab.shapes.world import sample_scene
 from ..loading import quiet_loading
-from ..measure.paired import interval_of_means, said, table
+from ..measure.paired import cell_text, interval_of_means, summary_table
 
 __all__ = ["CONDITIONS", "write_scenes"]
 
@@ -82,7 +82,7 @@ def _run(
         return np.array(json.loads(path.read_text()))
 
     stock = judged("no LoRA", _quiet_pipeline)
-    found = {}
+    results_by_condition = {}
     for name, dropout in CONDITIONS.items():
         of_seeds = []
         for seed in range(seeds):
@@ -92,18 +92,18 @@ def _run(
                 return _trained(folder / "data", out, dropout, seed, steps, batch, learning_rate)
 
             of_seeds.append(judged(out.name, trained))
-        found[name] = np.stack(of_seeds)
+        results_by_condition[name] = np.stack(of_seeds)
 
-    base = found["without dropout"]
+    base = results_by_condition["without dropout"]
     still = np.broadcast_to(stock, base.shape)
     tables: dict[str, Any] = {"no LoRA": {m: {"mean": float(stock[:, i].mean())} for i, m in enumerate(_MEASURES)}}
-    for name, results in found.items():
+    for name, results in results_by_condition.items():
         against = still if results is base else base
         tables[name] = {m: _compared(results[..., i], against[..., i]) for i, m in enumerate(_MEASURES)}
     settings = {"pictures": pictures, "seeds": seeds, "steps": steps, "batch": batch, "learning_rate": learning_rate}
     (folder / "summary.json").write_text(json.dumps({**settings, "scenes": scenes, **tables}, indent=1) + "\n")
     title = f"{pictures} held-out captions, {seeds} seeds; without dropout against no LoRA, others against it"
-    console.print(table(tables, title, "trained", _said))
+    console.print(summary_table(tables, title, "trained", _cell_text))
 
 
 def _trained(
@@ -140,8 +140,8 @@ def _compared(results: np.ndarray, base: np.ndarray) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _said(cell: dict[str, Any]) -> str:
-    return f"{cell['mean']:.3f}, {said(cell)}" if "difference" in cell else said(cell)
+def _cell_text(cell: dict[str, Any]) -> str:
+    return f"{cell['mean']:.3f}, {cell_text(cell)}" if "difference" in cell else cell_text(cell)
 
 
 if __name__ == "__main__":

@@ -60,8 +60,8 @@ def _evaluate(
     if sheet is not None:
         _save_grid(true, sheet)
     shown = Table("the detector, on", "objects found", "of these, colour right", "found that is not there")
-    for where, row in errors.items():
-        shown.add_row(where, *(f"{100 * x:.2f} %" for x in row.values()))
+    for source, row in errors.items():
+        shown.add_row(source, *(f"{100 * x:.2f} %" for x in row.values()))
     console.print(shown)
     if pipe is None:
         return
@@ -73,7 +73,7 @@ def _evaluate(
             pipe, scenes, guidance=guidance, steps=steps, tick=lambda n: progress.update(task, advance=n)
         )
     rows = mean_judgements(
-        [judge_detections(s, found) for s, found in zip(scenes, detector(list(images)), strict=True)]
+        [judge_detections(s, detections) for s, detections in zip(scenes, detector(list(images)), strict=True)]
     )
     shown = Table("captions of", *rows["all"], title=f"{pictures} captions; guidance {guidance:g}, {steps} DDIM steps")
     for name, row in rows.items():
@@ -90,15 +90,15 @@ def _evaluate(
 def _save_grid(pictures: Sequence[np.ndarray], path: Path) -> None:
     """The first 32, eight a row."""
     across = min(8, len(pictures))
-    some = np.stack(pictures[: min(32, len(pictures)) // across * across])
-    save_sheet([some[i : i + across] for i in range(0, len(some), across)], path)
+    first = np.stack(pictures[: min(32, len(pictures)) // across * across])
+    save_sheet([first[i : i + across] for i in range(0, len(first), across)], path)
 
 
-def _errors(scenes: Sequence[ObjectsScene], found: Sequence[Sequence[PictogramDetection]]) -> dict[str, float]:
+def _errors(scenes: Sequence[ObjectsScene], detections: Sequence[Sequence[PictogramDetection]]) -> dict[str, float]:
     """Shares: of objects found; of found coloured objects in their true colour; found, but not there, per object."""
     there = hits = coloured = right = 0
     invented = 0
-    for scene, things in zip(scenes, found, strict=True):
+    for scene, things in zip(scenes, detections, strict=True):
         nouns, seen = Counter(o.noun for o in scene.objects), Counter(d.noun for d in things)
         there += nouns.total()
         hits += (nouns & seen).total()

@@ -54,9 +54,9 @@ def _evaluate(
     if out is not None:
         out.write_text(json.dumps({"captions": kind, "guidance": GUIDANCE, "steps": STEPS, **rows}, indent=1) + "\n")
     if grid is not None:
-        some = images[:32]
-        across = min(8, len(some))
-        save_sheet([some[i : i + across] for i in range(0, len(some) - across + 1, across)], grid)
+        first = images[:32]
+        across = min(8, len(first))
+        save_sheet([first[i : i + across] for i in range(0, len(first) - across + 1, across)], grid)
 
 
 if __name__ == "__main__":

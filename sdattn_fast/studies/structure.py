@@ -20,26 +20,26 @@ from ..lab.pipeline import GUIDANCE, STEPS, load_pipeline
 from ..lab.shapes.captions import held_out_scenes, words_of_objects
 from ..lab.shapes.measures import MEASURES, measure
 from ..lab.shapes.world import SIDE, ShapesScene
-from ..measure.paired import summary, table
+from ..measure.paired import summary, summary_table
 from .sheet import save_sheet
 
 _BATCH = 32
 _REFINED_STEPS = (STEPS // 2, 3 * STEPS // 4)  # and before decoding
 
 
-def conditions() -> dict[str, tuple[Any, bool]]:
+def refinement_conditions() -> dict[str, tuple[Any, bool]]:
     """Name -> the program, and whether latents are refined by structure."""
     from .. import Program, Refinement
 
     def refined(steps: int, axis: str) -> Any:
         return Program(refine=Refinement(steps, axis=axis), renormalize="content")
 
-    found: dict[str, tuple[Any, bool]] = {"none": (Program(), False)}
+    conditions: dict[str, tuple[Any, bool]] = {"none": (Program(), False)}
     for axis in ("token", "space"):
-        found |= {f"{axis}, R = {steps}": (refined(steps, axis), False) for steps in (1, 2, 3, 4)}
-    found["structure"] = (Program(), True)
-    found["token, R = 2, and structure"] = (refined(2, "token"), True)
-    return found
+        conditions |= {f"{axis}, R = {steps}": (refined(steps, axis), False) for steps in (1, 2, 3, 4)}
+    conditions["structure"] = (Program(), True)
+    conditions["token, R = 2, and structure"] = (refined(2, "token"), True)
+    return conditions
 
 
 def _draw(
@@ -92,9 +92,9 @@ def _run(
     # Batches outside, conditions inside: what is broken off is complete for its captions.
     for start in range(0, pictures, _BATCH):
         part = scenes[start : start + _BATCH]
-        for name, (program, structured) in conditions().items():
-            kept = folder / f"{start}-{len(part)} {name}.json"
-            if kept.exists():
+        for name, (program, structured) in refinement_conditions().items():
+            path = folder / f"{start}-{len(part)} {name}.json"
+            if path.exists():
                 continue
             images, maps = _draw(pipe, part, start, program, structured)
             rows = []
@@ -104,19 +104,19 @@ def _run(
                 rows.append(measure(scene, images[i], of_objects))
             if start == 0:
                 np.save(folder / f"{name}.npy", images)
-            kept.write_text(json.dumps(rows))
+            path.write_text(json.dumps(rows))
             console.print(f"{start + len(part)} of {pictures}: {name}")
 
     results: dict[str, list[dict[str, float]]] = {}
-    for name in conditions():
+    for name in refinement_conditions():
         results[name] = []
         for start in range(0, pictures, _BATCH):
             results[name] += json.loads((folder / f"{start}-{min(_BATCH, pictures - start)} {name}.json").read_text())
-    found = summary(results, MEASURES)
-    (folder / "summary.json").write_text(json.dumps({"pictures": pictures, **found}, indent=1) + "\n")
+    figures = summary(results, MEASURES)
+    (folder / "summary.json").write_text(json.dumps({"pictures": pictures, **figures}, indent=1) + "\n")
     title = f"{pictures} held-out captions; difference to none, 95 % bootstrap interval"
-    console.print(table(found, title, "condition"))
-    sheet = [np.load(folder / f"{name}.npy", allow_pickle=False)[:8] for name in conditions()]
+    console.print(summary_table(figures, title, "condition"))
+    sheet = [np.load(folder / f"{name}.npy", allow_pickle=False)[:8] for name in refinement_conditions()]
     save_sheet(sheet, folder / "pictures.png")  # a row a condition
 
 

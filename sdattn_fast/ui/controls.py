@@ -13,14 +13,14 @@ from ..files import ProgramFile, load_heads, read_json
 from ..guidance.phrases import NounPhrase, find_phrases
 from ..program import Program, Refinement, SalienceDropout
 
-__all__ = ["Asked", "Controls", "chosen_phrases", "loaded_from"]
+__all__ = ["Controls", "DrawRequest", "chosen_phrases", "loaded_from"]
 
 _NO_OBJECT = "background"
 _MOST_EXACT = 2**53 - 1  # of a browser's whole numbers, which are floats
 
 
 @dataclass(frozen=True)
-class Asked:
+class DrawRequest:
     """What the pipeline is called with. phrases: those the techniques work on, as texts of the prompt.
 
     Raises: ValueError, naming the field.
@@ -79,7 +79,7 @@ class Controls:
             refine = Refinement(rounds, self.threshold or None, self.sigma, self.refine_axis)
         return Program(dropout, refine, self.renormalize)
 
-    def file(self, asked: Asked) -> ProgramFile:
+    def file(self, request: DrawRequest) -> ProgramFile:
         """What `generate --program` and `apply` load: the program, its layers and heads. Raises: as `program`."""
         try:
             heads = json.loads(self.heads) if self.heads.strip() else None
@@ -88,22 +88,22 @@ class Controls:
                 f'heads: expected JSON such as {{"up_blocks.*": [0, 2]}}, got {self.heads!r}: {error}'
             ) from None
         return ProgramFile(
-            self.program(), tuple(self.layers) or None, heads, self.inactive_heads, float(asked.guidance_scale),
-            asked.steps,
+            self.program(), tuple(self.layers) or None, heads, self.inactive_heads, float(request.guidance_scale),
+            request.steps,
         )  # fmt: skip
 
     def needs_phrases(self) -> bool:
         return any(x != "off" for x in (self.gate, self.fuse, self.correct)) or self.structure
 
-    def condition(self, asked: Asked) -> Condition:
+    def condition(self, request: DrawRequest) -> Condition:
         """All of it, to be entered around a pipeline. Raises: ValueError, TypeError, naming the control."""
-        file = self.file(asked)
-        given: dict[str, Any] = {"layers": file.layers, "heads": file.heads, "inactive_heads": file.inactive_heads}
+        file = self.file(request)
+        keywords: dict[str, Any] = {"layers": file.layers, "heads": file.heads, "inactive_heads": file.inactive_heads}
         return Condition(
             "patched",
             "page",
             program=file.program,
-            patch={**given, "backend": self.backend, "seed": asked.seed},
+            patch={**keywords, "backend": self.backend, "seed": request.seed},
             gate=self._gate() if self.gate != "off" else None,
             correct=self._correct() if self.correct != "off" else None,
             fuse=None if self.fuse == "off" else self.fuse,
@@ -123,17 +123,18 @@ class Controls:
 def chosen_phrases(prompt: str, tokenizer: Any, chosen: Sequence[str] | None = None) -> list[NounPhrase]:
     """The noun phrases that techniques work on: those chosen, by their texts; None: all that the grammar finds but for
     backgrounds, which are no objects. Raises: ValueError for a text that the prompt does not have."""
-    found = find_phrases(prompt, tokenizer)
+    phrases = find_phrases(prompt, tokenizer)
     if chosen is None:
-        return [p for p in found if p.head.text.lower() != _NO_OBJECT]
-    known = {p.text for p in found}
-    return [p for p in found if p.text in chosen] + find_phrases(
+        return [p for p in phrases if p.head.text.lower() != _NO_OBJECT]
+    known = {p.text for p in phrases}
+    return [p for p in phrases if p.text in chosen] + find_phrases(
         prompt, tokenizer, phrases=[text for text in chosen if text not in known]
     )
 
 
 def loaded_from(path: Path, controls: Controls) -> tuple[Controls, dict[str, Any]]:
-    """The controls with what a file says, of a program or of a choice of heads, and fields of `Asked` that it says.
+    """The controls with what a file says, of a program or of a choice of heads, and the fields of `DrawRequest` that it
+    says.
 
     Raises: ValueError, TypeError, naming the file and the field; OSError.
     """
@@ -147,24 +148,24 @@ def loaded_from(path: Path, controls: Controls) -> tuple[Controls, dict[str, Any
     except (ValueError, TypeError) as error:
         # The browser's file lies in a folder that means nothing to who chose it.
         raise type(error)(str(error).replace(str(path), path.name)) from None
-    said = {"steps": file.num_inference_steps, "guidance_scale": file.guidance_scale}
-    return _of_file(file, controls), {name: value for name, value in said.items() if value is not None}
+    sampling = {"steps": file.num_inference_steps, "guidance_scale": file.guidance_scale}
+    return _of_file(file, controls), {name: value for name, value in sampling.items() if value is not None}
 
 
 def _of_file(file: ProgramFile, controls: Controls) -> Controls:
     dropout, refine = file.program.dropout, file.program.refine
-    found = replace(
+    loaded = replace(
         controls, layers=file.layers or (), heads="" if file.heads is None else _json(file.heads),
         inactive_heads=file.inactive_heads, ratio=0.0, threshold=0.0, sigma=0.0, rounds=1,
         renormalize=file.program.renormalize,
     )  # fmt: skip
     if dropout is not None:
-        found = replace(found, ratio=dropout.ratio, dropout_axis=dropout.axis, dropout_mode=dropout.mode)
+        loaded = replace(loaded, ratio=dropout.ratio, dropout_axis=dropout.axis, dropout_mode=dropout.mode)
     if refine is not None:
-        found = replace(
-            found, threshold=refine.threshold or 0.0, sigma=refine.sigma, rounds=refine.steps, refine_axis=refine.axis
+        loaded = replace(
+            loaded, threshold=refine.threshold or 0.0, sigma=refine.sigma, rounds=refine.steps, refine_axis=refine.axis
         )
-    return found
+    return loaded
 
 
 def _whole(name: str, value: Any, least: int, most: int) -> int:

@@ -14,15 +14,15 @@ from typing import Any
 
 import torch
 
-from ..evaluation.conditions import Condition, Given, entered
+from ..evaluation.conditions import Condition, ConditionInputs, apply_condition
 from ..guidance.clip_gate import ClipGate
 from ..guidance.clip_score import ClipScorer
 from ..guidance.phrases import head_words
 from ..measure.memory import peak_mib
 from ..patching.words import words_of
-from .controls import Asked, Controls, chosen_phrases
+from .controls import Controls, DrawRequest, chosen_phrases
 
-__all__ = ["Drawn", "draw_both"]
+__all__ = ["Comparison", "draw_both"]
 
 Tell = Callable[[float, str], None]
 
@@ -42,7 +42,7 @@ class Side:
 
 
 @dataclass(frozen=True)
-class Drawn:
+class Comparison:
     """patched: None while it is under way. looked: what the CLIP gate saw, a line a look."""
 
     stock: Side
@@ -51,9 +51,9 @@ class Drawn:
 
 
 def draw_both(
-    pipe: Any, asked: Asked, controls: Controls, *, scorer: ClipScorer | None = None, stock_maps: bool = True,
-    memory: bool = False, shapes: bool = False, tell: Tell = lambda share, what: None,
-) -> Iterator[Drawn]:  # fmt: skip
+    pipe: Any, request: DrawRequest, controls: Controls, *, scorer: ClipScorer | None = None, stock_maps: bool = True,
+    memory: bool = False, shapes: bool = False, tell: Tell = lambda share, stage: None,
+) -> Iterator[Comparison]:  # fmt: skip
     """Stock as soon as it is there, then both, then both with what was asked beside. The pipeline is as before
     whenever the iterator is closed.
 
@@ -62,67 +62,75 @@ def draw_both(
 
     Raises: ValueError, TypeError, naming what is wrong.
     """
-    condition = controls.condition(asked)
-    phrases = chosen_phrases(asked.prompt, pipe.tokenizer, asked.phrases)
+    condition = controls.condition(request)
+    phrases = chosen_phrases(request.prompt, pipe.tokenizer, request.phrases)
     if controls.needs_phrases() and not phrases:
         raise ValueError(
             "phrases: expected at least one for what is switched on; the grammar found none in the prompt, say yours"
         )
     if condition.gate is not None and scorer is None:
         raise ValueError("semantic gate: expected a CLIP, and none is loaded; start with --clip")
-    words = head_words(phrases, words_of(pipe.tokenizer, asked.prompt))
-    given = Given([asked.prompt], [phrases], [phrases], [words], asked.steps, scorer, 0.0)
+    words = head_words(phrases, words_of(pipe.tokenizer, request.prompt))
+    inputs = ConditionInputs([request.prompt], [phrases], [phrases], [words], request.steps, scorer, 0.0)
 
     plain = Condition("stock", "page")
     count = 2 + bool(stock_maps) + 2 * (memory and not _on_cuda(pipe))
     done = 0
 
-    def run(condition: Condition | None, what: str, maps: bool = True) -> tuple[Side, tuple[str, ...]]:
+    def run(condition: Condition | None, stage: str, maps: bool = True) -> tuple[Side, tuple[str, ...]]:
         nonlocal done
-        found = _draw(pipe, asked, condition, given, lambda share: tell((done + share) / count, what), maps)
+        result = _draw(pipe, request, condition, inputs, lambda share: tell((done + share) / count, stage), maps)
         done += 1
-        return found
+        return result
 
-    for one in (condition, None):  # in this order: what is wrong with the condition is said before anything is drawn
-        _draw(pipe, replace(asked, steps=1), one, given, lambda share: tell(0.0, "Warming up"), False)
-    stock = _judged(run(None, "Stock")[0], asked, scorer, shapes)
-    yield Drawn(stock)
+    # In this order: what is wrong with the condition is said before anything is drawn.
+    for warmed_up in (condition, None):
+        _draw(pipe, replace(request, steps=1), warmed_up, inputs, lambda share: tell(0.0, "Warming up"), False)
+    stock = _judged(run(None, "Stock")[0], request, scorer, shapes)
+    yield Comparison(stock)
     patched, looked = run(condition, "Patched")
-    patched = _judged(patched, asked, scorer, shapes)
-    yield Drawn(stock, patched, looked)
+    patched = _judged(patched, request, scorer, shapes)
+    yield Comparison(stock, patched, looked)
     if stock_maps:
         stock = replace(stock, maps=run(plain, "Stock's maps")[0].maps)
-        yield Drawn(stock, patched, looked)
+        yield Comparison(stock, patched, looked)
     if memory and not _on_cuda(pipe):
         stock = replace(stock, mib=peak_mib(lambda: run(None, "Stock's memory", False)))
         patched = replace(patched, mib=peak_mib(lambda: run(condition, "Patched memory", False)))
-        yield Drawn(stock, patched, looked)
+        yield Comparison(stock, patched, looked)
 
 
 def _draw(
-    pipe: Any, asked: Asked, condition: Condition | None, given: Given, tell: Callable[[float], None], maps: bool
+    pipe: Any,
+    request: DrawRequest,
+    condition: Condition | None,
+    inputs: ConditionInputs,
+    tell: Callable[[float], None],
+    maps: bool,
 ) -> tuple[Side, tuple[str, ...]]:
     if condition is None:
-        picture, seconds, mib = _timed(pipe, asked, None, tell)
+        picture, seconds, mib = _timed(pipe, request, None, tell)
         return Side(picture, seconds, {}, mib), ()
-    with entered(condition, pipe, given) as (patch, callback, _):
-        picture, seconds, mib = _timed(pipe, asked, callback, tell)
-        overlays = patch.maps.overlay(picture, asked.prompt) if maps else {}
-        return Side(picture, seconds, overlays, mib), _looks(callback, given)
+    with apply_condition(condition, pipe, inputs) as (patch, callback, _):
+        picture, seconds, mib = _timed(pipe, request, callback, tell)
+        overlays = patch.maps.overlay(picture, request.prompt) if maps else {}
+        return Side(picture, seconds, overlays, mib), _looks(callback, inputs)
 
 
-def _timed(pipe: Any, asked: Asked, callback: Any, tell: Callable[[float], None]) -> tuple[Any, float, float | None]:
-    def after(pipe: Any, step: int, timestep: Any, kept: dict[str, Any]) -> dict[str, Any]:
-        tell((step + 1) / asked.steps)
-        return kept if callback is None else callback(pipe, step, timestep, kept)
+def _timed(
+    pipe: Any, request: DrawRequest, callback: Any, tell: Callable[[float], None]
+) -> tuple[Any, float, float | None]:
+    def after(pipe: Any, step: int, timestep: Any, callback_kwargs: dict[str, Any]) -> dict[str, Any]:
+        tell((step + 1) / request.steps)
+        return callback_kwargs if callback is None else callback(pipe, step, timestep, callback_kwargs)
 
     drawn: dict[str, Any] = {}
 
     def draw() -> None:
         start = time.perf_counter()
         drawn["picture"] = pipe(
-            asked.prompt, negative_prompt=asked.negative_prompt or None, num_inference_steps=asked.steps,
-            guidance_scale=asked.guidance_scale, generator=torch.Generator().manual_seed(asked.seed),
+            request.prompt, negative_prompt=request.negative_prompt or None, num_inference_steps=request.steps,
+            guidance_scale=request.guidance_scale, generator=torch.Generator().manual_seed(request.seed),
             callback_on_step_end=after,
         ).images[0]  # fmt: skip
         drawn["seconds"] = time.perf_counter() - start  # the picture is on the CPU: the device has nothing left to do
@@ -135,12 +143,12 @@ def _timed(pipe: Any, asked: Asked, callback: Any, tell: Callable[[float], None]
     return drawn["picture"], drawn["seconds"], mib
 
 
-def _judged(side: Side, asked: Asked, scorer: ClipScorer | None, shapes: bool) -> Side:
+def _judged(side: Side, request: DrawRequest, scorer: ClipScorer | None, shapes: bool) -> Side:
     import numpy as np
 
     picture = np.asarray(side.picture.convert("RGB"))
     if scorer is not None:
-        side = replace(side, score=float(scorer.similarity([picture], [asked.prompt])[0]))
+        side = replace(side, score=float(scorer.similarity([picture], [request.prompt])[0]))
     if shapes:
         from ..lab.shapes.detector import detect
 
@@ -152,11 +160,11 @@ def _on_cuda(pipe: Any) -> bool:
     return torch.device(pipe.device).type == "cuda"
 
 
-def _looks(callback: Any, given: Given) -> tuple[str, ...]:
-    gates = [one for one in getattr(callback, "parts", ()) if isinstance(one, ClipGate)]
+def _looks(callback: Any, inputs: ConditionInputs) -> tuple[str, ...]:
+    gates = [part for part in getattr(callback, "parts", ()) if isinstance(part, ClipGate)]
     return tuple(
         f"after step {step + 1}: "
-        + ", ".join(f"{p.text} {score:.3f}" for p, score in zip(given.objects[0], scores[0].tolist(), strict=True))
+        + ", ".join(f"{p.text} {score:.3f}" for p, score in zip(inputs.objects[0], scores[0].tolist(), strict=True))
         for gate in gates
         for step, scores in gate.scores
     )

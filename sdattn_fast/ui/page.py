@@ -20,11 +20,11 @@ import gradio as gr
 from ..guidance.clip_score import ClipScorer
 from ..patching.layers import cross_attention_layers
 from ..prompts import Prompt, words_to_find
-from .controls import Asked, Controls, chosen_phrases, loaded_from
-from .drawing import Drawn, Side, draw_both
+from .controls import Controls, DrawRequest, chosen_phrases, loaded_from
+from .drawing import Comparison, Side, draw_both
 from .script import script
 
-__all__ = ["LAUNCH", "Served", "page"]
+__all__ = ["LAUNCH", "ServedPipeline", "page"]
 
 EXAMPLES = (
     "a large red circle and a large blue square on a gray background",
@@ -57,7 +57,7 @@ _WIDTHS: list[str | int] = ["85px", "85px", "105px", "110px", "95px", "75px", "a
 
 
 @dataclass(frozen=True)
-class Served:
+class ServedPipeline:
     """What the page is of. model: as the command line named it; "shapes" is judged by its detector, too. clip: folder
     or hub id of `scorer`. threshold: of the gate, at first. steps, guidance_scale: at first."""
 
@@ -74,7 +74,7 @@ class Served:
         return self.model == "shapes"
 
 
-def page(served: Served) -> gr.Blocks:
+def page(served: ServedPipeline) -> gr.Blocks:
     """The page of a pipeline, to be launched with `LAUNCH`."""
     first = EXAMPLES[0] if served.shapes else "a red car and a blue bench"
     with gr.Blocks(title="sdattn_fast", analytics_enabled=False, fill_width=True) as blocks:
@@ -83,9 +83,9 @@ def page(served: Served) -> gr.Blocks:
         gr.Markdown(f"# sdattn_fast\nCross-attention with a program for its rows: `{served.model}`, stock and patched.")
         with gr.Row():
             with gr.Column(scale=2, min_width=360):
-                asked = _asked(served, first)
+                request_fields = _request_components(served, first)
                 draw = gr.Button("Draw", variant="primary", elem_id="draw")
-                controls = _controls(served)
+                controls = _control_components(served)
                 upload = gr.UploadButton("Load a program or heads (JSON)", file_types=[".json"], size="sm")
                 beside = {
                     "stock_maps": gr.Checkbox(True, label="Stock's heat maps, too (one more drawing)"),
@@ -95,137 +95,147 @@ def page(served: Served) -> gr.Blocks:
                     ),
                 }  # fmt: skip
             with gr.Column(scale=3, min_width=480):
-                results = _results(served)
-        inputs = asked | controls | beside | {"phrased": phrased}
-        kept = tempfile.TemporaryDirectory(prefix="sdattn-fast-")
+                results = _result_components(served)
+        inputs = request_fields | controls | beside | {"phrased": phrased}
+        folder = tempfile.TemporaryDirectory(prefix="sdattn-fast-")
 
         def drawn(values: dict[Any, Any], progress: Any = gr.Progress()) -> Iterator[dict[Any, Any]]:
-            with _told():
-                said = {name: values[component] for name, component in inputs.items()}
-                if said["phrased"] != said["prompt"]:
-                    said["phrases"] = _phrases(served, said["prompt"])
-                what = Asked(**{name: said[name] for name in asked})
-                how = Controls(**{name: said[name] for name in controls})
-                _warn(served, what.prompt)
+            with _errors_on_page():
+                field_values = {name: values[component] for name, component in inputs.items()}
+                if field_values["phrased"] != field_values["prompt"]:
+                    field_values["phrases"] = _phrases(served, field_values["prompt"])
+                request = DrawRequest(**{name: field_values[name] for name in request_fields})
+                settings = Controls(**{name: field_values[name] for name in controls})
+                _warn(served, request.prompt)
                 text = script(
-                    what, how, served.model, served.clip, str(served.pipe.device),
+                    request, settings, served.model, served.clip, str(served.pipe.device),
                     str(served.pipe.unet.dtype).removeprefix("torch."),
                 )  # fmt: skip
-                program = Path(kept.name) / "program.json"
-                how.file(what).save(program)
-                for found in draw_both(
-                    served.pipe, what, how, scorer=served.scorer, shapes=served.shapes, tell=progress,
-                    **{name: said[name] for name in beside},
+                program = Path(folder.name) / "program.json"
+                settings.file(request).save(program)
+                for comparison in draw_both(
+                    served.pipe, request, settings, scorer=served.scorer, shapes=served.shapes, tell=progress,
+                    **{name: field_values[name] for name in beside},
                 ):  # fmt: skip
-                    yield _shown(results, served, what, found, text, str(program))
+                    yield _shown(results, served, request, comparison, text, str(program))
 
         def found_phrases(prompt: str) -> tuple[Any, str]:
             texts = _phrases(served, prompt)
             return gr.Dropdown(choices=texts, value=texts), prompt
 
         def loaded(values: dict[Any, Any]) -> dict[Any, Any]:
-            with _told():
+            with _errors_on_page():
                 before = Controls(**{name: values[component] for name, component in controls.items()})
-                after, more = loaded_from(Path(values[upload]), before)
-            found = {component: getattr(after, name) for name, component in controls.items()}
-            found[controls["layers"]] = list(after.layers)
-            return found | {asked[name]: value for name, value in more.items()}
+                after, sampling = loaded_from(Path(values[upload]), before)
+            updates = {component: getattr(after, name) for name, component in controls.items()}
+            updates[controls["layers"]] = list(after.layers)
+            return updates | {request_fields[name]: value for name, value in sampling.items()}
 
         gr.on(
-            [draw.click, asked["prompt"].submit], drawn, set(inputs.values()), list(results.values()),
+            [draw.click, request_fields["prompt"].submit], drawn, set(inputs.values()), list(results.values()),
             concurrency_limit=1, show_progress_on=[results["stock"], results["patched"]],
         )  # fmt: skip
-        asked["prompt"].change(
-            found_phrases, asked["prompt"], [asked["phrases"], phrased], show_progress="hidden",
+        request_fields["prompt"].change(
+            found_phrases, request_fields["prompt"], [request_fields["phrases"], phrased], show_progress="hidden",
             trigger_mode="always_last",
         )  # fmt: skip
         upload.upload(
-            loaded, {upload, *controls.values()}, [asked["steps"], asked["guidance_scale"], *controls.values()]
+            loaded,
+            {upload, *controls.values()},
+            [request_fields["steps"], request_fields["guidance_scale"], *controls.values()],
         )
     return blocks
 
 
-def _asked(served: Served, first: str) -> dict[str, Any]:
+def _request_components(served: ServedPipeline, first: str) -> dict[str, Any]:
     texts = _phrases(served, first)
-    found: dict[str, Any] = {
+    components: dict[str, Any] = {
         "prompt": gr.Textbox(first, label="Prompt", lines=2, max_lines=4, submit_btn=False, elem_id="prompt"),
     }
     if served.shapes:
-        gr.Examples([[text] for text in EXAMPLES], found["prompt"], label="Examples")
-    found["phrases"] = gr.Dropdown(
+        gr.Examples([[text] for text in EXAMPLES], components["prompt"], label="Examples")
+    components["phrases"] = gr.Dropdown(
         texts, value=texts, multiselect=True, allow_custom_value=True, label="Phrases",
         info="Noun phrases that gates, fusion, GradCAM and structure work on; add or take away.", elem_id="phrases",
     )  # fmt: skip
-    found["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
+    components["seed"] = gr.Number(0, label="Seed", precision=0, minimum=0, elem_id="seed")
     with gr.Row():
-        found["steps"] = gr.Slider(1, 100, served.steps, step=1, label="Steps")
-        found["guidance_scale"] = gr.Slider(0, 20, served.guidance_scale, step=0.1, label="Guidance scale")
-    found["negative_prompt"] = gr.Textbox("", label="Negative prompt", lines=1)
-    return found
+        components["steps"] = gr.Slider(1, 100, served.steps, step=1, label="Steps")
+        components["guidance_scale"] = gr.Slider(0, 20, served.guidance_scale, step=0.1, label="Guidance scale")
+    components["negative_prompt"] = gr.Textbox("", label="Negative prompt", lines=1)
+    return components
 
 
-def _controls(served: Served) -> dict[str, Any]:
+def _control_components(served: ServedPipeline) -> dict[str, Any]:
     """A control a field of `Controls`, technique by technique."""
     start = Controls(gate_threshold=served.threshold)
-    found: dict[str, Any] = {}
+    components: dict[str, Any] = {}
     with gr.Accordion("Semantic gate: CLIP looks while it is drawn", open=False):
-        found["gate"] = gr.Radio(["off", "hard", "soft", "amplify"], value=start.gate, label="Phrases that CLIP misses")
+        components["gate"] = gr.Radio(
+            ["off", "hard", "soft", "amplify"], value=start.gate, label="Phrases that CLIP misses"
+        )
         if served.scorer is None:
             gr.Markdown("No CLIP is loaded: start with `--clip`.")
-        found["gate_threshold"] = gr.Slider(
+        components["gate_threshold"] = gr.Slider(
             -1, 1, start.gate_threshold, step=0.01, label="Missed is what scores less than (cosine)"
         )
-        found["gate_strength"] = gr.Slider(1.1, 5, start.gate_strength, step=0.1, label="Amplify by")
-        found["gate_every"] = gr.Slider(1, 10, start.gate_every, step=1, label="Look every so many steps")
+        components["gate_strength"] = gr.Slider(1.1, 5, start.gate_strength, step=0.1, label="Amplify by")
+        components["gate_every"] = gr.Slider(1, 10, start.gate_every, step=1, label="Look every so many steps")
     with gr.Accordion("Phrase fusion", open=False):
-        found["fuse"] = gr.Radio(
+        components["fuse"] = gr.Radio(
             ["off", "all", "adjective-noun"], value=start.fuse, label="Words of a phrase that share their mean"
         )
     with gr.Accordion("Heads and layers", open=False):
-        found["heads"] = gr.Textbox(start.heads, label='Active heads, JSON: {"up_blocks.*": [0, 2]}; empty: all')
-        found["inactive_heads"] = gr.Radio(["plain", "zero"], value=start.inactive_heads, label="The others")
-        found["layers"] = gr.Dropdown(
+        components["heads"] = gr.Textbox(start.heads, label='Active heads, JSON: {"up_blocks.*": [0, 2]}; empty: all')
+        components["inactive_heads"] = gr.Radio(["plain", "zero"], value=start.inactive_heads, label="The others")
+        components["layers"] = gr.Dropdown(
             [name for name, _ in cross_attention_layers(served.pipe.unet)], value=[], multiselect=True,
             allow_custom_value=True, label="Layers, or patterns such as up_blocks.*; none: all",
         )  # fmt: skip
     with gr.Accordion("Salience dropout", open=False):
-        found["ratio"] = gr.Slider(0, 1, start.ratio, step=0.05, label="Share dropped, 0: off")
+        components["ratio"] = gr.Slider(0, 1, start.ratio, step=0.05, label="Share dropped, 0: off")
         with gr.Row():
-            found["dropout_axis"] = gr.Radio(["token", "space"], value=start.dropout_axis, label="Over")
-            found["dropout_mode"] = gr.Radio(["topk", "random"], value=start.dropout_mode, label="Which")
+            components["dropout_axis"] = gr.Radio(["token", "space"], value=start.dropout_axis, label="Over")
+            components["dropout_mode"] = gr.Radio(["topk", "random"], value=start.dropout_mode, label="Which")
     with gr.Accordion("NMS and smoothing", open=False):
-        found["threshold"] = gr.Slider(
+        components["threshold"] = gr.Slider(
             0, 0.95, start.threshold, step=0.05, label="Suppress under this share of the maximum, 0: off"
         )
-        found["refine_axis"] = gr.Radio(["token", "space"], value=start.refine_axis, label="Maximum over")
-        found["sigma"] = gr.Slider(0, 3, start.sigma, step=0.1, label="Smooth by sigma, pixels of the layer, 0: off")
-        found["rounds"] = gr.Slider(1, 8, start.rounds, step=1, label="Rounds")
+        components["refine_axis"] = gr.Radio(["token", "space"], value=start.refine_axis, label="Maximum over")
+        components["sigma"] = gr.Slider(
+            0, 3, start.sigma, step=0.1, label="Smooth by sigma, pixels of the layer, 0: off"
+        )
+        components["rounds"] = gr.Slider(1, 8, start.rounds, step=1, label="Rounds")
     with gr.Accordion("Renormalise, after gate, phrases, dropout and NMS", open=False):
-        found["renormalize"] = gr.Radio(
+        components["renormalize"] = gr.Radio(
             ["none", "content", "row"], value=start.renormalize, label="What regains its mass"
         )
     with gr.Accordion("GradCAM correction", open=False):
-        found["correct"] = gr.Radio(["off", "gradient", "reweight"], value=start.correct, label="Towards the nouns, by")
-        found["gradient_strength"] = gr.Slider(
+        components["correct"] = gr.Radio(
+            ["off", "gradient", "reweight"], value=start.correct, label="Towards the nouns, by"
+        )
+        components["gradient_strength"] = gr.Slider(
             0, 0.3, start.gradient_strength, step=0.01, label="Gradient: step of the latents"
         )
-        found["reweight_strength"] = gr.Slider(
+        components["reweight_strength"] = gr.Slider(
             0, 1, start.reweight_strength, step=0.05, label="Reweight: share of the attention"
         )
     with gr.Accordion("Structure", open=False):
-        found["structure"] = gr.Checkbox(start.structure, label="Smoothing inside objects, by edges and a dense CRF")
+        components["structure"] = gr.Checkbox(
+            start.structure, label="Smoothing inside objects, by edges and a dense CRF"
+        )
     with gr.Accordion("Kernels", open=False):
-        found["backend"] = gr.Dropdown(
+        components["backend"] = gr.Dropdown(
             ["auto", "cpu", "triton", "cuda", "reference"], value=start.backend, label="Backend"
         )
-    return {f.name: found[f.name] for f in fields(Controls)}
+    return {f.name: components[f.name] for f in fields(Controls)}
 
 
-def _results(served: Served) -> dict[str, Any]:
-    found: dict[str, Any] = {}
+def _result_components(served: ServedPipeline) -> dict[str, Any]:
+    components: dict[str, Any] = {}
     with gr.Row():
         for name in ("stock", "patched"):
-            found[name] = gr.Image(
+            components[name] = gr.Image(
                 label=name.capitalize(),
                 type="pil",
                 format="png",
@@ -234,7 +244,7 @@ def _results(served: Served) -> dict[str, Any]:
                 elem_id=name,
                 buttons=["download", "fullscreen"],
             )
-    found["table"] = gr.Dataframe(
+    components["table"] = gr.Dataframe(
         headers=_headers(served),
         column_widths=_WIDTHS[: len(_headers(served))],
         interactive=False,
@@ -244,58 +254,65 @@ def _results(served: Served) -> dict[str, Any]:
     )
     for name, whose in (("patched_maps", "Patched"), ("stock_maps", "Stock")):
         gr.Markdown(f"**{whose}: where each word looks**, blue the least, red the most")
-        found[name] = gr.Gallery(
+        components[name] = gr.Gallery(
             show_label=False, columns=8, height="auto", buttons=["fullscreen"], object_fit="contain",
             interactive=False, elem_id=name.replace("_", "-"),
         )  # fmt: skip
-    found["looked"] = gr.Textbox(label="What CLIP saw of each phrase (cosines)", visible=False, lines=3)
+    components["looked"] = gr.Textbox(label="What CLIP saw of each phrase (cosines)", visible=False, lines=3)
     with gr.Accordion("The same in Python", open=False):
-        found["script"] = gr.Code(language="python", show_label=False, interactive=False)
-    found["program"] = gr.DownloadButton("Save the program (JSON)", interactive=False, size="sm")
-    return found
+        components["script"] = gr.Code(language="python", show_label=False, interactive=False)
+    components["program"] = gr.DownloadButton("Save the program (JSON)", interactive=False, size="sm")
+    return components
 
 
-def _headers(served: Served) -> list[str]:
-    more = [*(["CLIP"] if served.scorer is not None else []), *(["the detector sees"] if served.shapes else [])]
-    return ["", "seconds", "ms a step", "of stock's", "peak MiB", *more]
+def _headers(served: ServedPipeline) -> list[str]:
+    judged = [*(["CLIP"] if served.scorer is not None else []), *(["the detector sees"] if served.shapes else [])]
+    return ["", "seconds", "ms a step", "of stock's", "peak MiB", *judged]
 
 
 def _shown(
-    results: dict[str, Any], served: Served, asked: Asked, found: Drawn, text: str, program: str
+    results: dict[str, Any],
+    served: ServedPipeline,
+    request: DrawRequest,
+    comparison: Comparison,
+    text: str,
+    program: str,
 ) -> dict[Any, Any]:
-    sides = [("stock", found.stock)] + ([("patched", found.patched)] if found.patched is not None else [])
+    sides = [("stock", comparison.stock)] + (
+        [("patched", comparison.patched)] if comparison.patched is not None else []
+    )
     rows = []
     for name, side in sides:
         row = [
-            name, f"{side.seconds:.2f}", f"{1e3 * side.seconds / asked.steps:.1f}",
-            f"{side.seconds / found.stock.seconds:.2f}", "" if side.mib is None else f"{side.mib:.1f}",
+            name, f"{side.seconds:.2f}", f"{1e3 * side.seconds / request.steps:.1f}",
+            f"{side.seconds / comparison.stock.seconds:.2f}", "" if side.mib is None else f"{side.mib:.1f}",
         ]  # fmt: skip
         row += [] if served.scorer is None else [f"{side.score:.3f}"]
         row += [side.seen or ""] if served.shapes else []
         rows.append(row)
     shown: dict[str, Any] = {
-        "stock": found.stock.picture,
-        "patched": None if found.patched is None else found.patched.picture,
+        "stock": comparison.stock.picture,
+        "patched": None if comparison.patched is None else comparison.patched.picture,
         "table": rows,
-        "stock_maps": _gallery(asked, found.stock),
-        "patched_maps": [] if found.patched is None else _gallery(asked, found.patched),
-        "looked": gr.Textbox("\n".join(found.looked), visible=bool(found.looked)),
+        "stock_maps": _gallery(request, comparison.stock),
+        "patched_maps": [] if comparison.patched is None else _gallery(request, comparison.patched),
+        "looked": gr.Textbox("\n".join(comparison.looked), visible=bool(comparison.looked)),
         "script": text,
         "program": gr.DownloadButton(value=program, interactive=True),
     }
     return {results[name]: value for name, value in shown.items()}
 
 
-def _gallery(asked: Asked, side: Side) -> list[tuple[Any, str]]:
-    named = words_to_find(Prompt(asked.prompt), list(side.maps))
+def _gallery(request: DrawRequest, side: Side) -> list[tuple[Any, str]]:
+    named = words_to_find(Prompt(request.prompt), list(side.maps))
     return [(side.maps[word], word) for word in named or side.maps]
 
 
-def _phrases(served: Served, prompt: str) -> list[str]:
+def _phrases(served: ServedPipeline, prompt: str) -> list[str]:
     return list(dict.fromkeys(p.text for p in chosen_phrases(prompt, served.pipe.tokenizer)))
 
 
-def _warn(served: Served, prompt: str) -> None:
+def _warn(served: ServedPipeline, prompt: str) -> None:
     tokenizer = served.pipe.tokenizer
     count, most = len(tokenizer(prompt, verbose=False).input_ids), int(tokenizer.model_max_length)
     if count > most:
@@ -303,7 +320,7 @@ def _warn(served: Served, prompt: str) -> None:
 
 
 @contextmanager
-def _told() -> Iterator[None]:
+def _errors_on_page() -> Iterator[None]:
     """Errors of bad input become a message on the page, and stay out of the log."""
     try:
         yield

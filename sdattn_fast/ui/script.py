@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.conditions import acting_steps
-from .controls import Asked, Controls
+from .controls import Controls, DrawRequest
 
 __all__ = ["script"]
 
 
 def script(
-    asked: Asked, controls: Controls, model: str, clip: str | None, device: str = "cpu", dtype: str = "float32"
+    request: DrawRequest, controls: Controls, model: str, clip: str | None, device: str = "cpu", dtype: str = "float32"
 ) -> str:
     """The text of a script. model: a folder or hub id, or "shapes"; clip: of the CLIP, None where there is none.
     device, dtype: of the pipeline.
@@ -25,13 +25,13 @@ def script(
     environment = jinja2.Environment(undefined=jinja2.StrictUndefined, trim_blocks=False, keep_trailing_newline=True)
     environment.filters["py"] = repr
     environment.filters["keywords"] = _keywords
-    condition, file = controls.condition(asked), controls.file(asked)
+    condition, file = controls.condition(request), controls.file(request)
     return environment.from_string(Path(__file__).with_suffix(".py.jinja").read_text(encoding="utf-8")).render(
-        asked=asked, file=file, model=model, clip=clip, backend=controls.backend,
+        request=request, file=file, model=model, clip=clip, backend=controls.backend,
         elsewhere=(device, dtype) != ("cpu", "float32"), device=device, dtype=dtype,
         heads=None if file.heads is None else {layer: list(indices) for layer, indices in file.heads.items()},
         phrases=controls.needs_phrases(), fuse=condition.fuse, gate=condition.gate, correct=condition.correct,
-        structure=condition.structure, **acting_steps(asked.steps),
+        structure=condition.structure, **acting_steps(request.steps),
     )  # fmt: skip
 
 

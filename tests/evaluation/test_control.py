@@ -28,7 +28,7 @@ HOW: dict[str, Any] = {"guidance": 4.0, "steps": 2}
 class Flat:
     """Pictures as bright as their prompt's noise says, and `more`."""
 
-    more: int
+    brightness: int
     name: str
     unfit: str | None = None
 
@@ -38,7 +38,7 @@ class Flat:
     def draw(
         self, pipe: Any, prompts: Sequence[str], objects: Any, generators: Sequence[torch.Generator], *rest: Any
     ) -> np.ndarray:
-        shades = [10 * (g.initial_seed() % 7) + self.more for g in generators]
+        shades = [10 * (g.initial_seed() % 7) + self.brightness for g in generators]
         return np.stack([np.full((2, 2, 3), shade, np.uint8) for shade in shades])
 
 
@@ -58,22 +58,22 @@ def flat_stock(monkeypatch: Any) -> None:
 GRID = [Flat(20, "worse"), Flat(100, "best"), Flat(60, "good"), Flat(200, "none", "no reason")]
 
 
-def _control(judge: Any = _bright, grid: Any = GRID, **more: Any) -> Any:
-    return positive_control(None, FIRST, SECOND, [[]] * 5, judge, grid=grid, **{**HOW, **more})
+def _control(judge: Any = _bright, grid: Any = GRID, **options: Any) -> Any:
+    return positive_control(None, FIRST, SECOND, [[]] * 5, judge, grid=grid, **{**HOW, **options})
 
 
 def test_the_best_of_the_first_prompts_is_reported_on_the_second(flat_stock: None) -> None:
-    told: list[str] = []
-    found = _control(first_noise=1, batch=2, tell=told.append)
-    assert found.chosen.name == "best" and found.left_out == {"none": "no reason"} and found.prompts == 3
+    progress: list[str] = []
+    control = _control(first_noise=1, batch=2, tell=progress.append)
+    assert control.chosen.name == "best" and control.left_out == {"none": "no reason"} and control.prompts == 3
     # Noises 1 and 2 are chosen on, 3 to 5 reported on.
-    assert found.searched == {
-        name: pytest.approx((15 + more) / 255)
-        for name, more in (("stock", 50), ("worse", 20), ("best", 100), ("good", 60))
+    assert control.searched == {
+        name: pytest.approx((15 + brightness) / 255)
+        for name, brightness in (("stock", 50), ("worse", 20), ("best", 100), ("good", 60))
     }
-    assert found.stock == pytest.approx(90 / 255) and found.mean == pytest.approx(140 / 255)
-    assert found.difference == pytest.approx(50 / 255)
-    assert told[-1] == "best: 3 of 3" and len(told) == 4 + 2 * 2
+    assert control.stock == pytest.approx(90 / 255) and control.mean == pytest.approx(140 / 255)
+    assert control.difference == pytest.approx(50 / 255)
+    assert progress[-1] == "best: 3 of 3" and len(progress) == 4 + 2 * 2
 
 
 def test_the_interval_is_the_paired_bootstraps_of_what_was_judged(flat_stock: None) -> None:
@@ -83,12 +83,12 @@ def test_the_interval_is_the_paired_bootstraps_of_what_was_judged(flat_stock: No
         better = [int(picture.mean() >= 115) for picture in pictures]
         return np.array([noise[i, j] if i != 7 else np.nan for i, j in zip(indices, better, strict=True)])
 
-    found = positive_control(
+    control = positive_control(
         None, FIRST, ["a star"] * 38, [[]] * 40, judge, grid=[Flat(120, "bright")], first_noise=0, **HOW
     )  # fmt: skip
     difference = np.delete(noise[:, 1] - noise[:, 0], [0, 1, 7])
-    assert (found.low, found.high) == interval(difference) and found.prompts == 37
-    assert found.difference == pytest.approx(difference.mean()) and found.low < found.difference < found.high
+    assert (control.low, control.high) == interval(difference) and control.prompts == 37
+    assert control.difference == pytest.approx(difference.mean()) and control.low < control.difference < control.high
 
 
 def test_what_cannot_be_compared_is_refused(flat_stock: None) -> None:
@@ -102,12 +102,12 @@ def test_what_cannot_be_compared_is_refused(flat_stock: None) -> None:
         _control(judge=lambda indices, pictures: np.zeros(1))
     with pytest.raises(ValueError, match="judge: expected a share of some picture, got NaN alone"):
         _control(judge=lambda indices, pictures: np.full(len(indices), np.nan))
-    for choose, report, phrases, said in (
+    for choose, report, phrases, message in (
         ([], SECOND, 3, "prompts_to_choose_on: expected at least 1, got 0"),
         (FIRST, SECOND[:1], 3, "prompts_to_report_on: expected at least 2, got 1"),
         (FIRST, SECOND, 4, "phrases: expected those of 5 prompts, got 4"),
     ):
-        with pytest.raises(ValueError, match=said):
+        with pytest.raises(ValueError, match=message):
             positive_control(None, choose, report, [[]] * phrases, _bright, **HOW)
 
 
@@ -132,6 +132,6 @@ def test_a_pipeline_draws_it() -> None:
 
     phrases = [find_phrases(p, pipe.tokenizer) for p in prompts]
     grid = [AttendAndExcite(8.0, thresholds=()), AttendAndExcite(resolution=64, name="large"), GuidanceRescale(0.0)]
-    found = positive_control(pipe, prompts[:1], prompts[1:], phrases, judge, grid=grid, **HOW)
-    assert set(found.left_out) == {"large"} and seen == [(0,)] * 3 + [(1, 2)] * 2
-    assert found.searched["stock"] == found.searched["guidance rescale"] != found.searched["Attend-and-Excite"]
+    control = positive_control(pipe, prompts[:1], prompts[1:], phrases, judge, grid=grid, **HOW)
+    assert set(control.left_out) == {"large"} and seen == [(0,)] * 3 + [(1, 2)] * 2
+    assert control.searched["stock"] == control.searched["guidance rescale"] != control.searched["Attend-and-Excite"]

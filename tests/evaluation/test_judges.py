@@ -13,7 +13,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from sdattn_fast.evaluation.judges import BlipVqa, Detector, GenEval, Spatial
+from sdattn_fast.evaluation.judges import BlipVqa, BoxDetector, GenEval, Spatial
 from sdattn_fast.guidance.clip_score import ClipScorer
 from sdattn_fast.lab import shapes_path
 
@@ -92,20 +92,20 @@ def scorer() -> ClipScorer:
 Found = list[tuple[int, tuple[float, ...]]]
 
 
-def _finds(detector: Path, found: Found, score: float = 0.95) -> Detector:
+def _finds(detector: Path, boxes: Found, score: float = 0.95) -> BoxDetector:
     """The loaded detector, told what it finds, each less surely than the one before: one that was trained is what a
     user brings."""
-    made = Detector(str(detector))
+    made = BoxDetector(str(detector))
     answer = {
-        "labels": torch.tensor([label for label, _ in found], dtype=torch.int64),
-        "scores": torch.tensor([score - 0.01 * i for i in range(len(found))]),
-        "boxes": torch.tensor([box for _, box in found]).reshape(-1, 4),
+        "labels": torch.tensor([label for label, _ in boxes], dtype=torch.int64),
+        "scores": torch.tensor([score - 0.01 * i for i in range(len(boxes))]),
+        "boxes": torch.tensor([box for _, box in boxes]).reshape(-1, 4),
     }
 
-    def told(outputs: Any, threshold: float, target_sizes: Any) -> list[dict[str, torch.Tensor]]:
+    def post_process(outputs: Any, threshold: float, target_sizes: Any) -> list[dict[str, torch.Tensor]]:
         return [{name: x[answer["scores"] > threshold].flip(0) for name, x in answer.items()}]
 
-    made.processor.post_process_object_detection = told
+    made.processor.post_process_object_detection = post_process
     return made
 
 
@@ -115,7 +115,7 @@ ONE = {"class": "car", "count": 1}
 
 
 @pytest.mark.parametrize(
-    "wanted, found, right",
+    "wanted, boxes, right",
     [
         ({"include": [{"class": "car"}]}, [CAR], True),
         ({"include": [ONE]}, [BENCH], False),
@@ -140,8 +140,8 @@ ONE = {"class": "car", "count": 1}
         ({}, [CAR], None),
     ],
 )
-def test_geneval(wanted: Any, found: Found, right: bool | None, detector: Path, scorer: ClipScorer) -> None:
-    (row,) = GenEval(_finds(detector, found), scorer, [wanted]).measure([0], [RED], [[]])
+def test_geneval(wanted: Any, boxes: Found, right: bool | None, detector: Path, scorer: ClipScorer) -> None:
+    (row,) = GenEval(_finds(detector, boxes), scorer, [wanted]).measure([0], [RED], [[]])
     assert row["GenEval"] == right if right is not None else np.isnan(row["GenEval"])
 
 
@@ -158,7 +158,7 @@ def test_counting_is_stricter_and_colours_are_of_the_surest(detector: Path, scor
 
 
 @pytest.mark.parametrize(
-    "prompt, phrases, found, score",
+    "prompt, phrases, boxes, score",
     [
         # Two scores a quarter each, half for the place.
         ("a car on the left of a bench", ["a car", "a bench"], [CAR, BENCH], 0.25 * (0.95 + 0.94) + 0.5),
@@ -176,13 +176,13 @@ def test_counting_is_stricter_and_colours_are_of_the_surest(detector: Path, scor
         ("a car on the left of a unicorn", ["a car", "a unicorn"], [CAR, BENCH], None),
     ],
 )
-def test_spatial(prompt: str, phrases: list[str], found: Found, score: float | None, detector: Path) -> None:
-    (row,) = Spatial(_finds(detector, found), [prompt]).measure([0], [RED], [phrases])
+def test_spatial(prompt: str, phrases: list[str], boxes: Found, score: float | None, detector: Path) -> None:
+    (row,) = Spatial(_finds(detector, boxes), [prompt]).measure([0], [RED], [phrases])
     assert row["T2I spatial"] == pytest.approx(score, abs=1e-4) if score is not None else np.isnan(row["T2I spatial"])
 
 
 def test_a_detector_runs(detector: Path, scorer: ClipScorer) -> None:
-    finds = Detector(str(detector))
+    finds = BoxDetector(str(detector))
     found = finds(RED, 0.0)
     assert len(found) == 4 and [one.score for one in found] == sorted((one.score for one in found), reverse=True)
     assert {one.label for one in found} <= {"car", "mouse", "bench"} and finds(RED, 1.0) == []
@@ -203,13 +203,13 @@ def test_a_detector_runs(detector: Path, scorer: ClipScorer) -> None:
 )
 def test_entries_that_geneval_has_not(wanted: Any, words: str, detector: Path, scorer: ClipScorer) -> None:
     with pytest.raises(ValueError, match=words):
-        GenEval(Detector(str(detector)), scorer, [{}, wanted])
+        GenEval(BoxDetector(str(detector)), scorer, [{}, wanted])
 
 
 def test_models_that_are_not_whole(blip: Path, detector: Path, tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
-    for folder, judge, name in ((blip, BlipVqa, "blip"), (detector, Detector, "detector")):
+    for folder, judge, name in ((blip, BlipVqa, "blip"), (detector, BoxDetector, "detector")):
         broken = tmp_path / name
         shutil.copytree(folder, broken)
         weights = load_file(broken / "model.safetensors")

@@ -36,8 +36,8 @@ def test_phrases_are_those_of_the_things(world, tokenizer):
         of_all, of_things = world.phrases(index, tokenizer)
         assert [p.text for p in of_things] == [p.text for p in scene.phrases if p.objects]
         assert set(of_things) <= set(of_all)
-        for phrase, what in zip(of_things, scene.named, strict=True):
-            assert phrase.head.text.rstrip("es").startswith(what.noun.split()[-1].rstrip("es"))
+        for phrase, item in zip(of_things, scene.named, strict=True):
+            assert phrase.head.text.rstrip("es").startswith(item.noun.split()[-1].rstrip("es"))
 
 
 def test_true_pictures_are_right(world):

@@ -17,11 +17,11 @@ pytest.importorskip("textblob")
 pytest.importorskip("kornia")
 
 from sdattn_fast import Program, SalienceDropout
-from sdattn_fast.evaluation.conditions import STOCK, Condition, Given, conditions
+from sdattn_fast.evaluation.conditions import STOCK, Condition, ConditionInputs, conditions
 from sdattn_fast.evaluation.cost import costs
 from sdattn_fast.evaluation.peers import AttendAndExcite, InitialNoise, SynGen, peers
 from sdattn_fast.evaluation.report import verdict, write_report
-from sdattn_fast.evaluation.run import Evaluation, draw, given_for
+from sdattn_fast.evaluation.run import Evaluation, draw_batch, inputs_for
 from sdattn_fast.evaluation.sketches import RandomMasks
 from sdattn_fast.evaluation.subjects import Prompts, ShapesWorld
 from sdattn_fast.files import ProgramFile
@@ -54,9 +54,9 @@ def world(scorer: ClipScorer) -> ShapesWorld:
 
 
 @pytest.fixture(scope="module")
-def given(scorer: ClipScorer) -> Given:
+def inputs(scorer: ClipScorer) -> ConditionInputs:
     tuned = ProgramFile(Program(SalienceDropout(0.1)), guidance_scale=3.0, num_inference_steps=3)
-    return Given((), (), (), (), 4, scorer=scorer, threshold=0.3, heads=HEADS, tuned=tuned)
+    return ConditionInputs((), (), (), (), 4, scorer=scorer, threshold=0.3, heads=HEADS, tuned=tuned)
 
 
 def _named(*names: str) -> list[Condition]:
@@ -74,9 +74,9 @@ def test_conditions_are_named_once_and_cover_the_nine() -> None:
 
 
 @pytest.fixture(scope="module")
-def stock_picture(pipe: Any, world: ShapesWorld, given: Given) -> np.ndarray:
+def stock_picture(pipe: Any, world: ShapesWorld, inputs: ConditionInputs) -> np.ndarray:
     (stock,) = _named(STOCK)
-    return draw(pipe, stock, given_for(world, range(2), pipe, given), world, range(2))[0][0]
+    return draw_batch(pipe, stock, inputs_for(world, range(2), pipe, inputs), world, range(2))[0][0]
 
 
 OURS = [c for c in conditions() if c.peer is None]
@@ -84,16 +84,16 @@ OURS = [c for c in conditions() if c.peer is None]
 
 @pytest.mark.parametrize("condition", OURS, ids=lambda c: c.name)
 def test_every_condition_draws_and_leaves_no_trace(
-    condition: Condition, pipe: Any, world: ShapesWorld, given: Given, stock_picture: np.ndarray
+    condition: Condition, pipe: Any, world: ShapesWorld, inputs: ConditionInputs, stock_picture: np.ndarray
 ) -> None:
     # A threshold that nothing passes: a gate has something to do.
-    mine = replace(given_for(world, range(2), pipe, given), threshold=2.0)
+    batch_inputs = replace(inputs_for(world, range(2), pipe, inputs), threshold=2.0)
     before = dict(pipe.unet.attn_processors)
-    pictures, maps = draw(pipe, condition, mine, world, range(2))
+    pictures, maps = draw_batch(pipe, condition, batch_inputs, world, range(2))
     assert [p.shape for p in pictures] == [(64, 64, 3)] * 2 and all(p.dtype == np.uint8 for p in pictures)
     if condition.sketch is None:
-        assert [len(m) for m in maps] == [len(some) for some in mine.objects]
-        assert all(heat.shape == (64, 64) and np.isfinite(heat).all() for some in maps for heat in some)
+        assert [len(m) for m in maps] == [len(of_prompt) for of_prompt in batch_inputs.objects]
+        assert all(heat.shape == (64, 64) and np.isfinite(heat).all() for of_prompt in maps for heat in of_prompt)
     else:
         assert maps == [None, None]
     if condition.name in (STOCK, "maps"):
@@ -106,24 +106,26 @@ def test_every_condition_draws_and_leaves_no_trace(
 
 
 def test_a_peer_draws_in_place_of_the_pipeline(
-    pipe: Any, world: ShapesWorld, given: Given, stock_picture: np.ndarray
+    pipe: Any, world: ShapesWorld, inputs: ConditionInputs, stock_picture: np.ndarray
 ) -> None:
-    mine = given_for(world, range(2), pipe, given)
+    batch_inputs = inputs_for(world, range(2), pipe, inputs)
     for peer, same in ((SynGen(), False), (SynGen(scale=0.0), True), (InitialNoise(noises=1), True)):
-        pictures, maps = draw(pipe, Condition("a peer", "peer", peer=peer), mine, world, range(2))
+        pictures, maps = draw_batch(pipe, Condition("a peer", "peer", peer=peer), batch_inputs, world, range(2))
         assert [p.shape for p in pictures] == [(64, 64, 3)] * 2 and maps == [None, None]
         # A batch of one rounds otherwise than stock's of two.
         assert (np.abs(pictures[0].astype(int) - stock_picture).max() <= 1) == same
 
 
-def test_peers_that_cannot_draw_are_left_out(tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given) -> None:
+def test_peers_that_cannot_draw_are_left_out(
+    tmp_path: Path, pipe: Any, world: ShapesWorld, inputs: ConditionInputs
+) -> None:
     chosen = [
         *_named(STOCK, "guidance rescale"),
         Condition("large", "peer", peer=AttendAndExcite(resolution=64)),
     ]
     unguided = ShapesWorld(2, world.scorer)
     unguided.guidance, unguided.steps = 1.0, 1
-    evaluation = Evaluation(tmp_path, pipe, unguided, chosen, given, "shapes", batch=2)
+    evaluation = Evaluation(tmp_path, pipe, unguided, chosen, inputs, "shapes", batch=2)
     assert evaluation.left_out == {
         "guidance rescale": "there is no unconditional half at guidance 1.0",
         "large": "no cross-attention at 64x64; there is 16x16, 8x8, 4x4",
@@ -131,34 +133,34 @@ def test_peers_that_cannot_draw_are_left_out(tmp_path: Path, pipe: Any, world: S
     evaluation.run()
     content = write_report(evaluation, {}, "a machine")
     assert content["left out"] == evaluation.left_out and list(content["measures"]) == [STOCK]
-    said = "large: not drawn, no cross-attention at 64x64; there is 16x16, 8x8, 4x4."
+    line = "large: not drawn, no cross-attention at 64x64; there is 16x16, 8x8, 4x4."
     markdown = (tmp_path / "evaluation.md").read_text()
-    assert said in markdown and said in (tmp_path / "evaluation.html").read_text() and "one picture" not in markdown
+    assert line in markdown and line in (tmp_path / "evaluation.html").read_text() and "one picture" not in markdown
 
 
 def test_conditions_without_what_they_need_are_left_out(tmp_path: Path, pipe: Any, world: ShapesWorld) -> None:
-    bare = Evaluation(tmp_path, pipe, world, conditions(), Given((), (), (), (), 4), "shapes")
+    bare = Evaluation(tmp_path, pipe, world, conditions(), ConditionInputs((), (), (), (), 4), "shapes")
     assert bare.left_out["tuned"] == "no tuned" and bare.left_out["gate, hard"] == "no scorer, threshold"
     assert {c.name for c in bare.conditions} == set(NAMES) - set(bare.left_out)
 
 
 def test_runs_resume_and_processes_share(
-    tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given, monkeypatch: Any
+    tmp_path: Path, pipe: Any, world: ShapesWorld, inputs: ConditionInputs, monkeypatch: Any
 ) -> None:
     from sdattn_fast.evaluation import run as module
 
     drawn: list[tuple[str, int]] = []
-    original = module.draw
+    original = module.draw_batch
 
     def counted(pipe: Any, condition: Condition, *rest: Any) -> Any:
         drawn.append((condition.name, rest[2].start))
         return original(pipe, condition, *rest)
 
-    monkeypatch.setattr(module, "draw", counted)
+    monkeypatch.setattr(module, "draw_batch", counted)
     chosen = _named(STOCK, "dropout")
 
     def made(folder: str) -> Evaluation:
-        return Evaluation(tmp_path / folder, pipe, world, chosen, given, "shapes", batch=2)
+        return Evaluation(tmp_path / folder, pipe, world, chosen, inputs, "shapes", batch=2)
 
     whole = made("whole")
     whole.run()
@@ -180,9 +182,11 @@ def test_runs_resume_and_processes_share(
     assert len(drawn) == 13
 
 
-def test_another_evaluation_is_refused(tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given) -> None:
-    def made(chosen: list[Condition] | None = None, **how: Any) -> Evaluation:
-        return Evaluation(tmp_path, pipe, world, chosen or _named(STOCK), **{"given": given, "model": "shapes", **how})
+def test_another_evaluation_is_refused(tmp_path: Path, pipe: Any, world: ShapesWorld, inputs: ConditionInputs) -> None:
+    def made(chosen: list[Condition] | None = None, **arguments: Any) -> Evaluation:
+        return Evaluation(
+            tmp_path, pipe, world, chosen or _named(STOCK), **{"inputs": inputs, "model": "shapes", **arguments}
+        )
 
     made()
     made(_named(STOCK, "dropout"))  # more conditions are the same evaluation
@@ -190,7 +194,7 @@ def test_another_evaluation_is_refused(tmp_path: Path, pipe: Any, world: ShapesW
     with pytest.raises(ValueError, match="model: 'shapes', now 'other'"):
         made(model="other")
     with pytest.raises(ValueError, match="threshold"):
-        made(given=replace(given, threshold=0.1))
+        made(inputs=replace(inputs, threshold=0.1))
     other = replace(_named("dropout")[0], program=Program())
     with pytest.raises(ValueError, match="dropout"):
         made([*_named(STOCK), other])
@@ -199,14 +203,14 @@ def test_another_evaluation_is_refused(tmp_path: Path, pipe: Any, world: ShapesW
     with pytest.raises(ValueError, match="SynGen"):
         made([*_named(STOCK), searched])
     # A folder of before there were peers says nothing of them.
-    kept = json.loads((tmp_path / "settings.json").read_text())["conditions"]
-    assert "peer" not in kept[STOCK] and kept["SynGen"]["peer"]["scale"] == 20.0
+    stored = json.loads((tmp_path / "settings.json").read_text())["conditions"]
+    assert "peer" not in stored[STOCK] and stored["SynGen"]["peer"]["scale"] == 20.0
 
 
 def test_a_full_disk_loses_nothing(
-    tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given, monkeypatch: Any
+    tmp_path: Path, pipe: Any, world: ShapesWorld, inputs: ConditionInputs, monkeypatch: Any
 ) -> None:
-    evaluation = Evaluation(tmp_path, pipe, world, _named(STOCK), given, "shapes", batch=3)
+    evaluation = Evaluation(tmp_path, pipe, world, _named(STOCK), inputs, "shapes", batch=3)
     write, written = Path.write_text, []
 
     def full(self: Path, text: str, *rest: Any) -> int:
@@ -225,13 +229,13 @@ def test_a_full_disk_loses_nothing(
     assert len(evaluation.results()[STOCK]) == 5
 
 
-def test_the_report(tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given) -> None:
+def test_the_report(tmp_path: Path, pipe: Any, world: ShapesWorld, inputs: ConditionInputs) -> None:
     chosen = _named(STOCK, "dropout", "maps", "latent * (1 + sigmoid)", "guidance rescale")
-    evaluation = Evaluation(tmp_path, pipe, world, chosen, given, "shapes", batch=5)
+    evaluation = Evaluation(tmp_path, pipe, world, chosen, inputs, "shapes", batch=5)
     evaluation.run()
     calls: list[int] = []
     handle = pipe.unet.register_forward_pre_hook(lambda _, inputs: calls.append(len(inputs[0])))
-    cost = costs(pipe, world, chosen, given, count=2, rounds=1)
+    cost = costs(pipe, world, chosen, inputs, count=2, rounds=1)
     handle.remove()
     assert set(calls) <= {1, 2}  # one picture a call, with its unconditional half
     assert all(x["ms a step"] > 0 and x["peak MiB"] > 0 for x in cost.values()) and cost[STOCK]["of stock"] == 1
@@ -248,11 +252,11 @@ def test_the_report(tmp_path: Path, pipe: Any, world: ShapesWorld, given: Given)
     assert content["cost note"] in page
 
 
-def test_stock_costs_what_the_pipeline_alone_costs(pipe: Any, world: ShapesWorld, given: Given) -> None:
+def test_stock_costs_what_the_pipeline_alone_costs(pipe: Any, world: ShapesWorld, inputs: ConditionInputs) -> None:
     before = dict(pipe.unet.attn_processors)
     seen: list[bool] = []
     handle = pipe.unet.register_forward_pre_hook(lambda *_: seen.append(pipe.unet.attn_processors == before))
-    costs(pipe, world, _named(STOCK), given, count=1, rounds=1)
+    costs(pipe, world, _named(STOCK), inputs, count=1, rounds=1)
     handle.remove()
     assert seen and all(seen)
 

@@ -44,8 +44,8 @@ def test_seeds_are_drawn_as_captions_are():
 
 def test_summary_compares_what_both_have():
     rows = {"none": [{"x": 1.0}, {"x": 2.0}, {"x": math.nan}], "ours": [{"x": 1.5}, {"x": 2.75}, {"x": 9.0}]}
-    found = summary(rows, ["x"])
-    assert list(found) == ["none", "ours"] and "difference" not in found["none"]["x"]
-    ours = found["ours"]["x"]
-    assert ours["captions"] == 2 and ours["difference"] == pytest.approx(0.625)
-    assert ours["low"] == 0.5 and ours["high"] == 0.75
+    table = summary(rows, ["x"])
+    assert list(table) == ["none", "ours"] and "difference" not in table["none"]["x"]
+    cell = table["ours"]["x"]
+    assert cell["captions"] == 2 and cell["difference"] == pytest.approx(0.625)
+    assert cell["low"] == 0.5 and cell["high"] == 0.75

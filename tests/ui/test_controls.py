@@ -12,7 +12,7 @@ import pytest
 
 from sdattn_fast import Program, Refinement, SalienceDropout
 from sdattn_fast.files import ProgramFile, save_heads
-from sdattn_fast.ui.controls import Asked, Controls, chosen_phrases, loaded_from
+from sdattn_fast.ui.controls import Controls, DrawRequest, chosen_phrases, loaded_from
 
 PROMPT = "a large red circle and a large blue square on a gray background"
 FULL = Controls(
@@ -26,27 +26,27 @@ def test_what_is_off_is_not_in_the_program() -> None:
     assert Controls(ratio=None, threshold=None, sigma=None).program() == Program(renormalize="content")  # type: ignore[arg-type]
     assert Controls(threshold=0.4).program().refine == Refinement(1, 0.4, 0.0)
     assert Controls(sigma=0.4).program().refine == Refinement(1, None, 0.4)
-    condition = Controls().condition(Asked(PROMPT))
+    condition = Controls().condition(DrawRequest(PROMPT))
     assert condition.gate is condition.correct is condition.fuse is None and not condition.structure
     assert not Controls().needs_phrases()
 
 
 def test_everything_that_is_on_reaches_the_condition() -> None:
-    asked = Asked(PROMPT, seed=7)
+    request = DrawRequest(PROMPT, seed=7)
     assert FULL.program() == Program(SalienceDropout(0.2, "space", "random"), Refinement(2, 0.3, 0.5, "space"), "row")
     on = replace(FULL, gate="amplify", gate_every=2.0, fuse="all", correct="reweight", structure=True, backend="cpu")
-    found = on.condition(asked)
-    assert found.program == FULL.program() and found.fuse == "all" and found.structure
-    assert found.patch == {
+    condition = on.condition(request)
+    assert condition.program == FULL.program() and condition.fuse == "all" and condition.structure
+    assert condition.patch == {
         "layers": ("up_blocks.*",), "heads": {"up_blocks.*": (0,)}, "inactive_heads": "zero", "backend": "cpu",
         "seed": 7,
     }  # fmt: skip
-    assert found.gate == {"how": "amplify", "threshold": 0.2, "every": 2, "strength": 2.0}
-    assert found.correct == {"how": "reweight", "strength": 1.0}
-    assert replace(on, correct="gradient").condition(asked).correct == {"how": "gradient", "strength": 0.05}
-    assert "strength" not in replace(on, gate="hard").condition(asked).gate
-    for one in ({"gate": "soft"}, {"fuse": "all"}, {"correct": "gradient"}, {"structure": True}):
-        assert replace(FULL, **one).needs_phrases()
+    assert condition.gate == {"how": "amplify", "threshold": 0.2, "every": 2, "strength": 2.0}
+    assert condition.correct == {"how": "reweight", "strength": 1.0}
+    assert replace(on, correct="gradient").condition(request).correct == {"how": "gradient", "strength": 0.05}
+    assert "strength" not in replace(on, gate="hard").condition(request).gate
+    for switched_on in ({"gate": "soft"}, {"fuse": "all"}, {"correct": "gradient"}, {"structure": True}):
+        assert replace(FULL, **switched_on).needs_phrases()
 
 
 @pytest.mark.parametrize(
@@ -68,7 +68,7 @@ def test_everything_that_is_on_reaches_the_condition() -> None:
 )
 def test_bad_questions(fields: dict[str, Any], says: str) -> None:
     with pytest.raises(ValueError, match=says):
-        Asked(**{"prompt": PROMPT, **fields})
+        DrawRequest(**{"prompt": PROMPT, **fields})
 
 
 @pytest.mark.parametrize(
@@ -86,16 +86,16 @@ def test_bad_questions(fields: dict[str, Any], says: str) -> None:
 )
 def test_bad_controls(fields: dict[str, Any], kind: type[Exception], says: str) -> None:
     with pytest.raises(kind, match=says):
-        Controls(**fields).condition(Asked(PROMPT))
+        Controls(**fields).condition(DrawRequest(PROMPT))
 
 
 def test_a_saved_program_comes_back(tmp_path: Path) -> None:
     path = tmp_path / "program.json"
-    FULL.file(Asked(PROMPT, steps=9, guidance_scale=3)).save(path)
+    FULL.file(DrawRequest(PROMPT, steps=9, guidance_scale=3)).save(path)
     other = Controls(gate="hard", ratio=0.9, sigma=2.0, layers=("x",), heads='{"x": [1]}')
-    found, said = loaded_from(path, other)
-    assert found == replace(FULL, gate="hard"), "what a file says nothing of stays"
-    assert said == {"steps": 9, "guidance_scale": 3.0}
+    controls, sampling = loaded_from(path, other)
+    assert controls == replace(FULL, gate="hard"), "what a file says nothing of stays"
+    assert sampling == {"steps": 9, "guidance_scale": 3.0}
     ProgramFile(Program()).save(path)
     assert loaded_from(path, other) == (Controls(gate="hard", renormalize="none"), {})
 

@@ -13,12 +13,12 @@ import torch
 from PIL import Image
 
 from sdattn_fast.cli.generate import load_pipeline
-from sdattn_fast.ui.controls import Asked, Controls
+from sdattn_fast.ui.controls import Controls, DrawRequest
 from sdattn_fast.ui.drawing import draw_both
 from sdattn_fast.ui.script import script
 
 PROMPT = "a large red circle and a large blue square on a gray background"
-ASKED = Asked(PROMPT, ("a large red circle", "a large blue square"), seed=3, steps=4, guidance_scale=4.0)
+REQUEST = DrawRequest(PROMPT, ("a large red circle", "a large blue square"), seed=3, steps=4, guidance_scale=4.0)
 WORDS = ["a", "large", "red", "circle", "and", "a (2)", "large (2)", "blue", "square", "on", "a (3)", "gray",
          "background"]  # fmt: skip
 EVERYTHING = Controls(
@@ -28,14 +28,14 @@ EVERYTHING = Controls(
 
 
 def processors(pipe: Any) -> dict[str, int]:
-    return {name: id(one) for name, one in pipe.unet.attn_processors.items()}
+    return {name: id(processor) for name, processor in pipe.unet.attn_processors.items()}
 
 
 def test_stock_comes_first_and_what_was_asked_beside_comes_last(shapes: Any, scorer: Any) -> None:
-    before, told = processors(shapes), []
+    before, progress = processors(shapes), []
     drawing = draw_both(
-        shapes, ASKED, EVERYTHING, scorer=scorer, memory=True, shapes=True,
-        tell=lambda share, what: told.append((share, what)),
+        shapes, REQUEST, EVERYTHING, scorer=scorer, memory=True, shapes=True,
+        tell=lambda share, stage: progress.append((share, stage)),
     )  # fmt: skip
     first = next(drawing)
     assert processors(shapes) == before and first.patched is None
@@ -54,15 +54,15 @@ def test_stock_comes_first_and_what_was_asked_beside_comes_last(shapes: Any, sco
         assert side.seconds > 0 and side.mib is not None and 0 < side.mib < 200
         assert side.seen and side.score is not None and -1 < side.score < 1
     assert last.looked and all("a large red circle 0." in line for line in last.looked)
-    shares = [share for share, _ in told]
+    shares = [share for share, _ in progress]
     assert shares == sorted(shares) and shares[-1] == 1.0
-    assert list(dict.fromkeys(what for _, what in told)) == [
+    assert list(dict.fromkeys(stage for _, stage in progress)) == [
         "Warming up", "Stock", "Patched", "Stock's maps", "Stock's memory", "Patched memory",
     ]  # fmt: skip
 
 
 def test_with_everything_off_the_patched_picture_is_stocks(shapes: Any) -> None:
-    *_, last = draw_both(shapes, ASKED, Controls(), stock_maps=False)
+    *_, last = draw_both(shapes, REQUEST, Controls(), stock_maps=False)
     stock, patched = (np.asarray(side.picture).astype(int) for side in (last.stock, last.patched))
     assert np.abs(stock - patched).max() <= 1 and last.stock.mib is None and not last.looked
 
@@ -71,12 +71,12 @@ def test_with_everything_off_the_patched_picture_is_stocks(shapes: Any) -> None:
 def test_the_pipeline_is_as_before_when_a_drawing_ends_early(ends: str, shapes: Any) -> None:
     before, stops = processors(shapes), []
 
-    def tell(share: float, what: str) -> None:
-        if what == "Patched":
+    def tell(share: float, stage: str) -> None:
+        if stage == "Patched":
             stops.append(processors(shapes) != before)
             raise RuntimeError("the disk is full")
 
-    drawing = draw_both(shapes, ASKED, EVERYTHING.__class__(ratio=0.3), tell=tell)
+    drawing = draw_both(shapes, REQUEST, EVERYTHING.__class__(ratio=0.3), tell=tell)
     next(drawing)
     if ends == "closed":
         drawing.close()  # type: ignore[attr-defined]
@@ -88,47 +88,47 @@ def test_the_pipeline_is_as_before_when_a_drawing_ends_early(ends: str, shapes: 
 
 
 @pytest.mark.parametrize(
-    "asked, controls, says",
+    "draw_request, controls, says",
     [
-        (replace(ASKED, phrases=()), Controls(fuse="all"), "phrases: expected at least one"),
-        (replace(ASKED, phrases=("a dog",)), Controls(), "phrases: 'a dog' is not in the prompt"),
-        (ASKED, Controls(gate="hard"), "semantic gate: expected a CLIP"),
-        (ASKED, Controls(correct="gradient", gradient_strength=None), "strength: expected"),  # type: ignore[arg-type]
-        (ASKED, Controls(layers=("nowhere.*",)), "layers: "),
-        (ASKED, Controls(heads='{"up_blocks.*": [99]}'), "heads: "),
+        (replace(REQUEST, phrases=()), Controls(fuse="all"), "phrases: expected at least one"),
+        (replace(REQUEST, phrases=("a dog",)), Controls(), "phrases: 'a dog' is not in the prompt"),
+        (REQUEST, Controls(gate="hard"), "semantic gate: expected a CLIP"),
+        (REQUEST, Controls(correct="gradient", gradient_strength=None), "strength: expected"),  # type: ignore[arg-type]
+        (REQUEST, Controls(layers=("nowhere.*",)), "layers: "),
+        (REQUEST, Controls(heads='{"up_blocks.*": [99]}'), "heads: "),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_drawn(
-    asked: Asked, controls: Controls, says: str, shapes: Any
+    draw_request: DrawRequest, controls: Controls, says: str, shapes: Any
 ) -> None:
-    before, told = processors(shapes), []
+    before, progress = processors(shapes), []
     with pytest.raises((ValueError, TypeError), match=says):
-        list(draw_both(shapes, asked, controls, tell=lambda share, what: told.append(what)))
-    assert not told and processors(shapes) == before
+        list(draw_both(shapes, draw_request, controls, tell=lambda share, stage: progress.append(stage)))
+    assert not progress and processors(shapes) == before
 
 
 @pytest.mark.parametrize(
-    "asked, controls",
+    "draw_request, controls",
     [
-        (replace(ASKED, negative_prompt='a "gray" circle', phrases=("red circle",)), EVERYTHING),
-        (ASKED, replace(EVERYTHING, correct="reweight", gate="soft", structure=False, layers=("up_blocks.*",))),
-        (ASKED, Controls(ratio=0.4, dropout_mode="random", renormalize="none")),
+        (replace(REQUEST, negative_prompt='a "gray" circle', phrases=("red circle",)), EVERYTHING),
+        (REQUEST, replace(EVERYTHING, correct="reweight", gate="soft", structure=False, layers=("up_blocks.*",))),
+        (REQUEST, Controls(ratio=0.4, dropout_mode="random", renormalize="none")),
     ],
     ids=["everything", "reweight", "random dropout"],
 )
 def test_the_script_draws_the_same_picture(
-    asked: Asked, controls: Controls, shapes: Any, scorer: Any, clip: str, tmp_path: Path, monkeypatch: Any
+    draw_request: DrawRequest, controls: Controls, shapes: Any, scorer: Any, clip: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    *_, last = draw_both(shapes, asked, controls, scorer=scorer, stock_maps=False)
-    assert_same(last.patched, script(asked, controls, "shapes", clip), tmp_path, monkeypatch)
+    *_, last = draw_both(shapes, draw_request, controls, scorer=scorer, stock_maps=False)
+    assert_same(last.patched, script(draw_request, controls, "shapes", clip), tmp_path, monkeypatch)
 
 
 def test_a_script_that_forgets_a_control_is_noticed(shapes: Any) -> None:
     """The controls that change the picture least."""
     controls = replace(EVERYTHING, gate="off")
     pictures = []
-    for one in (controls, replace(controls, threshold=0.0), replace(controls, sigma=0.0)):
-        *_, last = draw_both(shapes, ASKED, one, stock_maps=False)
+    for variant in (controls, replace(controls, threshold=0.0), replace(controls, sigma=0.0)):
+        *_, last = draw_both(shapes, REQUEST, variant, stock_maps=False)
         pictures.append(last.patched.picture)
     for other in pictures[1:]:
         with pytest.raises(AssertionError, match="of 255"):
@@ -140,12 +140,14 @@ def test_a_pipeline_of_ones_own(build: Any, tmp_path: Path, monkeypatch: Any) ->
     build("sd15").save_pretrained(folder)
     pipe = load_pipeline(str(folder), "cpu", "bfloat16")
     pipe.set_progress_bar_config(disable=True)
-    asked = Asked("a red car and a blue bench", ("a red car",), seed=1, steps=3)
+    draw_request = DrawRequest("a red car and a blue bench", ("a red car",), seed=1, steps=3)
     controls = Controls(fuse="all", ratio=0.3, sigma=0.5, correct="gradient", structure=True)
-    *_, last = draw_both(pipe, asked, controls)
+    *_, last = draw_both(pipe, draw_request, controls)
     assert last.patched is not None and last.patched.seen is None and last.patched.score is None
     assert list(last.stock.maps) == list(last.patched.maps) == ["a", "red", "car", "and", "a (2)", "blue", "bench"]
-    assert_same(last.patched, script(asked, controls, str(folder), None, "cpu", "bfloat16"), tmp_path, monkeypatch)
+    assert_same(
+        last.patched, script(draw_request, controls, str(folder), None, "cpu", "bfloat16"), tmp_path, monkeypatch
+    )
 
 
 def assert_same(patched: Any, text: str, folder: Path, monkeypatch: Any) -> None:
@@ -153,11 +155,11 @@ def assert_same(patched: Any, text: str, folder: Path, monkeypatch: Any) -> None
     operators may take other code, and nothing promises the same bits."""
     (folder / "again.py").write_text(text)
     monkeypatch.chdir(folder)
-    found = runpy.run_path(str(folder / "again.py"))
+    variables = runpy.run_path(str(folder / "again.py"))
     assert_alike(Image.open(folder / "picture.png"), patched.picture)
-    assert found["maps"].keys() >= patched.maps.keys()
-    for word, one in patched.maps.items():
-        assert_alike(found["maps"][word], one)
+    assert variables["maps"].keys() >= patched.maps.keys()
+    for word, overlay in patched.maps.items():
+        assert_alike(variables["maps"][word], overlay)
 
 
 def assert_alike(one: Any, other: Any) -> None:

@@ -83,7 +83,7 @@ def test_a_program_is_loaded_and_drawn_and_bad_input_refused(
     find("#draw").click()
     until(lambda: "prompt: expected some words" in find(".toast-body").text)
     requests = requests_of(browser)
-    assert len(requests) > 20 and [one for one in requests if not one.startswith(url)] == []
+    assert len(requests) > 20 and [request for request in requests if not request.startswith(url)] == []
 
 
 def test_a_model_of_ones_own(build: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
@@ -92,13 +92,13 @@ def test_a_model_of_ones_own(build: Any, tmp_path: Path, monkeypatch: Any, capsy
         with urllib.request.urlopen(f"{url}config") as answer:
             config = answer.read().decode()
         assert "No CLIP is loaded" in config and "the detector sees" not in config and "Examples" not in config
-        draw = next(one for one in page.fns.values() if one.name == "drawn")
-        values = {one: 2 if one.label == "Steps" else one.value for one in draw.inputs}
+        draw = next(component for component in page.fns.values() if component.name == "drawn")
+        values = {component: 2 if component.label == "Steps" else component.value for component in draw.inputs}
         *_, last = draw.fn(values)
-    found = {one.label or one.elem_id: value for one, value in last.items()}
-    assert [row[0] for row in found["Cost"]] == ["stock", "patched"] and len(found["Cost"][0]) == 5
-    assert found["Stock"].size == found["Patched"].size == (32, 32)
-    assert [word for _, word in found["stock-maps"]] == ["red", "car", "blue", "bench"]
+    shown_values = {component.label or component.elem_id: value for component, value in last.items()}
+    assert [row[0] for row in shown_values["Cost"]] == ["stock", "patched"] and len(shown_values["Cost"][0]) == 5
+    assert shown_values["Stock"].size == shown_values["Patched"].size == (32, 32)
+    assert [word for _, word in shown_values["stock-maps"]] == ["red", "car", "blue", "bench"]
 
 
 @pytest.mark.parametrize(
@@ -113,17 +113,17 @@ def test_bad_arguments(arguments: list[str], says: str, capsys: Any) -> None:
     with socket.create_server(("127.0.0.1", 0)) as server:
         taken = str(server.getsockname()[1])
         with pytest.raises(SystemExit) as exit:
-            main(["ui", "--no-browser", *(one.format(taken=taken) for one in arguments)])
+            main(["ui", "--no-browser", *(argument.format(taken=taken) for argument in arguments)])
     err = capsys.readouterr().err
     assert exit.value.code == 2 and says.format(taken=taken) in err and err.count("\n") == 1
 
 
-def until(found: Callable[[], Any], seconds: float = 120.0) -> Any:
-    """What `found` gives as soon as it gives something."""
+def until(condition: Callable[[], Any], seconds: float = 120.0) -> Any:
+    """What `condition` gives as soon as it gives something."""
     end = time.monotonic() + seconds
     while time.monotonic() < end:
         try:
-            if value := found():
+            if value := condition():
                 return value
         except (NoSuchElementException, StaleElementReferenceException):
             pass
@@ -143,14 +143,14 @@ def shown(image: Any) -> Any:
 
 def requests_of(browser: Any) -> list[str]:
     """All that the browser asked the network for, but for its own pages."""
-    found = []
+    urls = []
     for entry in browser.get_log("performance"):
         message = json.loads(entry["message"])["message"]
         if message["method"] == "Network.requestWillBeSent":
-            found.append(message["params"]["request"]["url"])
+            urls.append(message["params"]["request"]["url"])
         elif message["method"] == "Network.webSocketCreated":
-            found.append(message["params"]["url"])
-    return [one for one in found if not one.startswith(("chrome:", "data:", "blob:"))]
+            urls.append(message["params"]["url"])
+    return [url for url in urls if not url.startswith(("chrome:", "data:", "blob:"))]
 
 
 @pytest.fixture
@@ -188,12 +188,12 @@ def browser(tmp_path: Path) -> Iterator[Any]:
         pytest.skip(missing)
     options = webdriver.ChromeOptions()
     options.binary_location = chromium
-    for one in (
+    for argument in (
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run",
         "--disable-background-networking", "--disable-component-update", "--disable-sync", "--window-size=1400,1400",
         f"--user-data-dir={tmp_path / 'chromium'}",
     ):  # fmt: skip
-        options.add_argument(one)
+        options.add_argument(argument)
     options.add_experimental_option("prefs", {"download.default_directory": str(tmp_path)})
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
     browser = webdriver.Chrome(options, webdriver.ChromeService(driver))

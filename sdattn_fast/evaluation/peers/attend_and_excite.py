@@ -51,7 +51,7 @@ class AttendAndExcite:
         generators: Sequence[torch.Generator], guidance: float, steps: int,
     ) -> np.ndarray:  # fmt: skip
         exciting = sibling(_diffusers().StableDiffusionAttendAndExcitePipeline, pipe)
-        how: dict[str, Any] = {
+        options: dict[str, Any] = {
             "scale_factor": self.scale,
             "attn_res": as_grid(self.resolution),
             "max_iter_to_alter": round(self.until * steps),
@@ -59,14 +59,14 @@ class AttendAndExcite:
         }
         drawn = []
         for prompt, things, generator in zip(prompts, objects, generators, strict=True):
-            asked = ([prompt], [generator], guidance, steps)
+            call_args = ([prompt], [generator], guidance, steps)
             tokens = sorted({i for thing in things for i in thing.tokens("noun")})
             if not tokens:
-                drawn.append(pictures(stand_in(pipe), *asked))
+                drawn.append(pictures(stand_in(pipe), *call_args))
                 continue
             with preserved(pipe.unet), warnings.catch_warnings():
                 warnings.filterwarnings("ignore", "torch.meshgrid")  # of diffusers' smoothing
-                drawn.append(pictures(exciting, *asked, token_indices=[tokens], **how))
+                drawn.append(pictures(exciting, *call_args, token_indices=[tokens], **options))
         return np.concatenate(drawn)
 
 

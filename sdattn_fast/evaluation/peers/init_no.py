@@ -66,19 +66,19 @@ class InitialNoise:
         if not nouns or self.noises == 1:
             return stock
         # Of a copy: a scheduler that draws noise too goes on where stock's would.
-        more = generator.clone_state()
-        noises = [stock, *(first_noise(pipe, more) for _ in range(self.noises - 1))]
+        copied_generator = generator.clone_state()
+        noises = [stock, *(first_noise(pipe, copied_generator) for _ in range(self.noises - 1))]
         pipe.scheduler.set_timesteps(steps, device=pipe._execution_device)
         timestep = pipe.scheduler.timesteps[0]
         text = pipe.encode_prompt(prompt, pipe._execution_device, 1, False)[0]
-        found = []
+        totals = []
         for noise in noises:
             latents = pipe.scheduler.scale_model_input(noise * pipe.scheduler.init_noise_sigma, timestep)
-            with KeptMaps(pipe.unet, as_grid(self.resolution), own=True) as kept:
+            with KeptMaps(pipe.unet, as_grid(self.resolution), own=True) as attention_maps:
                 pipe.unet(latents, timestep, encoder_hidden_states=text)
-            response, conflict = scores(kept.cross(), kept.own(), nouns)
-            found.append(response + self.conflict * conflict)
-        return noises[int(torch.stack(found).argmin())]
+            response, conflict = scores(attention_maps.cross(), attention_maps.own(), nouns)
+            totals.append(response + self.conflict * conflict)
+        return noises[int(torch.stack(totals).argmin())]
 
 
 def scores(cross: Tensor, own: Tensor, nouns: Sequence[Sequence[int]]) -> tuple[Tensor, Tensor]:

@@ -44,8 +44,9 @@ class PerturbedAttention:
     ) -> np.ndarray:  # fmt: skip
         with preserved(pipe.unet):
             guided = sibling(_kind(pipe), pipe, pag_applied_layers=list(self.layers))
-            how = {"pag_scale": self.scale, "pag_adaptive_scale": self.adaptive}
-            return pictures(guided, prompts, generators, guidance, steps, **how)
+            return pictures(
+                guided, prompts, generators, guidance, steps, pag_scale=self.scale, pag_adaptive_scale=self.adaptive
+            )
 
 
 def _kind(pipe: Any) -> Any:

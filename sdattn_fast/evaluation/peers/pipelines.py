@@ -25,16 +25,16 @@ def stand_in(pipe: Any) -> Any:
     return other
 
 
-def sibling(kind: Any, pipe: Any, **more: Any) -> Any:
+def sibling(kind: Any, pipe: Any, **class_kwargs: Any) -> Any:
     """A pipeline of another class on the modules of this one, and a copy of its scheduler.
 
-    Not by `from_pipe`, which makes float32 of the modules that it shares. more: keywords of the class.
+    Not by `from_pipe`, which makes float32 of the modules that it shares. class_kwargs: keywords of the class.
     """
     source = stand_in(pipe)
     wanted = set(inspect.signature(kind.__init__).parameters)
-    given = {**dict(source.config), **source.components}
+    init_kwargs = {**dict(source.config), **source.components}
     with quiet_loading():  # both warn: of their age, and of a safety checker that the first pipeline has not either
-        made = kind(**{name: value for name, value in given.items() if name in wanted}, **more)
+        made = kind(**{name: value for name, value in init_kwargs.items() if name in wanted}, **class_kwargs)
     made.set_progress_bar_config(**getattr(pipe, "_progress_bar_config", {}))
     return made
 
@@ -56,8 +56,8 @@ def preserved(unet: Any) -> Iterator[None]:
         for module, processor in processors:
             if module.processor is not processor:
                 module.set_processor(processor)
-        for p, asked, gradient in weights:
-            p.requires_grad_(asked)
+        for p, required_grad, gradient in weights:
+            p.requires_grad_(required_grad)
             p.grad = gradient
         unet._internal_dict = config
 
@@ -78,12 +78,12 @@ def pictures(
     generators: Sequence[torch.Generator],
     guidance: float,
     steps: int,
-    **more: Any,
+    **call_kwargs: Any,
 ) -> np.ndarray:
-    """What a pipeline draws, (prompts, height, width, 3) uint8. more: keywords of its call."""
+    """What a pipeline draws, (prompts, height, width, 3) uint8. call_kwargs: keywords of its call."""
     images = pipe(
         list(prompts), generator=list(generators), guidance_scale=guidance, num_inference_steps=steps,
-        output_type="np", **more,
+        output_type="np", **call_kwargs,
     ).images  # fmt: skip
     return uint8_pictures(images)
 
@@ -98,12 +98,12 @@ def no_stable_diffusion(pipe: Any) -> str | None:
     if pipe.text_encoder is None or pipe.tokenizer is None:
         return "the pipeline has no text encoder"
     config = pipe.unet.config
-    for name, what in (
+    for name, reason in (
         ("encoder_hid_dim_type", "an IP-Adapter is loaded"),
         ("addition_embed_type", "the UNet is asked for more than the text"),
         ("class_embed_type", "the UNet is asked for more than the text"),
         ("time_cond_proj_dim", "the UNet takes guidance as an input"),
     ):
         if getattr(config, name, None) is not None:
-            return what
+            return reason
     return None

@@ -44,7 +44,7 @@ class StructureDiffusion:
         generators: Sequence[torch.Generator], guidance: float, steps: int,
     ) -> np.ndarray:  # fmt: skip
         inner = stand_in(pipe)
-        texts = [value_text(inner, prompt, some) for prompt, some in zip(prompts, objects, strict=True)]
+        texts = [value_text(inner, prompt, things) for prompt, things in zip(prompts, objects, strict=True)]
         read = _OtherValues(torch.stack(texts))
         with preserved(inner.unet):
             for _, attn in cross_attention_layers(inner.unet):

@@ -67,22 +67,23 @@ class SynGen:
         def moved(latents: Tensor, step: int) -> Tensor:
             return latents - self.scale * _gradient(pipe, latents, step, text, pairs, as_grid(self.resolution))
 
-        def before_next(_: Any, step: int, timestep: Any, kept: dict[str, Tensor]) -> dict[str, Tensor]:
-            return {**kept, "latents": moved(kept["latents"], step + 1)} if step + 1 < acting else kept
+        def before_next(_: Any, step: int, timestep: Any, callback_kwargs: dict[str, Tensor]) -> dict[str, Tensor]:
+            if step + 1 < acting:
+                return {**callback_kwargs, "latents": moved(callback_kwargs["latents"], step + 1)}
+            return callback_kwargs
 
         # The pipeline's callback comes after a step; what it begins with is moved beforehand.
         deviation = pipe.scheduler.init_noise_sigma
         noise = moved(first_noise(pipe, generator) * deviation, 0) / deviation
-        more = {"latents": noise, "callback_on_step_end": before_next}
-        return pictures(pipe, [prompt], [generator], guidance, steps, **more)
+        return pictures(pipe, [prompt], [generator], guidance, steps, latents=noise, callback_on_step_end=before_next)
 
 
 def _gradient(
     pipe: Any, latents: Tensor, step: int, text: Tensor, pairs: Sequence[BindingPair], grid: tuple[int, int]
 ) -> Tensor:
     timestep = pipe.scheduler.timesteps[step]
-    with torch.enable_grad(), KeptMaps(pipe.unet, grid) as kept:
+    with torch.enable_grad(), KeptMaps(pipe.unet, grid) as attention_maps:
         leaf = latents.detach().requires_grad_()
         pipe.unet(pipe.scheduler.scale_model_input(leaf, timestep), timestep, encoder_hidden_states=text)
-        (gradient,) = torch.autograd.grad(binding_loss(kept.cross(), pairs), leaf)
+        (gradient,) = torch.autograd.grad(binding_loss(attention_maps.cross(), pairs), leaf)
     return gradient

@@ -34,9 +34,9 @@ def test_attend_and_excites_loss_in_diffusers_is_the_papers(sharp: float) -> Non
     """1 - the strongest pixel of the weakest token, of maps sharpened over tokens and smoothed."""
     maps = _maps(6, 6, 12, sharp=sharp)
     kind: Any = StableDiffusionAttendAndExcitePipeline
-    found = kind._compute_loss(kind._compute_max_attention_per_index(maps.float().clone(), [2, 5]))
+    result = kind._compute_loss(kind._compute_max_attention_per_index(maps.float().clone(), [2, 5]))
     strongest = [_excited(maps.numpy(), token).max() for token in (2, 5)]
-    assert float(found) == pytest.approx(1 - min(strongest), abs=1e-5)
+    assert float(result) == pytest.approx(1 - min(strongest), abs=1e-5)
 
 
 def test_scores_of_noises_are_the_papers() -> None:
@@ -79,20 +79,20 @@ def test_kept_maps_are_the_probabilities_of_their_layers(shapes: Any, grid: tupl
     try:
         with torch.no_grad():
             stock = unet(x, 500, encoder_hidden_states=text).sample
-            with KeptMaps(unet, grid, own=True) as kept:
-                found = unet(x, 500, encoder_hidden_states=text).sample
+            with KeptMaps(unet, grid, own=True) as attention_maps:
+                result = unet(x, 500, encoder_hidden_states=text).sample
     finally:
         for handle in handles:
             handle.remove()
-    torch.testing.assert_close(found, stock, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result, stock, rtol=1e-4, atol=1e-4)
     every = []
     for name, attn in cross_attention_layers(unet):
         q, k = (made[name][of][0].double().unflatten(-1, (attn.heads, -1)).transpose(0, 1) for of in ("to_q", "to_k"))
         if q.shape[1] == grid[0] * grid[1]:
             every.append(torch.softmax(q @ k.transpose(1, 2) / q.shape[-1] ** 0.5, -1))
     expected = torch.cat(every).mean(0).unflatten(0, grid)
-    torch.testing.assert_close(kept.cross().double(), expected, rtol=1e-3, atol=1e-6)
-    torch.testing.assert_close(kept.own().sum(1), torch.ones(grid[0] * grid[1]))
+    torch.testing.assert_close(attention_maps.cross().double(), expected, rtol=1e-3, atol=1e-6)
+    torch.testing.assert_close(attention_maps.own().sum(1), torch.ones(grid[0] * grid[1]))
 
 
 @pytest.mark.parametrize("name", ["shapes", "sd15", "small"])
@@ -123,9 +123,9 @@ def test_syngens_gradient_is_that_of_the_loss_by_the_latents() -> None:
         text = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
 
         def loss(latents: torch.Tensor) -> float:
-            with KeptMaps(pipe.unet, (16, 16)) as kept:
+            with KeptMaps(pipe.unet, (16, 16)) as attention_maps:
                 pipe.unet(latents, pipe.scheduler.timesteps[1], encoder_hidden_states=text)
-            return binding_loss(kept.cross(), pairs).item()
+            return binding_loss(attention_maps.cross(), pairs).item()
 
         small = 1e-4 * way
         slope = (loss(x + small) - loss(x - small)) / 2e-4
@@ -153,7 +153,7 @@ def test_values_are_the_mean_of_the_prompts_and_the_phrases(shapes: Any) -> None
     _, attn = next(cross_attention_layers(shapes.unet))
     x, without = torch.randn(2, 256, attn.to_q.in_features), torch.randn_like(whole)
     both = torch.stack([without, whole])
-    found = _OtherValues(read[None])(attn, x, both)
+    result = _OtherValues(read[None])(attn, x, both)
 
     def probabilities(entry: int) -> torch.Tensor:
         q, k = (
@@ -165,8 +165,8 @@ def test_values_are_the_mean_of_the_prompts_and_the_phrases(shapes: Any) -> None
         value = attn.to_v(text).unflatten(-1, (attn.heads, -1)).transpose(0, 1)
         return attn.to_out[0]((probabilities(entry) @ value).transpose(0, 1).flatten(1))
 
-    torch.testing.assert_close(found[0], out(0, without), rtol=1e-4, atol=1e-4)
-    torch.testing.assert_close(found[1], torch.stack([out(1, text) for text in texts]).mean(0), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result[0], out(0, without), rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(result[1], torch.stack([out(1, text) for text in texts]).mean(0), rtol=1e-4, atol=1e-4)
 
 
 def _sharpened(maps: np.ndarray) -> np.ndarray:

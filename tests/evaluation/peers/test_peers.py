@@ -145,8 +145,8 @@ def test_the_noise_chosen_is_the_first_or_another_of_its_generator(shapes: Any, 
 
 
 def test_parameters_make_a_grid(shapes: Any) -> None:
-    one, other = (_drawn(replace(QUICK, resolution=side, scale=8.0), shapes, prompts=PROMPTS[:1]) for side in (16, 8))
-    assert _apart(one, other) > 1
+    at_16, at_8 = (_drawn(replace(QUICK, resolution=side, scale=8.0), shapes, prompts=PROMPTS[:1]) for side in (16, 8))
+    assert _apart(at_16, at_8) > 1
 
 
 @pytest.mark.parametrize("peer", [QUICK, SynGen(), InitialNoise(), PerturbedAttention()], ids=lambda peer: peer.name)
@@ -213,7 +213,7 @@ class _no_trace:
             "scheduler": repr(sorted(vars(pipe.scheduler).items(), key=str)),
             "processors": {name: id(p) for name, p in unet.attn_processors.items()},
             "gradients": [(p.requires_grad, id(p.grad)) for m in self._modules() for p in m.parameters()],
-            "training": [m.training for one in self._modules() for m in one.modules()],
+            "training": [m.training for module in self._modules() for m in module.modules()],
             "hooks": [len(m._forward_hooks) + len(m._forward_pre_hooks) for m in unet.modules()],
         }
 
