@@ -60,10 +60,10 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
 def _suites(config: pytest.Config) -> Suites:
     suites: Suites = {}
     session = getattr(config, "_benchmarksession", None)
-    for one in session.benchmarks if session else ():
-        suite, _, case = one.name.partition("[")
+    for measured in session.benchmarks if session else ():
+        suite, _, case = measured.name.partition("[")
         case = case.rstrip("]") or "all"
-        rows = one.extra_info.get("rows", {"": one.extra_info} if one.extra_info else {})
+        rows = measured.extra_info.get("rows", {"": measured.extra_info} if measured.extra_info else {})
         for row, figures in rows.items():
             suites.setdefault(suite, {})[f"{case} {row}".strip()] = figures
     return suites

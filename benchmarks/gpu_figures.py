@@ -74,8 +74,8 @@ def _of_device(device: str, lines: list[dict[str, Any]]) -> str:
     ran = [line for line in lines if line["kind"] == "run"]
     figures = {(x["item"], x["how"], x["contestant"]): x for x in lines if x["kind"] == "figure"}
     status = {x["item"]: x["status"] for x in lines if x["kind"] == "item" and x["status"] != "not run"}
-    passed = sum(one == "passed" for one in status.values())
-    others = [f"{item} ({one})" for item, one in sorted(status.items()) if one != "passed"]
+    passed = sum(value == "passed" for value in status.values())
+    others = [f"{item} ({value})" for item, value in sorted(status.items()) if value != "passed"]
     versions = ", ".join(f"{name} {ran[-1][name]}" for name in ("torch", "triton", "diffusers"))
     parts = [
         f"## {device}",
@@ -93,12 +93,12 @@ def _of_device(device: str, lines: list[dict[str, Any]]) -> str:
 def _steps(figures: dict[tuple[str, str, str], dict[str, Any]]) -> str:
     rows = []
     for item in dict.fromkeys(item for item, *_ in figures if item.startswith("step/")):
-        for how in ("eager", "graph"):
-            if (item, how, "stock") in figures:
-                stock = figures[item, how, "stock"]["median_us"]
-                run = figures[item, how, "stock"]["file"].rpartition("-")[2]
-                rows.append([item.removeprefix("step/"), run, how, f"{stock / 1000:.1f} ms"])
-                rows[-1] += [_share(figures.get((item, how, name)), "of_stock") for name in STEP]
+        for mode in ("eager", "graph"):
+            if (item, mode, "stock") in figures:
+                stock = figures[item, mode, "stock"]["median_us"]
+                run = figures[item, mode, "stock"]["file"].rpartition("-")[2]
+                rows.append([item.removeprefix("step/"), run, mode, f"{stock / 1000:.1f} ms"])
+                rows[-1] += [_share(figures.get((item, mode, name)), "of_stock") for name in STEP]
     return _table(["step, batch", "run", "mode", "stock", *STEP], rows)
 
 
@@ -117,10 +117,10 @@ def _op(figures: dict[tuple[str, str, str], dict[str, Any]], dtype: str) -> str:
 
 def _others(figures: dict[tuple[str, str, str], dict[str, Any]]) -> str:
     rows = [
-        [item, one["file"].rpartition("-")[2], how, name, f"{one['median_us']:.1f} us", _share(one, of)]
-        for (item, how, name), one in figures.items()
+        [item, value["file"].rpartition("-")[2], mode, name, f"{value['median_us']:.1f} us", _share(value, of)]
+        for (item, mode, name), value in figures.items()
         for of in ("of_sdpa", "of_stock")
-        if of in one and not item.startswith(("times/", "step/"))
+        if of in value and not item.startswith(("times/", "step/"))
     ]
     head = ["other items", "run", "call", "implementation", "time", "share of SDPA or stock"]
     return _table(head, rows) if rows else ""

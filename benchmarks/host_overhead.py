@@ -26,16 +26,16 @@ from torch import Tensor, nn
 import sdattn_fast
 from sdattn_fast import places
 from sdattn_fast.backend.triton import gpu
-from sdattn_fast.cli.bench import FULL
+from sdattn_fast.cli.bench import full_program
 from sdattn_fast.patching import steps, text_cache
 
 LAYERS, BATCH, SIDE, CHANNELS, HEADS, TOKENS, TEXT = 16, 2, 8, 320, 8, 77, 768
 ROUNDS = 60
 CASES: dict[str, dict[str, Any]] = {
     "empty program": {"program": sdattn_fast.Program()},
-    "program": {"program": FULL()},
+    "program": {"program": full_program()},
     "random dropout": {"program": sdattn_fast.Program(sdattn_fast.SalienceDropout(0.3, mode="random")), "seed": 0},
-    "program, capture": {"program": FULL(), "capture": sdattn_fast.Capture((1, 2, 3), steps=None, layers="*")},
+    "program, capture": {"program": full_program(), "capture": sdattn_fast.Capture((1, 2, 3), steps=None, layers="*")},
     "program, smoothing": {
         "program": sdattn_fast.Program(sdattn_fast.SalienceDropout(0.3), sdattn_fast.Refinement(1, 0.1, 1.0))
     },
@@ -111,30 +111,32 @@ def inputs(device: torch.device) -> list[Tensor]:
     return [x, torch.tensor(1, device=device), torch.randn(BATCH, TOKENS, TEXT, device=device).half()]
 
 
-def microseconds(model: nn.Module, given: list[Tensor]) -> float:
+def microseconds(model: nn.Module, tensors: list[Tensor]) -> float:
     """Of one layer, until Python goes on."""
     start = time.perf_counter()
-    model(*given)
+    model(*tensors)
     return 1e6 * (time.perf_counter() - start) / LAYERS
 
 
 def main() -> None:
     without_work()
     cpu = torch.device("cpu")
-    stock, given, found = layers(cpu), inputs(cpu), {}
+    stock, tensors, figures = layers(cpu), inputs(cpu), {}
     with torch.no_grad():
         for name in CASES:
             models = {"us": patched(name, "triton", cpu), "stock_us": stock}
             times: dict[str, list[float]] = {key: [] for key in models}
             for turn in range(ROUNDS + 10):
                 for key, model in models.items():
-                    took = microseconds(model, given)
+                    took = microseconds(model, tensors)
                     if turn >= 10:
                         times[key].append(took)
             medians = {key: statistics.median(taken) for key, taken in times.items()}
             share = medians["us"] / medians["stock_us"]
-            found[name] = {key: round(median, 1) for key, median in medians.items()} | {"share_ratio": round(share, 3)}
-    print(json.dumps(found))
+            figures[name] = {key: round(median, 1) for key, median in medians.items()} | {
+                "share_ratio": round(share, 3)
+            }
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

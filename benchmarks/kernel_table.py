@@ -117,9 +117,9 @@ def measured(old: dict[str, Any], cases: dict[str, Any]) -> dict[str, Any]:
     digests = {label: case.digest() for label, case in cases.items()}
     known = {label: old["triton"].get(case.architecture, {}).get(case.title, {}) for label, case in cases.items()}
     changed = [label for label in cases if known[label].get("digest") != digests[label]]
-    with compiling(cases[label] for label in changed) as found:
+    with compiling(cases[label] for label in changed) as compiled:
         for i, label in enumerate(changed, 1):
-            known[label] = found[label].result()[1] | {"digest": digests[label]}
+            known[label] = compiled[label].result()[1] | {"digest": digests[label]}
             print(f"\r{i} of {len(changed)}: {label:60}", end="", file=sys.stderr, flush=True)
     for label, case in cases.items():
         new["triton"].setdefault(case.architecture, {})[case.title] = known[label]
@@ -137,7 +137,7 @@ def measured(old: dict[str, Any], cases: dict[str, Any]) -> dict[str, Any]:
 
 def changes(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
     """A line for each kernel that is not as it was."""
-    found = []
+    lines = []
     for kind in ("triton", "cuda"):
         now, then = (
             {(t, k): {**row, "digest": None} for t, rows in x[kind].items() for k, row in rows.items()}
@@ -146,13 +146,13 @@ def changes(new: dict[str, Any], old: dict[str, Any]) -> list[str]:
         for key in dict.fromkeys([*now, *then]):
             name = f"{kind} {key[0]} {key[1]}"
             if key not in then:
-                found.append(f"new: {name}")
+                lines.append(f"new: {name}")
             elif key not in now:
-                found.append(f"gone: {name}")
+                lines.append(f"gone: {name}")
             elif now[key] != then[key]:
                 reasons = worse(now[key], then[key])
-                found.append(f"worse: {name}: {'; '.join(reasons)}" if reasons else f"changed: {name}")
-    return found
+                lines.append(f"worse: {name}: {'; '.join(reasons)}" if reasons else f"changed: {name}")
+    return lines
 
 
 def as_page(figures: dict[str, Any]) -> str:

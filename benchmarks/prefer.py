@@ -38,15 +38,15 @@ def main(arguments: list[str] | None = None) -> None:
         except ValueError as error:
             sys.exit(f"{path}: {error}")
         records += of_file
-    found = preferences(records)
-    if not found:
+    preferred = preferences(records)
+    if not preferred:
         sys.exit("no shape at which two backends were timed: nothing is written")
-    devices = {**json.loads(options.to.read_text())["devices"], **found}
+    devices = {**json.loads(options.to.read_text())["devices"], **preferred}
     # Aside, then renamed: a process that reads it finds the old or the new one, never half of one.
     aside = options.to.with_name(f"{options.to.name}.{os.getpid()}")
     aside.write_text(as_json(devices))
     os.replace(aside, options.to)
-    for device, shapes in found.items():
+    for device, shapes in preferred.items():
         counts = {name: sum(shape["fastest"] == name for shape in shapes) for name in CONTESTANTS.values()}
         print(f"{device}: {len(shapes)} shapes, {', '.join(f'{name} at {n}' for name, n in counts.items())}")
 
@@ -54,14 +54,14 @@ def main(arguments: list[str] | None = None) -> None:
 def read(path: Path) -> list[dict[str, Any]]:
     """The lines of a file of results. Raises: ValueError, where one but the last is not JSON: that may be cut off."""
     lines = path.read_text().splitlines()
-    found = []
+    records = []
     for number, line in enumerate(lines, 1):
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError:
             if number < len(lines):
                 raise ValueError(f"line {number} is not JSON") from None
-    return found
+    return records
 
 
 def preferences(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -88,7 +88,7 @@ def preferences(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, A
             raise ValueError(f"a figure of {record['contestant']} without {', '.join(missing)}")
         shape = tuple(record[name] for name in SHAPE)
         taken.setdefault(device, {}).setdefault(shape, {})[backend] = float(record["median_us"])
-    found = {
+    by_device = {
         device: [
             dict(zip(SHAPE, shape, strict=True)) | {"fastest": min(times, key=times.__getitem__)}
             for shape, times in sorted(shapes.items())
@@ -96,7 +96,7 @@ def preferences(records: Iterable[dict[str, Any]]) -> dict[str, list[dict[str, A
         ]
         for device, shapes in taken.items()
     }
-    return {device: shapes for device, shapes in found.items() if shapes}
+    return {device: shapes for device, shapes in by_device.items() if shapes}
 
 
 def as_json(devices: dict[str, list[dict[str, Any]]]) -> str:

@@ -79,9 +79,9 @@ def test_a_look(benchmark):
 
 
 def _denoising_step() -> float:
-    from sdattn_fast.cli.registry import build_unet, random_inputs
+    from sdattn_fast.cli.registry import build_random_unet, random_inputs
 
-    unet = build_unet("sd15")
+    unet = build_random_unet("sd15")
     inputs = random_inputs(unet.config, 2, torch.float32)
     return _medians({"": lambda: unet(**inputs)}, 1)[""]
 

@@ -14,7 +14,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from sdattn_fast import Program, Refinement, SalienceDropout, SemanticAttnProcessor
-from sdattn_fast.cli.registry import UNET_CONFIGS, UNET_LAYERS, Layer
+from sdattn_fast.cli.registry import UNET_CONFIGS, UNET_LAYERS, LayerShape
 from sdattn_fast.measure.timing import alternate
 
 BATCH, TOKENS, CONTENT = 2, 77, 15
@@ -27,7 +27,7 @@ FOLDS = ("auto", "never", "always")
 @pytest.mark.parametrize("model", ["sd15", "sdxl"])
 def test_layers_against_stock(benchmark: Any, model: str, dtype: str) -> None:
     totals = dict.fromkeys(("stock", *FOLDS), 0.0)
-    kept = dict.fromkeys(FOLDS, 0.0)
+    megabytes_by_fold = dict.fromkeys(FOLDS, 0.0)
     table = benchmark.extra_info["rows"] = {}
     for layer in UNET_LAYERS[model]:
         took, megabytes = time_layer(layer, model, DTYPES[dtype])
@@ -35,35 +35,35 @@ def test_layers_against_stock(benchmark: Any, model: str, dtype: str) -> None:
         for name, seconds in took.items():
             totals[name] += layer.count * seconds
         for fold in FOLDS:
-            kept[fold] += layer.count * megabytes[fold]
-    table["sum"] = figures(totals, kept)
+            megabytes_by_fold[fold] += layer.count * megabytes[fold]
+    table["sum"] = figures(totals, megabytes_by_fold)
     benchmark.pedantic(lambda: None, rounds=1)
 
 
 def figures(took: dict[str, float], megabytes: dict[str, float]) -> dict[str, float]:
-    found = {"stock_ms": round(1e3 * took["stock"], 2)}
+    shares = {"stock_ms": round(1e3 * took["stock"], 2)}
     for fold in FOLDS:
-        found[f"{fold}_share"] = round(took[fold] / took["stock"], 3)
-        found[f"{fold}_MB_a_prompt"] = round(megabytes[fold], 1)
-    return found
+        shares[f"{fold}_share"] = round(took[fold] / took["stock"], 3)
+        shares[f"{fold}_MB_a_prompt"] = round(megabytes[fold], 1)
+    return shares
 
 
-def time_layer(layer: Layer, model: str, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
+def time_layer(layer: LayerShape, model: str, dtype: torch.dtype) -> tuple[dict[str, float], dict[str, float]]:
     """Seconds of a call by stock and by each `fold`, and megabytes kept a prompt by each `fold`."""
     from diffusers.models.attention_processor import Attention, AttnProcessor2_0
 
     torch.manual_seed(0)
-    channels, width = layer.heads * layer.head_dim, int(UNET_CONFIGS[model]["cross_attention_dim"])
-    attn = Attention(channels, width, heads=layer.heads, dim_head=layer.head_dim).to(dtype).eval()
+    channels, width = layer.num_heads * layer.head_dim, int(UNET_CONFIGS[model]["cross_attention_dim"])
+    attn = Attention(channels, width, heads=layer.num_heads, dim_head=layer.head_dim).to(dtype).eval()
     x = torch.randn(BATCH, layer.pixels, channels).to(dtype)
     text = torch.randn(BATCH, TOKENS, width).to(dtype)
     protected = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     protected[:, 1 : 1 + CONTENT] = False
     phrases = torch.full((BATCH, TOKENS), -1)
     phrases[:, 2:4] = 0
-    given = {"gate": torch.rand(BATCH, TOKENS) + 0.5, "phrases": phrases, "protected": protected}
+    text_inputs = {"gate": torch.rand(BATCH, TOKENS) + 0.5, "phrases": phrases, "protected": protected}
     processors: dict[str, Any] = {"stock": AttnProcessor2_0()}
-    processors |= {fold: SemanticAttnProcessor(FULL, fold=fold, **given) for fold in FOLDS}
+    processors |= {fold: SemanticAttnProcessor(FULL, fold=fold, **text_inputs) for fold in FOLDS}
     calls = {name: lambda p=p: p(attn, x, text) for name, p in processors.items()}
     with torch.no_grad():
         took = alternate(calls, seconds=0.8)

@@ -26,66 +26,66 @@ TOKENS = (1, 2, 3, 5, 8)
 FULL = Program(SalienceDropout(0.2), Refinement(threshold=0.3, sigma=0), "content")
 
 
-class Keep:
+class DifferentiatedMaps:
     """A stock processor that computes the probabilities, keeps them, and has them differentiated by."""
 
-    def __init__(self, kept: dict[str, Tensor], name: str) -> None:
-        self.kept, self.name = kept, name
+    def __init__(self, maps: dict[str, Tensor], name: str) -> None:
+        self.maps, self.name = maps, name
 
     def __call__(self, attn: Any, x: Tensor, encoder_hidden_states: Any = None, attention_mask: Any = None) -> Tensor:
         query = attn.head_to_batch_dim(attn.to_q(x))
         key, value = (attn.head_to_batch_dim(to(encoder_hidden_states)) for to in (attn.to_k, attn.to_v))
         p = attn.get_attention_scores(query, key, attention_mask)
-        self.kept[self.name] = p if p.requires_grad else p.requires_grad_()
+        self.maps[self.name] = p if p.requires_grad else p.requires_grad_()
         return attn.to_out[0](attn.batch_to_head_dim(p @ value))
 
 
 @pytest.mark.parametrize("layers", ["16x16", "every"])
 def test_a_relevance_map(benchmark, peak_mib, layers):
     import sdattn_fast
-    from sdattn_fast.cli.registry import build_unet, random_inputs
+    from sdattn_fast.cli.registry import build_random_unet, random_inputs
     from sdattn_fast.guidance.objectives import NoisePrediction
     from sdattn_fast.guidance.relevance import gradcam
 
-    unet = build_unet("sd15", torch.float32).requires_grad_(False)
+    unet = build_random_unet("sd15", torch.float32).requires_grad_(False)
     inputs = random_inputs(unet.config, 1, torch.float32)
     latents, t, text = inputs["sample"], inputs["timestep"], inputs["encoder_hidden_states"]
     target = torch.randn(latents.shape)
     stock = dict(unet.attn_processors)
-    asked = [
+    layers_looked_at = [
         (name, attn)
         for name, attn in unet.named_modules()
         if name.endswith("attn2") and (layers == "every" or (attn.inner_dim == 1280 and "mid" not in name))
     ]
-    names = [name for name, _ in asked]
+    names = [name for name, _ in layers_looked_at]
 
     def score(x: Tensor) -> Tensor:
         return -F.mse_loss(unet(x, t, encoder_hidden_states=text).sample, target)
 
     def stored() -> list[Tensor]:
-        kept: dict[str, Tensor] = {}
-        for name, attn in asked:
-            attn.set_processor(Keep(kept, name))
-        grads = torch.autograd.grad(score(latents), [kept[name] for name in names])
+        maps: dict[str, Tensor] = {}
+        for name, attn in layers_looked_at:
+            attn.set_processor(DifferentiatedMaps(maps, name))
+        grads = torch.autograd.grad(score(latents), [maps[name] for name in names])
         unet.set_attn_processor(dict(stock))
         return [
-            (kept[name] * grad.relu())[..., list(TOKENS)].sum(0).T.detach()
+            (maps[name] * grad.relu())[..., list(TOKENS)].sum(0).T.detach()
             for name, grad in zip(names, grads, strict=True)
         ]
 
-    def ours(program: Program) -> list[Tensor]:
+    def patched_maps(program: Program) -> list[Tensor]:
         with sdattn_fast.apply(unet, program) as patch:
-            found = gradcam(patch, latents, t, text, NoisePrediction(target), tokens=TOKENS, layers=names)
-        return [found[name][0].flatten(1) for name in names]
+            relevance = gradcam(patch, latents, t, text, NoisePrediction(target), tokens=TOKENS, layers=names)
+        return [relevance[name][0].flatten(1) for name in names]
 
     ways: dict[str, Callable[[], object]] = {
         "stock, by the latents": lambda: score(latents.clone().requires_grad_()).backward(),
         "stored maps": stored,
-        "ours": lambda: ours(Program()),
-        "ours, full program": lambda: ours(FULL),
+        "ours": lambda: patched_maps(Program()),
+        "ours, full program": lambda: patched_maps(FULL),
     }
-    for mine, theirs in zip(ours(Program()), stored(), strict=True):
-        torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-3 * float(theirs.max()))
+    for patched_map, stored_map in zip(patched_maps(Program()), stored(), strict=True):
+        torch.testing.assert_close(patched_map, stored_map, rtol=1e-3, atol=1e-3 * float(stored_map.max()))
     times: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(5):
         for way, call in ways.items():

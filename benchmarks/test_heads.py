@@ -16,7 +16,7 @@ pytest.importorskip("diffusers")
 
 import sdattn_fast
 from sdattn_fast import Program, Refinement, SalienceDropout, SemanticAttnProcessor
-from sdattn_fast.cli.registry import UNET_CONFIGS, UNET_LAYERS, Layer, build_unet, random_inputs, twin_of
+from sdattn_fast.cli.registry import UNET_CONFIGS, UNET_LAYERS, LayerShape, build_random_unet, random_inputs, twin_of
 from sdattn_fast.measure.timing import alternate
 
 BATCH, TOKENS, CONTENT = 2, 77, 15
@@ -42,7 +42,7 @@ def test_inactive_heads(benchmark: Any, model: str) -> None:
 
 
 def test_step_of_sd15(benchmark: Any) -> None:
-    unet = build_unet("sd15").requires_grad_(False)
+    unet = build_random_unet("sd15").requires_grad_(False)
     inputs = random_inputs(unet.config, BATCH, torch.float32)
     active, protected = torch.tensor([False, True]), torch.ones(TOKENS, dtype=torch.bool)
     protected[1 : 1 + CONTENT] = False
@@ -59,25 +59,25 @@ def test_step_of_sd15(benchmark: Any) -> None:
 
 
 def figures(took: dict[str, float]) -> dict[str, float]:
-    found = {"all_active_ms": round(1e3 * took["all"], 2)}
+    shares = {"all_active_ms": round(1e3 * took["all"], 2)}
     for name in WAYS:
-        found[f"{name}_share"] = round(took[name] / took["all"], 3)
-    return found
+        shares[f"{name}_share"] = round(took[name] / took["all"], 3)
+    return shares
 
 
-def time_layer(layer: Layer, model: str) -> dict[str, float]:
+def time_layer(layer: LayerShape, model: str) -> dict[str, float]:
     """Seconds of a call with all heads active, and in each of `WAYS`."""
     from diffusers.models.attention_processor import Attention
 
     torch.manual_seed(0)
-    channels, width = layer.heads * layer.head_dim, int(UNET_CONFIGS[model]["cross_attention_dim"])
-    attn = Attention(channels, width, heads=layer.heads, dim_head=layer.head_dim).eval()
+    channels, width = layer.num_heads * layer.head_dim, int(UNET_CONFIGS[model]["cross_attention_dim"])
+    attn = Attention(channels, width, heads=layer.num_heads, dim_head=layer.head_dim).eval()
     x, text = torch.randn(BATCH, layer.pixels, channels), torch.randn(BATCH, TOKENS, width)
     protected = torch.ones(BATCH, TOKENS, dtype=torch.bool)
     protected[:, 1 : 1 + CONTENT] = False
     processors = {"all": SemanticAttnProcessor(PROGRAM, protected=protected)}
     for name, (share, inactive) in WAYS.items():
-        heads = range(round(layer.heads * share))
+        heads = range(round(layer.num_heads * share))
         processors[name] = SemanticAttnProcessor(PROGRAM, protected=protected, heads=heads, inactive_heads=inactive)
     calls = {name: lambda p=p: p(attn, x, text) for name, p in processors.items()}
     with torch.no_grad():

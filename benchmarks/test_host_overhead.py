@@ -14,8 +14,8 @@ pytest.importorskip("diffusers")
 
 
 def test_a_layer(benchmark):
-    def found() -> dict[str, dict[str, float]]:
+    def overhead() -> dict[str, dict[str, float]]:
         script = Path(__file__).with_name("host_overhead.py")
         return json.loads(subprocess.run([sys.executable, script], capture_output=True, check=True).stdout)
 
-    benchmark.extra_info["rows"] = benchmark.pedantic(found, rounds=1)
+    benchmark.extra_info["rows"] = benchmark.pedantic(overhead, rounds=1)

@@ -22,32 +22,32 @@ MIB = 2**20
 WAYS = ("stock, none", "every map kept", "16x16 kept", "ours, none", "ours, 16x16")
 
 
-class Keep:
+class StoringProcessor:
     """A stock processor that computes the probabilities and keeps them."""
 
-    def __init__(self, kept: list[torch.Tensor]) -> None:
-        self.kept = kept
+    def __init__(self, stored: list[torch.Tensor]) -> None:
+        self.stored = stored
 
     def __call__(self, attn: Any, x: Any, encoder_hidden_states: Any = None, attention_mask: Any = None) -> Any:
         text = x if encoder_hidden_states is None else encoder_hidden_states
         query = attn.head_to_batch_dim(attn.to_q(x))
         key, value = (attn.head_to_batch_dim(to(text)) for to in (attn.to_k, attn.to_v))
         p = attn.get_attention_scores(query, key, attention_mask)
-        self.kept.append(p)
+        self.stored.append(p)
         return attn.to_out[0](attn.batch_to_head_dim(p @ value))
 
 
 @pytest.mark.parametrize("gradients", [False, True], ids=["forward", "with_gradients"])
 def test_memory_of_a_step(benchmark, peak_mib, gradients):
     import sdattn_fast
-    from sdattn_fast.cli.registry import build_unet, random_inputs
+    from sdattn_fast.cli.registry import build_random_unet, random_inputs
 
-    unet = build_unet("sd15", torch.bfloat16).requires_grad_(False)
+    unet = build_random_unet("sd15", torch.bfloat16).requires_grad_(False)
     inputs, active = random_inputs(unet.config, 2, torch.bfloat16), torch.tensor([False, True])
     stock = dict(unet.attn_processors)
     rows: dict[str, tuple[float, float]] = {}
     for way in WAYS:
-        kept: list[torch.Tensor] = []
+        stored: list[torch.Tensor] = []
         patch = None
         if way.startswith("ours"):
             capture = sdattn_fast.Capture() if way == "ours, 16x16" else None
@@ -55,13 +55,13 @@ def test_memory_of_a_step(benchmark, peak_mib, gradients):
         for name, attn in unet.named_modules():
             at_16 = name.endswith("attn2") and attn.inner_dim == 1280 and "mid" not in name
             if (at_16 and way == "16x16 kept") or (name.endswith("attn2") and way == "every map kept"):
-                attn.set_processor(Keep(kept))
+                attn.set_processor(StoringProcessor(stored))
 
-        def maps(patch: Any = patch, kept: list[torch.Tensor] = kept, way: str = way) -> list[torch.Tensor]:
-            return list(patch.maps.values()) if way == "ours, 16x16" else kept
+        def maps(patch: Any = patch, stored: list[torch.Tensor] = stored, way: str = way) -> list[torch.Tensor]:
+            return list(patch.maps.values()) if way == "ours, 16x16" else stored
 
-        def step(kept: list[torch.Tensor] = kept, maps: Any = maps) -> None:
-            kept.clear()
+        def step(stored: list[torch.Tensor] = stored, maps: Any = maps) -> None:
+            stored.clear()
             with torch.set_grad_enabled(gradients):
                 x = {**inputs, "sample": inputs["sample"].clone().requires_grad_(gradients)}
                 out = unet(**x).sample
@@ -69,7 +69,7 @@ def test_memory_of_a_step(benchmark, peak_mib, gradients):
                     (out.float().mean() + sum(m.float().mean() for m in maps())).backward()
 
         step()  # makes the text's caches
-        kept.clear()
+        stored.clear()
         rows[way] = (peak_mib(step), sum(m.numel() * m.element_size() for m in maps()) / MIB)
         if patch is not None:
             patch.remove()
@@ -87,9 +87,9 @@ def test_memory_of_a_step(benchmark, peak_mib, gradients):
 
 def test_time_of_a_step(benchmark):
     import sdattn_fast
-    from sdattn_fast.cli.registry import build_unet, random_inputs, twin_of
+    from sdattn_fast.cli.registry import build_random_unet, random_inputs, twin_of
 
-    unet = build_unet("sd15", torch.bfloat16).requires_grad_(False)
+    unet = build_random_unet("sd15", torch.bfloat16).requires_grad_(False)
     twin = twin_of(unet)
     inputs, active = random_inputs(unet.config, 2, torch.bfloat16), torch.tensor([False, True])
     sdattn_fast.apply(unet, active=active, capture=sdattn_fast.Capture())

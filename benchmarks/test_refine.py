@@ -31,15 +31,15 @@ def test_rounds(benchmark, axis, steps, shape):
     protected[1:16] = False
     program = Program(SalienceDropout(0.2, axis=axis), Refinement(steps, 0.5, 1.0, axis), "content")
 
-    def ours(backend: str) -> object:
+    def semantic(backend: str) -> object:
         return semantic_attention(
             query, key, value, program, protected=protected.expand(2, -1), grid=(side, side), backend=backend
         )
 
     calls = {
         "sdpa": lambda: F.scaled_dot_product_attention(query, key, value),
-        "cpu": lambda: ours("cpu"),
-        "reference": lambda: ours("reference"),
+        "cpu": lambda: semantic("cpu"),
+        "reference": lambda: semantic("reference"),
     }
     times: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(6):
@@ -51,4 +51,4 @@ def test_rounds(benchmark, axis, steps, shape):
     benchmark.extra_info["sdpa_ms"] = round(1e3 * medians["sdpa"], 3)
     benchmark.extra_info["share_of_sdpa_ratio"] = round(medians["cpu"] / medians["sdpa"], 3)
     benchmark.extra_info["share_of_reference_ratio"] = round(medians["cpu"] / medians["reference"], 4)
-    benchmark.pedantic(lambda: ours("cpu"), rounds=3)
+    benchmark.pedantic(lambda: semantic("cpu"), rounds=3)

@@ -30,9 +30,9 @@ def test_memory_and_time(benchmark, peak_mib, trained):
     from peft import LoraConfig
 
     import sdattn_fast
-    from sdattn_fast.cli.registry import build_unet, random_inputs
+    from sdattn_fast.cli.registry import build_random_unet, random_inputs
 
-    unet = build_unet("sd15", torch.bfloat16).requires_grad_(trained == "all weights").train()
+    unet = build_random_unet("sd15", torch.bfloat16).requires_grad_(trained == "all weights").train()
     if trained == "LoRA":
         unet.add_adapter(LoraConfig(r=8, target_modules=["to_q", "to_k", "to_v", "to_out.0"]))
     inputs = random_inputs(unet.config, 2, torch.bfloat16)

@@ -14,7 +14,7 @@ from sdattn_fast.measure.memory import peak_mib
 
 from . import record, timing
 from .checks import off
-from .contestants import Contestant, others, ours
+from .contestants import Contestant, fused, others
 from .ground import DEVICE, LAYERS, TOKENS, NotRun, describe
 from .programs import inputs
 
@@ -28,20 +28,20 @@ def times(item: str, shape: str, batch: int, dtype: str) -> None:
     of = describe(shape, batch, kind)
     tensors = inputs(shape, batch, kind)
     untimed: dict[str, str] = {}
-    everyone = [*others(shape, tensors, untimed), *ours(shape, tensors, untimed)]
+    everyone = [*others(shape, tensors, untimed), *fused(shape, tensors, untimed)]
     calls, faults = _fit(everyone, untimed)
     for name, why in untimed.items():
         record.untimed(item, name, why, **of)
 
     layer = LAYERS[shape]
-    moved = 2 * batch * layer.heads * (layer.pixels + TOKENS) * layer.head_dim * kind.itemsize
+    moved = 2 * batch * layer.num_heads * (layer.pixels + TOKENS) * layer.head_dim * kind.itemsize
     # What fits the cache is not read from memory each time.
     in_cache = DEVICE.type == "cuda" and moved < torch.cuda.get_device_properties(DEVICE).L2_cache_size
     least = None if in_cache else moved / timing.bandwidth()
-    found = timing.figures(timing.in_turn(calls), least)
-    for name, row in found.items():
+    figures = timing.figures(timing.in_turn(calls), least)
+    for name, row in figures.items():
         row["peak_mib"] = round(peak_mib(calls[name], DEVICE), 2)
-    timing.write(item, "call", found, **of)
+    timing.write(item, "call", figures, **of)
 
     def failed(name: str, error: Exception) -> None:
         why = record.untimed(item, name, error, "graph", **of)
@@ -58,18 +58,18 @@ def times(item: str, shape: str, batch: int, dtype: str) -> None:
 def _fit(everyone: Iterable[Contestant], untimed: dict[str, str]) -> tuple[dict[str, timing.Call], list[str]]:
     """The calls that give what they should; the reasons against the others go to `untimed`, and ours are returned."""
     calls, faults = {}, []
-    for one in everyone:
+    for contestant in everyone:
         try:
-            why = off(one.call(), one.exact(), one.near_ties)
+            why = off(contestant.call(), contestant.exact(), contestant.near_ties)
         except Exception as error:
             why = record.reason(error)
         if why is None:
-            calls[one.name] = one.call
+            calls[contestant.name] = contestant.call
             continue
-        untimed[one.name] = why
+        untimed[contestant.name] = why
         # That torch has no such kernel for a shape is no fault.
-        if not one.name.startswith("sdpa-"):
-            faults.append(f"{one.name}: {why}")
+        if not contestant.name.startswith("sdpa-"):
+            faults.append(f"{contestant.name}: {why}")
     if DEVICE.type == "cuda":
         torch.cuda.synchronize()
     return calls, faults

@@ -81,14 +81,14 @@ def _program(name: str, shape: str, dtype: torch.dtype) -> None:
     """The rows kernel, its selection looked at; and the very call that is timed, so that it is compiled by then."""
     import interpreted_rows as rows
 
-    layer, (program, how, text) = LAYERS[shape], programs()[name]
+    layer, (program, settings, text) = LAYERS[shape], programs()[name]
     side = text_side(2, **text)
     gate = {} if "gate" not in side else {"gate": side["gate"][:, None], "phrases": side["phrases"]}
     content = None if name == "plain" else text.get("content", 20)
-    sizes = {"h": layer.heads, "m": layer.pixels, "n": TOKENS, "d": layer.head_dim, "dtype": dtype}
-    rows.check(rows.case(**sizes, content=content, **gate), program, capture=how.get("capture"))
+    sizes = {"h": layer.num_heads, "m": layer.pixels, "n": TOKENS, "d": layer.head_dim, "dtype": dtype}
+    rows.check(rows.case(**sizes, content=content, **gate), program, capture=settings.get("capture"))
 
-    for maps in (False, True) if "capture" in how else (False,):
+    for maps in (False, True) if "capture" in settings else (False,):
         tensors = inputs(shape, 2, dtype)
         got = prepared(name, shape, tensors, rows.NAME, maps)()
         wrong = off(got, defined(name, shape, tensors, maps), near_ties(name))
@@ -116,7 +116,7 @@ def _backward(shape: str, dtype: torch.dtype) -> None:
     import pytest
 
     layer = LAYERS[shape]
-    sizes = (2, layer.heads, layer.pixels, TOKENS, layer.head_dim, layer.head_dim)
+    sizes = (2, layer.num_heads, layer.pixels, TOKENS, layer.head_dim, layer.head_dim)
     case = backward.Case(sizes, has=backward.EVERYTHING)
     with pytest.MonkeyPatch.context() as patch:
         backward.test_gradients_given_the_decisions(case, dtype, patch)
@@ -131,7 +131,9 @@ def _picture(shape: str, dtype: torch.dtype) -> None:
 
     layer = LAYERS[shape]
     program = Program(SalienceDropout(0.2, "space"), Refinement(1, 0.3, 0.0, "space"), "content")
-    q, k, v = (torch.randn(2, layer.heads, s, layer.head_dim).to(DEVICE, dtype) for s in (layer.pixels, TOKENS, TOKENS))
+    q, k, v = (
+        torch.randn(2, layer.num_heads, s, layer.head_dim).to(DEVICE, dtype) for s in (layer.pixels, TOKENS, TOKENS)
+    )
     protected = (torch.arange(TOKENS) > 20).expand(2, -1)
     side = {"grid": (layer.height, layer.width), "protected": protected.to(DEVICE)}
     got = semantic_attention(q, k, v, program, **side, backend="triton")

@@ -23,7 +23,7 @@ from .ground import DEVICE, LAYERS, why_no
 from .programs import Tensors, defined, prepared, programs, smooths
 from .timing import Call
 
-__all__ = ["Contestant", "attend_and_excite", "others", "ours"]
+__all__ = ["Contestant", "attend_and_excite", "fused", "others"]
 
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -43,7 +43,7 @@ class Contestant:
     near_ties: float = NEAR_TIES
 
 
-def ours(shape: str, tensors: Tensors, untimed: dict[str, str]) -> Iterator[Contestant]:
+def fused(shape: str, tensors: Tensors, untimed: dict[str, str]) -> Iterator[Contestant]:
     """Each program on each backend that is here and whose kernels passed their check; the rest goes to `untimed`."""
     for backend in ("triton", "cuda"):
         why = why_no(backend)
@@ -83,7 +83,7 @@ def _with(which: SDPBackend, tensors: Tensors) -> Call:
     return call
 
 
-class _Given(nn.Module):
+class _FixedProjection(nn.Module):
     """In the place of a projection."""
 
     def __init__(self, x: Tensor) -> None:
@@ -110,21 +110,23 @@ def _processed(shape: str, tensors: Tensors, processor: Any) -> Call:
     layer = LAYERS[shape]
     query, key, value = (x.transpose(1, 2).flatten(2) for x in tensors)
     with torch.device(DEVICE):
-        attn = Attention(layer.heads * layer.head_dim, None, layer.heads, dim_head=layer.head_dim).to(query.dtype)
-    attn.to_q, attn.to_k, attn.to_v = map(_Given, (query, key, value))
+        attn = Attention(layer.num_heads * layer.head_dim, None, layer.num_heads, dim_head=layer.head_dim).to(
+            query.dtype
+        )
+    attn.to_q, attn.to_k, attn.to_v = map(_FixedProjection, (query, key, value))
     attn.to_out = nn.ModuleList([nn.Identity(), nn.Identity()])
     if processor is None:
-        processor, scores, kept = AttnProcessor(), attn.get_attention_scores, {}
+        processor, scores, maps = AttnProcessor(), attn.get_attention_scores, {}
 
-        def keep(*args: Any) -> Tensor:
-            found = scores(*args)
-            kept["map"] = found.unflatten(0, (-1, layer.heads)).mean(1)
-            return found
+        def store(*args: Any) -> Tensor:
+            probabilities = scores(*args)
+            maps["map"] = probabilities.unflatten(0, (-1, layer.num_heads)).mean(1)
+            return probabilities
 
-        attn.get_attention_scores = keep
+        attn.get_attention_scores = store
 
     def call() -> Tensor:
         out = processor(attn, query, encoder_hidden_states=key)
-        return out.unflatten(2, (layer.heads, -1)).transpose(1, 2)
+        return out.unflatten(2, (layer.num_heads, -1)).transpose(1, 2)
 
     return call

@@ -23,7 +23,7 @@ def facts() -> None:
     import sdattn_fast
 
     name = "none: a dry run on the CPU" if DRY else torch.cuda.get_device_name()
-    what = {
+    facts_of_run = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "device": name,
         "dry_run": DRY,
@@ -40,8 +40,8 @@ def facts() -> None:
         "matmul_tflops": round(_matmul() / 1e12, 1),
         "nvidia_smi": _nvidia_smi(),
     }
-    record.append("run", **what)
-    print(", ".join(f"{key}: {x}" for key, x in what.items()))
+    record.append("run", **facts_of_run)
+    print(", ".join(f"{key}: {x}" for key, x in facts_of_run.items()))
 
 
 def _matmul() -> float:

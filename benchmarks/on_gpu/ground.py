@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from sdattn_fast.cli.registry import UNET_LAYERS, Layer
+from sdattn_fast.cli.registry import UNET_LAYERS, LayerShape
 
 __all__ = ["DEVICE", "DRY", "LAYERS", "SHAPES", "SMALL", "TOKENS", "NotRun", "describe", "text_side", "why_no"]
 
@@ -21,19 +21,19 @@ class NotRun(Exception):
     """An item that cannot run here, which is neither passed nor failed."""
 
 
-def _shapes() -> dict[str, Layer]:
+def _shapes() -> dict[str, LayerShape]:
     layers = {f"{model}-{x.height}x{x.width}": x for model in ("sd15", "sdxl") for x in UNET_LAYERS[model]}
     # What most of a step is spent on comes first.
     first = ("sd15-64x64", "sdxl-32x32", "sdxl-64x64")
     layers = {name: layers[name] for name in (*first, *(name for name in layers if name not in first))}
     if not DRY:
         return layers
-    return {name: replace(layers[name], height=2, width=9, heads=2) for name in ("sd15-64x64", "sdxl-32x32")}
+    return {name: replace(layers[name], height=2, width=9, num_heads=2) for name in ("sd15-64x64", "sdxl-32x32")}
 
 
 SHAPES = _shapes()  # that are checked and timed
 SMALL = "small-5x7"  # for what is slow: rows that fill no tile
-LAYERS = {**SHAPES, SMALL: Layer(1, 5, 7, 2, 40)}
+LAYERS = {**SHAPES, SMALL: LayerShape(1, 5, 7, 2, 40)}
 
 
 def text_side(batch: int, content: int = 20, words: bool = True) -> dict[str, Any]:
@@ -62,6 +62,6 @@ def describe(shape: str, batch: int, dtype: torch.dtype) -> dict[str, Any]:
     """What a figure says of its shape."""
     layer = LAYERS[shape]
     return {
-        "shape": shape, "batch": batch, "heads": layer.heads, "pixels": layer.pixels, "head_dim": layer.head_dim,
+        "shape": shape, "batch": batch, "heads": layer.num_heads, "pixels": layer.pixels, "head_dim": layer.head_dim,
         "tokens": TOKENS, "dtype": str(dtype).removeprefix("torch."),
     }  # fmt: skip

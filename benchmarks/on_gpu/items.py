@@ -51,7 +51,7 @@ class Phase:
 def phases(again: bool = False) -> list[Phase]:
     """All phases. again: also what only a second call runs."""
     cores = len(os.sched_getaffinity(0))
-    found = [
+    every_phase = [
         Phase("facts", 60, [Item("facts", 60, _facts)]),
         Phase("check", 65, list(_checks()), cores),
         Phase("times", 100, list(_times("float16"))),
@@ -59,11 +59,11 @@ def phases(again: bool = False) -> list[Phase]:
         Phase("text", 60, list(_other_text()), 4),
         Phase("suite", 110, list(_suites(cores)), 2),
         Phase("sanitize", 50, list(_sanitized()), 8),
-        Phase("more", 120, list(_more())),
+        Phase("more", 120, list(_further_items())),
     ]
     if again:
-        found.append(Phase("profile", 90, list(_profiled())))
-    return [_patient(phase) for phase in found] if DRY else found
+        every_phase.append(Phase("profile", 90, list(_profiled())))
+    return [_patient(phase) for phase in every_phase] if DRY else every_phase
 
 
 def _patient(phase: Phase) -> Phase:
@@ -152,13 +152,13 @@ SANITIZED = (
 def _sanitized() -> Iterator[Item]:
     """Eight small cases under compute-sanitizer, memory as the driver gives it: in torch's large blocks a step past a
     tensor's end would go unseen."""
-    ours = {"cuda": ("sdattn",), "triton": tuple(f"{name}_kernel" for name in TRITON_KERNELS)}
+    kernel_names = {"cuda": ("sdattn",), "triton": tuple(f"{name}_kernel" for name in TRITON_KERNELS)}
     for i, (tool, backend, kernel) in enumerate(SANITIZED):
         shape = "any" if kernel in ("relevance", "gaussian") else SMALL
         under = ["--tool", tool, "--error-exitcode", "9", "--target-processes", "application-only"]
         under += ["--port", str(49200 + 20 * i), "--launch-timeout", "60"]  # side by side
         # Of libraries neither the kernels nor the calls that fail on purpose.
-        under += [word for name in ours[backend] for word in ("--kernel-name", f"kns={name}")]
+        under += [word for name in kernel_names[backend] for word in ("--kernel-name", f"kns={name}")]
         under += ["--report-api-errors", "no"] if tool == "memcheck" else []
         under += [sys.executable, "-m", "on_gpu", "--check", f"{backend}/{kernel}/{shape}"]
         yield Item(
@@ -167,7 +167,7 @@ def _sanitized() -> Iterator[Item]:
         )  # fmt: skip
 
 
-def _more() -> Iterator[Item]:
+def _further_items() -> Iterator[Item]:
     from .checks import check
     from .ground import SHAPES
     from .more import both_ways, compiled, from_python
@@ -221,31 +221,33 @@ def wanted(all_phases: list[Phase], names: list[str], again: Path | None) -> lis
     """
     every = [item for phase in all_phases for item in phase.items]
     for name in names:
-        if not any(one.name.startswith(name) for one in every):
+        if not any(item.name.startswith(name) for item in every):
             raise ValueError(f"no item begins with {name!r}; there are: {', '.join(item.name for item in every)}")
     done = record.last_status(record.read(again)) if again else {}
 
-    def asked(item: Item) -> bool:
+    def is_wanted(item: Item) -> bool:
         if names:
             return any(item.name.startswith(name) for name in names)
         return item.name not in done or done[item.name]["status"] != record.PASSED
 
-    chosen = {"facts"}.union(*({item.name} | item.needs for item in every if asked(item)))
-    kept = [replace(phase, items=[item for item in phase.items if item.name in chosen]) for phase in all_phases]
-    return [phase for phase in kept if phase.items]
+    chosen = {"facts"}.union(*({item.name} | item.needs for item in every if is_wanted(item)))
+    chosen_phases = [
+        replace(phase, items=[item for item in phase.items if item.name in chosen]) for phase in all_phases
+    ]
+    return [phase for phase in chosen_phases if phase.items]
 
 
 def beside(all_phases: list[Phase], package: Path) -> list[Phase]:
     """The items that time, each in turn with another version of the package, twice: whose figures say "baseline"."""
-    found = []
+    doubled = []
     for phase in all_phases:
         items = []
         for item in phase.items:
             if not item.needs:
                 items.append(item)
                 continue
-            ours = os.environ["PYTHONPATH"].split(os.pathsep)
-            other = {"PYTHONPATH": os.pathsep.join([str(package), *ours[1:]]), "SDATTN_GPU_LABEL": "baseline"}
+            paths = os.environ["PYTHONPATH"].split(os.pathsep)
+            other = {"PYTHONPATH": os.pathsep.join([str(package), *paths[1:]]), "SDATTN_GPU_LABEL": "baseline"}
             for turn in (1, 2):
                 for label, environment in (("baseline", other), ("now", {"SDATTN_GPU_LABEL": "now"})):
                     command = [sys.executable, "-m", "on_gpu", "--item", item.name]
@@ -253,8 +255,8 @@ def beside(all_phases: list[Phase], package: Path) -> list[Phase]:
                     items.append(
                         Item(name, item.limit, command=lambda command=command: command, environment=environment)
                     )
-        found.append(replace(phase, items=items, seconds=4 * phase.seconds))
-    return found
+        doubled.append(replace(phase, items=items, seconds=4 * phase.seconds))
+    return doubled
 
 
 def _needed(kernels: Iterable[str], shapes: Iterable[str]) -> frozenset[str]:

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from sdattn_fast.cli.bench import FULL
+from sdattn_fast.cli.bench import full_program
 from sdattn_fast.functional import prepare
 
 from . import record, timing
@@ -28,9 +28,9 @@ def both_ways(item: str, shape: str, batch: int) -> None:
     of = describe(shape, batch, torch.float16)
     tensors = tuple(x.detach().requires_grad_() for x in inputs(shape, batch, torch.float16))
     grad = torch.randn_like(tensors[0])
-    side = {"batch": batch, "heads_count": LAYERS[shape].heads, "tokens": TOKENS, "device": DEVICE}
-    definition = prepare(FULL(), **side, **text_side(batch), backend="reference")
-    fused = prepare(FULL(), **side, **text_side(batch), backend="triton")
+    side = {"batch": batch, "heads_count": LAYERS[shape].num_heads, "tokens": TOKENS, "device": DEVICE}
+    definition = prepare(full_program(), **side, **text_side(batch), backend="reference")
+    fused = prepare(full_program(), **side, **text_side(batch), backend="triton")
 
     def differentiated(function: Callable[..., Tensor]) -> timing.Call:
         return lambda: torch.autograd.grad(function(*tensors), tensors, grad)
@@ -101,24 +101,24 @@ def launched(backend: str, program: str, shape: str, batch: int) -> None:
 
 
 def _measured(
-    item: str, how: str, calls: dict[str, timing.Call], slow: dict[str, timing.Call], of: dict[str, Any]
+    item: str, mode: str, calls: dict[str, timing.Call], slow: dict[str, timing.Call], of: dict[str, Any]
 ) -> None:
     """Those that compile for long come in a second table, beside SDPA again: the first is written before they begin."""
     calls = _that_run(item, calls, of)
-    timing.write(item, how, timing.figures(timing.in_turn(calls)), **of)
+    timing.write(item, mode, timing.figures(timing.in_turn(calls)), **of)
     again = {"sdpa": calls["sdpa"], **_that_run(item, slow, of)}
-    timing.write(item, how, timing.figures(timing.in_turn(again)), **of)
+    timing.write(item, mode, timing.figures(timing.in_turn(again)), **of)
 
 
 def _that_run(item: str, calls: dict[str, timing.Call], of: dict[str, Any]) -> dict[str, timing.Call]:
-    found = {}
+    working = {}
     for name, call in calls.items():
         try:
             call()
-            found[name] = call
+            working[name] = call
         except Exception as error:
             record.untimed(item, name, error, **of)
-    return found
+    return working
 
 
 def _flex_gate(query: Tensor, key: Tensor, value: Tensor) -> timing.Call:

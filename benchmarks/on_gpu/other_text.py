@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 
 import sdattn_fast
-from sdattn_fast.cli.bench import FULL
-from sdattn_fast.cli.registry import UNET_CONFIGS, build_unet, random_inputs, twin_of
+from sdattn_fast.cli.bench import full_program
+from sdattn_fast.cli.registry import UNET_CONFIGS, build_random_unet, random_inputs, twin_of
 
 from .checks import of_backend
 from .ground import DEVICE, DRY, text_side
@@ -33,7 +33,7 @@ def graph_of_other_text(backend: str, model: str) -> None:
     of_backend(backend)
     stock, inputs = _model(model)
     unet = twin_of(stock)
-    patch = sdattn_fast.apply(unet, FULL(), **text_side(BATCH, CONTENT[0]), backend=backend, fold="never")
+    patch = sdattn_fast.apply(unet, full_program(), **text_side(BATCH, CONTENT[0]), backend=backend, fold="never")
     text = inputs["encoder_hidden_states"]
     with _graph(lambda: unet(**inputs).sample) as (replay, out):
         replay()
@@ -60,7 +60,7 @@ def compiled_once(backend: str) -> None:
     of_backend(backend)
     stock, inputs = _model("small")
     unet = twin_of(stock)
-    patch = sdattn_fast.apply(unet, FULL(), **text_side(BATCH, CONTENT[0]), backend=backend)
+    patch = sdattn_fast.apply(unet, full_program(), **text_side(BATCH, CONTENT[0]), backend=backend)
     run = torch.compile(unet, backend="aot_eager") if DRY else torch.compile(unet, mode="reduce-overhead")
     for content in CONTENT:
         inputs["encoder_hidden_states"] = torch.randn_like(inputs["encoder_hidden_states"])
@@ -80,18 +80,18 @@ def _model(model: str) -> tuple[Any, dict[str, Any]]:
         UNET_CONFIGS[model] = DRY_CONFIG
     torch.manual_seed(0)
     dtype = torch.float32 if DRY else torch.float16
-    return build_unet(model, dtype, DEVICE), random_inputs(UNET_CONFIGS[model], BATCH, dtype, DEVICE)
+    return build_random_unet(model, dtype, DEVICE), random_inputs(UNET_CONFIGS[model], BATCH, dtype, DEVICE)
 
 
 def _eager(stock: Any, inputs: dict[str, Any], content: int, backend: str) -> Tensor:
     unet = twin_of(stock)
-    with sdattn_fast.apply(unet, FULL(), **text_side(BATCH, content), backend=backend, text_cache=False):
+    with sdattn_fast.apply(unet, full_program(), **text_side(BATCH, content), backend=backend, text_cache=False):
         return unet(**inputs).sample
 
 
-def _close(got: Tensor, expected: Tensor, what: str) -> None:
+def _close(got: Tensor, expected: Tensor, name: str) -> None:
     error = float((got - expected).norm() / expected.norm())
-    assert error <= (1e-4 if DRY else 0.01), f"{what}: off by {error:.2%} of the picture"
+    assert error <= (1e-4 if DRY else 0.01), f"{name}: off by {error:.2%} of the picture"
 
 
 @contextlib.contextmanager

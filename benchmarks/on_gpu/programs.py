@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
-from sdattn_fast.cli.bench import FULL
+from sdattn_fast.cli.bench import full_program
 from sdattn_fast.functional import prepare
 
 from .ground import DEVICE, DRY, LAYERS, TOKENS, text_side
@@ -24,7 +24,7 @@ README = Program(SalienceDropout(0.1), Refinement(threshold=0.1), renormalize="c
 
 def programs() -> dict[str, tuple[Program, dict[str, Any], dict[str, Any]]]:
     """By name: the program, what `prepare` is told beside it, what `text_side` is told."""
-    full = FULL()
+    full = full_program()
     every: dict[str, tuple[Program, dict[str, Any], dict[str, Any]]] = {
         "full": (full, {}, {}),
         "plain": (Program(), {}, {"content": TOKENS - 1, "words": False}),
@@ -47,7 +47,7 @@ def inputs(shape: str, batch: int, dtype: torch.dtype) -> Tensors:
     generator = torch.Generator(DEVICE).manual_seed(0)
 
     def randn(tokens: int) -> Tensor:
-        x = torch.randn(batch, tokens, layer.heads, layer.head_dim, device=DEVICE, generator=generator)
+        x = torch.randn(batch, tokens, layer.num_heads, layer.head_dim, device=DEVICE, generator=generator)
         return x.to(dtype).transpose(1, 2)
 
     return randn(layer.pixels), randn(TOKENS), randn(TOKENS)
@@ -56,9 +56,9 @@ def inputs(shape: str, batch: int, dtype: torch.dtype) -> Tensors:
 def prepared(program: str, shape: str, tensors: Tensors, backend: str, maps: bool = False) -> Call:
     """The call on these tensors, by a backend; gives (B, H, M, D). maps: gives the maps instead, (B, M, tokens)."""
     layer, (query, key, value) = LAYERS[shape], tensors
-    what, how, text = programs()[program]
-    side = {"batch": len(query), "heads_count": layer.heads, "tokens": TOKENS, "device": DEVICE}
-    ready = prepare(what, **side, **text_side(len(query), **text), **how, backend=backend)
+    row_program, settings, text = programs()[program]
+    side = {"batch": len(query), "heads_count": layer.num_heads, "tokens": TOKENS, "device": DEVICE}
+    ready = prepare(row_program, **side, **text_side(len(query), **text), **settings, backend=backend)
     grid = (layer.height, layer.width)
     if maps:
         return lambda: _by_pixel(ready(query, key, value, grid=grid)[1])

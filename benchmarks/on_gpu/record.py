@@ -25,25 +25,25 @@ def path() -> Path:
     return Path(os.environ["SDATTN_GPU_RESULTS"]) / "results.jsonl"
 
 
-def append(kind: str, **what: Any) -> None:
+def append(kind: str, **values: Any) -> None:
     """One line; several processes may write."""
     label = os.environ.get("SDATTN_GPU_LABEL")  # of two versions that are timed in turn
-    what = what | {"version": label} if label and kind != "item" else what
+    values = values | {"version": label} if label and kind != "item" else values
     with path().open("a") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        file.write(json.dumps({"kind": kind, **what}) + "\n")
+        file.write(json.dumps({"kind": kind, **values}) + "\n")
 
 
 def read(file: Path | None = None) -> list[dict[str, Any]]:
     """Every whole line: the last one may be cut off."""
     file = file or path()
-    found = []
+    records = []
     for line in file.read_text().splitlines() if file.exists() else ():
         try:
-            found.append(json.loads(line))
+            records.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    return records
 
 
 def last_status(records: Iterable[dict[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -57,12 +57,12 @@ def last_lines(log: Path, most: int = 15) -> list[str]:
     return [without_paths(line)[:300] for line in lines[-most:]]
 
 
-def untimed(item: str, contestant: str, why: object, how: str = "", **of: Any) -> str:
+def untimed(item: str, contestant: str, why: object, mode: str = "", **of: Any) -> str:
     """Write down and print why a contestant was not timed, or not in this way; the reason in one line."""
-    said = reason(why)
-    append("untimed", item=item, contestant=contestant, how=how, why=said, **of)
-    print(f"{item} {how} {contestant}: not timed: {said}")
-    return said
+    line = reason(why)
+    append("untimed", item=item, contestant=contestant, how=mode, why=line, **of)
+    print(f"{item} {mode} {contestant}: not timed: {line}")
+    return line
 
 
 def reason(why: object, most: int = 300) -> str:

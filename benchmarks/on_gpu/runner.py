@@ -30,7 +30,7 @@ class _Running:
     log: Path
     began: float
     limit: float
-    asked: float | None = None  # when it was asked to end
+    interrupted_at: float | None = None  # when it was asked to end
 
 
 def run_phase(phase: Phase, until: float, fork: bool = True) -> None:
@@ -50,11 +50,11 @@ def run_phase(phase: Phase, until: float, fork: bool = True) -> None:
                 started = _start(item, min(item.limit, left), fork)
                 if started is not None:
                     running.append(started)
-            running = [one for one in running if not _ended(one)]
+            running = [item_running for item_running in running if not _ended(item_running)]
             time.sleep(0.02)
     finally:
-        for one in running:
-            _kill(one.pid, signal.SIGKILL)
+        for item_running in running:
+            _kill(item_running.pid, signal.SIGKILL)
 
 
 def as_process(item: Item) -> int:
@@ -110,41 +110,41 @@ def _fork(item: Item, log: Path) -> int:
         os._exit(status)
 
 
-def _ended(one: _Running) -> bool:
-    code = _exit_status(one)
-    took = time.monotonic() - one.began
+def _ended(running: _Running) -> bool:
+    code = _exit_status(running)
+    took = time.monotonic() - running.began
     if code is None:
-        if one.asked is None and took > one.limit:
-            one.asked = time.monotonic()
-            _kill(one.pid, signal.SIGINT)
-        elif one.asked is not None and time.monotonic() - one.asked > GRACE:
-            _kill(one.pid, signal.SIGKILL)
+        if running.interrupted_at is None and took > running.limit:
+            running.interrupted_at = time.monotonic()
+            _kill(running.pid, signal.SIGINT)
+        elif running.interrupted_at is not None and time.monotonic() - running.interrupted_at > GRACE:
+            _kill(running.pid, signal.SIGKILL)
         return False
-    _kill(one.pid, signal.SIGKILL)  # what it left behind
-    lines = record.last_lines(one.log) if one.log.exists() else []
-    if one.asked is not None:
-        _write(one.item, record.TIMED_OUT, took, [f"not through after {one.limit:.0f} s", *lines])
+    _kill(running.pid, signal.SIGKILL)  # what it left behind
+    lines = record.last_lines(running.log) if running.log.exists() else []
+    if running.interrupted_at is not None:
+        _write(running.item, record.TIMED_OUT, took, [f"not through after {running.limit:.0f} s", *lines])
     elif code == 0:
-        _write(one.item, record.PASSED, took, lines[-1:] if one.item.command else [])
+        _write(running.item, record.PASSED, took, lines[-1:] if running.item.command else [])
     elif code == NOT_HERE:
-        _write(one.item, record.NOT_RUN, took, [line.removeprefix("not run: ") for line in lines[-1:]])
+        _write(running.item, record.NOT_RUN, took, [line.removeprefix("not run: ") for line in lines[-1:]])
     else:
         ended = [f"ended by signal {-code}"] if code < 0 else []
-        _write(one.item, record.FAILED, took, [*lines, *ended])
+        _write(running.item, record.FAILED, took, [*lines, *ended])
     return True
 
 
-def _exit_status(one: _Running) -> int | None:
+def _exit_status(running: _Running) -> int | None:
     """None while it runs; the negative of a signal that ended it."""
-    if one.process is not None:
-        return one.process.poll()
-    pid, status = os.waitpid(one.pid, os.WNOHANG)
+    if running.process is not None:
+        return running.process.poll()
+    pid, status = os.waitpid(running.pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if pid else None
 
 
-def _kill(pid: int, how: signal.Signals) -> None:
+def _kill(pid: int, signal_number: signal.Signals) -> None:
     try:
-        os.killpg(pid, how)
+        os.killpg(pid, signal_number)
     except ProcessLookupError:
         pass
     except PermissionError:  # the group's leader is a zombie
@@ -152,7 +152,7 @@ def _kill(pid: int, how: signal.Signals) -> None:
 
 
 def _write(item: Item, status: str, seconds: float, lines: list[str]) -> None:
-    what: dict[str, Any] = {"lines": lines} if lines else {}
-    record.append("item", item=item.name, status=status, seconds=round(seconds, 1), **what)
+    log_lines: dict[str, Any] = {"lines": lines} if lines else {}
+    record.append("item", item=item.name, status=status, seconds=round(seconds, 1), **log_lines)
     last = f": {lines[-1]}" if lines and status != record.PASSED else ""
     print(f"{time.strftime('%H:%M:%S')} {status:9} {seconds:6.1f} s  {item.name}{last[:160]}", flush=True)

@@ -23,9 +23,9 @@ def main() -> None:
     state.mkdir(parents=True, exist_ok=True)
     package, commit = prepare(options.bundle, state)
     path = [package, state / "site", ROOT / "benchmarks", ROOT / "tests" / "support", ROOT / "tests" / "kernels"]
-    kept = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
+    inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     os.environ |= {
-        "PYTHONPATH": os.pathsep.join([*map(str, path), *kept]),
+        "PYTHONPATH": os.pathsep.join([*map(str, path), *inherited]),
         "PYTHONUNBUFFERED": "1",
         "PYTHONFAULTHANDLER": "1",
         "SDATTN_GPU_BEGAN": str(began),
@@ -51,8 +51,12 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    where = os.environ.get("SDATTN_GPU")
-    folder = Path(where) if where else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdattn_fast"
+    gpu_folder = os.environ.get("SDATTN_GPU")
+    folder = (
+        Path(gpu_folder)
+        if gpu_folder
+        else Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "sdattn_fast"
+    )
     parser = argparse.ArgumentParser(prog="on_gpu.sh", description="See the head of benchmarks/on_gpu.sh.")
     parser.add_argument("--bundle", type=Path, help="what `make gpu-bundle` made; default: build/gpu-bundle, if there")
     parser.add_argument("--results", type=Path, default=folder / "results", help="default: $SDATTN_GPU/results")
@@ -75,9 +79,9 @@ def parse() -> argparse.Namespace:
     if options.bundle is None and (ROOT / "build" / "gpu-bundle").is_dir():
         options.bundle = ROOT / "build" / "gpu-bundle"
     for name in ("bundle", "again", "baseline"):
-        given = getattr(options, name)
-        if given is not None and not given.exists():
-            parser.error(f"--{name}: {given} does not exist")
+        path = getattr(options, name)
+        if path is not None and not path.exists():
+            parser.error(f"--{name}: {path} does not exist")
     if options.minutes is None:
         options.minutes = 60 if options.dry_run else 9
     if options.baseline and not options.only:

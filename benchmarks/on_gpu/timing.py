@@ -63,15 +63,15 @@ def graphs(
 ) -> dict[str, Call]:
     """The replays of graphs of `held` calls; (name, error) of the others goes to `failed`. Of torch's and stock last,
     since a capture that fails may cost those after it."""
-    found = {}
+    replays = {}
     for name in sorted(calls, key=lambda name: name.startswith(("sdpa", "stock"))):
         try:
-            found[name] = captured(calls[name], held)
+            replays[name] = captured(calls[name], held)
         except Exception as error:
             if DEVICE.type == "cuda":
                 torch.cuda.synchronize()
             failed(name, error)
-    return found
+    return replays
 
 
 def figures(taken: dict[str, list[float]], least: float | None = None, of: str = "sdpa") -> dict[str, dict[str, Any]]:
@@ -82,7 +82,7 @@ def figures(taken: dict[str, list[float]], least: float | None = None, of: str =
     """
     medians = {name: statistics.median(times) for name, times in taken.items()}
     sdpa = [median for name, median in medians.items() if name.split("-")[0] == "sdpa"]
-    found = {}
+    rows = {}
     for name, times in taken.items():
         low, *_, high = statistics.quantiles(times, n=5)
         row = {f"{key}_us": round(1e6 * t, 2) for key, t in (("median", medians[name]), ("p20", low), ("p80", high))}
@@ -92,15 +92,15 @@ def figures(taken: dict[str, list[float]], least: float | None = None, of: str =
             row["of_best_sdpa"] = round(medians[name] / min(sdpa), 4)
         if least is not None:
             row["of_roofline"] = round(least / medians[name], 4)
-        found[name] = row
-    return found
+        rows[name] = row
+    return rows
 
 
-def write(item: str, how: str, found: dict[str, dict[str, Any]], **of: Any) -> None:
-    for name, row in found.items():
-        record.append("figure", item=item, contestant=name, how=how, **of, **row)
+def write(item: str, mode: str, figures: dict[str, dict[str, Any]], **of: Any) -> None:
+    for name, row in figures.items():
+        record.append("figure", item=item, contestant=name, how=mode, **of, **row)
         shares = " ".join(f"{key}={x}" for key, x in row.items() if key.startswith("of_"))
-        print(f"{item} {how} {name}: {row['median_us']} us {shares}")
+        print(f"{item} {mode} {name}: {row['median_us']} us {shares}")
 
 
 def bandwidth() -> float:

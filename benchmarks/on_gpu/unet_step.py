@@ -15,8 +15,8 @@ from typing import Any
 import torch
 
 import sdattn_fast
-from sdattn_fast.cli.bench import FULL
-from sdattn_fast.cli.registry import UNET_CONFIGS, build_unet, random_inputs, twin_of
+from sdattn_fast.cli.bench import full_program
+from sdattn_fast.cli.registry import UNET_CONFIGS, build_random_unet, random_inputs, twin_of
 from sdattn_fast.measure.memory import peak_mib
 
 from . import record, timing
@@ -43,20 +43,20 @@ def step(item: str, model: str, batch: int) -> None:
         UNET_CONFIGS[model] = DRY_CONFIG
     torch.manual_seed(0)
     dtype = torch.float32 if DRY else torch.float16
-    stock = build_unet(model, dtype, DEVICE)
+    stock = build_random_unet(model, dtype, DEVICE)
     inputs = random_inputs(UNET_CONFIGS[model], batch, dtype, DEVICE)
     of = {"model": model, "batch": batch, "dtype": str(dtype).removeprefix("torch.")}
     faults: list[str] = []
     heavy = model == "sdxl" and batch > 2
 
-    def fault(name: str, what: str, error: object) -> None:
-        why = record.untimed(item, name, error, what, **of)
+    def fault(name: str, mode: str, error: object) -> None:
+        why = record.untimed(item, name, error, mode, **of)
         if not isinstance(error, NotRun):
-            faults.append(f"{name}, {what}: {why}")
+            faults.append(f"{name}, {mode}: {why}")
 
     calls: dict[str, timing.Call] = {"stock": lambda: stock(**inputs).sample}
     exact = stock(**inputs).sample
-    for name, settings, why in _ours(model):
+    for name, settings, why in _patched_contestants(model):
         if why or (heavy and name not in ("triton", "cuda")):
             record.untimed(item, name, why or "left out at this size", **of)
             continue
@@ -66,17 +66,17 @@ def step(item: str, model: str, batch: int) -> None:
             with sdattn_fast.apply(unet, **{k: v for k, v in settings.items() if k != "capture"}):
                 got = unet(**inputs).sample
                 assert (got - exact).norm() <= 0.02 * exact.norm(), "the empty program's picture is not stock's"
-            sdattn_fast.apply(unet, FULL(), **text_side(batch), **settings)
+            sdattn_fast.apply(unet, full_program(), **text_side(batch), **settings)
             assert unet(**inputs).sample.isfinite().all(), "not finite"
             calls[name] = lambda unet=unet: unet(**inputs).sample  # type: ignore[misc]
         except Exception as error:
             fault(name, "eager", error)
 
-    def measure(how: str, contestants: dict[str, timing.Call]) -> None:
-        found = timing.figures(timing.in_turn(contestants, rounds=5 if heavy else 9, sample=0.0), of="stock")
-        for name in found if how == "eager" else ():
-            found[name]["peak_mib"] = round(peak_mib(calls[name], DEVICE), 1)
-        timing.write(item, how, found, **of)
+    def measure(mode: str, contestants: dict[str, timing.Call]) -> None:
+        figures = timing.figures(timing.in_turn(contestants, rounds=5 if heavy else 9, sample=0.0), of="stock")
+        for name in figures if mode == "eager" else ():
+            figures[name]["peak_mib"] = round(peak_mib(calls[name], DEVICE), 1)
+        timing.write(item, mode, figures, **of)
 
     measure("eager", calls)
     unfit = {name: "what waits for the GPU cannot be captured" for name in calls if _waits(name, calls[name], fault)}
@@ -91,19 +91,19 @@ def step(item: str, model: str, batch: int) -> None:
     assert not faults, "; ".join(faults)
 
 
-def _ours(model: str) -> list[tuple[str, dict[str, Any], str | None]]:
+def _patched_contestants(model: str) -> list[tuple[str, dict[str, Any], str | None]]:
     """(name, settings for `apply`, why it is not timed) of every patched contestant."""
     shapes = [name for name in SHAPES if name.startswith(model)]
-    found = []
+    contestants = []
     for backend in ("triton", "cuda"):
         why = why_no(backend)
         for shape in shapes:
             why = why or failed_check(backend, NEEDS, shape)
         for kind, settings in KINDS.items():
-            found.append((backend + kind, {"backend": backend, **settings}, why))
+            contestants.append((backend + kind, {"backend": backend, **settings}, why))
         if backend == "triton":
-            found.append(("triton-no-text-cache", {"backend": backend, "text_cache": False}, why))
-    return found
+            contestants.append(("triton-no-text-cache", {"backend": backend, "text_cache": False}, why))
+    return contestants
 
 
 def _waits(name: str, call: timing.Call, fault: Any) -> bool:
@@ -135,7 +135,7 @@ def _trace(item: str, calls: dict[str, timing.Call]) -> None:
                     torch.cuda.synchronize()
     path = Path(os.environ["SDATTN_GPU_STATE"]) / "trace.json"
     profile.export_chrome_trace(str(path))
-    kept = Path(os.environ["SDATTN_GPU_RESULTS"]) / "trace-step-sd15-2.json.gz"
-    with path.open("rb") as plain, gzip.open(kept, "wb") as packed:
+    compressed = Path(os.environ["SDATTN_GPU_RESULTS"]) / "trace-step-sd15-2.json.gz"
+    with path.open("rb") as plain, gzip.open(compressed, "wb") as packed:
         shutil.copyfileobj(plain, packed)
     path.unlink()

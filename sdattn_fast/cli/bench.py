@@ -6,9 +6,9 @@ from typing import Annotated, Any
 
 import typer
 
-from .registry import UNET_CONFIGS, UNET_LAYERS, Layer, build_unet, random_inputs, twin_of
+from .registry import UNET_CONFIGS, UNET_LAYERS, LayerShape, build_random_unet, random_inputs, twin_of
 
-__all__ = ["bench", "FULL", "text_side"]
+__all__ = ["bench", "full_program", "text_side"]
 
 
 def bench(
@@ -55,7 +55,7 @@ def bench(
                 _step_table(name, kind, batch, device, backend, content, seconds)
 
 
-def FULL() -> Any:
+def full_program() -> Any:
     """The full token program of the benchmarks: dropout, NMS and renormalization; gate and phrases come beside it."""
     from ..program import Program, Refinement, SalienceDropout
 
@@ -96,7 +96,7 @@ def _op_table(
             shares = [f"{took[x] / sdpa:.2f}" for x in took]
             table.add_row(
                 name,
-                str(layer.heads),
+                str(layer.num_heads),
                 f"{layer.height}x{layer.width}",
                 str(layer.head_dim),
                 f"{1e3 * sdpa:.3f}",
@@ -109,7 +109,7 @@ def _op_table(
 
 
 def _time_op(
-    layer: Layer, dtype: Any, batch: int, device: str, backend: str, content: int, compiled: bool, seconds: float
+    layer: LayerShape, dtype: Any, batch: int, device: str, backend: str, content: int, compiled: bool, seconds: float
 ) -> dict[str, float]:
     import torch
 
@@ -117,13 +117,13 @@ def _time_op(
     from ..measure.timing import alternate
     from ..program import Program
 
-    h, m, d = layer.heads, layer.pixels, layer.head_dim
+    h, m, d = layer.num_heads, layer.pixels, layer.head_dim
     query, key, value = (torch.randn(batch, h, s, d, device=device).to(dtype) for s in (m, 77, 77))
     side: dict[str, Any] = {"batch": batch, "heads_count": h, "tokens": 77, "device": query.device}
     text = text_side(batch, 77, content, device)
-    full = prepare(FULL(), **side, **text, backend=backend)
+    full = prepare(full_program(), **side, **text, backend=backend)
     empty = prepare(Program(), **side, backend=backend)
-    reference = prepare(FULL(), **side, **text, backend="reference")
+    reference = prepare(full_program(), **side, **text, backend="reference")
     contestants: dict[str, Any] = {
         "sdpa": lambda: torch.nn.functional.scaled_dot_product_attention(query, key, value),
         "empty": lambda: empty(query, key, value),
@@ -149,21 +149,21 @@ def _step_table(name: str, dtype: Any, batch: int, device: str, backend: str, co
 
     console = Console()
     with console.status(f"Building the {name} UNet, random weights"):
-        unet = build_unet(name, dtype, device)
+        unet = build_random_unet(name, dtype, device)
     inputs = random_inputs(UNET_CONFIGS[name], batch, dtype, device)
     text = {key: x for key, x in text_side(batch, 77, content, device).items()}
-    ours = twin_of(unet)
-    apply(ours, FULL(), **text, backend=backend)
+    patched = twin_of(unet)
+    apply(patched, full_program(), **text, backend=backend)
 
     def run_stock() -> None:
         unet(**inputs)
 
-    def run_ours() -> None:
-        ours(**inputs)
+    def run_patched() -> None:
+        patched(**inputs)
 
     with torch.no_grad(), console.status(f"Timing a step of {name}"):
-        took = alternate({"stock": run_stock, "full": run_ours}, seconds=seconds, least=3)
-        peak = {"stock": peak_mib(run_stock, device), "full": peak_mib(run_ours, device)}
+        took = alternate({"stock": run_stock, "full": run_patched}, seconds=seconds, least=3)
+        peak = {"stock": peak_mib(run_stock, device), "full": peak_mib(run_patched, device)}
     table = Table(title=f"A step of the {name} UNet, batch {batch}, random weights")
     for column in ("attention", "ms", "share of stock", "peak MiB of tensors"):
         table.add_column(column, justify="left" if column == "attention" else "right")
@@ -177,7 +177,6 @@ def _print_ground(torch: Any, device: str) -> None:
     from ..backend import cpu
     from .doctor import processor_name
 
-    where = torch.cuda.get_device_name() if device.startswith("cuda") else processor_name()
-    print(
-        f"{where}; torch {torch.__version__}, {torch.get_num_threads()} threads; core: {cpu.info().get('isa', 'none')}"
-    )
+    hardware = torch.cuda.get_device_name() if device.startswith("cuda") else processor_name()
+    isa = cpu.info().get("isa", "none")
+    print(f"{hardware}; torch {torch.__version__}, {torch.get_num_threads()} threads; core: {isa}")

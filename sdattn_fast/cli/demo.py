@@ -16,7 +16,7 @@ import typer
 
 from ..lab.pipeline import GUIDANCE, STEPS
 from ..prompts import Prompt, words_to_find
-from .report import Cost, Pictures, write_report
+from .demo_page import Cost, Pictures, write_demo_page
 
 __all__ = ["demo"]
 
@@ -55,12 +55,12 @@ def demo(
         measuring = progress.add_task("Measuring", total=2)
         rows = _measure(pipe, prompts[0], lambda: progress.update(measuring, advance=1))
         writing = progress.add_task("Writing the page", total=1)
-        page = write_report(out, drawn, rows, _ground(), str(semantics()))
+        page = write_demo_page(out, drawn, rows, _ground(), str(semantics()))
         progress.update(writing, advance=1)
 
     _print_table(console, rows)
-    for one in drawn:
-        console.print(f"[bold]{one.prompt}[/bold]\n  empty program against stock: {one.empty_difference}")
+    for pictures in drawn:
+        console.print(f"[bold]{pictures.prompt}[/bold]\n  empty program against stock: {pictures.empty_difference}")
     console.print(f"\nOpen {page}   ({time.perf_counter() - started:.0f} s)")
 
 

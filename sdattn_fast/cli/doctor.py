@@ -74,8 +74,8 @@ def backend_rows() -> list[tuple[str, str, str]]:
         several = count > 1 and name in ("triton", "cuda")
         for device in [torch.device("cuda", index) for index in range(count)] if several else [None]:
             reason = unavailable(name, device)
-            what = name if device is None else f"{name} on GPU {device.index}"
-            rows.append((what, "yes" if reason is None else "no", reason or remark(name, device) or ""))
+            label = name if device is None else f"{name} on GPU {device.index}"
+            rows.append((label, "yes" if reason is None else "no", reason or remark(name, device) or ""))
     return rows
 
 
@@ -84,8 +84,8 @@ def _print_folds(console: Any, model: str, dtype: str, batch: int) -> None:
     from rich.table import Table
 
     from .folds import fold_table
-    from .generate import load_pipeline
-    from .registry import UNET_CONFIGS, build_unet, random_inputs
+    from .generate import pipeline_of
+    from .registry import UNET_CONFIGS, build_random_unet, random_inputs
 
     if dtype not in ("float32", "bfloat16"):
         raise typer.BadParameter(f"expected float32 or bfloat16, got {dtype!r}", param_hint="--dtype")
@@ -93,21 +93,21 @@ def _print_folds(console: Any, model: str, dtype: str, batch: int) -> None:
         raise typer.BadParameter(f"expected at least 1, got {batch}", param_hint="--batch")
     kind = getattr(torch, dtype)
     with console.status(f"Loading {model}, and running it once"):
-        unet = build_unet(model, kind) if model in UNET_CONFIGS else load_pipeline(model, "cpu", dtype).unet
+        unet = build_random_unet(model, kind) if model in UNET_CONFIGS else pipeline_of(model, "cpu", dtype).unet
         rows = fold_table(unet, random_inputs(unet.config, batch, kind))
     table = Table(title=f"{model}, batch {batch}, {dtype}: projections folded into the text; ms measured (expected)")
     for column in ("layers", "pixels", "channels", "heads", "folded", "ms", "not folded", "MB each"):
         table.add_column(column, justify="left" if column == "folded" else "right")
     for row in rows:
         ms = [_against(row.measured, row.expected.get(row.kind)), _against(row.unfolded, row.expected.get("none"))]
-        numbers = (len(row.names), row.pixels, row.channels, row.heads)
-        table.add_row(*map(str, numbers), row.kind, *ms, f"{row.kept / 1e6:.1f}")
+        numbers = (len(row.names), row.pixels, row.channels, row.num_heads)
+        table.add_row(*map(str, numbers), row.kind, *ms, f"{row.cached_bytes / 1e6:.1f}")
     console.print(table)
     took = 1e3 * sum(len(row.names) * row.measured for row in rows)
     unfolded = 1e3 * sum(len(row.names) * row.unfolded for row in rows)
-    kept = sum(len(row.names) * row.kept for row in rows) / 1e6
+    megabytes = sum(len(row.names) * row.cached_bytes for row in rows) / 1e6
     console.print(
-        f"A step's cross-attention: {took:.1f} ms, {unfolded:.1f} with fold='never'; {kept:.0f} MB per prompt"
+        f"A step's cross-attention: {took:.1f} ms, {unfolded:.1f} with fold='never'; {megabytes:.0f} MB per prompt"
     )
 
 

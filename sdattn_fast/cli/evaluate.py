@@ -69,7 +69,7 @@ def evaluate(
     from ..patching.words import tokenizer_of
     from ..prompts import read_prompts, report_truncation
     from .doctor import processor_name
-    from .generate import load_pipeline
+    from .generate import pipeline_of
     from .heads import clip_of
 
     for name, value, least in (("--pictures", pictures, 2), ("--batch", batch, 1)):
@@ -98,7 +98,7 @@ def evaluate(
     program = None if tuned is None else ProgramFile.load(tuned)
     state = _processes(device)
     console = Console(quiet=not state.is_main_process)
-    pipe = load_pipeline(model, _device(device, state), dtype)
+    pipe = pipeline_of(model, _device(device, state), dtype)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae):
         part.requires_grad_(False)

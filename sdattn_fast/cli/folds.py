@@ -13,17 +13,17 @@ __all__ = ["FoldRow", "fold_table"]
 @dataclass(frozen=True)
 class FoldRow:
     """Layers of one shape. kind: what was folded, one of fold.KINDS. expected: seconds of a call, by kind. measured:
-    seconds of a call as chosen, unfolded: with fold="never". kept: bytes that a prompt keeps in each layer."""
+    seconds of a call as chosen, unfolded: with fold="never". cached_bytes: what a prompt keeps in each layer."""
 
     names: list[str]
     pixels: int
     channels: int
-    heads: int
+    num_heads: int
     kind: str
     expected: dict[str, float]
     measured: float
     unfolded: float
-    kept: int
+    cached_bytes: int
 
 
 def fold_table(unet: Any, inputs: dict[str, Any], **keywords: Any) -> list[FoldRow]:
@@ -51,7 +51,7 @@ def _rows(unet: Any, inputs: dict[str, Any], keywords: dict[str, Any]) -> list[F
         unet(**inputs)
         for handle in handles:
             handle.remove()
-        return [_row(*one) for one in seen.values()]
+        return [_row(*entry) for entry in seen.values()]
 
 
 def _look(layer: Any, seen: dict[tuple[Any, ...], tuple[Any, Any, Any, list[str]]]) -> Any:
@@ -69,12 +69,12 @@ def _row(layer: Any, x: Any, text: Any, names: list[str]) -> FoldRow:
 
     attn = layer.attn
     took = alternate({"ours": lambda: attn(x, text)}, seconds=0.3)["ours"]
-    kind, expected, kept = "none", {}, 0
+    kind, expected, cached_bytes = "none", {}, 0
     entry = layer.text.cached.latest(attn)
     if entry is not None:
         kind = next(iter(entry.folds), "none")
         shape = shape_of(attn, entry.key, x, entry.prepared)
         expected = {k: seconds_of(shape, k) for k in KINDS}
-        kept = sum(t.numel() * t.element_size() for t in entry.tensors())
+        cached_bytes = sum(t.numel() * t.element_size() for t in entry.tensors())
     pixels = x.shape[1] if x.dim() == 3 else x.shape[2] * x.shape[3]
-    return FoldRow(names, pixels, int(attn.inner_dim), int(attn.heads), kind, expected, took, took, kept)
+    return FoldRow(names, pixels, int(attn.inner_dim), int(attn.heads), kind, expected, took, took, cached_bytes)

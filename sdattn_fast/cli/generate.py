@@ -20,7 +20,7 @@ from .options import (
     sampling_options,
 )
 
-__all__ = ["generate", "load_pipeline"]
+__all__ = ["generate", "pipeline_of"]
 
 
 def generate(
@@ -89,42 +89,41 @@ def generate(
         raise typer.BadParameter(f"expected 0 <= seed < 2**63, got {seed}", param_hint="--seed")
     if out.is_dir():
         raise typer.BadParameter(f"expected a file to write, got the folder {out}", param_hint="--out")
-    pipe = load_pipeline(model, device, dtype)
+    pipe = pipeline_of(model, device, dtype)
     if lora is not None:
         try:
             with quiet_loading():
                 pipe.load_lora_weights(lora)
         except Exception as error:  # of diffusers, peft, safetensors, or whatever speaks with the hub
             raise ValueError(f"lora: expected a folder or hub id of a LoRA, got {lora!r}: {error}") from error
-    asked: dict[str, Any] = {"prompt": prompt, "negative_prompt": negative_prompt, "height": height, "width": width}
-    asked = {key: x for key, x in asked.items() if x is not None}
-    asked |= sampling_options(model, num_inference_steps, guidance_scale)
+    options = {"prompt": prompt, "negative_prompt": negative_prompt, "height": height, "width": width}
+    call_kwargs: dict[str, Any] = {key: x for key, x in options.items() if x is not None}
+    call_kwargs |= sampling_options(model, num_inference_steps, guidance_scale)
 
     # The stock picture is what the pipeline gives without the file; an option on the command line holds for both.
-    tuned = dict(asked)
+    tuned = dict(call_kwargs)
     if num_inference_steps is None and file.num_inference_steps is not None:
         tuned["num_inference_steps"] = file.num_inference_steps
     if guidance_scale is None and file.guidance_scale is not None:
         tuned["guidance_scale"] = file.guidance_scale
 
-    def draw(asked: dict[str, Any]) -> Any:
-        return pipe(**asked, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
+    def draw(call_kwargs: dict[str, Any]) -> Any:
+        return pipe(**call_kwargs, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
 
     if compare:
-        _save(draw(asked), out.with_name(f"{out.stem}.stock{out.suffix or '.png'}"))
+        _save(draw(call_kwargs), out.with_name(f"{out.stem}.stock{out.suffix or '.png'}"))
     with apply(pipe, file, recipe=recipe, seed=seed, backend=backend):
         _save(draw(tuned), out if out.suffix else out.with_suffix(".png"))
 
 
-def load_pipeline(model: str, device: str | None = None, dtype: str | None = None) -> Any:
+def pipeline_of(model: str, device: str | None = None, dtype: str | None = None) -> Any:
     """`DiffusionPipeline.from_pretrained` on a folder or hub id, or one of the lab's pipelines.
 
     Raises: ValueError for a dtype, device or folder that is not there; OSError, from diffusers, for other models.
     """
     import torch
 
-    from ..lab.pipeline import WORLDS
-    from ..lab.pipeline import load_pipeline as load_world
+    from ..lab.pipeline import WORLDS, load_pipeline
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
@@ -136,15 +135,15 @@ def load_pipeline(model: str, device: str | None = None, dtype: str | None = Non
     if Path(model).is_absolute() and not Path(model).is_dir():
         raise ValueError(f"model: expected a folder, a hub id or 'shapes', and there is no folder {model}")
     if model in WORLDS:
-        return load_world(kind, world=model).to(device)
+        return load_pipeline(kind, world=model).to(device)
     try:
         import diffusers
         from packaging.version import Version
     except ImportError as error:
         raise ImportError("generate needs diffusers: pip install 'sdattn-fast[diffusers]'") from error
     new = Version(diffusers.__version__) >= Version("0.42.0")
-    asked: dict[str, Any] = {"dtype" if new else "torch_dtype": kind, "use_safetensors": True}
-    return diffusers.DiffusionPipeline.from_pretrained(model, **asked).to(device)
+    load_options: dict[str, Any] = {"dtype" if new else "torch_dtype": kind, "use_safetensors": True}
+    return diffusers.DiffusionPipeline.from_pretrained(model, **load_options).to(device)
 
 
 def _save(picture: Any, path: Path) -> None:

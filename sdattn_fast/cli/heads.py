@@ -58,7 +58,7 @@ def heads(
     from ..patching.words import tokenizer_of, words_of
     from ..prompts import Prompt, read_prompts, report_truncation, words_to_find
     from ..tuning import clip_score, iou_score, observe, rank_heads
-    from .generate import load_pipeline
+    from .generate import pipeline_of
 
     if score not in ("auto", "masks", "clip"):
         raise typer.BadParameter(f"expected auto, masks or clip, got {score!r}", param_hint="--score")
@@ -71,20 +71,20 @@ def heads(
     shapes = model == "shapes"
     if prompts is None and not shapes:
         raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint="--prompts")
-    asked = read_prompts(prompts) if prompts else [Prompt(caption) for caption in selection_captions(32)]
+    chosen_prompts = read_prompts(prompts) if prompts else [Prompt(caption) for caption in selection_captions(32)]
     by_masks = score == "masks" or (score == "auto" and shapes)
-    if by_masks and not any(objects_of(p.text) for p in asked):
+    if by_masks and not any(objects_of(p.text) for p in chosen_prompts):
         raise typer.BadParameter("expected captions of the shapes world, such as 'a red circle', for masks",
                                  param_hint="--prompts")  # fmt: skip
     console = Console()
-    pipe = load_pipeline(model, device, dtype)
+    pipe = pipeline_of(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
-    texts = [p.text for p in asked]
+    texts = [p.text for p in chosen_prompts]
     words = [
         words_of_objects(p.text)
         if by_masks or (shapes and p.words is None and objects_of(p.text))
         else words_to_find(p, list(words_of(tokenizer_of(pipe), p.text)))
-        for p in asked
+        for p in chosen_prompts
     ]  # fmt: skip
     if not any(words):
         raise typer.BadParameter("expected words that name something in at least one prompt", param_hint="--prompts")
@@ -92,7 +92,7 @@ def heads(
     if by_masks:
         judge, measure = iou_score(shapes_truth(texts)), "mask IoU"
     else:
-        named = (lambda one: phrases_of(texts[one.prompt])[: len(one.words)]) if shapes else None
+        named = (lambda seen: phrases_of(texts[seen.prompt])[: len(seen.words)]) if shapes else None
         judge, measure = clip_score(clip_of(model, clip, pipe.device), named), "CLIP of masked pictures"
 
     seen = []
@@ -101,11 +101,11 @@ def heads(
         Progress(console=console, disable=not console.is_terminal) as progress,
     ):
         task = progress.add_task("Drawing", total=len(texts))
-        for one in observe(pipe, texts, words, seed=seed, batch=batch, layers=layers, **options):
-            seen.append(one)
-            progress.update(task, completed=one.prompt + 1)
-    held_back = [one for one in seen if len(texts) >= 2 * _HELD_BACK and one.prompt % _HELD_BACK == _HELD_BACK - 1]
-    chosen_on = [one for one in seen if one not in held_back]  # by identity
+        for observation in observe(pipe, texts, words, seed=seed, batch=batch, layers=layers, **options):
+            seen.append(observation)
+            progress.update(task, completed=observation.prompt + 1)
+    held_back = [x for x in seen if len(texts) >= 2 * _HELD_BACK and x.prompt % _HELD_BACK == _HELD_BACK - 1]
+    chosen_on = [x for x in seen if x not in held_back]  # by identity
     ranking = rank_heads(chosen_on, judge, measure)
     best = ranking.best(count)
     notes = {"model": model, "prompts": len(chosen_on), "seed": seed, **options}
@@ -152,8 +152,8 @@ def _effective(held_back: Sequence[Any], best: Any, judge: Any, measure: str) ->
     chosen, whole = (float(rows[name].nanmean()) for name in ("chosen", "all"))
     if chosen != chosen or whole != whole:
         return {}
-    found = {"held back": {"prompts": len(held_back), "chosen": chosen, "all": whole}}
-    return {**found, "effective attention": chosen / whole - 1} if measure == "mask IoU" and whole > 0 else found
+    notes = {"held back": {"prompts": len(held_back), "chosen": chosen, "all": whole}}
+    return {**notes, "effective attention": chosen / whole - 1} if measure == "mask IoU" and whole > 0 else notes
 
 
 def _show(console: Any, ranking: Any, best: dict[str, list[int]], measure: str, held_back: int) -> None:
@@ -168,10 +168,10 @@ def _show(console: Any, ranking: Any, best: dict[str, list[int]], measure: str, 
     console.print(table)
     notes = ranking.notes
     if "held back" in notes:
-        found = notes["held back"]
+        scores = notes["held back"]
         console.print(
-            f"On {held_back} prompts kept from the choice: {measure} {found['chosen']:.3f} of the chosen heads' map, "
-            f"{found['all']:.3f} of all heads'"
+            f"On {held_back} prompts kept from the choice: {measure} {scores['chosen']:.3f} of the chosen heads' map, "
+            f"{scores['all']:.3f} of all heads'"
         )
     if "effective attention" in notes:
         console.print(f"Effective attention: {100 * notes['effective attention']:+.1f} %")

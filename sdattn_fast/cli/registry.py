@@ -8,17 +8,17 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Layer", "UNET_LAYERS", "UNET_CONFIGS", "build_unet", "random_inputs", "twin_of"]
+__all__ = ["LayerShape", "UNET_CONFIGS", "UNET_LAYERS", "build_random_unet", "random_inputs", "twin_of"]
 
 
 @dataclass(frozen=True)
-class Layer:
+class LayerShape:
     """One kind of cross-attention layer: how many there are, the grid they see, and their heads."""
 
     count: int
     height: int
     width: int
-    heads: int
+    num_heads: int
     head_dim: int
 
     @property
@@ -26,22 +26,22 @@ class Layer:
         return self.height * self.width
 
 
-UNET_LAYERS: dict[str, tuple[Layer, ...]] = {
+UNET_LAYERS: dict[str, tuple[LayerShape, ...]] = {
     "sd15": (
-        Layer(5, 64, 64, 8, 40),
-        Layer(5, 32, 32, 8, 80),
-        Layer(5, 16, 16, 8, 160),
-        Layer(1, 8, 8, 8, 160),
+        LayerShape(5, 64, 64, 8, 40),
+        LayerShape(5, 32, 32, 8, 80),
+        LayerShape(5, 16, 16, 8, 160),
+        LayerShape(1, 8, 8, 8, 160),
     ),
     "sd21": (
-        Layer(5, 96, 96, 5, 64),
-        Layer(5, 48, 48, 10, 64),
-        Layer(5, 24, 24, 20, 64),
-        Layer(1, 12, 12, 20, 64),
+        LayerShape(5, 96, 96, 5, 64),
+        LayerShape(5, 48, 48, 10, 64),
+        LayerShape(5, 24, 24, 20, 64),
+        LayerShape(1, 12, 12, 20, 64),
     ),
     "sdxl": (
-        Layer(10, 64, 64, 10, 64),
-        Layer(60, 32, 32, 20, 64),
+        LayerShape(10, 64, 64, 10, 64),
+        LayerShape(60, 32, 32, 20, 64),
     ),
 }
 
@@ -76,7 +76,7 @@ UNET_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def build_unet(name: str, dtype: Any = None, device: Any = "cpu") -> Any:
+def build_random_unet(name: str, dtype: Any = None, device: Any = "cpu") -> Any:
     """The UNet of that name, true geometry, random weights, in eval mode. Needs diffusers."""
     import torch
     from diffusers import UNet2DConditionModel

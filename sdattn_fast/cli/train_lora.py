@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from .generate import load_pipeline
+from .generate import pipeline_of
 from .options import DropoutAxis, DropoutMode, Ratio
 
 __all__ = ["train_lora"]
@@ -62,7 +62,7 @@ def train_lora(
         size=None if size is None else (size, size), flip=flip, empty_captions=empty_captions, seed=seed,
         dropout_when=_when(dropout_when), precision=precision, gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
-    pipe = load_pipeline(model, device, {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32"))
+    pipe = pipeline_of(model, device, {"bf16": "bfloat16", "fp16": "float16"}.get(precision, "float32"))
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     main = PartialState(cpu=device == "cpu").is_main_process
     with Progress(*columns, disable=not main) as progress:
@@ -80,14 +80,14 @@ def train_lora(
     print(f"draw with it: sdattn-fast generate --model {model} --lora {out} --prompt ...")
 
 
-def _when(said: str) -> str | dict[int, float]:
-    if ":" not in said:
-        return said
+def _when(text: str) -> str | dict[int, float]:
+    if ":" not in text:
+        return text
     try:
-        return {int(step): float(ratio) for step, ratio in (point.split(":") for point in said.split(","))}
+        return {int(step): float(ratio) for step, ratio in (point.split(":") for point in text.split(","))}
     except ValueError:
         raise typer.BadParameter(
-            f"expected training, always, or step:ratio,step:ratio, got {said!r}", param_hint="--dropout-when"
+            f"expected training, always, or step:ratio,step:ratio, got {text!r}", param_hint="--dropout-when"
         ) from None
 
 

@@ -70,7 +70,7 @@ def tune(
     from ..tuning.reward import Reward, compare
     from ..tuning.search_space import SearchSpace
     from ..tuning.study import best_program, draw_plots, open_study, shortlisted
-    from .generate import load_pipeline
+    from .generate import pipeline_of
     from .heads import clip_of, clip_source
 
     counts = {"--trials": trials, "--pictures": pictures, "--report-pictures": report_pictures, "--seeds": seeds,
@@ -83,8 +83,8 @@ def tune(
     if out.exists() and not out.is_dir():
         raise typer.BadParameter(f"expected a folder, got the file {out}", param_hint="--out")
     shapes = model == "shapes"
-    for name, given in (("--prompts", prompts), ("--report-prompts", report_prompts)):
-        if given is None and not shapes:
+    for name, path in (("--prompts", prompts), ("--report-prompts", report_prompts)):
+        if path is None and not shapes:
             raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint=name)
     from ..lab.shapes.captions import held_out_captions, objects_of, selection_captions
     from ..lab.shapes.judge import bound_objects
@@ -103,7 +103,7 @@ def tune(
     searched = SearchSpace() if space is None else SearchSpace.load(space)
     ranking = None if heads is None else HeadRanking.load(heads)
     console = Console()
-    pipe = load_pipeline(model, device, dtype)
+    pipe = pipeline_of(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     scorer = clip_of(model, clip, pipe.device)
     options = sampling_options(model, num_inference_steps, guidance_scale)
@@ -119,16 +119,16 @@ def tune(
     elif shapes and all(map(objects_of, [*chosen_on, *reported])):
         judged_by, judging = "detector: objects bound", bound_objects
 
-    found = open_study(
+    opened = open_study(
         storage or out / "study.db", reward, searched, name=study, model=model, ranking=ranking, heartbeat=heartbeat
     )
     with report_truncation(tokenizer_of(pipe), [*chosen_on, *reported], console):
-        _run(console, found, reward, searched, trials, ranking)
+        _run(console, opened, reward, searched, trials, ranking)
         if judging is None:
-            file = best_program(found, searched, reward, ranking)
+            file = best_program(opened, searched, reward, ranking)
             rows: list[dict[str, Any]] = []
         else:
-            rows = shortlisted(found, searched, reward, judging, ranking, length=shortlist)
+            rows = shortlisted(opened, searched, reward, judging, ranking, length=shortlist)
             file = rows[0]["file"]
             for row in rows:
                 console.print(f"trial {row['trial']}: reward {row['reward']:.4f}, {judged_by} {row['judge']:.4f}")
@@ -141,7 +141,7 @@ def tune(
     replace(file, notes=notes).save(out / "program.json")
     shortlist_of = [{key: x for key, x in row.items() if key != "file"} for row in rows]
     write_json(out / "report.json", "sdattn-fast report", {**notes, "shortlist": shortlist_of})
-    plots = draw_plots(found, out)
+    plots = draw_plots(opened, out)
     _show(console, file, figures, judged_by)
     print(f"wrote {out / 'program.json'}, {out / 'report.json'} and {len(plots)} plots")
 
@@ -156,7 +156,7 @@ def _run(console: Any, study: Any, reward: Any, space: Any, trials: int, ranking
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         task = progress.add_task("Trials", total=trials)
 
-        def said(study: Any, trial: Any) -> None:
+        def report_trial(study: Any, trial: Any) -> None:
             states = [t.state.name for t in study.get_trials(deepcopy=False)]
             done = sum(state in ended for state in states)
             value = f"{trial.value:.4f}" if trial.state.name == "COMPLETE" else trial.state.name.lower()
@@ -165,7 +165,7 @@ def _run(console: Any, study: Any, reward: Any, space: Any, trials: int, ranking
             if not console.is_terminal:
                 print(f"{done} of {trials}: trial {trial.number} {value}, best {best}", flush=True)
 
-        run_trials(study, reward, space, trials, ranking=ranking, callbacks=(said,))
+        run_trials(study, reward, space, trials, ranking=ranking, callbacks=(report_trial,))
 
 
 def _show(console: Any, file: Any, figures: dict[str, dict[str, Any]], judged_by: str) -> None:

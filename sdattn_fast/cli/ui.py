@@ -26,7 +26,7 @@ def ui(
 ) -> None:
     """Serve a page that draws a prompt with and without a program, with controls for each technique and heat maps."""
     from ..measure.memory import peak_mib
-    from .generate import load_pipeline
+    from .generate import pipeline_of
     from .heads import clip_of, clip_source
 
     if not 0 < port < 65536:
@@ -35,7 +35,7 @@ def ui(
         from ..ui.page import LAUNCH, ServedPipeline, page
     except ModuleNotFoundError as error:
         raise ImportError(f"ui needs gradio: pip install 'sdattn-fast[ui]' ({error})") from None
-    pipe = load_pipeline(model, device, dtype)
+    pipe = pipeline_of(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     missing = [name for name in ("unet", "vae", "tokenizer") if getattr(pipe, name, None) is None]
     if missing:

@@ -51,12 +51,12 @@ def test_what_is_off_is_said():
 
 def test_results_do_not_say_where_things_lie():
     without_paths = importlib.import_module("on_gpu.record").without_paths
-    for text, kept in (
+    for text, shortened in (
         ("FAILED ../../../a/b/tests/interpreted_rows.py::test[1-2]", "FAILED interpreted_rows.py::test[1-2]"),
         ('File "/a/b/c.py", line 3', 'File "c.py", line 3'), ("(/usr/bin/python3.12)", "(python3.12)"),
         ("https://a.org/b/c", "https://a.org/b/c"), ("of a/b.py", "of a/b.py"), ("1 / 3, /x", "1 / 3, /x"),
     ):  # fmt: skip
-        assert without_paths(text) == kept
+        assert without_paths(text) == shortened
     for file in (FOLDER / "results").iterdir():
         assert without_paths(file.read_text()) == file.read_text(), file.name
 
@@ -80,10 +80,10 @@ def test_contestants_agree_where_there_is_no_gpu(monkeypatch):
         monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
     untimed = {}
     tensors = programs.inputs("sd15-8x8", 2, torch.float32)
-    found = {c.name: c for c in contestants.others("sd15-8x8", tensors, untimed)}
-    assert {"sdpa", "attend-and-excite", "hooks"} <= set(found) and not untimed
+    by_name = {c.name: c for c in contestants.others("sd15-8x8", tensors, untimed)}
+    assert {"sdpa", "attend-and-excite", "hooks"} <= set(by_name) and not untimed
     for name in ("sdpa", "attend-and-excite", "hooks"):
-        assert off(found[name].call(), found[name].exact()) is None
+        assert off(by_name[name].call(), by_name[name].exact()) is None
 
 
 def run(device="Card", dry_run=False):

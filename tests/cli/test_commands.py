@@ -88,9 +88,9 @@ def test_generate_writes_the_picture_and_the_stock_one_beside_it(run, tmp_path):
         "--dropout-ratio", "0.4", "--threshold", "0.2", "--sigma", "0.5", "--renormalize", "content",
     )  # fmt: skip
     assert code == 0
-    ours, stock = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "a.stock.png")
-    assert ours.size == stock.size == (64, 64)
-    assert ours.tobytes() != stock.tobytes()
+    patched, stock = Image.open(tmp_path / "a.png"), Image.open(tmp_path / "a.stock.png")
+    assert patched.size == stock.size == (64, 64)
+    assert patched.tobytes() != stock.tobytes()
     assert str(tmp_path / "a.png") in out
 
 
@@ -98,27 +98,27 @@ def test_generate_takes_a_program_file(run, tmp_path):
     from sdattn_fast import Program, SalienceDropout
     from sdattn_fast.files import ProgramFile
 
-    file, asked = tmp_path / "program.json", ["generate", "--prompt", "a large red circle", "--out"]
+    file, arguments = tmp_path / "program.json", ["generate", "--prompt", "a large red circle", "--out"]
     ProgramFile(Program(SalienceDropout(0.4)), guidance_scale=2.0, num_inference_steps=2).save(file)
     one, two = tmp_path / "one.png", tmp_path / "two.png"
-    assert run(*asked, str(one), "--program", str(file))[0] == 0
-    assert run(*asked, str(two), "--dropout-ratio", "0.4", "--guidance-scale", "2", "--steps", "2")[0] == 0
+    assert run(*arguments, str(one), "--program", str(file))[0] == 0
+    assert run(*arguments, str(two), "--dropout-ratio", "0.4", "--guidance-scale", "2", "--steps", "2")[0] == 0
     assert Image.open(one).tobytes() == Image.open(two).tobytes()
-    code, _, err = run(*asked, str(one), "--program", str(file), "--sigma", "1")
+    code, _, err = run(*arguments, str(one), "--program", str(file), "--sigma", "1")
     assert code == 2 and "--program: expected a file or options" in err
-    code, _, err = run(*asked, str(one), "--program", str(tmp_path / "none.json"))
+    code, _, err = run(*arguments, str(one), "--program", str(tmp_path / "none.json"))
     assert code == 2 and "none.json" in err
 
 
 def test_generate_loads_a_pipeline_from_a_folder(run, tmp_path):
     from sdattn_fast.lab import shapes_path
 
-    where = tmp_path / "b.png"
+    picture = tmp_path / "b.png"
     code, _, _ = run(
-        "generate", "--model", str(shapes_path()), "--prompt", "a star", "--steps", "1", "--out", str(where)
+        "generate", "--model", str(shapes_path()), "--prompt", "a star", "--steps", "1", "--out", str(picture)
     )
     assert code == 0
-    assert Image.open(where).size == (64, 64)
+    assert Image.open(picture).size == (64, 64)
 
 
 @pytest.mark.parametrize(
@@ -168,15 +168,17 @@ def test_a_lora_is_trained_and_drawn_with(run, tmp_path):
     from sdattn_fast.studies.lora import write_scenes
 
     write_scenes(tmp_path / "data", 3)
-    asked = ("train-lora", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "lora"), "--batch", "1")
-    code, out, _ = run(*asked, "--steps", "2", "--rank", "2", "--dropout-ratio", "0.3", "--dropout-when", "0:0,9:0.3")
+    arguments = ("train-lora", "--data", str(tmp_path / "data"), "--out", str(tmp_path / "lora"), "--batch", "1")
+    code, out, _ = run(
+        *arguments, "--steps", "2", "--rank", "2", "--dropout-ratio", "0.3", "--dropout-when", "0:0,9:0.3"
+    )
     assert code == 0 and f"--lora {tmp_path / 'lora'}" in " ".join(out.split())
     picture = tmp_path / "picture.png"
     code, _, _ = run(
         "generate", "--prompt", "a red star", "--steps", "1", "--lora", str(tmp_path / "lora"), "--out", str(picture)
     )
     assert code == 0 and Image.open(picture).size == (64, 64)
-    code, _, err = run(*asked, "--dropout-ratio", "0.3", "--dropout-when", "0:x")
+    code, _, err = run(*arguments, "--dropout-ratio", "0.3", "--dropout-when", "0:x")
     assert code == 2 and "step:ratio" in err and err.count("\n") == 1
     code, _, err = run("generate", "--prompt", "a", "--lora", str(tmp_path / "data"))
     assert (

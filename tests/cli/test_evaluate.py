@@ -41,15 +41,15 @@ def one_thread():
 
 
 def test_the_shapes_world(run, tmp_path: Path) -> None:
-    asked = ("--pictures", "3", "--batch", "2", "--steps", "2", "--folder", str(tmp_path), "--no-cost")
-    code, out, _ = run(*asked, "--only", "gate, amplify", "--only", "tuned")
+    arguments = ("--pictures", "3", "--batch", "2", "--steps", "2", "--folder", str(tmp_path), "--no-cost")
+    code, out, _ = run(*arguments, "--only", "gate, amplify", "--only", "tuned")
     assert code == 0
     assert "tuned: not drawn, no tuned" in out and "calibrated" in out and "gate, amplify" in out
     threshold = json.loads((tmp_path / "threshold.json").read_text())["threshold"]
     assert -1 < threshold < 1 and (tmp_path / "evaluation.html").exists()
     # What is drawn stays, what is new is added.
     batches = {p: p.stat().st_mtime_ns for p in (tmp_path / "batches").rglob("*.json")}
-    code, out, _ = run(*asked, "--only", "dropout", "--threshold", str(threshold))
+    code, out, _ = run(*arguments, "--only", "dropout", "--threshold", str(threshold))
     assert code == 0 and len(batches) == 4
     assert all(p.stat().st_mtime_ns == at for p, at in batches.items())
     summary = json.loads((tmp_path / "summary.json").read_text())
@@ -79,45 +79,57 @@ def test_a_model_and_prompts_of_ones_own(run, tmp_path: Path, build: Callable[[s
     prompts.write_text(
         f"run quickly\n\u7eff\u8272\u7684\u5706\u5708\n{'a [big] car [/big] ' * 25}\n", encoding="utf-8-sig"
     )
-    asked = ("--model", str(tmp_path / "model"), "--clip", "shapes", "--steps", "2", "--batch", "2", "--no-cost",
+    arguments = ("--model", str(tmp_path / "model"), "--clip", "shapes", "--steps", "2", "--batch", "2", "--no-cost",
              "--folder", str(tmp_path / "out"), "--only", "structure", "--only", "gate, soft",
              "--only", "phrases, all words", "--only", "GradCAM, gradient")  # fmt: skip
-    code, out, err = run(*asked, "--prompts", str(prompts))
+    code, out, err = run(*arguments, "--prompts", str(prompts))
     assert code == 0, err
     assert "and 'a [big] car [/big] a" in out and "what is beyond is not drawn" in " ".join(out.split())
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert len(summary["measures"]) == 5 and summary["measures"]["structure"]["CLIP"]["captions"] == 3
     prompts.write_text(" \n\n")
-    code, _, err = run(*asked, "--prompts", str(prompts))
+    code, _, err = run(*arguments, "--prompts", str(prompts))
     assert code == 2 and "expected at least one prompt" in err and err.count("\n") == 1
 
 
 def test_two_processes_give_what_one_gives(run, tmp_path: Path, one_thread: None) -> None:
-    asked = ("--pictures", "3", "--batch", "1", "--steps", "1", "--no-cost", "--device", "cpu", "--only", "gate, hard")
-    assert run(*asked, "--folder", str(tmp_path / "one"))[0] == 0
+    arguments = (
+        "--pictures",
+        "3",
+        "--batch",
+        "1",
+        "--steps",
+        "1",
+        "--no-cost",
+        "--device",
+        "cpu",
+        "--only",
+        "gate, hard",
+    )
+    assert run(*arguments, "--folder", str(tmp_path / "one"))[0] == 0
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     shared = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    command = (sys.executable, "-m", "sdattn_fast.cli.evaluate", *asked, "--folder", str(tmp_path / "two"))
+    command = (sys.executable, "-m", "sdattn_fast.cli.evaluate", *arguments, "--folder", str(tmp_path / "two"))
     both = [
         subprocess.Popen(command, env={**shared, "OMP_NUM_THREADS": "1", "RANK": rank, "LOCAL_RANK": rank},
                          stdout=subprocess.PIPE, text=True)
         for rank in "01"
     ]  # fmt: skip
     try:
-        said = [process.communicate(timeout=300)[0] for process in both]
+        outputs = [process.communicate(timeout=300)[0] for process in both]
     finally:
         for process in both:
             process.kill()
     assert [process.returncode for process in both] == [0, 0]
-    drawn = [line for line in said[0].splitlines() if " of 3" in line]
-    assert len(drawn) == 3 and not said[1], "half each, and the first alone speaks"
+    drawn = [line for line in outputs[0].splitlines() if " of 3" in line]
+    assert len(drawn) == 3 and not outputs[1], "half each, and the first alone speaks"
 
     def files(folder: str) -> dict[str, bytes]:
         batches = (tmp_path / folder / "batches").rglob("*.json")
-        found = [*batches, tmp_path / folder / "threshold.json", tmp_path / folder / "summary.json"]
-        return {str(path.relative_to(tmp_path / folder)): path.read_bytes() for path in found}
+        files = [*batches, tmp_path / folder / "threshold.json", tmp_path / folder / "summary.json"]
+        return {str(path.relative_to(tmp_path / folder)): path.read_bytes() for path in files}
 
     assert files("two") == files("one") and len(files("one")) == 8
 

@@ -61,8 +61,8 @@ def test_heads_by_masks(run, folder):
 def test_heads_by_clip_on_prompts_of_ones_own(run, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text('a large red circle\n\n{"prompt": "a blue star and a green square", "words": ["star"]}\n')
-    asked = ("heads", "--prompts", prompts, "--steps", "1", "--score", "clip", "--count", "3")
-    code, out, err = run(*asked, "--layers", "up_blocks.*", "--out", tmp_path / "heads.json")
+    arguments = ("heads", "--prompts", prompts, "--steps", "1", "--score", "clip", "--count", "3")
+    code, out, err = run(*arguments, "--layers", "up_blocks.*", "--out", tmp_path / "heads.json")
     assert code == 0, err
     heads, notes = load_heads(tmp_path / "heads.json")
     assert sum(map(len, heads.values())) == 3 and all(layer.startswith("up_blocks") for layer in heads)
@@ -71,9 +71,9 @@ def test_heads_by_clip_on_prompts_of_ones_own(run, tmp_path):
 
 
 def test_tune_writes_a_program_that_generate_takes(run, folder):
-    asked = ("tune", "--steps", "2", "--pictures", "4", "--report-pictures", "4", "--shortlist", "2", "--batch", "4",
-             "--out", folder, "--heads", folder / "heads.json")  # fmt: skip
-    code, out, err = run(*asked, "--trials", "3")
+    arguments = ("tune", "--steps", "2", "--pictures", "4", "--report-pictures", "4", "--shortlist", "2",
+                 "--batch", "4", "--out", folder, "--heads", folder / "heads.json")  # fmt: skip
+    code, out, err = run(*arguments, "--trials", "3")
     assert code == 0, err
     assert "3 of 3: trial 2" in out and "detector: objects bound" in out
     file = ProgramFile.load(folder / "program.json")
@@ -84,9 +84,9 @@ def test_tune_writes_a_program_that_generate_takes(run, folder):
     assert 1 <= len(report["shortlist"]) <= 2
     assert {"history.png", "slices.png", "study.db"} <= {p.name for p in folder.iterdir()}
     # The same command goes on where it was.
-    code, out, err = run(*asked, "--trials", "4")
+    code, out, err = run(*arguments, "--trials", "4")
     assert code == 0 and "4 of 4: trial 3" in out and "1 of 4" not in out, err
-    code, _, err = run(*asked, "--trials", "4", "--temperature", "0.1")
+    code, _, err = run(*arguments, "--trials", "4", "--temperature", "0.1")
     assert code == 2 and "was made with another reward: temperature, 0.25 and not 0.1" in err
     code, out, err = run("generate", "--prompt", "a red star", "--program", folder / "program.json", "--steps", "1",
                          "--out", folder / "picture.png")  # fmt: skip

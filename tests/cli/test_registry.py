@@ -17,7 +17,7 @@ def test_layers(name):
         unet = UNet2DConditionModel(**UNET_CONFIGS[name])
     side = UNET_CONFIGS[name]["sample_size"]
     blocks = len(UNET_CONFIGS[name]["block_out_channels"])
-    found = Counter()
+    counts = Counter()
     for path, module in unet.named_modules():
         if not path.endswith("attn2"):
             continue
@@ -25,5 +25,5 @@ def test_layers(name):
         level = {"down_blocks": int(number) if number.isdigit() else 0, "mid_block": blocks - 1}.get(part)
         if level is None:
             level = blocks - 1 - int(number)
-        found[side // 2**level, module.heads, module.inner_dim // module.heads] += 1
-    assert found == {(layer.height, layer.heads, layer.head_dim): layer.count for layer in UNET_LAYERS[name]}
+        counts[side // 2**level, module.heads, module.inner_dim // module.heads] += 1
+    assert counts == {(layer.height, layer.num_heads, layer.head_dim): layer.count for layer in UNET_LAYERS[name]}

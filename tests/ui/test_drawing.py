@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sdattn_fast.cli.generate import load_pipeline
+from sdattn_fast.cli.generate import pipeline_of
 from sdattn_fast.ui.controls import Controls, DrawRequest
 from sdattn_fast.ui.drawing import draw_both
 from sdattn_fast.ui.script import script
@@ -138,7 +138,7 @@ def test_a_script_that_forgets_a_control_is_noticed(shapes: Any) -> None:
 def test_a_pipeline_of_ones_own(build: Any, tmp_path: Path, monkeypatch: Any) -> None:
     folder = tmp_path / "tiny"
     build("sd15").save_pretrained(folder)
-    pipe = load_pipeline(str(folder), "cpu", "bfloat16")
+    pipe = pipeline_of(str(folder), "cpu", "bfloat16")
     pipe.set_progress_bar_config(disable=True)
     draw_request = DrawRequest("a red car and a blue bench", ("a red car",), seed=1, steps=3)
     controls = Controls(fuse="all", ratio=0.3, sigma=0.5, correct="gradient", structure=True)

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..files import atomic_write
 
-__all__ = ["Cost", "Pictures", "write_report"]
+__all__ = ["Cost", "Pictures", "write_demo_page"]
 
 _ENLARGE = 3
 
@@ -40,7 +40,7 @@ class Cost:
     mebibytes: float
 
 
-def write_report(out: Path, prompts: list[Pictures], rows: list[Cost], ground: str, program: str) -> Path:
+def write_demo_page(out: Path, prompts: list[Pictures], rows: list[Cost], ground: str, program: str) -> Path:
     """Write `demo.html` and the PNGs into out; returns the page's path.
 
     Raises: OSError where out cannot be written; what was there before is then untouched.
@@ -48,17 +48,17 @@ def write_report(out: Path, prompts: list[Pictures], rows: list[Cost], ground: s
     import jinja2
 
     shown = []
-    for number, one in enumerate(prompts, start=1):
+    for number, prompt_pictures in enumerate(prompts, start=1):
         pictures = []
         for kind, caption in (
             ("stock", "stock"),
-            ("empty", f"empty program: {one.empty_difference}"),
+            ("empty", f"empty program: {prompt_pictures.empty_difference}"),
             ("semantic", "with semantics"),
         ):
-            pictures.append((caption, _png(out, f"{number}-{kind}", getattr(one, kind))))
-        heat = _heat_maps(one)
-        _write(out / f"demo-{number}-maps-{_slug(one.prompt)}.png", heat)
-        shown.append({"prompt": one.prompt, "pictures": pictures, "maps": _uri(heat)})
+            pictures.append((caption, _png(out, f"{number}-{kind}", getattr(prompt_pictures, kind))))
+        heat = _heat_maps(prompt_pictures)
+        _write(out / f"demo-{number}-maps-{_slug(prompt_pictures.prompt)}.png", heat)
+        shown.append({"prompt": prompt_pictures.prompt, "pictures": pictures, "maps": _uri(heat)})
     _write(out / "demo.png", _overview(prompts))
     template = resources.files(__package__).joinpath("demo.html.jinja").read_text()
     environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
@@ -87,11 +87,11 @@ def _overview(prompts: list[Pictures]) -> bytes:
     figure, axes = plt.subplots(len(prompts), 3, figsize=(6.4, 2.35 * len(prompts)), squeeze=False)
     for axis, label in zip(axes[0], kinds.values(), strict=True):
         axis.set_title(label, fontsize=10)
-    for line, one in zip(axes, prompts, strict=True):
+    for line, prompt_pictures in zip(axes, prompts, strict=True):
         for axis, kind in zip(line, kinds, strict=True):
-            axis.imshow(np.asarray(getattr(one, kind)))
+            axis.imshow(np.asarray(getattr(prompt_pictures, kind)))
             axis.set_axis_off()
-        line[1].text(0.5, -0.06, one.prompt, transform=line[1].transAxes, ha="center", va="top", fontsize=9)
+        line[1].text(0.5, -0.06, prompt_pictures.prompt, transform=line[1].transAxes, ha="center", va="top", fontsize=9)
     edge = 0.3 / figure.get_figheight()
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - edge, bottom=edge, wspace=0.03, hspace=0.14)
     data = io.BytesIO()
@@ -100,7 +100,7 @@ def _overview(prompts: list[Pictures]) -> bytes:
     return data.getvalue()
 
 
-def _heat_maps(one: Pictures) -> bytes:
+def _heat_maps(pictures: Pictures) -> bytes:
     """A row for the empty program, a row for the semantics; a column for each word, its map over the picture."""
     import matplotlib
 
@@ -108,11 +108,14 @@ def _heat_maps(one: Pictures) -> bytes:
     import matplotlib.pyplot as plt
     import numpy as np
 
-    words = list(one.stock_maps)
+    words = list(pictures.stock_maps)
     figure, axes = plt.subplots(2, max(len(words), 1), figsize=(1.45 * max(len(words), 1) + 0.4, 3.2), squeeze=False)
     for axis, word in zip(axes[0], words, strict=False):
         axis.set_title(word, fontsize=10)
-    lines = (("empty program", one.empty, one.stock_maps), ("semantics", one.semantic, one.semantic_maps))
+    lines = (
+        ("empty program", pictures.empty, pictures.stock_maps),
+        ("semantics", pictures.semantic, pictures.semantic_maps),
+    )
     for line, (label, picture, maps) in zip(axes, lines, strict=True):
         for axis, word in zip(line, words, strict=False):
             axis.imshow(np.asarray(picture.convert("L")), cmap="gray", vmin=0, vmax=255)
