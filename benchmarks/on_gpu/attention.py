@@ -14,7 +14,7 @@ from sdattn_fast.measure.memory import peak_mib
 
 from . import record, timing
 from .checks import off
-from .contestants import Contestant, fused, others
+from .contestants import Contestant, fused_contestants, others
 from .ground import DEVICE, LAYERS, TOKENS, NotRun, describe
 from .programs import inputs
 
@@ -28,7 +28,7 @@ def times(item: str, shape: str, batch: int, dtype: str) -> None:
     of = describe(shape, batch, kind)
     tensors = inputs(shape, batch, kind)
     untimed: dict[str, str] = {}
-    everyone = [*others(shape, tensors, untimed), *fused(shape, tensors, untimed)]
+    everyone = [*others(shape, tensors, untimed), *fused_contestants(shape, tensors, untimed)]
     calls, faults = _fit(everyone, untimed)
     for name, why in untimed.items():
         record.untimed(item, name, why, **of)

@@ -13,7 +13,7 @@ from functools import partial
 import torch
 
 from . import record
-from .ground import DEVICE, DRY, LAYERS, SHAPES, TOKENS, NotRun, text_side, why_no
+from .ground import DEVICE, DRY, LAYERS, SHAPES, TOKENS, NotRun, prompt_inputs, why_no
 from .programs import defined, inputs, prepared, programs, smooths
 
 __all__ = ["KERNELS", "NEAR_TIES", "check", "checks", "failed_check", "near_ties", "of_backend", "off"]
@@ -82,7 +82,7 @@ def _program(name: str, shape: str, dtype: torch.dtype) -> None:
     import interpreted_rows as rows
 
     layer, (program, settings, text) = LAYERS[shape], programs()[name]
-    side = text_side(2, **text)
+    side = prompt_inputs(2, **text)
     gate = {} if "gate" not in side else {"gate": side["gate"][:, None], "phrases": side["phrases"]}
     content = None if name == "plain" else text.get("content", 20)
     sizes = {"h": layer.num_heads, "m": layer.pixels, "n": TOKENS, "d": layer.head_dim, "dtype": dtype}

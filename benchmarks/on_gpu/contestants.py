@@ -23,7 +23,7 @@ from .ground import DEVICE, LAYERS, why_no
 from .programs import Tensors, defined, prepared, programs, smooths
 from .timing import Call
 
-__all__ = ["Contestant", "attend_and_excite", "fused", "others"]
+__all__ = ["Contestant", "attend_and_excite", "fused_contestants", "others"]
 
 SDPA = {
     "flash": SDPBackend.FLASH_ATTENTION,
@@ -43,7 +43,7 @@ class Contestant:
     near_ties: float = NEAR_TIES
 
 
-def fused(shape: str, tensors: Tensors, untimed: dict[str, str]) -> Iterator[Contestant]:
+def fused_contestants(shape: str, tensors: Tensors, untimed: dict[str, str]) -> Iterator[Contestant]:
     """Each program on each backend that is here and whose kernels passed their check; the rest goes to `untimed`."""
     for backend in ("triton", "cuda"):
         why = why_no(backend)

@@ -10,7 +10,7 @@ import torch
 
 from sdattn_fast.cli.registry import UNET_LAYERS, LayerShape
 
-__all__ = ["DEVICE", "DRY", "LAYERS", "SHAPES", "SMALL", "TOKENS", "NotRun", "describe", "text_side", "why_no"]
+__all__ = ["DEVICE", "DRY", "LAYERS", "SHAPES", "SMALL", "TOKENS", "NotRun", "describe", "prompt_inputs", "why_no"]
 
 DRY = os.environ.get("SDATTN_GPU_DRY_RUN") == "1"
 DEVICE = torch.device("cpu" if DRY else "cuda")
@@ -36,7 +36,7 @@ SMALL = "small-5x7"  # for what is slow: rows that fill no tile
 LAYERS = {**SHAPES, SMALL: LayerShape(1, 5, 7, 2, 40)}
 
 
-def text_side(batch: int, content: int = 20, words: bool = True) -> dict[str, Any]:
+def prompt_inputs(batch: int, content: int = 20, words: bool = True) -> dict[str, Any]:
     """Gate, phrases and token classes of a prompt of `content` tokens, or its token classes alone."""
     from sdattn_fast.cli.bench import text_side
 

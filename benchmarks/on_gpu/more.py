@@ -14,7 +14,7 @@ from sdattn_fast.functional import prepare
 
 from . import record, timing
 from .checks import failed_check, of_backend
-from .ground import DEVICE, LAYERS, TOKENS, NotRun, describe, text_side, why_no
+from .ground import DEVICE, LAYERS, TOKENS, NotRun, describe, prompt_inputs, why_no
 from .programs import inputs, prepared
 
 __all__ = ["both_ways", "compiled", "from_python", "launched"]
@@ -29,8 +29,8 @@ def both_ways(item: str, shape: str, batch: int) -> None:
     tensors = tuple(x.detach().requires_grad_() for x in inputs(shape, batch, torch.float16))
     grad = torch.randn_like(tensors[0])
     side = {"batch": batch, "heads_count": LAYERS[shape].num_heads, "tokens": TOKENS, "device": DEVICE}
-    definition = prepare(full_program(), **side, **text_side(batch), backend="reference")
-    fused = prepare(full_program(), **side, **text_side(batch), backend="triton")
+    definition = prepare(full_program(), **side, **prompt_inputs(batch), backend="reference")
+    fused = prepare(full_program(), **side, **prompt_inputs(batch), backend="triton")
 
     def differentiated(function: Callable[..., Tensor]) -> timing.Call:
         return lambda: torch.autograd.grad(function(*tensors), tensors, grad)
@@ -125,7 +125,7 @@ def _flex_gate(query: Tensor, key: Tensor, value: Tensor) -> timing.Call:
     """The gate with the row renormalised, which is what adding its logarithm to the logits does."""
     from torch.nn.attention.flex_attention import flex_attention
 
-    log_gate = text_side(len(query))["gate"].log()
+    log_gate = prompt_inputs(len(query))["gate"].log()
     attention = torch.compile(flex_attention, dynamic=False)
 
     def add(score, b, h, m, n):  # type: ignore[no-untyped-def]

@@ -18,7 +18,7 @@ from sdattn_fast.cli.bench import full_program
 from sdattn_fast.cli.registry import UNET_CONFIGS, build_random_unet, random_inputs, twin_of
 
 from .checks import of_backend
-from .ground import DEVICE, DRY, text_side
+from .ground import DEVICE, DRY, prompt_inputs
 from .unet_step import DRY_CONFIG
 
 __all__ = ["compiled_once", "graph_of_other_text"]
@@ -33,7 +33,7 @@ def graph_of_other_text(backend: str, model: str) -> None:
     of_backend(backend)
     stock, inputs = _model(model)
     unet = twin_of(stock)
-    patch = sdattn_fast.apply(unet, full_program(), **text_side(BATCH, CONTENT[0]), backend=backend, fold="never")
+    patch = sdattn_fast.apply(unet, full_program(), **prompt_inputs(BATCH, CONTENT[0]), backend=backend, fold="never")
     text = inputs["encoder_hidden_states"]
     with _graph(lambda: unet(**inputs).sample) as (replay, out):
         replay()
@@ -43,7 +43,7 @@ def graph_of_other_text(backend: str, model: str) -> None:
             if content != CONTENT[0]:
                 replay()
                 assert out().isnan().any(dim=(1, 2, 3)).all(), "a text that was not shown gave a picture"
-            patch.update(**text_side(BATCH, content))
+            patch.update(**prompt_inputs(BATCH, content))
             patch.update_text(text)
             expected = _eager(stock, inputs, content, backend)
             unet(**{**inputs, "encoder_hidden_states": torch.randn_like(text)})  # others, from Python, in between
@@ -60,11 +60,11 @@ def compiled_once(backend: str) -> None:
     of_backend(backend)
     stock, inputs = _model("small")
     unet = twin_of(stock)
-    patch = sdattn_fast.apply(unet, full_program(), **text_side(BATCH, CONTENT[0]), backend=backend)
+    patch = sdattn_fast.apply(unet, full_program(), **prompt_inputs(BATCH, CONTENT[0]), backend=backend)
     run = torch.compile(unet, backend="aot_eager") if DRY else torch.compile(unet, mode="reduce-overhead")
     for content in CONTENT:
         inputs["encoder_hidden_states"] = torch.randn_like(inputs["encoder_hidden_states"])
-        patch.update(**text_side(BATCH, content))
+        patch.update(**prompt_inputs(BATCH, content))
         expected = _eager(stock, inputs, content, backend)
         with torch._dynamo.config.patch(error_on_recompile=content != CONTENT[0]):
             for _ in range(3):  # runs, records, replays
@@ -85,7 +85,7 @@ def _model(model: str) -> tuple[Any, dict[str, Any]]:
 
 def _eager(stock: Any, inputs: dict[str, Any], content: int, backend: str) -> Tensor:
     unet = twin_of(stock)
-    with sdattn_fast.apply(unet, full_program(), **text_side(BATCH, content), backend=backend, text_cache=False):
+    with sdattn_fast.apply(unet, full_program(), **prompt_inputs(BATCH, content), backend=backend, text_cache=False):
         return unet(**inputs).sample
 
 

@@ -11,7 +11,7 @@ from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.cli.bench import full_program
 from sdattn_fast.functional import prepare
 
-from .ground import DEVICE, DRY, LAYERS, TOKENS, text_side
+from .ground import DEVICE, DRY, LAYERS, TOKENS, prompt_inputs
 from .timing import Call
 
 __all__ = ["Tensors", "defined", "inputs", "prepared", "programs", "smooths"]
@@ -23,7 +23,7 @@ README = Program(SalienceDropout(0.1), Refinement(threshold=0.1), renormalize="c
 
 
 def programs() -> dict[str, tuple[Program, dict[str, Any], dict[str, Any]]]:
-    """By name: the program, what `prepare` is told beside it, what `text_side` is told."""
+    """By name: the program, what `prepare` is told beside it, what `prompt_inputs` is told."""
     full = full_program()
     every: dict[str, tuple[Program, dict[str, Any], dict[str, Any]]] = {
         "full": (full, {}, {}),
@@ -58,7 +58,7 @@ def prepared(program: str, shape: str, tensors: Tensors, backend: str, maps: boo
     layer, (query, key, value) = LAYERS[shape], tensors
     row_program, settings, text = programs()[program]
     side = {"batch": len(query), "heads_count": layer.num_heads, "tokens": TOKENS, "device": DEVICE}
-    ready = prepare(row_program, **side, **text_side(len(query), **text), **settings, backend=backend)
+    ready = prepare(row_program, **side, **prompt_inputs(len(query), **text), **settings, backend=backend)
     grid = (layer.height, layer.width)
     if maps:
         return lambda: _by_pixel(ready(query, key, value, grid=grid)[1])

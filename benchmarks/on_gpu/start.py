@@ -21,7 +21,7 @@ def main() -> None:
     results, state = options.results.resolve(), options.state.resolve()
     results.mkdir(parents=True, exist_ok=True)
     state.mkdir(parents=True, exist_ok=True)
-    package, commit = prepare(options.bundle, state)
+    package, commit = prepare_package(options.bundle, state)
     path = [package, state / "site", ROOT / "benchmarks", ROOT / "tests" / "support", ROOT / "tests" / "kernels"]
     inherited = [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
     os.environ |= {
@@ -89,7 +89,7 @@ def parse() -> argparse.Namespace:
     return options
 
 
-def prepare(bundle: Path | None, state: Path) -> tuple[Path, str]:
+def prepare_package(bundle: Path | None, state: Path) -> tuple[Path, str]:
     """Installs the bundle's wheels and links this tree's package with the bundle's compiled modules. Where there is no
     bundle, or one of another Python or other sources, with those that an editable install left in the tree. Gives the
     folder for sys.path and the commit."""

@@ -21,7 +21,7 @@ from sdattn_fast.measure.memory import peak_mib
 
 from . import record, timing
 from .checks import failed_check
-from .ground import DEVICE, DRY, SHAPES, NotRun, text_side, why_no
+from .ground import DEVICE, DRY, SHAPES, NotRun, prompt_inputs, why_no
 
 __all__ = ["NEEDS", "step"]
 
@@ -66,7 +66,7 @@ def step(item: str, model: str, batch: int) -> None:
             with sdattn_fast.apply(unet, **{k: v for k, v in settings.items() if k != "capture"}):
                 got = unet(**inputs).sample
                 assert (got - exact).norm() <= 0.02 * exact.norm(), "the empty program's picture is not stock's"
-            sdattn_fast.apply(unet, full_program(), **text_side(batch), **settings)
+            sdattn_fast.apply(unet, full_program(), **prompt_inputs(batch), **settings)
             assert unet(**inputs).sample.isfinite().all(), "not finite"
             calls[name] = lambda unet=unet: unet(**inputs).sample  # type: ignore[misc]
         except Exception as error:

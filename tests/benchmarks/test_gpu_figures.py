@@ -90,10 +90,10 @@ def run(device="Card", dry_run=False):
     return {"kind": "run", "device": device, "dry_run": dry_run}
 
 
-def figure(contestant, median, pixels=4096, how="graph", batch=2, **more):
+def figure(contestant, median, pixels=4096, how="graph", batch=2, **fields):
     return {
         "kind": "figure", "dtype": "float16", "head_dim": 40, "tokens": 77, "batch": batch, "heads": 8,
-        "pixels": pixels, "contestant": contestant, "how": how, "median_us": median, **more,
+        "pixels": pixels, "contestant": contestant, "how": how, "median_us": median, **fields,
     }  # fmt: skip
 
 

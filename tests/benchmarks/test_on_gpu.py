@@ -219,9 +219,9 @@ def test_a_bundle_of_other_sources_is_left_out(tmp_path, capsys):
     good["python"] = platform.python_version()
     for wrong, words in (({}, ""), ({"sources": "0"}, "other sources"), ({"python": "3.9.1"}, "it is for Python 3.9")):
         (bundle / "about.json").write_text(json.dumps(good | wrong))
-        package, commit = start.prepare(bundle, tmp_path / "state")
+        package, commit = start.prepare_package(bundle, tmp_path / "state")
         assert commit == "abc" and (package / "sdattn_fast" / "_core.so").exists() == (not wrong)
         assert words in capsys.readouterr().err
         assert (package / "sdattn_fast" / "kernels" / "rows.py").exists()
     (bundle / "about.json").write_text(json.dumps(good | {"package": "0"}))
-    assert start.prepare(bundle, tmp_path / "state")[1] == "abc, changed since"
+    assert start.prepare_package(bundle, tmp_path / "state")[1] == "abc, changed since"
