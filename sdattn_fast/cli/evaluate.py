@@ -172,9 +172,10 @@ def _subject(
 ) -> Any:  # fmt: skip
     from ..evaluation.judges import BlipVqa, BoxDetector, GenEval, Judge, Spatial
     from ..evaluation.subjects import Prompts
+    from ..evaluation.world_subjects import world_subject
 
     if read is None:
-        world = _world(model, pictures, scorer)
+        world = world_subject(model, pictures, scorer)
         world.steps, world.guidance = steps or world.steps, world.guidance if guidance is None else guidance
         return world
     texts = [p.text for p in read]
@@ -200,25 +201,11 @@ def _subject(
     return subject
 
 
-def _world(name: str, pictures: int, scorer: Any, choose: bool = False) -> Any:
-    """Captions of a world that are reported on; choose: others, which settings are chosen on."""
-    if name == "shapes":
-        from ..evaluation.subjects import ShapesWorld
-        from ..lab.shapes.captions import SELECTION_SEED
-
-        return ShapesWorld(pictures, scorer, *((SELECTION_SEED, False) if choose else ()))
-    from ..evaluation.objects_world import ObjectsWorld
-    from ..lab.objects.captions import report_scenes, selection_scenes
-    from ..lab.objects.detector import PictogramDetector
-
-    scenes = selection_scenes(pictures) if choose else report_scenes(pictures)
-    return ObjectsWorld(scenes, PictogramDetector.load(), scorer)
-
-
 def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any, world: str | None) -> float:
     """The threshold between a picture's own phrases and those of other prompts, on stock pictures of the first prompts,
     or of captions of the world that are not reported on; kept in the folder, so that all processes and later calls have
     the same."""
+    from ..evaluation.world_subjects import world_subject
     from ..files import read_json, write_json
     from ..guidance.clip_gate import calibrate
     from ..patching.words import tokenizer_of
@@ -226,7 +213,7 @@ def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any, 
     path = folder / "threshold.json"
     with state.main_process_first():
         if not path.exists():
-            calibrated_on = subject if world is None else _world(world, 32, scorer, choose=True)
+            calibrated_on = subject if world is None else world_subject(world, 32, scorer, choosing=True)
             count = min(32, len(calibrated_on.prompts))
             texts = [[p.text for p in calibrated_on.phrases(i, tokenizer_of(pipe))[1]] for i in range(count)]
             threshold = calibrate(

@@ -1,4 +1,5 @@
-"""What the evaluation compares: stock, each of the nine techniques alone, pairs, the tuned whole, the sketches, peers.
+"""What the evaluation compares: stock, each of the nine techniques alone, pairs, the tuned whole, sketches, recipes and
+peers.
 
 A condition puts something in place around a pipeline and says which callback goes with it. Everything else (prompts,
 noise, steps, guidance) is the same for all. The sketches are the formulas as they were first proposed, where ours
@@ -22,6 +23,7 @@ from ..guidance.clip_score import ClipScorer
 from ..guidance.correction import Correction
 from ..guidance.objectives import Presence
 from ..guidance.phrases import NounPhrase, phrase_ids
+from ..guidance.recipe import RECIPES
 from ..guidance.structure import Structure
 from ..patching.patch import Patch
 from ..program import Capture, Program, Refinement, SalienceDropout
@@ -55,9 +57,9 @@ class ConditionInputs:
 
 @dataclass(frozen=True)
 class Condition:
-    """name: as the report calls it. technique: which of the nine, "pair", "sketch" or "peer". needs: fields of
-    `ConditionInputs` that it cannot do without. program, patch: keywords of `apply`. gate, correct: of `ClipGate` and
-    `Correction`. fuse: of `phrase_ids`. structure: with `Structure`. tuned: the program is `ConditionInputs.tuned`.
+    """name: as the report calls it. technique: which of the nine, "pair", "sketch", "recipe" or "peer". needs: fields
+    of `ConditionInputs` that it cannot do without. program, patch: keywords of `apply`. gate, correct: of `ClipGate`
+    and `Correction`. fuse: of `phrase_ids`. structure: with `Structure`. tuned: the program is `ConditionInputs.tuned`.
     sketch: "masks" on logits, or "unprotected". peer: what draws, in place of the pipeline; then all of the above but
     the names is unused."""
 
@@ -119,6 +121,7 @@ def conditions() -> list[Condition]:
         Condition("random masks on logits", "sketch", sketch="masks"),
         Condition("dropout + NMS, nothing protected", "sketch", program=both, sketch="unprotected"),
         Condition("latent * (1 + sigmoid)", "sketch", correct={"how": "scale"}),
+        *(Condition(f"recipe, {name}", "recipe", patch={"recipe": name}) for name in RECIPES),
         *(Condition(peer.name, "peer", peer=peer) for peer in peers()),
     ]  # fmt: skip
 

@@ -65,7 +65,7 @@ def _named(*names: str) -> list[Condition]:
 
 def test_conditions_are_named_once_and_cover_the_nine() -> None:
     assert len(set(NAMES)) == len(NAMES) and NAMES[0] == STOCK
-    techniques = {c.technique for c in conditions()} - {STOCK, "pair", "sketch", "peer"}
+    techniques = {c.technique for c in conditions()} - {STOCK, "pair", "sketch", "recipe", "peer"}
     assert techniques == {
         "semantic gate", "phrase fusion", "head selection", "salience dropout", "NMS with smoothing", "GradCAM",
         "structure refinement", "selective maps", "CLIP-rewarded tuning",
