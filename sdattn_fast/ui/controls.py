@@ -11,6 +11,7 @@ from typing import Any
 from ..evaluation.conditions import Condition
 from ..files import ProgramFile, load_heads, read_json
 from ..guidance.phrases import NounPhrase, find_phrases
+from ..guidance.recipe import Recipe
 from ..program import Program, Refinement, SalienceDropout
 
 __all__ = ["Controls", "DrawRequest", "chosen_phrases", "loaded_from"]
@@ -64,6 +65,7 @@ class Controls:
     rounds: int = 1
     refine_axis: str = "token"
     renormalize: str = "content"
+    recipe: str = "off"
     correct: str = "off"
     gradient_strength: float = 0.05
     reweight_strength: float = 1.0
@@ -93,7 +95,7 @@ class Controls:
         )  # fmt: skip
 
     def needs_phrases(self) -> bool:
-        return any(x != "off" for x in (self.gate, self.fuse, self.correct)) or self.structure
+        return any(x != "off" for x in (self.gate, self.fuse, self.recipe, self.correct)) or self.structure
 
     def condition(self, request: DrawRequest) -> Condition:
         """All of it, to be entered around a pipeline. Raises: ValueError, TypeError, naming the control."""
@@ -103,7 +105,7 @@ class Controls:
             "patched",
             "page",
             program=file.program,
-            patch={**keywords, "backend": self.backend, "seed": request.seed},
+            patch={**keywords, **self._recipe(request), "backend": self.backend, "seed": request.seed},
             gate=self._gate() if self.gate != "off" else None,
             correct=self._correct() if self.correct != "off" else None,
             fuse=None if self.fuse == "off" else self.fuse,
@@ -114,6 +116,11 @@ class Controls:
         every = _whole("look every", self.gate_every, 1, 1000)
         shared = {"how": self.gate, "threshold": self.gate_threshold, "every": every}
         return {**shared, "strength": self.gate_strength} if self.gate == "amplify" else shared
+
+    def _recipe(self, request: DrawRequest) -> Mapping[str, Any]:
+        if self.recipe == "off" or not request.phrases:
+            return {}
+        return {"recipe": replace(Recipe.named(self.recipe), objects=request.phrases)}
 
     def _correct(self) -> Mapping[str, Any]:
         strength = self.gradient_strength if self.correct == "gradient" else self.reweight_strength

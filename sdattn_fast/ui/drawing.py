@@ -85,7 +85,14 @@ def draw_both(
 
     # In this order: what is wrong with the condition is said before anything is drawn.
     for warmed_up in (condition, None):
-        _draw(pipe, replace(request, steps=1), warmed_up, inputs, lambda share: tell(0.0, "Warming up"), False)
+        _draw(
+            pipe,
+            replace(request, steps=min(2, request.steps)),
+            warmed_up,
+            inputs,
+            lambda share: tell(0.0, "Warming up"),
+            False,
+        )
     stock = _judged(run(None, "Stock")[0], request, scorer, shapes)
     yield Comparison(stock)
     patched, looked = run(condition, "Patched")

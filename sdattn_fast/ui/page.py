@@ -18,6 +18,7 @@ os.environ.setdefault("GRADIO_RUN_HISTORY", "False")
 import gradio as gr
 
 from ..guidance.clip_score import ClipScorer
+from ..guidance.recipe import RECIPES
 from ..patching.layers import cross_attention_layers
 from ..prompts import Prompt, words_to_find
 from .controls import Controls, DrawRequest, chosen_phrases, loaded_from
@@ -209,6 +210,10 @@ def _control_components(served: ServedPipeline) -> dict[str, Any]:
     with gr.Accordion("Renormalise, after gate, phrases, dropout and NMS", open=False):
         components["renormalize"] = gr.Radio(
             ["none", "content", "row"], value=start.renormalize, label="What regains its mass"
+        )
+    with gr.Accordion("Recipe", open=False):
+        components["recipe"] = gr.Radio(
+            ["off", *RECIPES], value=start.recipe, label="Correct the picture between its steps, for"
         )
     with gr.Accordion("GradCAM correction", open=False):
         components["correct"] = gr.Radio(

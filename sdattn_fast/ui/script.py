@@ -30,8 +30,9 @@ def script(
         request=request, file=file, model=model, clip=clip, backend=controls.backend,
         elsewhere=(device, dtype) != ("cpu", "float32"), device=device, dtype=dtype,
         heads=None if file.heads is None else {layer: list(indices) for layer, indices in file.heads.items()},
-        phrases=controls.needs_phrases(), fuse=condition.fuse, gate=condition.gate, correct=condition.correct,
-        structure=condition.structure, **acting_steps(request.steps),
+        phrases=any((condition.gate, condition.fuse, condition.correct, condition.structure)),
+        recipe=controls.recipe if "recipe" in condition.patch else None, fuse=condition.fuse, gate=condition.gate,
+        correct=condition.correct, structure=condition.structure, **acting_steps(request.steps),
     )  # fmt: skip
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from sdattn_fast import Program, Refinement, SalienceDropout
 from sdattn_fast.files import ProgramFile, save_heads
+from sdattn_fast.guidance import Recipe
 from sdattn_fast.ui.controls import Controls, DrawRequest, chosen_phrases, loaded_from
 
 PROMPT = "a large red circle and a large blue square on a gray background"
@@ -45,7 +46,13 @@ def test_everything_that_is_on_reaches_the_condition() -> None:
     assert condition.correct == {"how": "reweight", "strength": 1.0}
     assert replace(on, correct="gradient").condition(request).correct == {"how": "gradient", "strength": 0.05}
     assert "strength" not in replace(on, gate="hard").condition(request).gate
-    for switched_on in ({"gate": "soft"}, {"fuse": "all"}, {"correct": "gradient"}, {"structure": True}):
+    with_recipe = replace(on, recipe="objects")
+    assert "recipe" not in with_recipe.condition(request).patch  # no phrase was chosen
+    recipe = with_recipe.condition(replace(request, phrases=("a red circle",))).patch["recipe"]
+    assert recipe == replace(Recipe.named("objects"), objects=("a red circle",))
+    for switched_on in (
+        {"gate": "soft"}, {"fuse": "all"}, {"recipe": "both"}, {"correct": "gradient"}, {"structure": True},
+    ):  # fmt: skip
         assert replace(FULL, **switched_on).needs_phrases()
 
 

@@ -113,8 +113,9 @@ def test_what_is_wrong_is_said_before_anything_is_drawn(
         (replace(REQUEST, negative_prompt='a "gray" circle', phrases=("red circle",)), EVERYTHING),
         (REQUEST, replace(EVERYTHING, correct="reweight", gate="soft", structure=False, layers=("up_blocks.*",))),
         (REQUEST, Controls(ratio=0.4, dropout_mode="random", renormalize="none")),
+        (REQUEST, Controls(recipe="both")),
     ],
-    ids=["everything", "reweight", "random dropout"],
+    ids=["everything", "reweight", "random dropout", "recipe"],
 )
 def test_the_script_draws_the_same_picture(
     draw_request: DrawRequest, controls: Controls, shapes: Any, scorer: Any, clip: str, tmp_path: Path, monkeypatch: Any
