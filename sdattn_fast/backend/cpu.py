@@ -19,9 +19,10 @@ from torch import Tensor
 
 from ..plan import PicturePlan, Plan, RowPlan
 from ..reference import gaussian_kernel
-from .layout import address, row_strided, strided, with_rows
-from .limits import beyond_limits
-from .results import empty_bits, empty_results
+from .gradients import Gradients, incoming
+from .layout import address, row_program, row_strided, strided, with_rows
+from .limits import beyond_limits, full_bias, no_picture_gradients
+from .results import empty_bits, empty_maps, empty_results
 
 __all__ = [
     "availability", "not_supported_reasons", "attention", "picture_attention", "pack", "Packed", "smooth",
@@ -59,10 +60,7 @@ def not_supported_reasons(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, plan: Plan, needs_grad: bool
 ) -> list[str]:
     """What of this call the CPU kernel does not serve; looks at shapes, dtypes and devices alone."""
-    reasons = beyond_limits(query, key, value, bias, "cpu", _DTYPES)
-    if needs_grad and plan.picture is not None:
-        reasons.append("gradients are asked for of a program that looks over the picture, which has no backward kernel")
-    return reasons
+    return beyond_limits(query, key, value, bias, "cpu", _DTYPES) + no_picture_gradients(plan, needs_grad)
 
 
 def attention(
@@ -198,10 +196,7 @@ def folded(
         out = y.as_strided((b, h, m, dv), (m * dv, 0, dv, 1))
     else:
         y = out = torch.empty((b, m, h, dv), dtype=x.dtype).transpose(1, 2)
-    maps = None
-    if rows.capture_tokens is not None:
-        t = rows.capture_tokens.shape[0]
-        maps = torch.empty((b, t, m) if rows.capture_mean else (b, h, t, m), dtype=torch.float32)
+    maps = empty_maps(x, h, rows)
     _call(query, packed, packed, bias, scale, rows, out, maps, None, out_bias)
     return y, maps
 
@@ -210,9 +205,7 @@ def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None, 
     b, h, m, d = query.shape
     packed = key if isinstance(key, Packed) else None
     n, dv = (packed.sizes[2], packed.sizes[4]) if packed else (key.shape[2], value.shape[3])
-    if bias is not None:
-        bias = bias if bias.dtype in _DTYPES else bias.to(torch.float32)
-        bias = bias.expand(b, h, m, n)
+    bias = full_bias(bias, b, h, m, n, dtypes=_DTYPES)
     _core.cpu_attention(
         (b, h, m, n, d, dv),
         _DTYPES[query.dtype],
@@ -234,22 +227,7 @@ def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None, 
 
 
 def _row_program(rows: RowPlan) -> tuple[Any, ...]:
-    return (
-        address(rows.content),
-        address(rows.gate),
-        1 if rows.gate is None else rows.gate.shape[1],
-        address(rows.phrases),
-        address(rows.drop),
-        rows.random_ratio,
-        0 if rows.seed is None else int(rows.seed),
-        rows.threshold,
-        rows.renormalize,
-        address(rows.head_mode),
-        address(rows.capture_tokens),
-        0 if rows.capture_tokens is None else rows.capture_tokens.shape[0],
-        rows.capture_final,
-        rows.capture_mean,
-    )
+    return row_program(rows, rows.content, 0 if rows.seed is None else int(rows.seed))
 
 
 def backward(
@@ -281,65 +259,42 @@ def backward(
     """
     b, h, m, d = query.shape
     n, dv = key.shape[2], value.shape[3]
-    grads: list[Tensor | None] = [
-        torch.empty_like(x) if w else None for x, w in zip((query, key, value), wanted[:3], strict=True)
-    ]
-    grad_gate = torch.empty((b, h, n), dtype=torch.float32) if wanted[4] and rows.gate is not None else None
-    relevance = None
-    if wanted[5] and relevance_tokens is not None:
-        relevance = torch.zeros((b, relevance_tokens.shape[0], m), dtype=torch.float32)
-    of_tokens = of_rows = full_bias = None
-    if bias is not None:
-        full_bias = bias if bias.dtype in _DTYPES else bias.to(torch.float32)
-        full_bias = full_bias.expand(b, h, m, n)
-        if wanted[3] and bias.shape[2] == 1:
-            of_tokens = torch.empty((b, h, n), dtype=torch.float32)
-        elif wanted[3]:
-            of_rows = torch.zeros(bias.shape, dtype=torch.float32)
-    sums = [x for x in (*grads, grad_gate, of_tokens) if x is not None]
+    grads = Gradients.empty(query, key, value, bias, rows.gate, wanted, relevance_tokens)
     if 0 in (b, h, m, n):
-        for x in sums:
-            x.zero_()
-    else:
-        if grad_out is None:
-            grad_out = query.new_zeros(1).expand(b, h, m, dv)
-        grad_out = grad_out.to(query.dtype)
-        grad_out = with_rows(grad_out)
-        grad_maps = None if grad_maps is None else grad_maps.to(torch.float32).contiguous()
-        _core.cpu_backward(
-            (b, h, m, n, d, dv),
-            _DTYPES[query.dtype],
-            scale,
-            row_strided(query),
-            row_strided(key),
-            row_strided(value),
-            strided(full_bias),
-            0 if full_bias is None else _DTYPES[full_bias.dtype],
-            address(bits),
-            _row_program(rows),
-            row_strided(grad_out),
-            address(grad_maps),
-            (
-                *(row_strided(x) for x in grads),
-                address(grad_gate),
-                address(of_tokens),
-                strided(None if of_rows is None else of_rows.expand(b, h, m, n)),
-            ),
-            (
-                address(relevance),
-                address(relevance_tokens),
-                0 if relevance is None else relevance.shape[1],
-                address(relevance_heads),
-            ),
-            torch.get_num_threads(),
-        )
-    grad_bias = of_rows
-    if of_tokens is not None and bias is not None:
-        grad_bias = of_tokens[:, :, None].sum_to_size(bias.shape)
-    if grad_gate is not None and rows.gate is not None:
-        grad_gate = grad_gate.sum(1, keepdim=True) if rows.gate.shape[1] == 1 else grad_gate
-    grad_bias = None if grad_bias is None or bias is None else grad_bias.to(bias.dtype)
-    return (*grads, grad_bias, grad_gate, relevance)
+        grads.zero()
+        return grads.results(bias, rows)
+    grad_out, grad_maps = incoming(grad_out, grad_maps, query, value)
+    expanded = full_bias(bias, b, h, m, n, dtypes=_DTYPES)
+    _core.cpu_backward(
+        (b, h, m, n, d, dv),
+        _DTYPES[query.dtype],
+        scale,
+        row_strided(query),
+        row_strided(key),
+        row_strided(value),
+        strided(expanded),
+        0 if expanded is None else _DTYPES[expanded.dtype],
+        address(bits),
+        _row_program(rows),
+        row_strided(grad_out),
+        address(grad_maps),
+        (
+            row_strided(grads.query),
+            row_strided(grads.key),
+            row_strided(grads.value),
+            address(grads.gate),
+            address(grads.tokens),
+            strided(None if grads.bias is None else grads.bias.expand(b, h, m, n)),
+        ),
+        (
+            address(grads.relevance),
+            address(relevance_tokens),
+            0 if grads.relevance is None else grads.relevance.shape[1],
+            address(relevance_heads),
+        ),
+        torch.get_num_threads(),
+    )
+    return grads.results(bias, rows)
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None) -> Tensor:

@@ -17,10 +17,10 @@ from ..plan import Plan, RowPlan, gaussian_radius
 from ..reference import gaussian_kernel
 from ..streams import Kept, capturing, current_stream
 from .devices import gpu_index, on_device
-from .layout import address, check_rows, strided
-from .limits import beyond_limits
+from .layout import address, check_rows, row_program, strided
+from .limits import beyond_limits, full_bias
 from .refusal import launching
-from .results import empty_bits, empty_results, heads_added_up_after
+from .results import empty_bits, empty_results, heads_added_up_after, zeroed
 
 __all__ = ["availability", "not_supported_reasons", "attention", "folded_refusal", "smooth", "info"]
 
@@ -107,10 +107,8 @@ def attention(
     out, maps = empty_results(query, value, rows, keep_layout)
     bits = empty_bits(query, n) if return_bits else None
     if b * h * m == 0 or n == 0:
-        # No row, or rows over no token: what there is of the results is zero.
-        return out.zero_(), None if maps is None else maps.zero_(), bits
-    if bias is not None:
-        bias = (bias if bias.dtype in _DTYPES else bias.to(torch.float32)).expand(b, h, m, n)
+        return *zeroed(out, maps), bits
+    bias = full_bias(bias, b, h, m, n)
     arguments = (
         *(_row_strided(x) for x in (query, key, value, out)),
         _strided(bias),
@@ -208,22 +206,7 @@ def _gaussian(sigma: float, device: torch.device) -> Tensor:
 
 def _row_program(rows: RowPlan) -> tuple[Any, ...]:
     programmed = rows.content is not None and rows.max_content > 0
-    return (
-        address(rows.content) if programmed else 0,
-        address(rows.gate),
-        1 if rows.gate is None else rows.gate.shape[1],
-        address(rows.phrases),
-        address(rows.drop),
-        rows.random_ratio,
-        0,  # the seed is read on the device
-        rows.threshold,
-        rows.renormalize,
-        address(rows.head_mode),
-        address(rows.capture_tokens),
-        0 if rows.capture_tokens is None else rows.capture_tokens.shape[0],
-        rows.capture_final,
-        rows.capture_mean,
-    )
+    return row_program(rows, rows.content if programmed else None, 0)  # the seed is read on the device
 
 
 def _strided(x: Tensor | None) -> tuple[int, ...]:

@@ -7,14 +7,20 @@ what the products want; or by its address alone, and then it is contiguous as a 
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import Tensor
 
-__all__ = ["address", "check_contiguous", "check_rows", "has_rows", "row_strided", "strided", "with_rows"]
+from ..plan import RowPlan
+
+__all__ = [
+    "address", "check_contiguous", "check_rows", "has_rows", "row_program", "row_strided", "strided", "with_rows",
+]  # fmt: skip
 
 
 def has_rows(x: Tensor) -> bool:
     """Whether the last dimension is contiguous. The stride of a dimension of size 1 says nothing."""
-    return x.shape[-1] <= 1 or x.stride(-1) == 1
+    return x.stride(-1) == 1 or x.shape[-1] <= 1
 
 
 def with_rows(x: Tensor) -> Tensor:
@@ -40,6 +46,27 @@ def address(x: Tensor | None) -> int:
     if not x.is_contiguous():  # asked here: a kernel takes a dozen addresses a call
         check_contiguous(x)
     return x.data_ptr()
+
+
+def row_program(rows: RowPlan, content: Tensor | None, seed: int) -> tuple[Any, ...]:
+    """A plan as compiled code takes it, in the order of `csrc/row_program.h`. content: the plan's, or None where it is
+    to be plain attention."""
+    return (
+        address(content),
+        address(rows.gate),
+        1 if rows.gate is None else rows.gate.shape[1],
+        address(rows.phrases),
+        address(rows.drop),
+        rows.random_ratio,
+        seed,
+        rows.threshold,
+        rows.renormalize,
+        address(rows.head_mode),
+        address(rows.capture_tokens),
+        0 if rows.capture_tokens is None else rows.capture_tokens.shape[0],
+        rows.capture_final,
+        rows.capture_mean,
+    )
 
 
 def check_rows(*tensors: Tensor | None) -> None:

@@ -15,7 +15,10 @@ from torch import Tensor
 
 from ..plan import RowPlan
 
-__all__ = ["BY_HEAD_BYTES", "empty_bits", "empty_results", "heads_added_up_after", "is_by_head", "mean_of_heads"]
+__all__ = [
+    "BY_HEAD_BYTES", "empty_bits", "empty_maps", "empty_results", "heads_added_up_after", "is_by_head", "mean_of_heads",
+    "zeroed",
+]  # fmt: skip
 
 Attention = Callable[..., tuple[Tensor, Tensor | None, Tensor | None]]
 
@@ -26,21 +29,31 @@ BY_HEAD_BYTES = 2**24
 def empty_results(query: Tensor, value: Tensor, rows: RowPlan, keep_layout: bool) -> tuple[Tensor, Tensor | None]:
     """Out and maps as a kernel is to write them: out (B, H, M, Dv) in the value's dtype; maps, float32, (B, T, M) or
     (B, H, T, M), None without capture. keep_layout: see `attention` of the backends."""
-    (b, h, m, _), dv, captured = query.shape, value.shape[3], rows.capture_tokens
+    (b, h, m, _), dv = query.shape, value.shape[3]
     if keep_layout and query.stride(1) < query.stride(2):
         out = torch.empty((b, m, h, dv), dtype=value.dtype, device=query.device).transpose(1, 2)
     else:
         out = torch.empty((b, h, m, dv), dtype=value.dtype, device=query.device)
-    if captured is None:
-        return out, None
-    count = captured.shape[0]
-    shape = (b, count, m) if rows.capture_mean else (b, h, count, m)
-    return out, torch.empty(shape, dtype=torch.float32, device=query.device)
+    return out, empty_maps(query, h, rows)
+
+
+def empty_maps(x: Tensor, heads: int, rows: RowPlan) -> Tensor | None:
+    """Maps, as above, of x (B, ..., M, D)."""
+    if rows.capture_tokens is None:
+        return None
+    b, m, count = x.shape[0], x.shape[-2], rows.capture_tokens.shape[0]
+    shape = (b, count, m) if rows.capture_mean else (b, heads, count, m)
+    return torch.empty(shape, dtype=torch.float32, device=x.device)
 
 
 def empty_bits(query: Tensor, tokens: int) -> Tensor:
     """(B, H, M, ceil(tokens / 32)) int32, one bit an entry, as a kernel is to write it."""
     return torch.empty((*query.shape[:3], (tokens + 31) // 32), dtype=torch.int32, device=query.device)
+
+
+def zeroed(out: Tensor, maps: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """The results where there is no row, or rows over no token."""
+    return out.zero_(), None if maps is None else maps.zero_()
 
 
 def heads_added_up_after(attention: Attention) -> Attention:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ...plan import Plan
-from ..limits import DTYPES, beyond_limits
+from ..limits import DTYPES, beyond_limits, no_picture_gradients
 from . import gpu
 from .folded_layers import Packed, folded, folded_refusal, pack
 from .gaussian import gaussian_attention
@@ -34,6 +34,4 @@ def not_supported_reasons(
     reasons = beyond_limits(query, key, value, bias, "cpu" if on_cpu else "cuda", DTYPES)
     if on_cpu and query.dtype == torch.bfloat16:
         reasons.append("query is bfloat16, whose products Triton's interpreter computes wrongly (triton #11584)")
-    if needs_grad and plan.picture is not None:
-        reasons.append("gradients are asked for of a program that looks over the picture, which has no backward kernel")
-    return reasons
+    return reasons + no_picture_gradients(plan, needs_grad)

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor
 
 from ..layout import check_rows
-from ..limits import DTYPES, MAX_SIZE
+from ..limits import MAX_SIZE
 
-__all__ = ["LOG2E", "bucket", "content_first", "full_bias", "in_units", "map_slots", "row_strides_of", "strides_of"]
+__all__ = ["LOG2E", "bucket", "content_first", "in_units", "map_slots", "row_strides_of", "strides_of"]
 
 LOG2E = math.log2(math.e)
 
@@ -51,12 +51,6 @@ def in_units(*strides: int) -> tuple[int, tuple[int, ...]]:
         return 1, strides
     unit = next(u for u in (8, 4, 2, 1) if all(s % u == 0 for s in strides))
     return unit, tuple(s // unit for s in strides)
-
-
-def full_bias(bias: Tensor | None, *shape: int) -> Tensor | None:
-    if bias is None:
-        return None
-    return (bias if bias.dtype in DTYPES else bias.to(torch.float32)).expand(shape)
 
 
 def bucket(most: int) -> int:

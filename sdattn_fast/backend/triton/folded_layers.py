@@ -12,8 +12,9 @@ from ...plan import Plan, RowPlan
 from ...streams import to_device
 from ..devices import on_device
 from ..layout import check_contiguous, with_rows
+from ..limits import full_bias
 from . import gpu, launch
-from .arguments import LOG2E, bucket, content_first, full_bias, in_units, row_strides_of
+from .arguments import LOG2E, bucket, content_first, in_units, row_strides_of
 from .launch import Call
 from .tiles import choose_tiles, next_power_of_2
 

@@ -7,9 +7,10 @@ from torch import Tensor
 from ...plan import RowPlan
 from ..devices import on_device
 from ..layout import check_contiguous
-from ..results import empty_bits, empty_results, heads_added_up_after, is_by_head, mean_of_heads
+from ..limits import full_bias
+from ..results import empty_bits, empty_results, heads_added_up_after, is_by_head, mean_of_heads, zeroed
 from . import gpu, launch
-from .arguments import LOG2E, bucket, content_first, full_bias, in_units, map_slots, row_strides_of
+from .arguments import LOG2E, bucket, content_first, in_units, map_slots, row_strides_of
 from .launch import Bound, Call
 from .tiles import choose_tiles, next_power_of_2
 
@@ -44,8 +45,7 @@ def attention(
     out, maps = empty_results(query, value, rows, keep_layout)
     bits = empty_bits(query, n) if return_bits else None
     if b * h * m == 0 or n == 0:
-        # No row, or rows over no token: what there is of the results is zero.
-        return out.zero_(), None if maps is None else maps.zero_(), bits
+        return *zeroed(out, maps), bits
     bias = full_bias(bias, b, h, m, n)
     _launch_rows(rows_tensors(query, key, value, bias, rows, out, maps, bits), scale, rows)
     return out, maps, bits
@@ -86,7 +86,7 @@ class BoundAttention:
                     bound(now)
                 return out, maps
         if out.numel() == 0 or key.shape[2] == 0:
-            return out.zero_(), None if maps is None else maps.zero_()
+            return zeroed(out, maps)
         rows = rows if seed is None else rows.with_seed(seed)
         tensors = rows_tensors(query, key, value, None, rows, out, maps, None)
         launched = _launch_rows(tensors, scale, rows)

@@ -18,9 +18,11 @@ from torch import Tensor
 
 from ...plan import RowPlan
 from ..devices import on_device
-from ..layout import check_contiguous, check_rows, with_rows
+from ..gradients import Gradients, incoming
+from ..layout import check_contiguous, check_rows
+from ..limits import full_bias
 from . import gpu, launch
-from .arguments import LOG2E, content_first, full_bias, in_units, map_slots, row_strides_of
+from .arguments import LOG2E, content_first, in_units, map_slots, row_strides_of
 from .launch import Call
 from .tiles import next_power_of_2, split
 
@@ -54,46 +56,23 @@ def backward(
         The gradients of query, key, value, bias and gate, each like what it is of, and the relevance (B, T, M) float32,
         the sum over heads of A * max(dL/dA, 0); None for what is not wanted.
     """
-    b, h, m, _ = query.shape
-    n, dv = key.shape[2], value.shape[3]
-    to_bias, to_gate, to_pixels = wanted[3:]
-    to_bias, to_gate = to_bias and bias is not None, to_gate and rows.gate is not None
-    on: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
-    like = [torch.empty_like(x) if w else None for x, w in zip((query, key, value), wanted[:3], strict=True)]
-    by_token = to_bias and bias is not None and bias.shape[2] == 1
-    of_rows = torch.zeros(bias.shape, **on) if to_bias and not by_token and bias is not None else None
-    of_gate = torch.empty((b, h, n), **on) if to_gate else None
-    of_tokens = torch.empty((b, h, n), **on) if by_token else None
-    relevance = None
-    if to_pixels and relevance_tokens is not None:
-        relevance = torch.zeros((b, relevance_tokens.shape[0], m), **on)
-    if 0 in (b, h, m, n):
-        for x in (*like, of_gate, of_tokens):
-            if x is not None:
-                x.zero_()
-    else:
-        if grad_out is None:
-            grad_out = query.new_zeros(1).expand(b, h, m, dv)
-        grad_out = grad_out.to(query.dtype)
-        grad_out = with_rows(grad_out)
-        grad_maps = None if grad_maps is None else grad_maps.to(torch.float32).contiguous()
-        call = _Call(query, key, value, bias, scale, rows, bits, grad_out, grad_maps)
-        with on_device(query.device):
-            if any(x is not None for x in (*like, of_gate, of_tokens)):
-                _sums_over_rows(call, like, of_gate, of_tokens)
-            if of_rows is not None or relevance is not None:
-                from ...kernels import shared_kernel
+    grads = Gradients.empty(query, key, value, bias, rows.gate, wanted, relevance_tokens)
+    if 0 in (*query.shape[:3], key.shape[2]):
+        grads.zero()
+        return grads.results(bias, rows)
+    grad_out, grad_maps = incoming(grad_out, grad_maps, query, value)
+    call = _Call(query, key, value, bias, scale, rows, bits, grad_out, grad_maps)
+    with on_device(query.device):
+        if any(x is not None for x in grads.sums):
+            _sums_over_rows(call, grads)
+        if grads.bias is not None or grads.relevance is not None:
+            from ...kernels import shared_kernel
 
-                programs, arguments, options = shared_call(call, of_rows, relevance, relevance_tokens, relevance_heads)
-                launch.launch(shared_kernel, programs, arguments, options)
-    grad_bias = of_rows
-    if of_tokens is not None and bias is not None:
-        grad_bias = of_tokens[:, :, None].sum_to_size(bias.shape)
-    if grad_bias is not None and bias is not None:
-        grad_bias = grad_bias.to(bias.dtype)
-    if of_gate is not None and rows.gate is not None and rows.gate.shape[1] == 1:
-        of_gate = of_gate.sum(1, keepdim=True)
-    return (*like, grad_bias, of_gate, relevance)
+            programs, arguments, options = shared_call(
+                call, grads.bias, grads.relevance, relevance_tokens, relevance_heads
+            )
+            launch.launch(shared_kernel, programs, arguments, options)
+    return grads.results(bias, rows)
 
 
 @dataclass(frozen=True)
@@ -159,13 +138,11 @@ class _Call:
         return in_units(*(s for x in of for s in ((0, 0, 0) if x is None else row_strides_of(x))))
 
 
-def _sums_over_rows(
-    call: _Call, like: Sequence[Tensor | None], of_gate: Tensor | None, of_tokens: Tensor | None
-) -> None:
+def _sums_over_rows(call: _Call, grads: Gradients) -> None:
     from ...kernels import backward_kernel, sum_kernel
 
     b, h, _, n, d, dv = call.sizes
-    of_query, of_key, of_value = like
+    of_query, of_key, of_value, of_gate, of_tokens = grads.sums
     channels = (d if of_key is not None else 0) + (dv if of_value is not None else 0)
     tiles = _tiles(call, channels > 0, of_gate is not None or of_tokens is not None)
     on: dict[str, Any] = {"dtype": torch.float32, "device": call.query.device}

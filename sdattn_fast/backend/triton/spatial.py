@@ -12,9 +12,10 @@ from torch import Tensor
 from ...plan import PicturePlan, RowPlan
 from ..devices import on_device
 from ..layout import check_contiguous
-from ..results import empty_results, mean_of_heads
+from ..limits import full_bias
+from ..results import empty_results, mean_of_heads, zeroed
 from . import gpu, launch
-from .arguments import LOG2E, bucket, full_bias, map_slots, row_strides_of
+from .arguments import LOG2E, bucket, map_slots, row_strides_of
 from .launch import Call
 from .smoothing import smooth
 from .tiles import next_power_of_2
@@ -45,8 +46,7 @@ def picture_attention(
     on: dict[str, Any] = {"device": query.device}
     out, maps = empty_results(query, value, rows.by_head(), keep_layout)
     if b * h * m == 0 or n == 0:
-        out.zero_()
-        maps = None if maps is None else maps.zero_()
+        out, maps = zeroed(out, maps)
         return out, mean_of_heads(maps, rows) if maps is not None and rows.capture_mean else maps
     content = rows.content
     assert content is not None
