@@ -1,15 +1,22 @@
 """The fused backends as PyTorch custom ops, so that torch.compile takes them whole.
 
+A schema is flat, so a plan travels as its fields. The dictionaries below name these, with their types, once: schemas,
+kernels and gradients are made from them. A result that is None is an empty tensor to an op.
+
 Eager code calls the backend modules directly: a custom op costs tens of microseconds a call, as much as a small layer.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import Tensor, library
 
 from ..plan import PicturePlan, RowPlan
 from . import fused
+from .gradients import Gradients
+from .results import empty_bits, empty_results
 
 __all__ = ["attention", "picture_attention", "smooth", "NO_SECOND"]
 
@@ -18,13 +25,14 @@ NO_SECOND = (
     "create_graph=True, or with a single torch.func.grad, none is asked for)"
 )
 
-_ROWS_SCHEMA = (
-    "(Tensor query, Tensor key, Tensor value, Tensor? bias, float scale, Tensor? content, Tensor? gate, "
-    "Tensor? phrases, Tensor? drop, float random_ratio, Tensor? seed, float threshold, int renormalize, "
-    "Tensor? head_mode, Tensor? capture_tokens, bool capture_final, bool capture_mean, SymInt max_content, "
-    "SymInt max_drop, bool return_bits, Tensor? sink, Tensor? sink_tokens, Tensor? sink_heads, str backend) "
-    "-> (Tensor, Tensor, Tensor)"
-)
+_INPUTS = {"query": "Tensor", "key": "Tensor", "value": "Tensor", "bias": "Tensor?", "scale": "float"}
+_ROWS = {  # fields of RowPlan
+    "content": "Tensor?", "gate": "Tensor?", "phrases": "Tensor?", "drop": "Tensor?", "random_ratio": "float",
+    "seed": "Tensor?", "threshold": "float", "renormalize": "int", "head_mode": "Tensor?", "capture_tokens": "Tensor?",
+    "capture_final": "bool", "capture_mean": "bool", "max_content": "SymInt", "max_drop": "SymInt",
+}  # fmt: skip
+_PICTURE = {"steps": "int", "sigma": "float", "drop_ratio": "float", "nms": "bool", "active": "Tensor?"}  # PicturePlan
+_RELEVANCE = {"sink": "Tensor?", "sink_tokens": "Tensor?", "sink_heads": "Tensor?"}
 
 
 def attention(
@@ -44,10 +52,8 @@ def attention(
     `autograd.Relevance`.
     """
     out, maps, bits = torch.ops.sdattn_fast.rows(
-        query, key, value, bias, scale, rows.content, rows.gate, rows.phrases, rows.drop, rows.random_ratio, rows.seed,
-        rows.threshold, rows.renormalize, rows.head_mode, rows.capture_tokens, rows.capture_final, rows.capture_mean,
-        *_bounds(rows), return_bits, *relevance, backend,
-    )  # fmt: skip
+        query, key, value, bias, scale, *_fields(rows), return_bits, *relevance, backend
+    )
     return out, maps if rows.capture_tokens is not None else None, bits if return_bits else None
 
 
@@ -64,18 +70,11 @@ def picture_attention(
 ) -> tuple[Tensor, Tensor | None]:
     """A fused backend's `picture_attention` through the op ``sdattn_fast::picture``."""
     height, width = (0, 0) if grid is None else grid
+    over_picture = [getattr(picture, name) for name in _PICTURE]
     out, maps = torch.ops.sdattn_fast.picture(
-        query, key, value, bias, scale, rows.content, rows.gate, rows.phrases, rows.drop, rows.random_ratio, rows.seed,
-        rows.threshold, rows.renormalize, rows.head_mode, rows.capture_tokens, rows.capture_final, rows.capture_mean,
-        *_bounds(rows), picture.steps, picture.sigma, picture.drop_ratio, picture.nms, picture.active,
-        height, width, backend,
-    )  # fmt: skip
+        query, key, value, bias, scale, *_fields(rows), *over_picture, height, width, backend
+    )
     return out, maps if rows.capture_tokens is not None else None
-
-
-def _bounds(rows: RowPlan) -> tuple[int, int]:
-    """max_content and max_drop."""
-    return (rows.max_content, rows.max_drop) if rows.bounds is None else (rows.bounds.shape[0], rows.bounds.shape[1])
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None, backend: str) -> Tensor:
@@ -83,111 +82,102 @@ def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Te
     return torch.ops.sdattn_fast.smooth(x, grid[0], grid[1], sigma, times, where, backend)
 
 
-@library.custom_op("sdattn_fast::rows", mutates_args=(), schema=_ROWS_SCHEMA)
-def _rows(
-    query, key, value, bias, scale, content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode,
-    capture_tokens, capture_final, capture_mean, max_content, max_drop, return_bits, sink, sink_tokens, sink_heads,
-    backend,
-):  # fmt: skip
-    rows = RowPlan(
-        content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode, capture_tokens,
-        capture_final, capture_mean, max_content, max_drop,
-    )  # fmt: skip
-    out, maps, bits = fused(backend).attention(query, key, value, bias, scale, rows, return_bits=return_bits)
-    none = torch.empty(0, device=query.device)
-    return out, none if maps is None else maps, none.to(torch.int32) if bits is None else bits
+# ---- flat and back ---------------------------------------------------------------------------------------------------
+
+
+def _schema(arguments: dict[str, str], results: int) -> str:
+    flat = ", ".join(f"{kind} {name}" for name, kind in arguments.items())
+    return f"({flat}) -> ({', '.join(['Tensor'] * results)})"
+
+
+def _fields(rows: RowPlan) -> list[Any]:
+    """What `_ROWS` lists."""
+    fields = [getattr(rows, name) for name in _ROWS]
+    return fields if rows.bounds is None else [*fields[:-2], *rows.bounds.shape[:2]]
+
+
+def _unflattened(arguments: tuple[Any, ...]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """(query, key, value, bias, scale, rows), and the arguments behind them."""
+    inputs, rows, rest = arguments[:5], arguments[5 : 5 + len(_ROWS)], arguments[5 + len(_ROWS) :]
+    return (*inputs, RowPlan(**dict(zip(_ROWS, rows, strict=True)))), rest
+
+
+def _no_none(like: Tensor, *results: Tensor | None, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
+    return tuple(like.new_empty(0, dtype=dtype) if x is None else x for x in results)
+
+
+# ---- rows ------------------------------------------------------------------------------------------------------------
+
+_ROWS_OP = {**_INPUTS, **_ROWS, "return_bits": "bool", **_RELEVANCE, "backend": "str"}
+
+
+@library.custom_op("sdattn_fast::rows", mutates_args=(), schema=_schema(_ROWS_OP, 3))
+def _rows(*arguments):
+    inputs, (return_bits, *_, backend) = _unflattened(arguments)
+    return _rows_results(inputs[0], *fused(backend).attention(*inputs, return_bits=return_bits))
 
 
 @_rows.register_fake
-def _rows_fake(
-    query, key, value, bias, scale, content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode,
-    capture_tokens, capture_final, capture_mean, max_content, max_drop, return_bits, sink, sink_tokens, sink_heads,
-    backend,
-):  # fmt: skip
-    b, h, m, _ = query.shape
-    out = value.new_empty(b, h, m, value.shape[3])
-    maps, bits = query.new_empty(0, dtype=torch.float32), query.new_empty(0, dtype=torch.int32)
-    if capture_tokens is not None:
-        t = capture_tokens.shape[0]
-        maps = query.new_empty((b, t, m) if capture_mean else (b, h, t, m), dtype=torch.float32)
-    if return_bits:
-        bits = query.new_empty(b, h, m, (key.shape[2] + 31) // 32, dtype=torch.int32)
-    return out, maps, bits
+def _rows_fake(*arguments):
+    (query, key, value, _, _, rows), (return_bits, *_) = _unflattened(arguments)
+    bits = empty_bits(query, key.shape[2]) if return_bits else None
+    return _rows_results(query, *empty_results(query, value, rows, keep_layout=False), bits)
 
 
-# What the gradients read, in the order of rows_backward's arguments.
-_SAVED = (
-    "query key value bias scale content gate phrases renormalize head_mode capture_tokens capture_final capture_mean "
-    "max_content sink_tokens sink_heads backend"
-).split()
-_ROWS_ARGUMENTS = [argument.name for argument in torch.ops.sdattn_fast.rows.default._schema.arguments]
+def _rows_results(query, out, maps, bits):
+    return *_no_none(query, out, maps), *_no_none(query, bits, dtype=torch.int32)
+
+
 _DIFFERENTIABLE = ("query", "key", "value", "bias", "gate", "sink")
+# The bits say what was decided, so that the gradients read nothing of how.
+_UNREAD = ("drop", "random_ratio", "seed", "threshold", "max_drop", "return_bits", "sink")
+_SAVED = {name: kind for name, kind in _ROWS_OP.items() if name not in _UNREAD}
 
 
 def _save(ctx, inputs, output):
-    given = dict(zip(_ROWS_ARGUMENTS, inputs, strict=True))
-    given = {name: given[name] for name in _SAVED}
-    ctx.tensors = [name for name, x in given.items() if isinstance(x, Tensor)]
-    ctx.others = {name: x for name, x in given.items() if not isinstance(x, Tensor)}
-    ctx.save_for_backward(output[2], *(given[name] for name in ctx.tensors))
+    by_name = dict(zip(_ROWS_OP, inputs, strict=True))
+    ctx.tensors = [name for name in _SAVED if isinstance(by_name[name], Tensor)]
+    ctx.others = {name: by_name[name] for name in _SAVED if name not in ctx.tensors}
+    ctx.save_for_backward(output[2], *(by_name[name] for name in ctx.tensors))
     ctx.set_materialize_grads(False)
 
 
 def _rows_gradients(ctx, grad_out, grad_maps, _):
     bits, *tensors = ctx.saved_tensors
     saved = {**ctx.others, **dict(zip(ctx.tensors, tensors, strict=True))}
-    needs = dict(zip(_ROWS_ARGUMENTS, ctx.needs_input_grad, strict=True))
+    needs = dict(zip(_ROWS_OP, ctx.needs_input_grad, strict=True))
     wanted = [needs[name] for name in _DIFFERENTIABLE]
     if (grad_out is None and grad_maps is None) or not any(wanted):
-        return (None,) * len(_ROWS_ARGUMENTS)
-    grads = torch.ops.sdattn_fast.rows_backward(grad_out, grad_maps, bits, wanted, *(saved[name] for name in _SAVED))
+        return (None,) * len(_ROWS_OP)
+    in_order = [saved[name] for name in _SAVED]
+    grads = torch.ops.sdattn_fast.rows_backward(grad_out, grad_maps, bits, wanted, *in_order)
     by_name = {name: grad for name, grad, want in zip(_DIFFERENTIABLE, grads, wanted, strict=True) if want}
-    return tuple(by_name.get(name) for name in _ROWS_ARGUMENTS)
+    return tuple(by_name.get(name) for name in _ROWS_OP)
 
 
 _rows.register_autograd(_rows_gradients, setup_context=_save)
 
+_BACKWARD_OP = {"grad_out": "Tensor?", "grad_maps": "Tensor?", "bits": "Tensor", "wanted": "bool[]", **_SAVED}
 
-@library.custom_op(
-    "sdattn_fast::rows_backward",
-    mutates_args=(),
-    schema="(Tensor? grad_out, Tensor? grad_maps, Tensor bits, bool[] wanted, Tensor query, Tensor key, Tensor value, "
-    "Tensor? bias, float scale, Tensor? content, Tensor? gate, Tensor? phrases, int renormalize, Tensor? head_mode, "
-    "Tensor? capture_tokens, bool capture_final, bool capture_mean, SymInt max_content, Tensor? sink_tokens, "
-    "Tensor? sink_heads, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-)
-def _rows_backward(
-    grad_out, grad_maps, bits, wanted, query, key, value, bias, scale, content, gate, phrases, renormalize, head_mode,
-    capture_tokens, capture_final, capture_mean, max_content, sink_tokens, sink_heads, backend,
-):  # fmt: skip
-    rows = RowPlan(
-        content, gate, phrases, renormalize=renormalize, head_mode=head_mode, capture_tokens=capture_tokens,
-        capture_final=capture_final, capture_mean=capture_mean, max_content=max_content,
-    )  # fmt: skip
-    grads = fused(backend).backward(
-        grad_out, grad_maps, query, key, value, bias, scale, rows, bits if bits.numel() else None, wanted, sink_tokens,
-        sink_heads,
-    )  # fmt: skip
-    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+
+@library.custom_op("sdattn_fast::rows_backward", mutates_args=(), schema=_schema(_BACKWARD_OP, len(_DIFFERENTIABLE)))
+def _rows_backward(grad_out, grad_maps, bits, wanted, *saved):
+    x, rows = _by_name(saved)
+    inputs = (x["query"], x["key"], x["value"], x["bias"], x["scale"], rows, bits if bits.numel() else None)
+    grads = fused(x["backend"]).backward(grad_out, grad_maps, *inputs, wanted, x["sink_tokens"], x["sink_heads"])
+    return _no_none(x["query"], *grads)
 
 
 @_rows_backward.register_fake
-def _rows_backward_fake(
-    grad_out, grad_maps, bits, wanted, query, key, value, bias, scale, content, gate, phrases, renormalize, head_mode,
-    capture_tokens, capture_final, capture_mean, max_content, sink_tokens, sink_heads, backend,
-):  # fmt: skip
-    none = query.new_empty(0)
-    grads = [
-        torch.empty_like(x) if want else query.new_empty(0)
-        for x, want in zip((query, key, value), wanted[:3], strict=True)
-    ]
-    grads.append(bias.new_empty(bias.shape) if wanted[3] else none)
-    grads.append(gate.new_empty(gate.shape) if wanted[4] else query.new_empty(0))
-    if wanted[5]:
-        grads.append(query.new_empty((query.shape[0], sink_tokens.shape[0], query.shape[2]), dtype=torch.float32))
-    else:
-        grads.append(query.new_empty(0))
-    return tuple(grads)
+def _rows_backward_fake(grad_out, grad_maps, bits, wanted, *saved):
+    x, rows = _by_name(saved)
+    inputs = x["query"], x["key"], x["value"], x["bias"], rows.gate
+    return _no_none(x["query"], *Gradients.empty(*inputs, wanted, x["sink_tokens"]).results(x["bias"], rows))
+
+
+def _by_name(saved):
+    x = dict(zip(_SAVED, saved, strict=True))
+    return x, RowPlan(**{name: x[name] for name in _ROWS if name in x})
 
 
 def _refuse_second(ctx, *grads):
@@ -197,42 +187,25 @@ def _refuse_second(ctx, *grads):
 _rows_backward.register_autograd(_refuse_second)
 
 
-@library.custom_op(
-    "sdattn_fast::picture",
-    mutates_args=(),
-    schema=_ROWS_SCHEMA.replace(
-        "bool return_bits, Tensor? sink, Tensor? sink_tokens, Tensor? sink_heads, str backend) "
-        "-> (Tensor, Tensor, Tensor)",
-        "int steps, float sigma, float drop_ratio, bool nms, Tensor? active, SymInt height, SymInt width, str backend) "
-        "-> (Tensor, Tensor)",
-    ),
-)
-def _picture(
-    query, key, value, bias, scale, content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode,
-    capture_tokens, capture_final, capture_mean, max_content, max_drop, steps, sigma, drop_ratio, nms, active, height,
-    width, backend,
-):  # fmt: skip
-    rows = RowPlan(
-        content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode, capture_tokens,
-        capture_final, capture_mean, max_content, max_drop,
-    )  # fmt: skip
-    picture, grid = PicturePlan(steps, sigma, drop_ratio, nms, active), (height, width)
-    out, maps = fused(backend).picture_attention(query, key, value, bias, scale, rows, picture, grid)
-    return out, torch.empty(0, device=query.device) if maps is None else maps
+# ---- picture ---------------------------------------------------------------------------------------------------------
+
+_PICTURE_OP = {**_INPUTS, **_ROWS, **_PICTURE, "height": "SymInt", "width": "SymInt", "backend": "str"}
+
+
+@library.custom_op("sdattn_fast::picture", mutates_args=(), schema=_schema(_PICTURE_OP, 2))
+def _picture(*arguments):
+    inputs, (*picture, height, width, backend) = _unflattened(arguments)
+    picture = PicturePlan(**dict(zip(_PICTURE, picture, strict=True)))
+    return _no_none(inputs[0], *fused(backend).picture_attention(*inputs, picture, (height, width)))
 
 
 @_picture.register_fake
-def _picture_fake(
-    query, key, value, bias, scale, content, gate, phrases, drop, random_ratio, seed, threshold, renormalize, head_mode,
-    capture_tokens, capture_final, capture_mean, max_content, max_drop, steps, sigma, drop_ratio, nms, active, height,
-    width, backend,
-):  # fmt: skip
-    b, h, m, _ = query.shape
-    maps = query.new_empty(0, dtype=torch.float32)
-    if capture_tokens is not None:
-        t = capture_tokens.shape[0]
-        maps = query.new_empty((b, t, m) if capture_mean else (b, h, t, m), dtype=torch.float32)
-    return value.new_empty(b, h, m, value.shape[3]), maps
+def _picture_fake(*arguments):
+    (query, _, value, _, _, rows), _ = _unflattened(arguments)
+    return _no_none(query, *empty_results(query, value, rows, keep_layout=False))
+
+
+# ---- smooth ----------------------------------------------------------------------------------------------------------
 
 
 @library.custom_op(
