@@ -97,7 +97,7 @@ def semantic_attention(
         capture=capture,
         backend=backend,
     )
-    out, maps = prepared(query, key, value, bias=bias, scale=scale, grid=grid)
+    out, maps = prepared.attend(query, key, value, bias, scale, grid)
     return out if maps is None else (out, maps)
 
 

@@ -88,13 +88,21 @@ class RowPlan:
     bounds: Tensor | None = None
     derived: dict[str, Any] = field(default_factory=dict, repr=False, compare=False)
 
+    def replaced(self, **changes: Any) -> RowPlan:
+        """As `dataclasses.replace`, which takes ten times as long: layers do this at every step."""
+        if torch.compiler.is_compiling():
+            return replace(self, **changes)
+        other = object.__new__(RowPlan)
+        other.__dict__.update(self.__dict__, **changes)
+        return other
+
     def by_head(self) -> RowPlan:
         """The same plan, its captured maps of every head by itself."""
-        return self._with(capture_mean=False)
+        return self.replaced(capture_mean=False)
 
     def with_seed(self, seed: Tensor) -> RowPlan:
         """The same plan with another seed."""
-        return self._with(seed=seed)
+        return self.replaced(seed=seed)
 
     def derive(self, name: str, source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
         """A small tensor that a backend makes of one of these, kept with the plan: eager calls share one plan.
@@ -116,14 +124,6 @@ class RowPlan:
             with torch.inference_mode():
                 made = old.kept.get().copy_(old.make(old.source))
             self.derived[name] = _Derived(old.source, version_of(old.source), old.make, Kept(made))
-
-    def _with(self, **changes: Any) -> RowPlan:
-        """As `replace`, which takes ten times as long: layers do this at every step."""
-        if torch.compiler.is_compiling():
-            return replace(self, **changes)
-        other = object.__new__(RowPlan)
-        other.__dict__.update(self.__dict__, **changes)
-        return other
 
     @property
     def decides(self) -> bool:

@@ -1,9 +1,10 @@
 """Backends: "triton", "cuda", "cpu", "reference". Each is one module; none imports another.
 
-A backend module has `availability(device)`, `not_supported_reasons(...)`, `attention(...)` and `smooth(...)`. This file
-chooses among them: "auto" takes the fastest that serves the call, as measured.py knows it, and says once when it has to
-fall back to the reference; a name takes that backend or raises with the reasons why it cannot serve. A kernel that does
-not compile or launch after all (refusal.py) is a reason from then on for calls like that one.
+A fused backend's module has `availability(device)`, `not_supported_reasons(...)`, `attention(...)` and `smooth(...)`.
+This file chooses among them: "auto" takes the fastest that serves the call, as measured.py knows it, and says once when
+it has to fall back to the reference; a name takes that backend or raises with the reasons why it cannot serve. A kernel
+that does not compile or launch after all (refusal.py) is a reason from then on for calls like that one. dispatch.py
+runs an `AttentionCall` on what was chosen.
 
 Source: docs/design.md, "Backends".
 """
@@ -19,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..plan import Plan
 from . import cpu, cuda, measured, triton
+from .call import AttentionCall
 from .devices import gpu_index
 from .refusal import KernelRefused
 
@@ -55,15 +56,7 @@ def backends() -> dict[str, bool | str]:
     return {name: True if reason is None else reason for name, reason in reasons.items()}
 
 
-def choose(
-    name: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    plan: Plan | None,
-    needs_grad: bool,
-) -> str:
+def choose(name: str, call: AttentionCall) -> str:
     """The backend that serves this call.
 
     Raises:
@@ -72,23 +65,23 @@ def choose(
     if name == "reference":
         return name
     if name != "auto":
-        reasons = _reasons(name, query, key, value, bias, plan, needs_grad)
+        reasons = _reasons(name, call)
         if reasons:
             raise ValueError(f"backend: {name!r} cannot serve this call: {'; '.join(reasons)}")
         return name
     passed_over = []
     failed = ""
-    for candidate in _order(query, key):
+    for candidate in _order(call.query, call.key):
         # _failures is nearly always empty.
-        broken = failure(*_kind(candidate, query, key, value, plan, needs_grad)) if _failures else None
-        reasons = [broken] if broken else _reasons(candidate, query, key, value, bias, plan, needs_grad)
+        broken = failure(*_kind(candidate, call)) if _failures else None
+        reasons = [broken] if broken else _reasons(candidate, call)
         if not reasons:
             if failed:
                 warn_once(f"backend {candidate!r} serves calls like this one, because {failed}.")
             return candidate
         passed_over.append(f"{candidate}: {'; '.join(reasons)}")
         failed = passed_over[-1] if broken else failed
-    because = "; ".join(passed_over) or f"no fused backend for device type {query.device.type!r}"
+    because = "; ".join(passed_over) or f"no fused backend for device type {call.query.device.type!r}"
     warn_once(
         f"the plain torch reference serves this call, slowly, because {because}. backend='reference' silences this."
     )
@@ -117,7 +110,7 @@ def unavailable(name: str, device: torch.device | None = None) -> str | None:
         return None
     if device is None and name != "cpu" and torch.cuda.is_available():
         device = torch.device("cuda", gpu_index(device))
-    if os.environ.get("TRITON_INTERPRET") or (name, device) not in _unavailable:
+    if (name, device) not in _unavailable or (name == "triton" and os.environ.get("TRITON_INTERPRET")):
         _unavailable[name, device] = _FUSED[name].availability(device)
     return _unavailable[name, device]
 
@@ -131,9 +124,9 @@ def remark(name: str, device: torch.device | None = None) -> str | None:
     return triton.remark(device) if name == "triton" and unavailable(name, device) is None else None
 
 
-def pass_over(error: KernelRefused, query: Tensor, key: Tensor, value: Tensor, plan: Plan, needs_grad: bool) -> None:
+def pass_over(error: KernelRefused, call: AttentionCall) -> None:
     """From here on "auto" passes over the backend that raised the error, for calls like this one."""
-    remember_failure(error, *_kind(error.backend, query, key, value, plan, needs_grad))
+    remember_failure(error, *_kind(error.backend, call))
 
 
 def remember_failure(error: KernelRefused, *kind: Any) -> None:
@@ -149,27 +142,21 @@ def failure(*kind: Any) -> str | None:
 failure._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _kind(name: str, query: Tensor, key: Tensor, value: Tensor, plan: Plan | None, needs_grad: bool) -> tuple[Any, ...]:
+def _kind(name: str, call: AttentionCall) -> tuple[Any, ...]:
     """What a kernel's compilation depends on, roughly: calls of a kind are passed over together."""
+    query, plan = call.query, call.lowered.plan
     assert plan is not None
-    sizes = (operator.index(size) for size in (key.shape[2], query.shape[3], value.shape[3]))
-    return name, query.device, query.dtype, *sizes, plan.picture is not None, plan.smoothings > 0, needs_grad
+    sizes = (operator.index(size) for size in (call.key.shape[2], query.shape[3], call.value.shape[3]))
+    return name, query.device, query.dtype, *sizes, plan.picture is not None, plan.smoothings > 0, call.needs_grad
 
 
-def _reasons(
-    name: str,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    bias: Tensor | None,
-    plan: Plan | None,
-    needs_grad: bool,
-) -> list[str]:
-    reason = unavailable(name, query.device)
+def _reasons(name: str, call: AttentionCall) -> list[str]:
+    reason = unavailable(name, call.query.device)
     if reason is not None:
         return [reason]
+    plan = call.lowered.plan
     assert plan is not None
-    return _FUSED[name].not_supported_reasons(query, key, value, bias, plan, needs_grad)
+    return _FUSED[name].not_supported_reasons(call.query, call.key, call.value, call.bias, plan, call.needs_grad)
 
 
 def warn_once(message: str) -> None:

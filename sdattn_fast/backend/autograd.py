@@ -13,8 +13,7 @@ Source: docs/design.md, "Gradients".
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,34 +22,10 @@ from torch import Tensor
 from ..graphs import in_graph
 from ..plan import RowPlan
 from . import KernelRefused, fused, op
+from .call import Relevance
+from .reference import Fallback
 
-__all__ = ["Fallback", "Relevance", "attention", "smooth", "transforming"]
-
-
-@dataclass(frozen=True)
-class Relevance:
-    """Asks the backward pass for sum over heads of A * relu(dL/dA), A the program's probabilities: GradCAM's relevance.
-
-    sink: (B, T, M) float32 that requires grad; its values are not read, and its gradient is the relevance. tokens: (T,)
-    int32. heads: (H,) uint8, the heads to sum over; None: all.
-    """
-
-    sink: Tensor
-    tokens: Tensor
-    heads: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Fallback:
-    """What "auto" does where a backward kernel does not compile or launch: gradients of plain torch operations.
-
-    attention: (query, key, value, bias, gate) -> (out, maps), what the backend's `attention` computed. It decides anew
-    what is dropped, so an entry within rounding of a threshold may fall on the other side. pass_over: (error, query,
-    key, value). Neither may hold on to query, key or value: the graph frees them as its backward pass goes.
-    """
-
-    attention: Callable[..., tuple[Tensor, Tensor | None]]
-    pass_over: Callable[[KernelRefused, Tensor, Tensor, Tensor], None]
+__all__ = ["Relevance", "attention", "smooth", "transforming"]
 
 
 def attention(
@@ -104,8 +79,7 @@ _SHARED = ("seed", "head_mode", "capture_tokens")
 
 
 def _with_tensors(rows: RowPlan, plan: Sequence[Tensor | None]) -> RowPlan:
-    changes: dict[str, Any] = dict(zip(_PER_ENTRY + _SHARED, plan, strict=True))
-    return replace(rows, **changes)
+    return rows.replaced(**dict(zip(_PER_ENTRY + _SHARED, plan, strict=True)))
 
 
 class _Rows(torch.autograd.Function):
@@ -160,7 +134,9 @@ def _plain_gradients(
 ) -> tuple[Tensor | None, ...]:
     """Of query, key, value, bias and gate, and None for the relevance."""
     with torch.enable_grad():
-        leaves = [None if x is None else x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)]
+        leaves: list[Any] = [
+            None if x is None else x.detach().requires_grad_(w) for x, w in zip(inputs, wanted, strict=True)
+        ]
         results = fallback.attention(*leaves)
     pairs = [(y, g) for y, g in zip(results, (grad_out, grad_maps), strict=True) if y is not None and g is not None]
     to = [x for x, w in zip(leaves, wanted, strict=True) if w and x is not None]

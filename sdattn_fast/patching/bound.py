@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..backend import autograd
-from ..execute import Bound, FoldedText, Prepared
+from ..execute import Bound, Prepared
+from ..folded_layer import FoldedText, call_folded
 from ..streams import capturing, current_stream
 from .layers import Layer
 from .text_cache import KeyValue, Served, Weights
@@ -29,7 +30,7 @@ class BoundFold:
     grid: tuple[int, int] | None
 
     def __call__(self, query: Tensor, seed: int | Tensor | None) -> tuple[Tensor, Tensor | None]:
-        return self.prepared.call_folded(query, self.text, grid=self.grid, seed=seed)
+        return call_folded(self.prepared, query, self.text, grid=self.grid, seed=seed)
 
 
 @dataclass(frozen=True)

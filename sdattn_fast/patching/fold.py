@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
+from .. import folded_layer
 from ..backend import cpu
-from ..execute import FoldedText, Prepared
+from ..execute import Prepared
+from ..folded_layer import FoldedText
 from .text_cache import why_unread
 
 __all__ = ["KINDS", "Shape", "choose_fold", "fold_refusal", "fold_text", "seconds_of", "shape_of"]
@@ -94,8 +96,8 @@ def seconds_of(shape: Shape, kind: str) -> float:
 
 def shape_of(attn: Any, key: Tensor, x: Tensor, prepared: Prepared) -> Shape:
     """The shape of a layer's call on x (B, M, C) with keys (B, H, N, D)."""
-    there = prepared.heads_there()
-    heads = key.shape[1] if there is None else len(there)
+    not_zero = folded_layer.heads_not_zero(prepared)
+    heads = key.shape[1] if not_zero is None else len(not_zero)
     return Shape(
         x.shape[0], x.shape[1], heads, key.shape[2], key.shape[3], int(attn.query_dim), key.shape[1] * key.shape[3],
         int(attn.out_dim), x.dtype,
@@ -110,7 +112,7 @@ def fold_refusal(attn: Any, prepared: Prepared, x: Tensor) -> str | None:
         why = why_unread(module)
         if why is not None:
             return f"{name} {why}"
-    return prepared.fold_refusal(x)
+    return folded_layer.fold_refusal(prepared, x)
 
 
 def fold_text(attn: Any, kind: str, key: Tensor, value: Tensor, prepared: Prepared) -> FoldedText:
@@ -131,7 +133,9 @@ def fold_text(attn: Any, kind: str, key: Tensor, value: Tensor, prepared: Prepar
     if kind in ("out", "both"):
         weight, out_bias = _affine(attn.to_out[0], inner, key.device)
         value = torch.einsum("bhnd,hdc->bhnc", value.float(), weight.view(heads, head_dim, -1)).to(dtype)
-    return prepared.fold(key, value, kind in ("query", "both"), kind in ("out", "both"), scale, token_bias, out_bias)
+    return folded_layer.fold(
+        prepared, key, value, kind in ("query", "both"), kind in ("out", "both"), scale, token_bias, out_bias
+    )
 
 
 def _affine(module: Any, width: int, device: torch.device) -> tuple[Tensor, Tensor | None]:

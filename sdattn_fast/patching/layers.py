@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from ..arguments import checked_heads
-from ..backend.autograd import Relevance
+from ..backend.call import Relevance
 from ..streams import to_device
 from .text_state import TextState
 

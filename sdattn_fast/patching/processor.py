@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..arguments import checked_heads
 from ..backend import KernelRefused
-from ..execute import FoldedText
+from ..folded_layer import FoldedText, call_folded, may_sum_heads
 from ..graphs import in_graph
 from ..program import Capture, Program
 from ..streams import capturing
@@ -307,7 +307,7 @@ def _cross_attention(
     elif query is None:
         query = _query(attn, x)
     if folded is not None:
-        out, maps = prepared.call_folded(x if query is None else query, folded, bias=mask, grid=grid, seed=seed)
+        out, maps = call_folded(prepared, x if query is None else query, folded, bias=mask, grid=grid, seed=seed)
     else:
         assert query is not None
         # Not attn.scale: a block compiled for layers of several widths would make a symbol of it.
@@ -365,7 +365,7 @@ def _folded(
     if refusal is None and x.dtype != entry.key.dtype:
         refusal = f"x is {x.dtype} and the keys {entry.key.dtype}"
     refusal = refusal or fold_refusal(attn, prepared, x)
-    may_out = refusal is None and prepared.may_sum_heads()
+    may_out = refusal is None and may_sum_heads(prepared)
     if settings.fold == "always":
         if refusal is not None:
             raise ValueError(f"fold: 'always' cannot be served, because {refusal}")

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn.modules import module as torch_module
 
-from ..execute import FoldedText, Prepared
+from ..execute import Prepared
+from ..folded_layer import FoldedText, folds_alike
 from ..places import Known, looking_is_free, version_of
 from ..streams import MadeOn, capturing
 from .known_modules import is_hooked, is_known, unknown_class
@@ -222,7 +223,7 @@ class KeyValue:
         if before is not None and before.prepared is prepared:
             before.made.use(lambda: (before.value_folded,))
             return before
-        alike = before is not None and before.prepared.folds_alike(prepared)
+        alike = before is not None and folds_alike(before.prepared, prepared)
         folds = before.folds if before is not None and alike else {}
         # A new object, not a change of the old one, which another thread may be reading.
         value_folded = prepared.fold_value(self.value)

@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from sdattn_fast import Program, SalienceDropout
 from sdattn_fast import backend as backends
 from sdattn_fast.backend import measured
+from sdattn_fast.backend.call import AttentionCall
 from sdattn_fast.functional import prepare
 
 ORDER = backends._AUTO["cuda"]
@@ -83,11 +84,12 @@ def test_the_nearest_shape_decides(card):
 def test_what_cannot_serve_is_passed_over(card, monkeypatch):
     card(shape("cuda"))
     query = SimpleNamespace(shape=(2, 8, 4096, 40), dtype=torch.float16, device=torch.device("cuda:0"))
+    call = AttentionCall(None, query, query, query, None, 1.0, None, None, needs_grad=False)
     monkeypatch.setattr(backends, "_reasons", lambda name, *_: ["not built"] if name == "cuda" else [])
-    assert backends.choose("auto", query, query, query, None, None, False) == "triton"
+    assert backends.choose("auto", call) == "triton"
     monkeypatch.setattr(backends, "_reasons", lambda name, *_: [])
-    assert backends.choose("auto", query, query, query, None, None, False) == "cuda"
-    assert backends.choose("triton", query, query, query, None, None, False) == "triton"
+    assert backends.choose("auto", call) == "cuda"
+    assert backends.choose("triton", call) == "triton"
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
@@ -120,10 +122,11 @@ def test_a_choice_on_a_gpu_compiles_whole(card, monkeypatch, name):
     monkeypatch.setattr(backends, "_unavailable", {("triton", gpu): None, ("cuda", gpu): None})
     monkeypatch.setattr(backends.triton.gpu, "interprets", lambda: False)
     monkeypatch.setattr(backends.cuda, "_device_type", "cuda")
-    plan = prepare(Program(SalienceDropout(0.3)), batch=2, heads_count=8, tokens=77, device="cpu").plan
+    prepared = prepare(Program(SalienceDropout(0.3)), batch=2, heads_count=8, tokens=77, device="cpu")
 
     def serves(query, key, value):
-        return query.new_zeros(backends.NAMES.index(backends.choose(name, query, key, value, None, plan, False)))
+        call = AttentionCall(prepared, query, key, value, None, 1.0, None, None, needs_grad=False)
+        return query.new_zeros(backends.NAMES.index(backends.choose(name, call)))
 
     torch._dynamo.reset()
     with FakeTensorMode(), warnings.catch_warnings():

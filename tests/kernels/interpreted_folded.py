@@ -14,6 +14,8 @@ from poison import poison
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.backend.triton import folded_layers
+from sdattn_fast.folded_layer import call_folded, fold_refusal
+from sdattn_fast.folded_layer import fold as fold_text
 from sdattn_fast.functional import prepare
 from sdattn_fast.reference import reference_attention
 
@@ -57,11 +59,11 @@ def case(program, b=2, h=3, grid=(5, 9), n=77, d=40, dv=24, dtype=torch.float16,
 
 def check(c, summed=True, bias=None, scale=0.2) -> Any:
     p = c.prepared
-    fold = p.fold(
-        c.key, p.fold_value(c.value), c.shared, summed, scale, out_bias=c.out_bias.float() if summed else None
+    fold = fold_text(
+        p, c.key, p.fold_value(c.value), c.shared, summed, scale, out_bias=c.out_bias.float() if summed else None
     )
-    assert p.fold_refusal(c.x) is None
-    y, maps = p.call_folded(c.x, fold, bias=bias, grid=c.grid)
+    assert fold_refusal(p, c.x) is None
+    y, maps = call_folded(p, c.x, fold, bias=bias, grid=c.grid)
     assert maps is None and y.dtype == c.x.dtype
     query = c.x[:, None].expand(-1, c.key.shape[1], -1, -1) if c.shared else c.x
     side = p.side
@@ -115,7 +117,7 @@ def test_heads(shared, heads, inactive, summed):
     c = case(PROGRAMS["random"], heads=heads, inactive_heads=inactive, shared=shared)
     check(c, summed)
     if inactive == "zero":
-        assert c.prepared.fold(c.key, c.value, shared, summed, 1.0).packed.key.shape[1] == len(heads)
+        assert fold_text(c.prepared, c.key, c.value, shared, summed, 1.0).packed.key.shape[1] == len(heads)
 
 
 def test_rows_beyond_a_block(monkeypatch):
@@ -143,11 +145,11 @@ def test_strided_rows():
 
 def test_a_row_with_nan_and_a_row_without_a_finite_logit():
     c = case(PROGRAMS["full"])
-    fold = c.prepared.fold(c.key, c.value, True, True, 0.2)
+    fold = fold_text(c.prepared, c.key, c.value, True, True, 0.2)
     bias = torch.zeros(2, 1, 45, 77, device=DEVICE)
     bias[0, :, 4] = -math.inf
     c.x[1, 7, 3] = math.nan
-    y, _ = c.prepared.call_folded(c.x, fold, bias=bias)
+    y, _ = call_folded(c.prepared, c.x, fold, bias=bias)
     assert (y[0, 4] == 0).all()
     bad = y.isnan().any(-1)
     assert bad.sum() == 1 and y[1, 7].isnan().all()
@@ -162,19 +164,19 @@ def test_an_amplifying_gate_fits_half_precision():
 
 def test_no_pixel():
     c = case(Program())
-    fold = c.prepared.fold(c.key, c.value, True, True, 1.0)
-    y, _ = c.prepared.call_folded(c.x[:, :0], fold)
+    fold = fold_text(c.prepared, c.key, c.value, True, True, 1.0)
+    y, _ = call_folded(c.prepared, c.x[:, :0], fold)
     assert y.shape == (2, 0, 24)
 
 
 def test_what_is_refused_is_said():
     c = case(PROGRAMS["full"])
-    assert "float32" in c.prepared.fold_refusal(c.x.float())
-    assert "meta" in c.prepared.fold_refusal(c.x.to("meta"))
+    assert "float32" in fold_refusal(c.prepared, c.x.float())
+    assert "meta" in fold_refusal(c.prepared, c.x.to("meta"))
     captures = prepare(
         Program(), batch=2, heads_count=3, tokens=77, device=DEVICE, capture=Capture((1,)), backend="triton"
     )
-    assert "maps are captured" in captures.fold_refusal(c.x)
+    assert "maps are captured" in fold_refusal(captures, c.x)
 
 
 def test_a_patched_layer_is_as_good_as_stock():

@@ -12,6 +12,7 @@ from torch import Tensor
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, SemanticAttnProcessor
 from sdattn_fast.execute import Prepared
+from sdattn_fast.folded_layer import call_folded, may_sum_heads
 from sdattn_fast.functional import prepare
 from sdattn_fast.patching.fold import KINDS, Shape, choose_fold, fold_text, seconds_of
 from sdattn_fast.patching.keys_values import key_value
@@ -49,7 +50,7 @@ def _prepared(program: Program, **keywords: Any) -> Prepared:
 
 def _folded(attn: Any, kind: str, prepared: Prepared, x: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Any, Any]:
     fold = fold_text(attn, kind, *key_value(attn, text), prepared)
-    out, maps = prepared.call_folded(x if fold.shared_query else _query(attn, x), fold, bias=mask, grid=GRID)
+    out, maps = call_folded(prepared, x if fold.shared_query else _query(attn, x), fold, bias=mask, grid=GRID)
     if not fold.summed:
         out = attn.to_out[0](out.transpose(1, 2).reshape(B, M, -1))
     return out, maps
@@ -79,9 +80,9 @@ def _prepared64(prepared: Prepared) -> Prepared:
 
 
 def test_smoothing_of_some_heads_does_not_commute_with_their_sum() -> None:
-    assert _prepared(PROGRAMS["smooth"]).may_sum_heads()
-    assert _prepared(PROGRAMS["smooth"], heads=[0], inactive_heads="zero").may_sum_heads()
-    assert not _prepared(PROGRAMS["smooth"], heads=[0]).may_sum_heads()
+    assert may_sum_heads(_prepared(PROGRAMS["smooth"]))
+    assert may_sum_heads(_prepared(PROGRAMS["smooth"], heads=[0], inactive_heads="zero"))
+    assert not may_sum_heads(_prepared(PROGRAMS["smooth"], heads=[0]))
 
 
 @pytest.mark.parametrize("kind", KINDS[1:])
@@ -116,7 +117,7 @@ def test_one_head_and_one_pixel() -> None:
     x, text = torch.randn(1, 1, C), torch.randn(1, N, E)
     prepared = prepare(PROGRAMS["nms"], batch=1, heads_count=1, tokens=N, device=torch.device("cpu"))
     fold = fold_text(attn, "both", *key_value(attn, text), prepared)
-    got, _ = prepared.call_folded(x, fold)
+    got, _ = call_folded(prepared, x, fold)
     out, _ = prepared(_query(attn, x), *key_value(attn, text))
     torch.testing.assert_close(got, attn.to_out[0](out.transpose(1, 2).reshape(1, 1, -1)), atol=1e-6, rtol=1e-5)
 
@@ -135,7 +136,7 @@ def test_packed_for_another_instruction_set_is_refused() -> None:
             assert isas == ["portable"]
             return
         with pytest.raises(ValueError, match=f"packed: laid out for {now}"):
-            prepared.call_folded(x, fold)
+            call_folded(prepared, x, fold)
     finally:
         cpu.set_isa(now)
 

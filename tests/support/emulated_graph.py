@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from sdattn_fast import execute
-from sdattn_fast.backend import smoothing
+from sdattn_fast import folded_layer
+from sdattn_fast.backend import dispatch
 from sdattn_fast.execute import Prepared
 
 __all__ = ["EmulatedGraph", "emulated_gpu"]
@@ -83,7 +83,7 @@ def emulated_gpu() -> Iterator[None]:
                     patch.setattr(module, "capturing", lambda device: _state["capturing"])
                 if hasattr(module, "looking_is_free"):
                     patch.setattr(module, "looking_is_free", lambda device: False)
-        for module in (execute, smoothing):
+        for module in (dispatch, folded_layer):
             patch.setattr(module, "in_graph", lambda: _state["capturing"])
         patch.setattr(Prepared, "to", to)
         yield
