@@ -54,10 +54,11 @@ def check_products(query: Any, key: Any, value: Any) -> None:
         if x.device != query.device:
             raise ValueError(f"{name}: expected the query's device {query.device}, got {x.device}")
     b, h, _, d = query.shape
-    n = key.shape[2]
-    if key.shape[0] != b or key.shape[1] != h or key.shape[3] != d:
+    key_b, key_h, n, key_d = key.shape
+    if key_b != b or key_h != h or key_d != d:
         raise ValueError(f"key: expected shape ({b}, {h}, N, {d}) to match query {_shape(query)}, got {_shape(key)}")
-    if value.shape[0] != b or value.shape[1] != h or value.shape[2] != n:
+    value_b, value_h, value_n, _ = value.shape
+    if value_b != b or value_h != h or value_n != n:
         raise ValueError(f"value: expected shape ({b}, {h}, {n}, Dv) to match key {_shape(key)}, got {_shape(value)}")
 
 
