@@ -30,15 +30,9 @@ def attention(
     return_bits: bool = False,
     keep_layout: bool = False,
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Steps 1 to 6 and 8 for every row, in one launch.
+    """Steps 1 to 6 and 8 for every row, in one launch: (out, maps, bits) as of `cpu.attention`.
 
-    keep_layout: where the heads of a pixel lie side by side in the query, as after `view(B, M, H, D).transpose(1, 2)`,
-    they do so in out, so that the way back is a view; otherwise, and by default, out is contiguous.
-
-    Returns:
-        out (B, H, M, Dv) in the value's dtype; maps, float32, (B, T, M) or (B, H, T, M), None without capture; bits,
-        int32 (B, H, M, ceil(N / 32)), None unless asked: bit n % 32 of word n // 32 says that entry n survived steps 4
-        and 5.
+    Raises: KernelRefused.
     """
     b, h, m, _ = query.shape
     n = key.shape[2]

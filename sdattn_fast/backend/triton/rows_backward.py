@@ -43,18 +43,9 @@ def backward(
     relevance_tokens: Tensor | None = None,
     relevance_heads: Tensor | None = None,
 ) -> tuple[Tensor | None, ...]:
-    """Gradients of `attention`, the same numbers every time on the same device.
+    """Gradients of `attention` as of `cpu.backward`, the same numbers every time on the same device.
 
-    Args:
-        grad_out: (B, H, M, Dv); grad_maps: as the maps, float32. None: zeros.
-        query, key, value, bias, scale, rows: what `attention` was called with; bias of four dimensions.
-        bits: what `attention` returned, where the program decides anything.
-        wanted: whether the gradients of query, key, value, bias and gate are wanted, and the relevance.
-        relevance_tokens: (T,) int32; relevance_heads: (H,) uint8, None for all.
-
-    Returns:
-        The gradients of query, key, value, bias and gate, each like what it is of, and the relevance (B, T, M) float32,
-        the sum over heads of A * max(dL/dA, 0); None for what is not wanted.
+    Raises: KernelRefused.
     """
     grads = Gradients.empty(query, key, value, bias, rows.gate, wanted, relevance_tokens)
     if 0 in (*query.shape[:3], key.shape[2]):
