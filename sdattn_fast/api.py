@@ -12,7 +12,7 @@ from .files import ProgramFile, load_heads
 from .patching import Patch
 from .patching.install import install
 from .patching.settings import DropoutWhen, Heads, Settings
-from .patching.token_inputs import Given, checked_token_input
+from .patching.token_inputs import TokenInputs, checked_token_input
 from .program import Capture, Program
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def apply(
     if guided is not None:
         rows, capture = _with_recipe(guided, rows, capture)
     settings = Settings(rows, inactive_heads, seed, capture, fold, text_cache, backend, dropout_when)
-    given = Given()
+    given = TokenInputs()
     for name, x in (("gate", gate), ("phrases", phrases), ("protected", protected), ("active", active)):
         setattr(given, name, checked_token_input(name, x))
     patch = install(pipe_or_unet, settings, given, layers=layers, heads=heads, heads_of_all=heads_of_all)

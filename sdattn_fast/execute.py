@@ -1,5 +1,5 @@
-"""`Prepared`: an attention call that lacks only the tensors that change from step to step. `Bound`: one that lacks only
-the query."""
+"""`Prepared`: an attention call that lacks only the tensors that change from step to step. `BoundCall`: one that lacks
+only the query."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .backend.smoothing import smoothed
 from .plan import plan_on, side_on
 from .streams import to_device
 
-__all__ = ["Bound", "Prepared"]
+__all__ = ["BoundCall", "Prepared"]
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ class Prepared(LoweredProgram):
         scale: float | None,
         grid: tuple[int, int] | None,
         folded_value: Tensor,
-    ) -> Bound | None:
+    ) -> BoundCall | None:
         """A call without a bias and gradients that was made with these inputs, for queries that differ from this one in
         their numbers alone: as good, and checked no more. None where the reference serves it. Raises: KernelRefused."""
         scale = _scale(scale, query)
@@ -96,7 +96,7 @@ class Prepared(LoweredProgram):
         attention = None
         if self.plan.picture is None and hasattr(fused(name), "BoundAttention"):
             attention = fused(name).BoundAttention(key, folded_value, scale, self.plan.rows)
-        return Bound(self, name, key, folded_value, scale, grid, attention)
+        return BoundCall(self, name, key, folded_value, scale, grid, attention)
 
     def draw_seed(self, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
         """(1,) int64 on the device, drawn where neither the call nor `prepare` was passed one; None without random
@@ -153,7 +153,7 @@ class Prepared(LoweredProgram):
 
 
 @dataclass(frozen=True)
-class Bound:
+class BoundCall:
     """A call of which the query and the seed are missing. Made by `Prepared.bind`.
 
     attention: the backend's own, bound; None: it has none, or the program looks over the picture.

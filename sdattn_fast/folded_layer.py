@@ -25,7 +25,7 @@ class FoldedText:
     """A layer's text with projections folded into it, in a backend's form. Made by `fold`."""
 
     backend: str
-    packed: cpu.Packed | triton.Packed
+    packed: cpu.PackedKeyValue | triton.PackedFoldedText
     shared_query: bool
     summed: bool
     scale: float

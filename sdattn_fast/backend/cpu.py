@@ -25,7 +25,7 @@ from .limits import beyond_limits, full_bias, no_picture_gradients
 from .results import empty_bits, empty_maps, empty_results
 
 __all__ = [
-    "availability", "not_supported_reasons", "attention", "picture_attention", "pack", "Packed", "smooth",
+    "availability", "not_supported_reasons", "attention", "picture_attention", "pack", "PackedKeyValue", "smooth",
     "gaussian_attention", "info", "set_isa",
 ]  # fmt: skip
 
@@ -126,7 +126,7 @@ def picture_attention(
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedKeyValue:
     """Keys (B, H, N, D) and values (B, H, N, Dv) of one text, laid out for the kernel; made by `pack`."""
 
     data: Tensor  # uint8
@@ -147,7 +147,7 @@ def folded_refusal(x: Tensor, plan: Plan) -> str | None:
     return None
 
 
-def pack(key: Tensor, value: Tensor, rows: RowPlan, heads_there: list[int] | None = None) -> Packed:
+def pack(key: Tensor, value: Tensor, rows: RowPlan, heads_there: list[int] | None = None) -> PackedKeyValue:
     """Lay out key (B, H, N, D) and value (B, H, N, Dv) for many calls of `folded` with this plan's content tokens.
     heads_there: which do not give zeros; the kernel sees that by itself."""
     b, h, n, d = key.shape
@@ -157,12 +157,12 @@ def pack(key: Tensor, value: Tensor, rows: RowPlan, heads_there: list[int] | Non
     key, value = with_rows(key), with_rows(value)
     threads = torch.get_num_threads()
     _core.cpu_pack(sizes, dtype, row_strided(key), row_strided(value), address(rows.content), address(data), threads)
-    return Packed(data, (b, h, n, d, value.shape[3]), key.dtype, _core.cpu_info()["isa"])
+    return PackedKeyValue(data, (b, h, n, d, value.shape[3]), key.dtype, _core.cpu_info()["isa"])
 
 
 def folded(
     x: Tensor,
-    packed: Packed,
+    packed: PackedKeyValue,
     summed: bool,
     bias: Tensor | None,
     out_bias: Tensor | None,
@@ -203,7 +203,7 @@ def folded(
 
 def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None, picture=()) -> None:
     b, h, m, d = query.shape
-    packed = key if isinstance(key, Packed) else None
+    packed = key if isinstance(key, PackedKeyValue) else None
     n, dv = (packed.sizes[2], packed.sizes[4]) if packed else (key.shape[2], value.shape[3])
     bias = full_bias(bias, b, h, m, n, dtypes=_DTYPES)
     _core.cpu_attention(

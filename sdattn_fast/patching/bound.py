@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..backend import autograd
-from ..execute import Bound, Prepared
+from ..execute import BoundCall, Prepared
 from ..folded_layer import FoldedText, call_folded
 from ..streams import capturing, current_stream
 from .layers import Layer
@@ -75,7 +75,7 @@ class BoundLayer:
     call: all of it but the query. weights: of what it keeps. query: what the query was like; None: the rows are it.
     """
 
-    call: Bound | BoundFold
+    call: BoundCall | BoundFold
     weights: Weights
     moment: Moment
     query: tuple[Any, ...] | None
@@ -112,7 +112,7 @@ def bind(
     weights = Weights.of(*_modules(attn, folded))
     if weights is None:
         return None
-    call: Bound | BoundFold | None
+    call: BoundCall | BoundFold | None
     if folded is not None:
         call = BoundFold(prepared, folded, moment.grid)
     elif type(query) is not Tensor:

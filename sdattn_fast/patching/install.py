@@ -14,7 +14,7 @@ from .layers import LAYER, Layer, cross_attention_layers, heads_of_layers, selec
 from .patch import Patch
 from .settings import Heads, Settings
 from .text_state import TextState
-from .token_inputs import Given
+from .token_inputs import TokenInputs
 from .watched_pipeline import encode_function
 
 __all__ = ["install"]
@@ -23,7 +23,7 @@ __all__ = ["install"]
 def install(
     pipe_or_unet: Any,
     settings: Settings,
-    given: Given | None = None,
+    given: TokenInputs | None = None,
     *,
     layers: str | Sequence[str] | None = None,
     heads: Heads = None,
@@ -33,7 +33,7 @@ def install(
 
     heads_of_all: `heads` names every layer of the model, also those that `layers` leaves out.
     """
-    given = Given() if given is None else given
+    given = TokenInputs() if given is None else given
     models, pipe = _models(pipe_or_unet)
     found = [(name, attn) for prefix, model, _ in models for name, attn in cross_attention_layers(model, prefix)]
     if not found:

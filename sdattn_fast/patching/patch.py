@@ -21,7 +21,7 @@ from .prompt_memory import PromptMemory
 from .settings import Settings
 from .step_callback import Guide, call_arguments, with_step_callback
 from .token_classes import EncoderListener
-from .token_inputs import TOKEN_INPUTS, Given, checked_token_input
+from .token_inputs import TOKEN_INPUTS, TokenInputs, checked_token_input
 from .watched_pipeline import WatchedPipeline, encode_function
 from .words import tokenizer_of
 
@@ -45,7 +45,7 @@ class Patch:
     def __init__(
         self,
         settings: Settings,
-        given: Given,
+        given: TokenInputs,
         models: list[PatchedModel],
         layers: list[Layer],
         pipe: Any,

@@ -29,7 +29,7 @@ from .layers import LAYER, Layer, is_served
 from .settings import DropoutWhen, Heads, Settings
 from .text_cache import KeyValue, Served
 from .text_state import LayerCall, TextState
-from .token_inputs import Given, checked_token_input
+from .token_inputs import TokenInputs, checked_token_input
 
 __all__ = ["SemanticAttnProcessor", "attention_layer", "same"]
 
@@ -97,7 +97,7 @@ class SemanticAttnProcessor:
             raise ValueError("capture: maps are kept by layer name; use sdattn_fast.apply")
         self.settings = Settings(program, inactive_heads, seed, None, fold, text_cache, backend, dropout_when)
         self.heads = heads
-        given = Given(
+        given = TokenInputs(
             gate=checked_token_input("gate", gate),
             phrases=checked_token_input("phrases", phrases),
             protected=checked_token_input("protected", protected),

@@ -1,8 +1,8 @@
 """The token side of a model's layers: what is known of the text, and the calls prepared from it.
 
 Two sources meet here. The pipeline says which batch entries are prompts and which of their tokens are content (`Rows`,
-found in token_classes.py); the user says gates, phrases, and token classes of their own (`Given`). `TextState` brings
-both to the batch of the UNet and keeps the prepared call, which all steps of a prompt share.
+found in token_classes.py); the user says gates, phrases, and token classes of their own (`TokenInputs`). `TextState`
+brings both to the batch of the UNet and keeps the prepared call, which all steps of a prompt share.
 
 Source: docs/design.md, "The text is constant across steps" and "Where token classes come from".
 """
@@ -24,7 +24,7 @@ from ..program import Program
 from ..streams import MadeOn, capturing, to_device
 from .settings import Settings
 from .text_cache import TEXTS, TextCache
-from .token_inputs import Given
+from .token_inputs import TokenInputs
 
 if TYPE_CHECKING:
     from .graph_text import GraphText
@@ -80,7 +80,7 @@ class TextState:
     """
 
     settings: Settings
-    given: Given
+    given: TokenInputs
     rows: Rows | None = None
     step: int | None = None
     call_gate: Tensor | None = None  # of the call that the forward is of, in place of the user's

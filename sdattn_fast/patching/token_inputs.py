@@ -8,13 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["TOKEN_INPUTS", "Given", "checked_token_input"]
+__all__ = ["TOKEN_INPUTS", "TokenInputs", "checked_token_input"]
 
 TOKEN_INPUTS = ("gate", "phrases", "protected", "active")
 
 
 @dataclass
-class Given:
+class TokenInputs:
     """What the user said of the tokens: checked copies on the CPU, but for a gate that wants a gradient; or None."""
 
     gate: Tensor | None = None

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.backend import KernelRefused
-from sdattn_fast.execute import Bound
+from sdattn_fast.execute import BoundCall
 from sdattn_fast.patching import bound as module
 
 LAYER = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
@@ -62,13 +62,13 @@ class Twins:
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The bound calls that were made."""
     made: list[Any] = []
-    call = Bound.__call__
+    call = BoundCall.__call__
 
-    def spied(self: Bound, *args: Any) -> Any:
+    def spied(self: BoundCall, *args: Any) -> Any:
         made.append(self)
         return call(self, *args)
 
-    monkeypatch.setattr(Bound, "__call__", spied)
+    monkeypatch.setattr(BoundCall, "__call__", spied)
     fold = module.BoundFold.__call__
 
     def spied_fold(self: module.BoundFold, *args: Any) -> Any:
@@ -275,10 +275,10 @@ def test_a_refusal_is_passed_on(parts: dict[str, Any], monkeypatch: pytest.Monke
     twins = Twins(parts["small"])
     twins.step(2)
 
-    def refuses(self: Bound, *args: Any) -> Any:
+    def refuses(self: BoundCall, *args: Any) -> Any:
         raise KernelRefused("cpu", "rows_kernel: gone")
 
-    monkeypatch.setattr(Bound, "__call__", refuses)
+    monkeypatch.setattr(BoundCall, "__call__", refuses)
     twins.step()
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 from ...plan import Plan
 from ..limits import DTYPES, beyond_limits, no_picture_gradients
 from . import gpu
-from .folded_layers import Packed, folded, folded_refusal, pack
+from .folded_layers import PackedFoldedText, folded, folded_refusal, pack
 from .gaussian import gaussian_attention
 from .gpu import availability, interprets, remark
 from .rows import BoundAttention, attention
@@ -21,7 +21,7 @@ from .smoothing import smooth
 from .spatial import picture_attention
 
 __all__ = [
-    "BoundAttention", "Packed", "attention", "availability", "backward", "folded", "folded_refusal",
+    "BoundAttention", "PackedFoldedText", "attention", "availability", "backward", "folded", "folded_refusal",
     "gaussian_attention", "interprets", "not_supported_reasons", "pack", "picture_attention", "remark", "smooth",
 ]  # fmt: skip
 

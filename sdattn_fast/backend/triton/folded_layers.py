@@ -18,13 +18,13 @@ from .arguments import LOG2E, bucket, content_first, in_units, row_strides_of
 from .launch import Call
 from .tiles import choose_tiles, next_power_of_2
 
-__all__ = ["Packed", "block_shape", "folded", "folded_call", "folded_refusal", "pack"]
+__all__ = ["PackedFoldedText", "block_shape", "folded", "folded_call", "folded_refusal", "pack"]
 
 _BLOCK = 1024  # rows whose probabilities exist at a time
 
 
 @dataclass(frozen=True)
-class Packed:
+class PackedFoldedText:
     """A folded layer's text: keys (B, H', N', D) and values (B, H', N', Dv), tokens in the kernel's order. H' heads
     that are not zero, N tokens rounded up to 16 with zeros; heads: (H',) int32, which they are, None for all."""
 
@@ -51,7 +51,7 @@ def folded_refusal(x: Tensor, plan: Plan) -> str | None:
     return None
 
 
-def pack(key: Tensor, value: Tensor, rows: RowPlan, heads_there: list[int] | None = None) -> Packed:
+def pack(key: Tensor, value: Tensor, rows: RowPlan, heads_there: list[int] | None = None) -> PackedFoldedText:
     """Bring key (B, H, N, D) and value (B, H, N, Dv) into the kernel's order, for many calls of `folded`. heads_there:
     those that do not give zeros, None for all; the others cost nothing."""
     b, h, n, d = key.shape
@@ -63,12 +63,12 @@ def pack(key: Tensor, value: Tensor, rows: RowPlan, heads_there: list[int] | Non
         order = content_first(rows.content).long()[:, None, :, None].expand(-1, key.shape[1], -1, -1)
         key, value = (x.gather(2, order.expand(-1, -1, -1, x.shape[3])) for x in (key, value))
     key, value = (pad(x, (0, 0, 0, -n % 16)).contiguous() for x in (key, value))
-    return Packed(key, value, None if heads is None else heads.to(torch.int32), (b, h, n, d, dv))
+    return PackedFoldedText(key, value, None if heads is None else heads.to(torch.int32), (b, h, n, d, dv))
 
 
 def folded(
     x: Tensor,
-    packed: Packed,
+    packed: PackedFoldedText,
     summed: bool,
     bias: Tensor | None,
     out_bias: Tensor | None,
@@ -116,7 +116,7 @@ def folded(
     return y, None
 
 
-def block_shape(packed: Packed, summed: bool, rows: int) -> tuple[int, ...]:
+def block_shape(packed: PackedFoldedText, summed: bool, rows: int) -> tuple[int, ...]:
     """Of the probabilities: a pixel's heads side by side where they are summed, else a head's pixels."""
     b, heads, columns, _ = packed.key.shape
     return (b, rows, heads, columns) if summed else (b, heads, rows, columns)
@@ -124,7 +124,7 @@ def block_shape(packed: Packed, summed: bool, rows: int) -> tuple[int, ...]:
 
 def folded_call(
     x: Tensor,
-    packed: Packed,
+    packed: PackedFoldedText,
     bias: Tensor | None,
     scale: float,
     rows: RowPlan,

@@ -17,13 +17,13 @@ from torch import Tensor
 
 from ..refusal import launching
 
-__all__ = ["Bound", "Call", "launch", "launch_bound", "version"]
+__all__ = ["BoundLaunch", "Call", "launch", "launch_bound", "version"]
 
 # The number of programs, the arguments in order, tensors first, and constants and options by name.
 Call = tuple[int, tuple[Any, ...], dict[str, Any]]
 
 _MOST = 1024  # launches that are kept; each is a tuple of numbers
-_bound: dict[Hashable, Bound] = {}
+_bound: dict[Hashable, BoundLaunch] = {}
 
 
 def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
@@ -35,7 +35,7 @@ def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict
 
 def launch_bound(
     kernel: Any, tensors: Sequence[Tensor | None], key: Hashable, call: Callable[[], Call]
-) -> Bound | None:
+) -> BoundLaunch | None:
     """As `launch`, bound after the first time. Returns: the launch, None where Triton cannot bind one (interpreted).
 
     tensors: the kernel's first arguments; they are on the current device. key: two launches of a kernel with equal keys
@@ -63,11 +63,11 @@ def launch_bound(
         return None
     if len(_bound) >= _MOST:
         _bound.clear()
-    again = _bound[key] = Bound(kernel, compiled, programs, arguments[len(tensors) :], options)
+    again = _bound[key] = BoundLaunch(kernel, compiled, programs, arguments[len(tensors) :], options)
     return again
 
 
-class Bound:
+class BoundLaunch:
     """A launch that lacks nothing but its tensors' addresses, None for those that are missing."""
 
     def __init__(

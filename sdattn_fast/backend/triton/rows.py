@@ -11,7 +11,7 @@ from ..limits import full_bias
 from ..results import empty_bits, empty_results, heads_added_up_after, is_by_head, mean_of_heads, zeroed
 from . import gpu, launch
 from .arguments import LOG2E, bucket, content_first, in_units, map_slots, row_strides_of
-from .launch import Bound, Call
+from .launch import BoundLaunch, Call
 from .tiles import choose_tiles, next_power_of_2
 
 __all__ = ["BoundAttention", "attention", "rows_call", "rows_tensors"]
@@ -53,7 +53,7 @@ class BoundAttention:
         self._call = key, value, scale, rows
         self._by_head: BoundAttention | None = None
         # The launch, the first call's addresses, the tensors that stay. Replaced as a whole: threads may be reading.
-        self._kept: tuple[Bound, list[int | None], tuple[Tensor | None, ...]] | None = None
+        self._kept: tuple[BoundLaunch, list[int | None], tuple[Tensor | None, ...]] | None = None
 
     def __call__(self, query: Tensor, seed: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """(out, maps). Raises: KernelRefused."""
@@ -90,7 +90,7 @@ class BoundAttention:
         return out, maps
 
 
-def _launch_rows(tensors: tuple[Tensor | None, ...], scale: float, rows: RowPlan) -> Bound | None:
+def _launch_rows(tensors: tuple[Tensor | None, ...], scale: float, rows: RowPlan) -> BoundLaunch | None:
     from ...kernels import rows_kernel
 
     query, key, value, bias, out, maps, bits = tensors[:7]

@@ -150,7 +150,7 @@ def _sums_over_rows(call: _Call, grads: Gradients) -> None:
 
 
 @dataclass(frozen=True)
-class Tiles:
+class BackwardTiles:
     """The constants of a launch. NA, NB: columns of the two tiles; DA: channels that a product takes at a time; C: the
     channels that a program sums; SLICES: programs that share a head's channels; BM: rows; TILES: tiles of rows that one
     program walks over; STREAM: keys and values do not stay. groups: programs of a head and slice."""
@@ -176,7 +176,7 @@ class Tiles:
 def choose_tiles(
     n: int, d: int, dv: int, size: int, most_content: int | None, pixels: int, heads: int, processors: int,
     sums: bool, walks: bool,
-) -> Tiles:  # fmt: skip
+) -> BackwardTiles:  # fmt: skip
     """Tiles, as `tiles.choose_tiles`. sums: dK or dV is wanted; walks: anything that is summed over rows is."""
     na, nb = _columns(n, most_content)
     widest, wide = next_power_of_2(max(d, dv)), na + nb > 160
@@ -192,10 +192,12 @@ def choose_tiles(
     walk = 1
     while walk * 2 <= tiles and tiles // (walk * 2) * heads * slices >= 2 * processors and (walks or walk < 8):
         walk *= 2
-    return Tiles(na, nb, da, c, slices, bm, walk, stream, -(-tiles // walk), 8, 2 if stream and size == 2 else 1)
+    return BackwardTiles(
+        na, nb, da, c, slices, bm, walk, stream, -(-tiles // walk), 8, 2 if stream and size == 2 else 1
+    )
 
 
-def _tiles(call: _Call, sums: bool, walks: bool) -> Tiles:
+def _tiles(call: _Call, sums: bool, walks: bool) -> BackwardTiles:
     b, h, m, n, d, dv = call.sizes
     most = call.rows.max_content if call.programmed else None
     processors = gpu.num_sms(call.query.device)
@@ -211,7 +213,7 @@ def _columns(n: int, most_content: int | None) -> tuple[int, int]:
 
 def backward_call(
     call: _Call,
-    tiles: Tiles,
+    tiles: BackwardTiles,
     of_query: Tensor | None,
     of_key: Tensor | None,
     of_value: Tensor | None,

@@ -6,11 +6,11 @@ import functools
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Tiles", "choose_tiles", "next_power_of_2", "split"]
+__all__ = ["ForwardTiles", "choose_tiles", "next_power_of_2", "split"]
 
 
 @dataclass(frozen=True)
-class Tiles:
+class ForwardTiles:
     """The constants of a launch. NA, NB: columns of the two tiles; DA, DB, VA, VB: slices of head dimension and value
     dimension; BM: rows; TILES: tiles of rows that one program walks over; STREAM: keys and values do not stay.
     registers: that a thread may have at most, on NVIDIA's; None: as the compiler likes."""
@@ -44,7 +44,7 @@ def choose_tiles(
     processors: int,
     mean: bool,
     lean: bool = False,
-) -> Tiles:
+) -> ForwardTiles:
     """Tiles for n tokens, head dimensions d and dv of `size` bytes a number. most_content: None for plain attention;
     heads: B * H, processors: of the device; mean: one program walks over all heads; lean: no bias, maps and bits."""
     na, nb = split(n)
@@ -77,7 +77,9 @@ def choose_tiles(
         rounds = {w: -(-(-(-tiles // w) * heads) // (resident * processors)) * w for w in walks}
         walks = [w for w in walks if rounds[w] == min(rounds.values())]
     walk = walks[-1]
-    return Tiles(na, nb, da, db, va, vb, bm, walk, stream, 8 if wide else 4, 2 if walk > 1 else stages, registers)
+    return ForwardTiles(
+        na, nb, da, db, va, vb, bm, walk, stream, 8 if wide else 4, 2 if walk > 1 else stages, registers
+    )
 
 
 def next_power_of_2(size: int) -> int:
