@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..patching.words import words_of
+from ..streams import to_device
 from .phrases import NounPhrase
 from .relevance import Seen
 from .token_maps import TokenScore, for_each_picture, maps_of_tokens
@@ -125,16 +126,18 @@ def binding_loss(maps: Tensor, pairs: Sequence[BindingPair]) -> Tensor:
 
     Source: Rassin et al. 2023, section 3, arXiv 2306.08877.
     """
-    losses = []
+    words = list(dict.fromkeys(tuple(w) for pair in pairs for w in (pair.modifier, pair.noun, *pair.outside)))
+    index = {tokens: i for i, tokens in enumerate(words)}
+    # Row i, column j: how often the loss has the distance of the words i and j.
+    weights = torch.zeros((len(words), len(words)), dtype=torch.promote_types(maps.dtype, torch.float32))
     for pair in pairs:
-        modifier, noun = _word(maps, pair.modifier), _word(maps, pair.noun)
-        loss = _distance(modifier, noun)
-        if pair.outside:
-            others = [_word(maps, tokens) for tokens in pair.outside]
-            apart = [(_distance(modifier, other) + _distance(other, noun)) / 2 for other in others]
-            loss = loss - torch.stack(apart).mean()
-        losses.append(loss)
-    return torch.stack(losses).sum()
+        modifier, noun = index[tuple(pair.modifier)], index[tuple(pair.noun)]
+        weights[modifier, noun] += 1
+        for other in pair.outside:
+            weights[modifier, index[tuple(other)]] -= 0.5 / len(pair.outside)
+            weights[index[tuple(other)], noun] -= 0.5 / len(pair.outside)
+    distances = _distances(_word_maps(maps, words).to(weights.dtype))
+    return (to_device(weights, maps.device) * distances).sum().to(maps.dtype)
 
 
 def syntactic_pairs(tokenizer: Any, prompt: str, phrases: Sequence[NounPhrase]) -> list[BindingPair]:
@@ -171,15 +174,18 @@ def _renumbered(pairs: Sequence[BindingPair], place: dict[int, int]) -> list[Bin
     return [BindingPair(of(one.modifier), of(one.noun), [of(word) for word in one.outside]) for one in pairs]
 
 
-def _word(maps: Tensor, tokens: Tokens) -> Tensor:
-    shares = maps[..., list(tokens)].mean(-1).flatten()
+def _word_maps(maps: Tensor, words: Sequence[Tokens]) -> Tensor:
+    """(words, pixels), each scaled to sum to 1."""
+    shares = torch.stack([maps[..., list(tokens)].mean(-1).flatten() for tokens in words])
     shares = shares.clamp_min(torch.finfo(maps.dtype).tiny)  # where half precision has zeros, logarithms are finite
-    return shares / shares.sum()
+    return shares / shares.sum(1, keepdim=True)
 
 
-def _distance(a: Tensor, b: Tensor) -> Tensor:
-    """(KL(a || b) + KL(b || a)) / 2, in one sum."""
-    return ((a - b) * (a.log() - b.log())).sum() / 2
+def _distances(maps: Tensor) -> Tensor:
+    """(KL(a || b) + KL(b || a)) / 2 = sum (a - b) (log a - log b) / 2 of every two rows, in one product."""
+    cross = maps @ maps.log().T
+    own = cross.diagonal()
+    return (own[:, None] + own[None, :] - cross - cross.T) / 2
 
 
 # Bicubic upsampling undershoots; below this a probability says nothing of where a word is.

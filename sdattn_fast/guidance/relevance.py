@@ -149,14 +149,17 @@ def run(patch: Patch, latents: Tensor, t: Any, text: Tensor, **inputs: Any) -> S
     """
     unet = patch.unet
     assert unet is not None
-    if any(p.is_inference() for p in unet.parameters()):
-        raise RuntimeError(
-            "unet: its weights were made in torch.inference_mode, which gradients cannot pass; load it outside, or "
-            "replace them by clones"
-        )
     latents, t, text, inputs = _outside_inference_mode((latents, t, text, inputs))
     with torch.enable_grad(), patch.aside():
-        out = unet(latents, t, encoder_hidden_states=text, return_dict=False, **inputs)[0]
+        try:
+            out = unet(latents, t, encoder_hidden_states=text, return_dict=False, **inputs)[0]
+        except RuntimeError as error:
+            if "Inference tensors" not in str(error):
+                raise
+            raise RuntimeError(
+                "unet: its weights were made in torch.inference_mode, which gradients cannot pass; load it outside, or "
+                "replace them by clones"
+            ) from error
         maps = patch.maps if patch.captures else Maps({}, (), None)
     return Seen(out, latents, t, maps)
 
