@@ -112,6 +112,12 @@ def apply(
     rows, layers, heads, inactive_heads = _from_files(program, layers, heads, inactive_heads)
     guided = None if recipe is None else _checked_recipe(recipe, pipe_or_unet)
     if guided is not None:
+        if active is not None:
+            raise ValueError("active: a recipe finds the entries that are prompts by itself; expected None")
+        if fold == "always":
+            raise ValueError(
+                "fold: a recipe needs gradients, which folded layers do not have; expected 'auto' or 'never'"
+            )
         rows, capture = _with_recipe(guided, rows, capture)
     settings = Settings(rows, inactive_heads, seed, capture, fold, text_cache, backend, dropout_when)
     given = TokenInputs()
@@ -152,8 +158,12 @@ def _from_files(
     program: Any, layers: str | Sequence[str] | None, heads: Heads | str | Path, inactive_heads: str
 ) -> tuple[Any, str | Sequence[str] | None, Heads, str]:
     """Paths read, and what a program's file says filled in where the keywords are silent."""
-    # A string that does not look like a file is a slip, which the check of programs names.
-    if isinstance(program, Path) or (isinstance(program, str) and program.endswith(".json")):
+    if isinstance(program, str) and not program.endswith(".json"):
+        raise TypeError(
+            f"program: expected a sdattn_fast.Program, a ProgramFile or the path of one (.json), got {program!r}; the "
+            "name of a recipe is passed as recipe="
+        )
+    if isinstance(program, (str, Path)):
         program = ProgramFile.load(program)
     if isinstance(program, ProgramFile):
         layers = program.layers if layers is None else layers

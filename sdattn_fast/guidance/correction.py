@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import warnings
+import weakref
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -46,7 +47,8 @@ class Correction:
             "reweight" multiplies the tokens' attention in the next step by ``1 - strength + strength * r / mean(r)``, r
             their relevance by `gradcam`, and normalizes the rows again. "scale" multiplies the latents by ``1 +
             sigmoid(g)``, as first proposed; it draws noise and is for comparison only (docs/gradcam.md).
-        steps: (first, end): steps after which the correction acts, end excluded.
+        steps: (first, end): steps after which the correction acts, end excluded. Where the scheduler's next step does
+            not read the latents, as every other one of second order, it acts a step later.
         every: Of these steps it takes every n-th: first, first + n, and so on.
         strength: For "gradient" the root mean square of the change, >= 0; for "reweight" in [0, 1].
         normalize: For "gradient", whether g has a root mean square of 1. False: g is the gradient of each picture's
@@ -61,8 +63,8 @@ class Correction:
         heads: For "reweight", as in `gradcam`.
 
     Warns:
-        UserWarning: After the last correction of a picture, if a gradient was not finite, as where float16 overflows;
-            the picture was then left as it was.
+        UserWarning: After the last correction of a picture, if a change was not finite, as where float16 overflows; the
+            picture was then left as it was.
 
     Raises:
         TypeError: If an argument has the wrong type.
@@ -124,7 +126,9 @@ class Correction:
             what = "targets need" if self.targets else "normalize=False needs"
             raise TypeError(f"score: {what} a score with by_picture, and {type(score).__name__} has none")
         self.repeats, self.every, self.normalize = repeats, every, normalize
-        self._not_finite: list[Tensor] = []  # of each gradient, whether it was; read once a picture
+        self._not_finite: list[Tensor] = []  # of each change, whether it was; read once a picture
+        self._biases: list[Tensor] = []  # that are in calls
+        self._postponed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # call -> its step
         self.patch, self.score, self.how, self.steps, self.strength = patch, score, how, steps, float(strength)
         self.tokens, self.layers, self.heads = tokens, layers, heads
         if patch.unet is None:
@@ -153,8 +157,8 @@ class Correction:
         check_gradients_may_be("Correction")
         self._unbiased()
         following = _next_timestep(pipe, step, timestep)
-        first, end = self.steps
-        if not first <= step < end or (step - first) % self.every or following is None:
+        due = self._due(step, pipe.scheduler)
+        if due is None or following is None:
             return kept
         latents: Tensor = kept["latents"]
         if self.how == "reweight":
@@ -164,13 +168,13 @@ class Correction:
             gradient = self._gradient(pipe, latents, following)
             assert gradient is not None
             return {**kept, "latents": latents * (1 + torch.sigmoid(gradient.mean(1, keepdim=True)))}
-        target = self.targets.get(step)
+        target = self.targets.get(due)
         for _ in range(1 if target is None else self.repeats):
             gradient = self._gradient(pipe, latents, following, target)
             if gradient is None:
                 break
             latents = latents + self._change(gradient)
-        if step + self.every >= min(end, _steps_of(pipe) - 1):
+        if due + self.every >= min(self.steps[1], _steps_of(pipe) - 1):
             self._warn_of_not_finite()
         return {**kept, "latents": latents}
 
@@ -185,21 +189,33 @@ class Correction:
     def __exit__(self, *error: Any) -> None:
         self.remove()
 
+    def _due(self, step: int, scheduler: Any) -> int | None:
+        """The step whose correction is to be made now. A scheduler that does not read the latents of this step would
+        throw it away: it waits for the next one."""
+        first, end = self.steps
+        call = self.patch.current_call
+        if first <= step < end and (step - first) % self.every == 0:
+            self._postponed[call] = step
+        if self.how != "reweight" and not _reads_latents(scheduler):
+            return None
+        return self._postponed.pop(call, None)
+
     def _change(self, gradient: Tensor) -> Tensor:
-        """What is added to the latents: nothing to a picture whose gradient is not finite."""
-        finite = gradient.isfinite().all(1).all(1).all(1)[:, None, None, None]
-        self._not_finite.append(~finite.all())
-        wide = torch.where(finite, gradient, 0).to(torch.promote_types(gradient.dtype, torch.float32))
+        """What is added to the latents: nothing to a picture for which it is not finite."""
+        change = gradient.to(torch.promote_types(gradient.dtype, torch.float32))
         if self.normalize:
-            wide = wide / wide.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
-        return (self.strength * wide).to(gradient.dtype)
+            change = change / change.square().mean((1, 2, 3), keepdim=True).sqrt().clamp(min=1e-12)
+        change = (self.strength * change).to(gradient.dtype)
+        finite = change.isfinite().all(1).all(1).all(1)[:, None, None, None]
+        self._not_finite.append(~finite.all())
+        return torch.where(finite, change, 0)
 
     def _warn_of_not_finite(self) -> None:
         lost, self._not_finite = self._not_finite, []
         if lost and bool(torch.stack(lost).any()):
             warnings.warn(
-                "sdattn_fast: a correction's gradient was not finite, and the picture was left as it was at that step; "
-                "where a model overflows in float16, run it in bfloat16 or float32",
+                "sdattn_fast: a correction was not finite, and the picture was left as it was at that step; where a "
+                "model overflows in float16, run it in bfloat16 or float32; or lower the strength",
                 UserWarning,
                 stacklevel=3,
             )
@@ -212,7 +228,7 @@ class Correction:
             seen = run(self.patch, x, inputs.pop("timestep"), inputs.pop("encoder_hidden_states"), **inputs)
             by_picture = bool(self.targets) or not self.normalize
             scores = self.score.by_picture(seen) if by_picture else self.score(seen)  # type: ignore[attr-defined]
-            short = None if target is None else scores < target
+            short = None if target is None else ~(scores >= target)  # NaN, too
             if short is not None and not short.any():
                 return None
             (gradient,) = torch.autograd.grad(scores.sum(), x)
@@ -242,10 +258,17 @@ class Correction:
             )
             of_prompts = torch.zeros(len(latents), r.shape[2], text.shape[1], device=r.device)
             of_prompts[:, :, list(maps.tokens)] = weight.clamp(min=1e-4).log().transpose(1, 2)
-            self.patch.current_call.bias[name] = of_prompts[:, None]
+            biases = self.patch.current_call.bias
+            self._biases.append(of_prompts[:, None] + biases[name] if name in biases else of_prompts[:, None])
+            biases[name] = self._biases[-1]
 
     def _unbiased(self) -> None:
-        self.patch.current_call.bias.clear()
+        """Take back what it left for this step; other corrections' stays."""
+        biases = self.patch.current_call.bias
+        for name, bias in list(biases.items()):
+            if any(bias is own for own in self._biases):
+                del biases[name]
+        self._biases = [own for own in self._biases if not any(own is bias for bias in biases.values())]
 
     def _asked(self) -> Forward:
         """The step's forward that asked the prompts."""
@@ -301,6 +324,19 @@ def _next_timestep(pipe: Any, step: int, timestep: Any) -> Tensor | None:
     else:
         place = int((times == timestep).nonzero()[-1])
     return times[place + 1] if place + 1 < len(times) else None
+
+
+def _reads_latents(scheduler: Any) -> bool:
+    """Whether the scheduler's next step starts from the latents that it is given, and not from some of its own: those
+    of second order do in every other step, PNDM not in its second, nor inside its Runge-Kutta steps."""
+    if not getattr(scheduler, "state_in_first_order", True):
+        return False
+    runge_kutta = getattr(scheduler, "prk_timesteps", None)
+    if runge_kutta is None:
+        return True
+    if scheduler.config.skip_prk_steps:
+        return bool(scheduler.counter != 1)
+    return bool(scheduler.counter >= len(runge_kutta) or scheduler.counter % 4 == 0)
 
 
 def _steps_of(pipe: Any) -> int:

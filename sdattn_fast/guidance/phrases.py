@@ -41,6 +41,8 @@ _PLACES = re.compile(
     r"cent(?:er|re)|edge|corner|inside)(?:\s+side)?\s+of\b",
     re.IGNORECASE,
 )
+# Scripts that put no space between words: Thai, Lao, Khmer, Japanese and Chinese.
+_UNSPACED = re.compile("[\u0e00-\u0eff\u1780-\u17ff\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]")
 # Verbs or adjectives to the tagger wherever they stand; after a noun or an adjective ("polar bears") they are nouns.
 _NOUNS = frozenset({"bear", "blossom", "cleaner", "drum", "net", "rose", "shed", "stick"})
 _A_SINGULAR = frozenset({"a", "an", "one", "each", "every"})
@@ -299,7 +301,9 @@ def _given(prompt: str, phrases: Iterable[str]) -> list[Chunk]:
         numbered = re.fullmatch(r"(.*\S) \((\d+)\)", phrase)
         words_of_it = _without_weights(numbered[1] if numbered else phrase).split()
         spaced = r"\s+".join(map(re.escape, words_of_it))
-        wanted = re.compile(rf"(?<!\w){spaced}(?!\w)", re.IGNORECASE)
+        before = "" if _UNSPACED.match(words_of_it[0][0]) else r"(?<!\w)"
+        after_it = "" if _UNSPACED.match(words_of_it[-1][-1]) else r"(?!\w)"
+        wanted = re.compile(f"{before}{spaced}{after_it}", re.IGNORECASE)
         if numbered:
             place = dict(enumerate(wanted.finditer(prompt), 1)).get(int(numbered[2]))
         else:

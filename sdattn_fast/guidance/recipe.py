@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import ItemsView, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
@@ -120,13 +120,15 @@ def _number(name: str, value: Any) -> float:
 
 
 def _checked_targets(targets: Any, until: float) -> tuple[tuple[float, float], ...]:
-    if not isinstance(targets, (Mapping, tuple)):
-        raise TypeError(f"Recipe.targets: expected {{share: score}}, got {type(targets).__name__}")
-    pairs = sorted(targets.items() if isinstance(targets, Mapping) else targets)
-    checked = tuple((_number("targets", share), _number("targets", score)) for share, score in pairs)
+    pairs = targets.items() if isinstance(targets, Mapping) else targets
+    if not isinstance(pairs, (tuple, ItemsView)) or any(not isinstance(p, tuple) or len(p) != 2 for p in pairs):
+        raise TypeError(f"Recipe.targets: expected {{share: score}}, got {targets!r}")
+    checked = tuple(sorted((_number("targets", share), _number("targets", score)) for share, score in pairs))
+    if len(dict(checked)) != len(checked):
+        raise ValueError(f"Recipe.targets: expected each share once, got {targets!r}")
     for share, _ in checked:
         if not 0.0 <= share < until:
-            raise ValueError(f"Recipe.targets: expected shares in [0, {until}), got {share}")
+            raise ValueError(f"Recipe.targets: expected shares >= 0 and less than until, {until}, got {share}")
     return checked
 
 

@@ -24,17 +24,18 @@ from ..patching.words import tokenizer_of
 from .binding import Binding, BindingPair, syntactic_pairs
 from .correction import Correction
 from .objectives import Presence
-from .phrases import find_phrases
+from .phrases import NounPhrase, find_phrases
 from .recipe import Recipe
 from .relevance import Seen, check_gradients_may_be
 from .token_maps import TokenScore
 
 __all__ = ["RecipeGuide", "check_pipeline"]
 
-# Nouns that name the picture, or a part of it that is no object.
+# Nouns that name the picture, its quality or a part of it that is no object, in the singular.
 _OF_THE_PICTURE = frozenset(
-    """art artwork background close-up closeup detail drawing foreground illustration image landscape painting photo
-    photograph picture portrait render rendering resolution scene shot sketch style view wallpaper""".split()
+    """art artstation artwork background bokeh close-up closeup composition depth detail drawing foreground front hdr
+    illustration image landscape lighting masterpiece painting photo photograph photography picture portrait quality
+    render rendering resolution scene shot sketch style texture view wallpaper""".split()
 )
 
 
@@ -43,7 +44,8 @@ def check_pipeline(pipe: Any) -> None:
 
     Raises:
         TypeError: If it is not a pipeline.
-        ValueError: If it has no tokenizer or `encode_prompt`, does not call back after its steps, or draws videos.
+        ValueError: If it has no tokenizer or `encode_prompt`, does not call back after its steps, draws videos or in
+            windows, or perturbs attention.
         ImportError: If TextBlob or NLTK is missing.
     """
     kind = type(pipe).__name__
@@ -58,6 +60,10 @@ def check_pipeline(pipe: Any) -> None:
         raise ValueError(f"recipe: expected a pipeline that takes callback_on_step_end; {kind} does not")
     if "num_frames" in parameters:
         raise ValueError(f"recipe: expected a pipeline of pictures; {kind} draws videos")
+    if callable(getattr(pipe, "get_views", None)):
+        raise ValueError(f"recipe: expected a pipeline that draws a picture whole; {kind} draws it in windows")
+    if "pag_scale" in parameters:
+        raise ValueError(f"recipe: expected a pipeline with attention of its own; {kind} perturbs it (PAG)")
     find_phrases("", tokenizer_of(pipe))
 
 
@@ -75,12 +81,16 @@ class RecipeGuide:
         Raises: RuntimeError inside torch.inference_mode, before a step is drawn.
         """
         check_gradients_may_be("recipe")
-        left_out: list[str] = []
+        left_out = self.patch.current_call.left_out
+        left_out.clear()  # of an earlier picture of the same `Patch.call`
         score = self._score(pipe, arguments, left_out)
         for reason in left_out:
-            self.patch.current_call.left_out.append(reason)
             warnings.warn(f"sdattn_fast: the recipe left out {reason}", UserWarning, stacklevel=4)
         return None if score is None else _Correcting(self.patch, self.recipe, score)
+
+    def check(self, pipe: Any) -> None:
+        """Raises: as `check_pipeline`, for another pipeline that is to be watched."""
+        check_pipeline(pipe)
 
     def remove(self) -> None:
         """Stop watching the UNet."""
@@ -88,10 +98,12 @@ class RecipeGuide:
 
     def _score(self, pipe: Any, arguments: Mapping[str, Any], left_out: list[str]) -> TokenScore | None:
         prompt = arguments.get("prompt")
-        if prompt is None or arguments.get("prompt_embeds") is not None:
+        if arguments.get("prompt_embeds") is not None:
             left_out.append("all corrections: the call has prompt_embeds, and no prompt to find words in")
             return None
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        if not isinstance(prompts, (list, tuple)) or not all(isinstance(one, str) for one in prompts):
+            return None  # the pipeline says what it expects
         images = arguments.get("num_images_per_prompt") or 1
         with self._tokenizers.of(pipe) as tokenizer:
             words = [self._words(tokenizer, one, left_out) for one in prompts]
@@ -108,9 +120,9 @@ class RecipeGuide:
         wanted = self.recipe.objects
         phrases = find_phrases(prompt, tokenizer)
         if wanted is None:
-            objects = [phrase for phrase in phrases if phrase.head.text.lower() not in _OF_THE_PICTURE]
+            objects = [phrase for phrase in phrases if _names_an_object(phrase.head.text)]
         else:
-            objects = find_phrases(prompt, tokenizer, phrases=[one for one in wanted if _is_in(prompt, one, tokenizer)])
+            objects = _named(prompt, wanted, tokenizer)
         pairs = syntactic_pairs(tokenizer, prompt, phrases)
         cut = _cut_off(prompt, tokenizer)
         if cut:
@@ -167,6 +179,8 @@ class _Correcting:
         self._correction: Correction | None = None
 
     def __call__(self, pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
+        if not self.patch.installed:  # a callback of the user's removed it
+            return values
         if step == 0:
             self._correction = self._for_steps(int(getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps))))
         return values if self._correction is None else self._correction(pipe, step, timestep, values)
@@ -194,11 +208,20 @@ class _Correcting:
         return correction
 
 
-def _is_in(prompt: str, phrase: str, tokenizer: Any) -> bool:
-    try:
-        return bool(find_phrases(prompt, tokenizer, phrases=[phrase]))
-    except ValueError:
-        return False
+def _names_an_object(noun: str) -> bool:
+    word = noun.lower()
+    of_the_picture = word in _OF_THE_PICTURE or word.removesuffix("s") in _OF_THE_PICTURE
+    return not of_the_picture and not any(c.isdigit() for c in word)  # 8k
+
+
+def _named(prompt: str, wanted: Sequence[str], tokenizer: Any) -> list[NounPhrase]:
+    """Those of the phrases that the prompt has; one that is named twice is a second one of its kind."""
+    there: list[str] = []
+    for phrase in wanted:
+        with contextlib.suppress(ValueError):
+            find_phrases(prompt, tokenizer, phrases=[*there, phrase])
+            there.append(phrase)
+    return find_phrases(prompt, tokenizer, phrases=there)
 
 
 def _cut_off(prompt: str, tokenizer: Any) -> str:

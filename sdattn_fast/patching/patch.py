@@ -318,6 +318,8 @@ class Patch:
             raise ValueError("pipe: expected a patch in place, of a pipeline with encode_prompt, to watch another")
         if not self._serves(pipe):
             raise ValueError(f"pipe: expected a pipeline on the patched UNet, got a {type(pipe).__name__} on another")
+        if self._guide is not None:
+            self._guide.check(pipe)
         if not any(one.watches(pipe) for one in self._watched):
             self._watched.append(WatchedPipeline(pipe, self))
 

@@ -23,6 +23,9 @@ class Guide(Protocol):
     def begin(self, pipe: Any, arguments: Mapping[str, Any]) -> StepCallback | None:
         """Before a call of the pipeline: what to do after each of its steps; None: nothing. arguments: the call's."""
 
+    def check(self, pipe: Any) -> None:
+        """Before another pipeline is watched. Raises: ValueError where it cannot act on it."""
+
     def remove(self) -> None:
         """The patch was removed."""
 
@@ -49,7 +52,10 @@ def with_step_callback(arguments: Mapping[str, Any], ours: StepCallback) -> dict
 
     def both(pipe: Any, step: int, timestep: Any, values: dict[str, Any]) -> dict[str, Any]:
         if theirs is not None:
-            values = {**values, **theirs(pipe, step, timestep, {name: values[name] for name in tensors})}
+            result = theirs(pipe, step, timestep, {name: values[name] for name in tensors})
+            if not isinstance(result, Mapping):
+                raise TypeError(f"callback_on_step_end: expected a dict from it, got {type(result).__name__}")
+            values = {**values, **result}
         return values if getattr(pipe, "interrupt", False) else ours(pipe, step, timestep, values)
 
     return {**arguments, _CALLBACK: both, _TENSORS: list(dict.fromkeys([*tensors, "latents"]))}

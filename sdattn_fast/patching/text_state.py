@@ -195,8 +195,10 @@ class TextState:
         return not plain or self.gate is not None or self.given.phrases is not None
 
     def needs_active(self) -> bool:
-        """Whether it matters which entries are prompts: the maps are theirs alone."""
-        return self.needs_protected() or self.settings.capture is not None
+        """Whether it matters which entries are prompts: the maps are theirs alone. Maps of no step are a correction's,
+        whose batch is prompts."""
+        capture = self.settings.capture
+        return self.needs_protected() or (capture is not None and capture.steps != ())
 
     def prepared(self, call: LayerCall) -> Prepared:
         """A layer's call, from the cache where nothing changed.

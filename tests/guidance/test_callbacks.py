@@ -18,6 +18,7 @@ from tiny_models import _one_thread, build, draw, parts, psnr, tokenizer, tokeni
 import sdattn_fast
 from sdattn_fast import Capture
 from sdattn_fast.guidance import Correction, Presence, Preview, Structure
+from sdattn_fast.guidance.correction import _reads_latents
 from sdattn_fast.guidance.guided import guided_prediction
 
 CAPTION = "a red car"
@@ -157,12 +158,14 @@ def test_chained_callbacks_each_see_the_step(build: Callable[[str], Any], draw: 
 def test_corrections_are_at_the_timestep_that_follows(
     scheduler: str, strength: float, build: Callable[[str], Any], draw: Any
 ) -> None:
-    """Of an image-to-image run, which begins inside the schedule; and none after its last step."""
+    """Of an image-to-image run, which begins inside the schedule; none after its last step, nor where the next one does
+    not read the latents (test_recipe.py)."""
     import diffusers
 
     pipe = build("img2img")
     pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config)
     steps: list[float] = []
+    read: list[bool] = []
     at: list[float] = []
 
     def score(seen: Any) -> torch.Tensor:
@@ -173,10 +176,12 @@ def test_corrections_are_at_the_timestep_that_follows(
 
         def call(pipe: Any, i: int, t: Any, inputs: dict[str, Any]) -> dict[str, Any]:
             steps.append(float(t))
+            read.append(_reads_latents(pipe.scheduler))
             return correct(pipe, i, t, inputs)
 
         draw(pipe, num_inference_steps=6, strength=strength, callback_on_step_end=call)
-    assert len(steps) > 2 and at == steps[1:]
+    assert len(steps) > 2 and at == [t for t, before in zip(steps[1:], read[:-1], strict=True) if before]
+    assert len(at) > 1
 
 
 def test_previews_in_threads(build: Callable[[str], Any]) -> None:

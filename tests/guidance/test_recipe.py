@@ -253,13 +253,27 @@ def test_objects_by_name(build: Any, draw: Any) -> None:
         with Correction(patch, Presence([cat]), steps=(0, 2), strength=0.3) as correct:
             by_hand = draw(pipe, CAPTION, num_inference_steps=3, callback_on_step_end=correct)
     np.testing.assert_allclose(of_cat, by_hand, atol=1e-4)
+    with sdattn_fast.apply(pipe, recipe=replace(GENTLE, objects=("car", "Car", "cat"))) as patch:
+        words = patch.guide._words(pipe.tokenizer, "a car, a cat and a car", [])
+        assert len(words.objects) == 3 == len(set(words.objects))
+        assert len(patch.guide._words(pipe.tokenizer, CAPTION, []).objects) == 2
+
+
+def test_objects_in_scripts_without_spaces() -> None:
+    from sdattn_fast.guidance.recipe_guide import _named
+    from sdattn_fast.lab import load_pipeline
+
+    tokenizer = load_pipeline().tokenizer
+    prompt = "一只猫和一只青蛙"
+    assert [p.text for p in _named(prompt, ("猫", "青蛙", "狗"), tokenizer)] == ["猫", "青蛙"]
+    assert [p.text for p in _named("かわいいねこ", ("ねこ",), tokenizer)] == ["ねこ"]
 
 
 def test_words_of_the_picture_are_no_objects(build: Any) -> None:
     pipe = build("sd15")
     with sdattn_fast.apply(pipe, recipe="objects") as patch:
-        words = patch.guide._words(pipe.tokenizer, "a photo of a cat on a white background, oil painting style", [])
-        assert words.objects == [find_phrases("a photo of a cat", pipe.tokenizer)[-1].tokens("noun")]
+        words = patch.guide._words(pipe.tokenizer, "photos of a cat on a white background, 8k, masterpiece", [])
+        assert words.objects == [find_phrases("photos of a cat", pipe.tokenizer)[-1].tokens("noun")]
 
 
 def test_what_is_left_out_is_said(build: Any, draw: Any) -> None:
@@ -301,7 +315,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_picture(build: Any) -> None:
     with sdattn_fast.apply(pipe, capture=Capture()) as patch:
         for normalize in (True, False):
             with Correction(patch, Overflows([(1,)]), normalize=normalize, strength=0.5, steps=(0, 2)) as correct:
-                with pytest.warns(UserWarning, match="gradient was not finite"):
+                with pytest.warns(UserWarning, match="correction was not finite"):
                     latents = pipe(
                         [CAPTION] * 2, generator=[g.clone_state() for g in noise], callback_on_step_end=correct, **how
                     ).images
@@ -323,6 +337,157 @@ def test_every_nth_step(build: Any, draw: Any) -> None:
 
             draw(pipe, num_inference_steps=8, callback_on_step_end=watched)
     assert [step for step, there in enumerate(changed) if there] == [1, 4]
+
+
+@pytest.mark.parametrize(
+    "name, options, read",
+    [
+        ("HeunDiscreteScheduler", {}, [False, True] * 4),
+        ("KDPM2DiscreteScheduler", {}, [False, True] * 4),
+        ("PNDMScheduler", {"skip_prk_steps": True}, [False] + [True] * 5),
+        ("PNDMScheduler", {}, [False, False, False, True] * 3 + [True] * 2),
+        ("DPMSolverMultistepScheduler", {}, [True] * 5),
+        ("EulerAncestralDiscreteScheduler", {}, [True] * 5),
+        ("UniPCMultistepScheduler", {}, [True] * 5),
+    ],
+)
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_which_steps_read_the_latents(name: str, options: Any, read: list[bool]) -> None:
+    """What is added to the latents after a step is in those after the next one, or is lost; a correction knows which.
+    The model's outputs are the same, so that nothing else tells the two apart."""
+    import diffusers
+
+    from sdattn_fast.guidance.correction import _reads_latents
+
+    def last(changed: int | None, count: int) -> tuple[torch.Tensor, bool]:
+        scheduler = getattr(diffusers, name)(beta_start=0.00085, beta_end=0.012, **options)
+        scheduler.set_timesteps(6)
+        generator = torch.Generator().manual_seed(0)
+        latents, says = torch.randn(1, 4, 4, 4, generator=generator), True
+        noise = {"generator": torch.Generator().manual_seed(1)} if "Ancestral" in name else {}
+        for step, t in enumerate(scheduler.timesteps[:count]):
+            scheduler.scale_model_input(latents, t)
+            output = torch.randn(1, 4, 4, 4, generator=generator)
+            latents = scheduler.step(output, t, latents, **noise).prev_sample
+            if step == changed:
+                latents, says = latents + 1.0, _reads_latents(scheduler)
+        return latents, says
+
+    for step, expected in enumerate(read):
+        (plain, _), (moved, says) = last(None, step + 2), last(step, step + 2)
+        assert says is expected is bool((moved - plain).abs().max() > 0.1), step
+
+
+def test_a_correction_waits_for_a_step_that_reads_it(build: Any) -> None:
+    from diffusers import HeunDiscreteScheduler
+
+    pipe = build("sd15")
+    pipe.scheduler = HeunDiscreteScheduler.from_config(pipe.scheduler.config)
+    changed = []
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        with Correction(patch, Presence([(3,)]), steps=(0, 8), every=2, targets={4: 0.99}, repeats=2) as correct:
+
+            def watched(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                after = correct(pipe, step, t, tensors)
+                size = (after["latents"] - tensors["latents"]).square().mean().sqrt().item()
+                changed.append(round(size / 0.05, 1))
+                return after
+
+            pipe(CAPTION, num_inference_steps=6, output_type="latent", callback_on_step_end=watched)
+    assert [step for step, size in enumerate(changed) if size] == [1, 3, 5, 7]
+    assert changed[1] == 1.0 and changed[5] > 1.5  # two changes
+
+
+def test_a_correction_beside_another_ones_attention(build: Any) -> None:
+    pipe = build("sd15")
+
+    def drawn(recipe: Recipe | None, strength: float) -> torch.Tensor:
+        with sdattn_fast.apply(pipe, capture=Capture(), recipe=recipe) as patch:
+            score = Presence([(5, 6, 7)])
+            with Correction(patch, score, how="reweight", strength=strength, steps=(0, 3)) as correct:
+                latents = pipe(
+                    CAPTION, num_inference_steps=4, output_type="latent", callback_on_step_end=correct,
+                    generator=torch.Generator().manual_seed(0),
+                ).images  # fmt: skip
+            assert not patch.current_call.bias
+        return latents
+
+    nothing = replace(GENTLE, strength=0.0)
+    assert (drawn(None, 1.0) - drawn(None, 0.0)).abs().max() > 1e-2
+    torch.testing.assert_close(drawn(nothing, 1.0), drawn(None, 1.0), atol=1e-4, rtol=1e-4)
+
+
+def test_a_patch_that_is_removed_or_watches_another_pipeline(build: Any, draw: Any) -> None:
+    import diffusers
+
+    pipe, stock = build("sd15"), draw(build("sd15"), CAPTION, num_inference_steps=4)
+    patch = sdattn_fast.apply(pipe, recipe=GENTLE)
+
+    def removing(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        patch.remove()
+        return tensors
+
+    picture = draw(pipe, CAPTION, num_inference_steps=4, callback_on_step_end=removing)
+    np.testing.assert_allclose(picture, stock, atol=1e-4)
+    components = {k: v for k, v in pipe.components.items() if k != "image_encoder"}
+    with sdattn_fast.apply(pipe, recipe=GENTLE) as patch:
+        with pytest.raises(ValueError, match="callback_on_step_end; StableDiffusionSAG"):
+            patch.watch(diffusers.StableDiffusionSAGPipeline(**components, requires_safety_checker=False))
+        with pytest.raises(TypeError, match="callback_on_step_end: expected a dict from it, got NoneType"):
+            draw(pipe, CAPTION, callback_on_step_end=lambda *args: None)
+        with patch.call():
+            with pytest.warns(UserWarning, match="presence in 'very'"):
+                draw(pipe, "very")
+            draw(pipe, CAPTION)
+            assert patch.left_out == ()
+        with pytest.raises(ValueError, match="prompt"):
+            pipe(num_inference_steps=2)
+
+
+def test_text_that_is_not_known_is_drawn(build: Any, draw: Any) -> None:
+    """A recipe needs known prompts where it corrects, and nowhere else."""
+    pipe = build("sd15")
+    unknown = pipe.encode_prompt("zzz", "cpu", 1, True)
+    swapped = torch.cat([unknown[1], unknown[0]]) + 1.0
+
+    def swap(pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+        return {**tensors, "prompt_embeds": swapped} if step == 2 else tensors
+
+    how = {
+        "num_inference_steps": 5,
+        "callback_on_step_end": swap,
+        "callback_on_step_end_tensor_inputs": ["latents", "prompt_embeds"],
+    }
+    with sdattn_fast.apply(pipe, recipe=replace(GENTLE, until=0.4)):
+        assert np.isfinite(draw(pipe, CAPTION, **how)).all()
+
+
+def test_arguments_that_do_not_go_with_a_recipe(build: Any) -> None:
+    import diffusers
+
+    pipe = build("sd15")
+    with pytest.raises(ValueError, match="active: a recipe finds"):
+        sdattn_fast.apply(pipe, recipe="objects", active=torch.tensor([False, True]))
+    with pytest.raises(ValueError, match="fold: a recipe needs gradients"):
+        sdattn_fast.apply(pipe, recipe="objects", fold="always")
+    with pytest.raises(
+        TypeError, match=r"program: expected a sdattn_fast.Program.*got 'objects'; the name of a recipe"
+    ):
+        sdattn_fast.apply(pipe, "objects")
+    pag = diffusers.StableDiffusionPAGPipeline(
+        **pipe.components, requires_safety_checker=False, pag_applied_layers=["mid"]
+    )
+    with pytest.raises(ValueError, match="perturbs it"):
+        sdattn_fast.apply(pag, recipe="objects")
+
+    class Windows(type(pipe)):  # type: ignore[misc]
+        def get_views(self) -> None:
+            """Of a panorama."""
+
+    windows = copy.copy(pipe)
+    windows.__class__ = Windows
+    with pytest.raises(ValueError, match="in windows"):
+        sdattn_fast.apply(windows, recipe="objects")
 
 
 def test_pipelines_that_cannot_carry_a_recipe(build: Any) -> None:
@@ -391,8 +556,11 @@ def test_recipes_are_values() -> None:
         ({"presence": 1, "until": 0.0}, ValueError, r"Recipe.until: expected a share in \(0, 1\], got 0"),
         ({"presence": 1, "every": 0}, ValueError, "Recipe.every: expected at least 1, got 0"),
         ({"presence": 1, "repeats": 1.0}, TypeError, "Recipe.repeats: expected an int, got float"),
-        ({"presence": 1, "targets": {0.5: 1.0}}, ValueError, r"Recipe.targets: expected shares in \[0, 0.5\), got 0.5"),
-        ({"presence": 1, "targets": [0.5]}, TypeError, "Recipe.targets: expected {share: score}, got list"),
+        ({"presence": 1, "targets": {0.5: 1.0}}, ValueError, r"Recipe.targets: .* less than until, 0.5, got 0.5"),
+        ({"presence": 1, "targets": ((0.2,),)}, TypeError, r"Recipe.targets: expected {share: score}, got \(\(0.2"),
+        ({"presence": 1, "targets": {"a": 1}}, TypeError, "Recipe.targets: expected a number, got str"),
+        ({"presence": 1, "targets": ((0.2, 1), (0.2, 2))}, ValueError, "Recipe.targets: expected each share once"),
+        ({"presence": 1, "targets": [0.5]}, TypeError, r"Recipe.targets: expected {share: score}, got \[0.5"),
         ({"presence": 1, "sharpness": 0.0}, ValueError, "Recipe.sharpness: expected a number > 0 or None, got 0"),
         ({"presence": 1, "normalize": 1}, TypeError, "Recipe.normalize: expected a bool, got int"),
         ({"presence": 1, "program": None}, TypeError, "Recipe.program: expected a sdattn_fast.Program"),
