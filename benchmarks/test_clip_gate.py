@@ -23,7 +23,8 @@ pytest.importorskip("textblob")
 
 from sdattn_fast.guidance.clip_gate import ClipGate
 from sdattn_fast.guidance.clip_score import ClipScorer
-from sdattn_fast.guidance.preview import LinearDecoder, _decoded
+from sdattn_fast.guidance.pictures import decode_latents
+from sdattn_fast.guidance.preview import LinearDecoder
 from sdattn_fast.lab import load_pipeline, shapes_path
 
 LOOKS, STEPS = 5, 50
@@ -94,7 +95,7 @@ def _decodes() -> dict[str, float]:
         up_block_types=("UpDecoderBlock2D",) * 4, layers_per_block=2, latent_channels=4,
     ).eval()  # fmt: skip
     linear, latent = LinearDecoder(torch.randn(4, 3), torch.zeros(3)), torch.randn(1, 4, 64, 64)
-    by_vae = _medians({"VAE decode": lambda: _decoded(vae, latent)}, 1)
+    by_vae = _medians({"VAE decode": lambda: decode_latents(vae, latent)}, 1)
     enlarged = {"linear decode": lambda: F.interpolate(linear(latent), size=(512, 512), mode="bilinear")}
     return by_vae | _medians(enlarged, 9)
 
