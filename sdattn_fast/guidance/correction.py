@@ -29,7 +29,7 @@ from ..patching.forwards import Forward, entries_of
 from ..patching.patch import Patch
 from .relevance import Loss, check_gradients_may_be, gradcam, run
 
-__all__ = ["Correction"]
+__all__ = ["Correction", "steps_of"]
 
 HOW = ("gradient", "reweight", "scale")
 
@@ -127,7 +127,6 @@ class Correction:
             raise TypeError(f"score: {what} a score with by_picture, and {type(score).__name__} has none")
         self.repeats, self.every, self.normalize = repeats, every, normalize
         self._not_finite: list[Tensor] = []  # of each change, whether it was; read once a picture
-        self._biases: list[Tensor] = []  # that are in calls
         self._postponed: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()  # call -> its step
         self.patch, self.score, self.how, self.steps, self.strength = patch, score, how, steps, float(strength)
         self.tokens, self.layers, self.heads = tokens, layers, heads
@@ -174,7 +173,7 @@ class Correction:
             if gradient is None:
                 break
             latents = latents + self._change(gradient)
-        if due + self.every >= min(self.steps[1], _steps_of(pipe) - 1):
+        if due + self.every >= min(self.steps[1], steps_of(pipe) - 1):
             self._warn_of_not_finite()
         return {**kept, "latents": latents}
 
@@ -248,6 +247,7 @@ class Correction:
         for mine, wanted in zip(theirs, of_entries, strict=False):
             mine[:, 0] = torch.tensor([token in wanted for token in maps.tokens])
         relevance = maps.upsample((latents.shape[2], latents.shape[3])).clamp(min=0)  # bicubic undershoots
+        biases = {}
         for name, grid in grids.items():
             if name not in maps or grid is None:
                 continue
@@ -258,17 +258,11 @@ class Correction:
             )
             of_prompts = torch.zeros(len(latents), r.shape[2], text.shape[1], device=r.device)
             of_prompts[:, :, list(maps.tokens)] = weight.clamp(min=1e-4).log().transpose(1, 2)
-            biases = self.patch.current_call.bias
-            self._biases.append(of_prompts[:, None] + biases[name] if name in biases else of_prompts[:, None])
-            biases[name] = self._biases[-1]
+            biases[name] = of_prompts[:, None]
+        self.patch.current_call.biases[self] = biases
 
     def _unbiased(self) -> None:
-        """Take back what it left for this step; other corrections' stays."""
-        biases = self.patch.current_call.bias
-        for name, bias in list(biases.items()):
-            if any(bias is own for own in self._biases):
-                del biases[name]
-        self._biases = [own for own in self._biases if not any(own is bias for bias in biases.values())]
+        self.patch.current_call.biases.pop(self, None)
 
     def _asked(self) -> Forward:
         """The step's forward that asked the prompts."""
@@ -317,7 +311,7 @@ def _next_timestep(pipe: Any, step: int, timestep: Any) -> Tensor | None:
     """After a step of a call; None where none follows. A call may begin and end inside the scheduler's timesteps, as
     image-to-image and SDXL's base model do."""
     times: Tensor = pipe.scheduler.timesteps
-    if step + 1 >= _steps_of(pipe):
+    if step + 1 >= steps_of(pipe):
         return None
     if isinstance(timestep, Tensor) and timestep.untyped_storage().data_ptr() == times.untyped_storage().data_ptr():
         place = timestep.storage_offset() - times.storage_offset()
@@ -339,7 +333,8 @@ def _reads_latents(scheduler: Any) -> bool:
     return bool(scheduler.counter >= len(runge_kutta) or scheduler.counter % 4 == 0)
 
 
-def _steps_of(pipe: Any) -> int:
+def steps_of(pipe: Any) -> int:
+    """How many steps the pipeline's call has; known after the first one."""
     return int(getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps)))
 
 

@@ -22,7 +22,7 @@ from ..patching.text_tokens import text_tokens
 from ..patching.watched_pipeline import encode_function
 from ..patching.words import tokenizer_of
 from .binding import Binding, BindingPair, syntactic_pairs
-from .correction import Correction
+from .correction import Correction, steps_of
 from .objectives import Presence
 from .phrases import NounPhrase, find_phrases
 from .recipe import Recipe
@@ -123,7 +123,7 @@ class RecipeGuide:
             objects = [phrase for phrase in phrases if _names_an_object(phrase.head.text)]
         else:
             objects = _named(prompt, wanted, tokenizer)
-        pairs = syntactic_pairs(tokenizer, prompt, phrases)
+        pairs = syntactic_pairs(tokenizer, prompt, phrases) if self.recipe.binding else []
         cut = _cut_off(prompt, tokenizer)
         if cut:
             left_out.append(f"{cut!r}, for which the text encoder has no room")
@@ -182,7 +182,7 @@ class _Correcting:
         if not self.patch.installed:  # a callback of the user's removed it
             return values
         if step == 0:
-            self._correction = self._for_steps(int(getattr(pipe, "num_timesteps", len(pipe.scheduler.timesteps))))
+            self._correction = self._for_steps(steps_of(pipe))
         return values if self._correction is None else self._correction(pipe, step, timestep, values)
 
     def _for_steps(self, count: int) -> Correction | None:
@@ -217,11 +217,12 @@ def _names_an_object(noun: str) -> bool:
 def _named(prompt: str, wanted: Sequence[str], tokenizer: Any) -> list[NounPhrase]:
     """Those of the phrases that the prompt has; one that is named twice is a second one of its kind."""
     there: list[str] = []
+    found: list[NounPhrase] = []
     for phrase in wanted:
         with contextlib.suppress(ValueError):
-            find_phrases(prompt, tokenizer, phrases=[*there, phrase])
+            found = find_phrases(prompt, tokenizer, phrases=[*there, phrase])
             there.append(phrase)
-    return find_phrases(prompt, tokenizer, phrases=there)
+    return found
 
 
 def _cut_off(prompt: str, tokenizer: Any) -> str:

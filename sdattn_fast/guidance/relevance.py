@@ -228,19 +228,18 @@ def _without(
     if dropped is None:
         yield
         return
-    biases = patch.current_call.bias
-    before = dict(biases)
+    biases = {}
+    for layer in layers:
+        assert layer.grid is not None
+        there = F.adaptive_max_pool2d(dropped[:, None].float(), layer.grid).flatten(1) > 0
+        biases[layer.name] = torch.zeros(len(dropped), 1, there.shape[1], count, device=dropped.device)
+        biases[layer.name][..., list(tokens)] = torch.where(there, -math.inf, 0.0)[:, None, :, None]
+    call, mine = patch.current_call, object()
+    call.biases[mine] = biases
     try:
-        for layer in layers:
-            assert layer.grid is not None
-            there = F.adaptive_max_pool2d(dropped[:, None].float(), layer.grid).flatten(1) > 0
-            bias = torch.zeros(len(dropped), 1, there.shape[1], count, device=dropped.device)
-            bias[..., list(tokens)] = torch.where(there, -math.inf, 0.0)[:, None, :, None]
-            biases[layer.name] = bias + before[layer.name] if layer.name in before else bias
         yield
     finally:
-        biases.clear()
-        biases.update(before)
+        call.biases.pop(mine, None)
 
 
 @contextlib.contextmanager

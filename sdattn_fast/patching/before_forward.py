@@ -249,11 +249,12 @@ class _ModelHook:
             if capturing(text.device):
                 _check_capture(compiled, scales)
             self._look_at(text)
-            if call.bias:
+            bias = call.bias
+            if bias:
                 rows = state.text.rows_told(len(text))
                 for layer in state.layers:
-                    if layer.name in call.bias:
-                        layer.bias = of_entries(call.bias[layer.name], rows)
+                    if layer.name in bias:
+                        layer.bias = of_entries(bias[layer.name], rows)
         if patch._keeper is not None:
             prompts = None if text is None else state.text.prompts_asked(len(text))
             x = kwargs.get("sample", args[0] if args else None)

@@ -32,8 +32,8 @@ class Call:
     """One picture being drawn, or a batch of them.
 
     pipe: whose call it is, None for a loop's. explicit: it ends where somebody says so, and not where timesteps turn.
-    bias: layer name -> (B or 1, 1, M, N), added to the logits of the layer's forwards. gate: as `apply` takes it, in
-    place of the patch's. aside: its forwards are beside those of the picture.
+    biases: whose -> {layer name: (B or 1, 1, M, N)}, added to the logits of the layer's forwards; each takes back its
+    own. gate: as `apply` takes it, in place of the patch's. aside: its forwards are beside those of the picture.
     """
 
     def __init__(self, pipe: Any = None, *, explicit: bool = False, aside: bool = False) -> None:
@@ -44,7 +44,7 @@ class Call:
         self.encoded: list[Encoded] = []  # the newest first
         self.steps = Steps()
         self.maps = MapSums()
-        self.bias: dict[str, Tensor] = {}
+        self.biases: dict[Any, dict[str, Tensor]] = {}
         self.gate: Tensor | None = None
         self.forwards: list[Forward] = []  # of the UNet in the latest step, where somebody wants them
         self.left_out: list[str] = []  # by a recipe, each with its reason
@@ -63,7 +63,16 @@ class Call:
     def end_of_picture(self) -> None:
         """What callbacks left for the next step goes: there is none."""
         self.forwards, self.gate = [], None
-        self.bias.clear()
+        self.biases.clear()
+
+    @property
+    def bias(self) -> dict[str, Tensor]:
+        """Layer name -> the sum of all biases."""
+        total: dict[str, Tensor] = {}
+        for by_layer in self.biases.values():
+            for name, bias in by_layer.items():
+                total[name] = total[name] + bias if name in total else bias
+        return total
 
     def guidance(self) -> Guidance:
         """What the pipeline says now of its UNet's text."""
@@ -132,7 +141,7 @@ class Calls:
         them."""
         call, beside = self.current, Call(aside=True)
         beside.encoded, beside.steps = list(call.encoded), call.steps.copy()
-        beside.bias, beside.gate, beside.encoder = dict(call.bias), call.gate, call.encoder
+        beside.biases, beside.gate, beside.encoder = dict(call.biases), call.gate, call.encoder
         return self.within(beside)
 
     def encoded(self, encoded: Encoded, pipe: Any) -> None:

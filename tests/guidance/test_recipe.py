@@ -417,6 +417,32 @@ def test_a_correction_beside_another_ones_attention(build: Any) -> None:
     torch.testing.assert_close(drawn(nothing, 1.0), drawn(None, 1.0), atol=1e-4, rtol=1e-4)
 
 
+def test_two_corrections_of_the_attention_do_not_pile_up(build: Any) -> None:
+    """Each takes back its own at the next step, whichever comes first."""
+    from diffusers.callbacks import MultiPipelineCallbacks
+
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        how: dict[str, Any] = {"how": "reweight", "strength": 0.5, "steps": (0, 9)}
+        left = []
+
+        class Look:
+            tensor_inputs = ("latents",)
+
+            def __call__(self, pipe: Any, step: int, t: Any, tensors: dict[str, Any]) -> dict[str, Any]:
+                left.append(max((x.abs().max().item() for x in patch.current_call.bias.values()), default=0.0))
+                return tensors
+
+        with Correction(patch, Presence([(3,)]), tokens=(3,), **how) as one:
+            with Correction(patch, Presence([(3,)]), tokens=(3,), **how) as other:
+                pipe(
+                    CAPTION, num_inference_steps=8, output_type="latent", generator=torch.Generator().manual_seed(0),
+                    callback_on_step_end=MultiPipelineCallbacks([one, other, Look()]),
+                )  # fmt: skip
+    # Two of them, and not two more with every step.
+    assert len(left) == 8 and max(left[:7]) < 3 * left[0]
+
+
 def test_a_patch_that_is_removed_or_watches_another_pipeline(build: Any, draw: Any) -> None:
     import diffusers
 

@@ -152,9 +152,7 @@ def _update(twins: Twins, **inputs: Any) -> None:
 
 def _bias(twins: Twins, bias: Tensor | None) -> None:
     for patch in twins.patches:
-        patch.current_call.bias.update({} if bias is None else dict.fromkeys(patch.layers, bias))
-        if bias is None:
-            patch.current_call.bias.clear()
+        patch.current_call.biases["test"] = {} if bias is None else dict.fromkeys(patch.layers, bias)
 
 
 def _smaller(twins: Twins) -> None:

@@ -492,7 +492,7 @@ def test_two_pictures_in_one_call(build: Callable[[str], Any], draw: Any) -> Non
 
     def leave(pipe: Any, step: int, t: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         patch.current_call.gate = torch.zeros(77)
-        patch.current_call.bias = {name: torch.full((1, 1, 1, 77), -3.0) for name in patch.layers}
+        patch.current_call.biases[leave] = {name: torch.full((1, 1, 1, 77), -3.0) for name in patch.layers}
         return inputs
 
     with sdattn_fast.apply(pipe, DROPS) as patch:
