@@ -12,7 +12,7 @@ from .files import ProgramFile, load_heads
 from .patching import Patch
 from .patching.install import install
 from .patching.settings import DropoutWhen, Heads, Settings
-from .patching.token_inputs import TokenInputs, checked_token_input
+from .patching.token_inputs import TokenInputs
 from .program import Capture, Program
 
 if TYPE_CHECKING:
@@ -120,9 +120,7 @@ def apply(
             )
         rows, capture = _with_recipe(guided, rows, capture)
     settings = Settings(rows, inactive_heads, seed, capture, fold, text_cache, backend, dropout_when)
-    given = TokenInputs()
-    for name, x in (("gate", gate), ("phrases", phrases), ("protected", protected), ("active", active)):
-        setattr(given, name, checked_token_input(name, x))
+    given = TokenInputs.checked(gate=gate, phrases=phrases, protected=protected, active=active)
     patch = install(pipe_or_unet, settings, given, layers=layers, heads=heads, heads_of_all=heads_of_all)
     if guided is not None and patch.installed:
         from .guidance.recipe_guide import RecipeGuide

@@ -36,16 +36,8 @@ inline unsigned char* shared_memory() { return emulated::machine.shared; }
 inline void sync_block(SDATTN_LINE) { emulated::meet(emulated::of_block, line); }
 inline void sync_warp(SDATTN_LINE) { emulated::meet(emulated::of_warp, line); }
 
-inline int float_bits(float x) {
-  int y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
-inline float bits_float(uint32_t x) {
-  float y;
-  std::memcpy(&y, &x, 4);
-  return y;
-}
+inline int float_bits(float x) { return static_cast<int>(emulated::bits_of_float(x)); }
+inline float bits_float(uint32_t x) { return emulated::float_of_bits(x); }
 
 inline uint32_t shuffle_xor(uint32_t x, int mask, SDATTN_LINE) {
   return emulated::exchange(emulated::of_shuffle, x, mask, line);

@@ -79,10 +79,11 @@ def generate(
         if program != Program():
             raise typer.BadParameter("expected a file or options that say a program, got both", param_hint="--program")
         file = ProgramFile.load(program_file)
-    if recipe is not None:
+    chosen = None
+    if recipe is not None:  # before a model is loaded
         from ..guidance import Recipe
 
-        Recipe.named(recipe)  # before a model is loaded
+        chosen = Recipe.named(recipe)
     if not prompt.strip():
         raise typer.BadParameter("expected some words, got an empty prompt", param_hint="--prompt")
     if not 0 <= seed < 2**63:
@@ -112,7 +113,7 @@ def generate(
 
     if compare:
         _save(draw(call_kwargs), out.with_name(f"{out.stem}.stock{out.suffix or '.png'}"))
-    with apply(pipe, file, recipe=recipe, seed=seed, backend=backend):
+    with apply(pipe, file, recipe=chosen, seed=seed, backend=backend):
         _save(draw(tuned), out if out.suffix else out.with_suffix(".png"))
 
 

@@ -23,14 +23,22 @@ from ..guidance.clip_score import ClipScorer
 from ..guidance.correction import Correction
 from ..guidance.objectives import Presence
 from ..guidance.phrases import NounPhrase, phrase_ids
-from ..guidance.recipe import RECIPES
+from ..guidance.recipe import RECIPES, Recipe
 from ..guidance.structure import Structure
 from ..patching.patch import Patch
 from ..program import Capture, Program, Refinement, SalienceDropout
 from .peers import Peer, peers
 from .sketches import RandomMasks
 
-__all__ = ["Callbacks", "Condition", "ConditionInputs", "acting_steps", "apply_condition", "conditions"]
+__all__ = [
+    "Callbacks",
+    "Condition",
+    "ConditionInputs",
+    "acting_steps",
+    "apply_condition",
+    "conditions",
+    "recipe_condition",
+]
 
 STOCK = "stock"
 
@@ -121,9 +129,14 @@ def conditions() -> list[Condition]:
         Condition("random masks on logits", "sketch", sketch="masks"),
         Condition("dropout + NMS, nothing protected", "sketch", program=both, sketch="unprotected"),
         Condition("latent * (1 + sigmoid)", "sketch", correct={"how": "scale"}),
-        *(Condition(f"recipe, {name}", "recipe", patch={"recipe": name}) for name in RECIPES),
+        *(recipe_condition(f"recipe, {name}", name) for name in RECIPES),
         *(Condition(peer.name, "peer", peer=peer) for peer in peers()),
     ]  # fmt: skip
+
+
+def recipe_condition(name: str, recipe: Recipe | str) -> Condition:
+    """A recipe as `apply` takes it, to be drawn beside the others."""
+    return Condition(name, "recipe", patch={"recipe": recipe})
 
 
 @contextmanager

@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from ..guidance.recipe import Recipe
-from .conditions import STOCK, Condition
+from .conditions import STOCK
 
-__all__ = ["KINDS", "chosen_recipes", "recipe_condition", "recipe_grid"]
+__all__ = ["KINDS", "chosen_recipes", "recipe_grid"]
 
 # Kind -> the measures whose mean it is chosen by.
 KINDS: Mapping[str, tuple[str, ...]] = {
@@ -42,11 +42,6 @@ def recipe_grid(
         for nth in every
         for strength in strengths
     }
-
-
-def recipe_condition(name: str, recipe: Recipe | str) -> Condition:
-    """What an `Evaluation` draws for a recipe."""
-    return Condition(name, "recipe", patch={"recipe": recipe})
 
 
 def chosen_recipes(results: Mapping[str, Sequence[Mapping[str, float]]], grid: Mapping[str, Recipe]) -> dict[str, str]:

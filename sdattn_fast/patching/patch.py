@@ -66,7 +66,7 @@ class Patch:
         self._installed = False
         self._warned = False  # of calls with another UNet
         self._processors = PlacedProcessors(settings)
-        self._guide: Guide | None = None
+        self.guide: Guide | None = None  # of every picture that the pipeline draws, until `remove`
 
     @property
     def _needs_grids(self) -> bool:
@@ -282,15 +282,6 @@ class Patch:
         return self._calls.current
 
     @property
-    def guide(self) -> Guide | None:
-        """What acts on every picture that the pipeline draws, until `remove`."""
-        return self._guide
-
-    @guide.setter
-    def guide(self, guide: Guide) -> None:
-        self._guide = guide
-
-    @property
     def left_out(self) -> tuple[str, ...]:
         """What the recipe could not do for this thread's latest picture, and why. Empty: it did all, or there is none.
 
@@ -318,8 +309,8 @@ class Patch:
             raise ValueError("pipe: expected a patch in place, of a pipeline with encode_prompt, to watch another")
         if not self._serves(pipe):
             raise ValueError(f"pipe: expected a pipeline on the patched UNet, got a {type(pipe).__name__} on another")
-        if self._guide is not None:
-            self._guide.check(pipe)
+        if self.guide is not None:
+            self.guide.check(pipe)
         if not any(one.watches(pipe) for one in self._watched):
             self._watched.append(WatchedPipeline(pipe, self))
 
@@ -339,11 +330,11 @@ class Patch:
         self, pipe: Any, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """As `PipelineWatcher` has it: with the guide's callback, where there is a guide."""
-        if self._guide is None or not self._serves(pipe):
+        if self.guide is None or not self._serves(pipe):
             return args, kwargs
         by_name = call_arguments(function, args, kwargs)
-        callback = self._guide.begin(pipe, by_name)
-        return ((), by_name) if callback is None else ((), with_step_callback(by_name, callback))
+        callback = self.guide.begin(pipe, by_name)
+        return (args, kwargs) if callback is None else ((), with_step_callback(by_name, callback))
 
     def encoded(
         self, pipe: Any, result: Any, heard: EncoderListener, function: Any, args: Sequence[Any], kwargs: dict[str, Any]
@@ -379,9 +370,9 @@ class Patch:
         for one in self._watched:
             one.remove()
         self._watched.clear()
-        if self._guide is not None:
-            self._guide.remove()
-            self._guide = None
+        if self.guide is not None:
+            self.guide.remove()
+            self.guide = None
         if self._memory is not None:
             self._memory.forget()
         self.refresh()

@@ -29,7 +29,7 @@ from .layers import LAYER, Layer, is_served
 from .settings import DropoutWhen, Heads, Settings
 from .text_cache import KeyValue, Served
 from .text_state import LayerCall, TextState
-from .token_inputs import TokenInputs, checked_token_input
+from .token_inputs import TokenInputs
 
 __all__ = ["SemanticAttnProcessor", "attention_layer", "same"]
 
@@ -97,12 +97,7 @@ class SemanticAttnProcessor:
             raise ValueError("capture: maps are kept by layer name; use sdattn_fast.apply")
         self.settings = Settings(program, inactive_heads, seed, None, fold, text_cache, backend, dropout_when)
         self.heads = heads
-        given = TokenInputs(
-            gate=checked_token_input("gate", gate),
-            phrases=checked_token_input("phrases", phrases),
-            protected=checked_token_input("protected", protected),
-            active=checked_token_input("active", active),
-        )
+        given = TokenInputs.checked(gate=gate, phrases=phrases, protected=protected, active=active)
         self.text = TextState(self.settings, given)
         self.in_place_of: Any = None  # the processor that a patch put this one over
 

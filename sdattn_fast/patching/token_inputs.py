@@ -22,6 +22,11 @@ class TokenInputs:
     protected: Tensor | None = None
     active: Tensor | None = None
 
+    @classmethod
+    def checked(cls, **inputs: Any) -> TokenInputs:
+        """What the user passed, by name. Raises: as `checked_token_input`."""
+        return cls(**{name: checked_token_input(name, x) for name, x in inputs.items()})
+
 
 def checked_token_input(name: str, x: Any) -> Tensor | None:
     """A copy of a user's gate, phrases, protected or active, checked as far as it can be before a batch is seen; on the

@@ -14,10 +14,10 @@ from typing import Annotated, Any
 
 import typer
 
-from ..evaluation.conditions import STOCK, Condition, ConditionInputs
+from ..evaluation.conditions import STOCK, Condition, ConditionInputs, recipe_condition
 from ..evaluation.cost import costs
 from ..evaluation.peers import AttendAndExcite, SynGen
-from ..evaluation.recipe_search import chosen_recipes, recipe_condition, recipe_grid
+from ..evaluation.recipe_search import chosen_recipes, recipe_grid
 from ..evaluation.run import Evaluation
 from ..evaluation.world_subjects import world_subject
 from ..lab.pipeline import load_pipeline
@@ -52,19 +52,21 @@ def _recipes(
     name_of_model = world if model is None else str(model)
     measures = ("present", "bound", "all right")
 
-    def evaluated(what: str, conditions: list[Condition], count: int) -> tuple[Any, Any]:
+    def evaluated(what: str, conditions: list[Condition], count: int) -> tuple[Evaluation, Any]:
+        """And what it gave, as figures, which are also shown."""
         subject = world_subject(world, count, choosing=what == "choose", folder=model)
         evaluation = Evaluation(folder / what, pipe, subject, conditions, inputs, name_of_model, batch=1)
         evaluation.run(tell=tell)
-        console.print(
-            summary_table(summary(evaluation.results(), measures, STOCK), f"{count} captions to {what} on", "recipe")
-        )
+        figures = summary(evaluation.results(), measures, STOCK)
+        console.print(summary_table(figures, f"{count} captions to {what} on", "recipe"))
         for left_out, why in evaluation.left_out.items():
             console.print(f"left out {left_out}: {why}")
-        return evaluation, subject
+        return evaluation, figures
 
     grid = recipe_grid(strength) if strength else recipe_grid()
-    searched, _ = evaluated("choose", [Condition(STOCK, STOCK), *map(recipe_condition, grid, grid.values())], choose)
+    searched, search_figures = evaluated(
+        "choose", [Condition(STOCK, STOCK), *map(recipe_condition, grid, grid.values())], choose
+    )
     best = chosen_recipes(searched.results(), grid)
     for kind, chosen in best.items():
         console.print(f"{kind}: {chosen}")
@@ -76,14 +78,14 @@ def _recipes(
             for peer in (AttendAndExcite(scale, resolution), SynGen(scale, resolution))
         ),
     ]
-    reported, subject = evaluated("report", conditions, report)
-    prices = costs(pipe, subject, reported.conditions, inputs)
+    reported, report_figures = evaluated("report", conditions, report)
+    prices = costs(pipe, reported.subject, reported.conditions, inputs)
     for name, price in prices.items():
         console.print(f"{name}: {price['of stock']:.2f} of stock's time, {price['peak MiB']:.1f} MiB")
     figures = {
         "chosen": {kind: {"name": n, **(asdict(grid[n]) if n in grid else {})} for kind, n in best.items()},
-        "search": summary(searched.results(), measures, STOCK),
-        "report": summary(reported.results(), measures, STOCK),
+        "search": search_figures,
+        "report": report_figures,
         "costs": prices,
     }
     (folder / "recipes.json").write_text(json.dumps(figures, indent=1, default=str) + "\n")
