@@ -129,7 +129,7 @@ def test_every_pipeline(name: str, how: dict[str, Any], build: Any, draw: Any) -
     assert patch._wants_forwards == 0
     assert np.isfinite(picture).all()
     assert (np.abs(picture - stock).reshape(len(picture), -1).max(1) > 1e-3).all()
-    np.testing.assert_array_equal(draw(pipe, CAPTION, **how), stock)
+    np.testing.assert_allclose(draw(pipe, CAPTION, **how), stock, atol=1e-5)  # memory elsewhere may round otherwise
 
 
 def test_in_bfloat16(build: Any) -> None:
@@ -193,7 +193,7 @@ def test_beside_a_callback_of_the_users(build: Any, draw: Any) -> None:
         ):
             calls.clear()
             beside = draw(pipe, CAPTION, num_inference_steps=3, callback_on_step_end=callback, **more)
-            np.testing.assert_array_equal(beside, alone)
+            np.testing.assert_allclose(beside, alone, atol=1e-5)
             assert calls == [(step, tensors) for step in range(3)], callback
         interrupted = draw(pipe, CAPTION, num_inference_steps=3, callback_on_step_end=interrupting)
     pipe._interrupt = False
@@ -628,7 +628,8 @@ def test_presence_of_some_pictures_and_its_sharpness() -> None:
     maps = torch.rand(2, 5, 4, 4)
     seen = Seen(maps, maps, 0, Maps({"layer": maps}, (0, 1, 2, 3, 4), (4, 4)))
     both = Presence([[(1,), (2,)], []]).by_picture(seen)
-    assert both[1] == 1 and both[0] == Presence([[(1,), (2,)], [(3,)]]).by_picture(seen)[0]
+    assert both[1] == 1
+    torch.testing.assert_close(both[0], Presence([[(1,), (2,)], [(3,)]]).by_picture(seen)[0])
     some = Seen(maps, maps, 0, Maps({"layer": maps[:, 1:]}, (1, 2, 3, 4), (4, 4)))
     with pytest.raises(ValueError, match="sharpness needs the maps of all tokens"):
         Presence([[(1,)], []], sharpness=100.0).by_picture(some)
