@@ -6,21 +6,23 @@
 from __future__ import annotations
 
 import contextlib
+import glob
 import json
-import math
 import os
+import socket
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-from .program import Program, Refinement, SalienceDropout
+from .program import Program, Refinement, SalienceDropout, finite_number
 
-__all__ = ["ProgramFile", "atomic_write", "load_heads", "read_json", "save_heads", "write_json"]
+__all__ = ["ProgramFile", "atomic_write", "load_heads", "parse_json", "read_json", "save_heads", "write_json"]
 
 _PROGRAM, _HEADS = "sdattn-fast program", "sdattn-fast heads"
 _VERSION = 1
+_MOST_STEPS = 10_000
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class ProgramFile:
         inactive_heads: "plain" or "zero", as in `apply`.
         guidance_scale: Scale of classifier-free guidance, >= 0. None: the pipeline's own. Used by `sdattn-fast
             generate`, not by `apply`.
-        num_inference_steps: Number of denoising steps, >= 1. None: the pipeline's own. Used as `guidance_scale` is.
+        num_inference_steps: Number of denoising steps, 1 to 10,000. None: the pipeline's own. Used as `guidance_scale` is.
         notes: Anything that JSON can hold, such as where the file comes from and what was measured.
 
     Raises:
@@ -72,15 +74,13 @@ class ProgramFile:
             raise ValueError(f"inactive_heads: expected 'plain' or 'zero', got {self.inactive_heads!r}")
         scale, steps = self.guidance_scale, self.num_inference_steps
         if scale is not None:
-            if isinstance(scale, bool) or not isinstance(scale, (int, float)):
-                raise TypeError(f"guidance_scale: expected a number, got {scale!r}")
-            if not (math.isfinite(scale) and scale >= 0):
+            if finite_number("guidance_scale", scale) < 0:
                 raise ValueError(f"guidance_scale: expected a finite number >= 0, got {scale!r}")
         if steps is not None:
             if isinstance(steps, bool) or not isinstance(steps, int):
                 raise TypeError(f"num_inference_steps: expected an int, got {steps!r}")
-            if steps < 1:
-                raise ValueError(f"num_inference_steps: expected at least 1, got {steps}")
+            if not 1 <= steps <= _MOST_STEPS:
+                raise ValueError(f"num_inference_steps: expected 1 to {_MOST_STEPS}, got {steps!r:.40}")
         if not isinstance(self.notes, Mapping):
             raise TypeError(f"notes: expected a mapping, got {type(self.notes).__name__}")
 
@@ -145,10 +145,7 @@ def read_json(path: str | Path, kind: str) -> dict[str, Any]:
 
     Raises: FileNotFoundError, OSError; ValueError where it is not JSON, of another kind or of a later version.
     """
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: expected a JSON file of the format {kind!r}: {error}") from None
+    content = parse_json(Path(path).read_bytes(), f"{path}: expected a JSON file of the format {kind!r}")
     stored_format = content.get("format") if isinstance(content, dict) else None
     if stored_format != kind:
         raise ValueError(f"{path}: expected the format {kind!r}, got {stored_format!r}")
@@ -156,6 +153,15 @@ def read_json(path: str | Path, kind: str) -> dict[str, Any]:
     if isinstance(version, bool) or not isinstance(version, int) or not 1 <= version <= _VERSION:
         raise ValueError(f"{path}: expected version {_VERSION} of the format {kind!r}, got {version!r}")
     return {key: x for key, x in content.items() if key not in ("format", "version")}
+
+
+def parse_json(text: str | bytes, expected: str) -> Any:
+    """What a text holds, in UTF-8 with or without a byte order mark. Raises: ValueError that begins with `expected`,
+    also for numbers of too many digits and for what is nested too deeply."""
+    try:
+        return json.loads(text.decode("utf-8-sig") if isinstance(text, bytes) else text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{expected}: {error}") from None
 
 
 def write_json(path: str | Path, kind: str, content: Mapping[str, Any]) -> None:
@@ -168,10 +174,16 @@ def write_json(path: str | Path, kind: str, content: Mapping[str, Any]) -> None:
 @contextlib.contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path to write to, in the folder of `path`, made if need be; renamed to it where the block ends well. A full
-    disk, an error or a kill leaves what was there. Raises: OSError."""
-    path = Path(path)
+    disk, an error or a kill leaves what was there. A link keeps its place, and its target is replaced; a device or a
+    pipe is written to directly. Raises: OSError."""
+    path = Path(os.path.realpath(path))
+    if path.exists() and not path.is_file():
+        yield path
+        return
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
+    writers = f".{path.name}.{socket.gethostname()}-"
+    _remove_parts_of_the_dead(path.parent, writers)
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f"{writers}{os.getpid()}-", suffix=".part")
     os.close(handle)
     temporary = Path(name)
     try:
@@ -186,6 +198,27 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         if isinstance(error, OSError) and error.filename is None:  # a full disk names no file
             error.filename = str(path)
         raise
+
+
+def _remove_parts_of_the_dead(folder: Path, writers: str) -> None:
+    """Of this file, what processes of this machine left that were killed while they wrote it."""
+    for part in folder.glob(f"{glob.escape(writers)}*.part"):
+        pid = part.name[len(writers) :].partition("-")[0]
+        with contextlib.suppress(OSError):
+            if pid.isdecimal() and not _is_alive(int(pid)):
+                part.unlink()
+
+
+def _is_alive(pid: int) -> bool:
+    if os.name != "posix":  # elsewhere signal 0 ends the process
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        return True
+    return True
 
 
 def _program(content: Any) -> Program:

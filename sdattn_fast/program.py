@@ -11,7 +11,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Program", "SalienceDropout", "Refinement", "Capture"]
+__all__ = ["Program", "SalienceDropout", "Refinement", "Capture", "finite_number"]
+
+# Far beyond any use; a larger sigma asks for gigabytes of Gaussian, and more rounds for hours.
+_MOST_SIGMA, _MOST_ROUNDS = 1000.0, 1000
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,7 @@ class SalienceDropout:
     mode: str = "topk"
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "ratio", _number("SalienceDropout.ratio", self.ratio))
+        object.__setattr__(self, "ratio", finite_number("SalienceDropout.ratio", self.ratio))
         if not 0.0 <= self.ratio <= 1.0:
             raise ValueError(f"SalienceDropout.ratio: expected a number in [0, 1], got {self.ratio!r}")
         _choice("SalienceDropout.axis", self.axis, ("token", "space"))
@@ -58,10 +61,10 @@ class Refinement:
     either axis; on axis "token" the maps of words got worse (docs/evaluation.md).
 
     Args:
-        steps: Number of rounds, at least 1. Each round works on the smoothed map of the one before. More rounds lost
+        steps: Number of rounds, 1 to 1000. Each round works on the smoothed map of the one before. More rounds lost
             objects on our small test model (docs/structure.md).
         threshold: A content entry p is kept where ``p > threshold * maximum``, in [0, 1). None: no suppression.
-        sigma: Standard deviation of the Gaussian, in pixels of the layer's grid, at least 0. 0: no smoothing.
+        sigma: Standard deviation of the Gaussian, in pixels of the layer's grid, 0 to 1000. 0: no smoothing.
         axis: "token" takes the maximum over the content tokens of each pixel, "space" over the pixels of each token.
 
     Raises:
@@ -82,15 +85,15 @@ class Refinement:
     def __post_init__(self) -> None:
         if isinstance(self.steps, bool) or not isinstance(self.steps, int):
             raise TypeError(f"Refinement.steps: expected an int, got {_said(self.steps)}")
-        if self.steps < 1:
-            raise ValueError(f"Refinement.steps: expected at least 1, got {self.steps}")
+        if not 1 <= self.steps <= _MOST_ROUNDS:
+            raise ValueError(f"Refinement.steps: expected 1 to {_MOST_ROUNDS}, got {self.steps!r:.40}")
         if self.threshold is not None:
-            object.__setattr__(self, "threshold", _number("Refinement.threshold", self.threshold))
+            object.__setattr__(self, "threshold", finite_number("Refinement.threshold", self.threshold))
             if not 0.0 <= self.threshold < 1.0:
                 raise ValueError(f"Refinement.threshold: expected None or a number in [0, 1), got {self.threshold!r}")
-        object.__setattr__(self, "sigma", _number("Refinement.sigma", self.sigma))
-        if self.sigma < 0.0:
-            raise ValueError(f"Refinement.sigma: expected a finite number >= 0, got {self.sigma!r}")
+        object.__setattr__(self, "sigma", finite_number("Refinement.sigma", self.sigma))
+        if not 0.0 <= self.sigma <= _MOST_SIGMA:
+            raise ValueError(f"Refinement.sigma: expected a number in [0, {_MOST_SIGMA:g}], got {self.sigma!r}")
         _choice("Refinement.axis", self.axis, ("token", "space"))
 
 
@@ -193,12 +196,17 @@ def _indices(name: str, given: Any, or_else: str = "") -> tuple[int, ...]:
     return indices
 
 
-def _number(name: str, value: Any) -> float:
+def finite_number(name: str, value: Any) -> float:
+    """The number as a float. Raises: TypeError; ValueError for what is not finite or beyond a float's range."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name}: expected a number, got {_said(value)}")
-    if not math.isfinite(value):
-        raise ValueError(f"{name}: expected a finite number, got {value!r}")
-    return float(value)
+    try:
+        number = float(value)
+    except OverflowError:  # an int of more than 308 digits
+        number = math.inf
+    if not math.isfinite(number):
+        raise ValueError(f"{name}: expected a finite number, got {number!r}")
+    return number
 
 
 def _choice(name: str, value: Any, choices: tuple[str, ...]) -> None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from .files import parse_json
 
 __all__ = ["Prompt", "read_prompts", "report_truncation", "words_to_find"]
 
@@ -81,10 +82,7 @@ def words_to_find(prompt: Prompt, words: list[str]) -> list[str]:
 
 
 def _from_json(line: str, location: str) -> Prompt:
-    try:
-        content = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f'{location}: expected a prompt, or {{"prompt": ..., "words": [...]}}: {error}') from None
+    content = parse_json(line, f'{location}: expected a prompt, or {{"prompt": ..., "words": [...]}}')
     text, words = content.get("prompt"), content.get("words")
     if not isinstance(text, str) or not text.strip():
         raise ValueError(f'{location}: expected "prompt" to be some words, got {text!r}')

@@ -6,11 +6,12 @@ or beside every picture `a.png` its caption in `a.txt`.
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from ..files import parse_json
 
 __all__ = ["CaptionedFolder"]
 
@@ -91,13 +92,13 @@ class CaptionedFolder:
 
     def _of_table(self, table: Path) -> list[tuple[Path, str]]:
         items = []
-        for number, line in enumerate(table.read_text(encoding="utf-8").splitlines(), 1):
+        for number, line in enumerate(_text_of(table).splitlines(), 1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line, "expected JSON")
                 name, text = row["file_name"], row["text"]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError) as error:
                 raise ValueError(
                     f'{table}, line {number}: expected {{"file_name": ..., "text": ...}}, got {line[:80]!r}'
                 ) from error
@@ -117,5 +118,12 @@ class CaptionedFolder:
                 raise ValueError(
                     f"data: {path.name} has no caption: expected {caption.name} beside it, or metadata.jsonl"
                 )
-            items.append((path, " ".join(caption.read_text(encoding="utf-8").split())))
+            items.append((path, " ".join(_text_of(caption).split())))
         return items
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"data: expected text in UTF-8 in {path}: {error}") from None

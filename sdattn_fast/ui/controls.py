@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ..evaluation.conditions import Condition
-from ..files import ProgramFile, load_heads, read_json
+from ..files import ProgramFile, load_heads, parse_json, read_json
 from ..guidance.phrases import NounPhrase, find_phrases
 from ..guidance.recipe import Recipe
 from ..program import Program, Refinement, SalienceDropout
@@ -83,12 +83,8 @@ class Controls:
 
     def file(self, request: DrawRequest) -> ProgramFile:
         """What `generate --program` and `apply` load: the program, its layers and heads. Raises: as `program`."""
-        try:
-            heads = json.loads(self.heads) if self.heads.strip() else None
-        except json.JSONDecodeError as error:
-            raise ValueError(
-                f'heads: expected JSON such as {{"up_blocks.*": [0, 2]}}, got {self.heads!r}: {error}'
-            ) from None
+        wanted = f'heads: expected JSON such as {{"up_blocks.*": [0, 2]}}, got {self.heads!r:.80}'
+        heads = parse_json(self.heads, wanted) if self.heads.strip() else None
         return ProgramFile(
             self.program(), tuple(self.layers) or None, heads, self.inactive_heads, float(request.guidance_scale),
             request.steps,
