@@ -101,8 +101,9 @@ def open_study(
             "heads": None if ranking is None else [list(head) for head in ranking.order]}  # fmt: skip
     settings = _as_json(settings)
     # Trials first: another worker that is creating the study writes its attribute before it queues a trial.
-    trials = study.get_trials(deepcopy=False)
-    stored = study.user_attrs.get(_SETTINGS_KEY)
+    with _plain_storage_errors(optuna):
+        trials = study.get_trials(deepcopy=False)
+        stored = study.user_attrs.get(_SETTINGS_KEY)
     if stored is None and trials:
         raise ValueError(
             f"study: {name!r} in {_without_password(url)} was not made by sdattn-fast; choose another name"
@@ -163,11 +164,16 @@ def tune(
                 raise optuna.TrialPruned
         return float(np.mean(values))
 
-    if len(study.get_trials(deepcopy=False, states=states)) >= trials:
-        return
     enough = optuna.study.MaxTrialsCallback(trials, states=states)
+    stock = space.stock(reward.call_kwargs, layers, ranking)
     with _quiet(optuna), _plain_storage_errors(optuna):
-        study.optimize(objective, callbacks=[*callbacks, enough])
+        _requeue_stock(study, stock, ("FAIL",))
+        if len(study.get_trials(deepcopy=False, states=states)) < trials:
+            study.optimize(objective, callbacks=[*callbacks, enough])
+        # Its worker may have been killed too lately for its heartbeat to be missed.
+        while not _states_of_stock(study) & {"COMPLETE", "PRUNED"}:
+            _requeue_stock(study, stock, ("FAIL", "RUNNING"))
+            study.optimize(objective, n_trials=1, callbacks=callbacks)
 
 
 def best_program(
@@ -308,8 +314,21 @@ def draw_plots(study: Any, folder: str | Path) -> list[Path]:
     return written
 
 
+def _states_of_stock(study: Any) -> set[str]:
+    return {t.state.name for t in study.get_trials(deepcopy=False) if t.user_attrs.get("stock")}
+
+
+def _requeue_stock(study: Any, stock: dict[str, Any], lost: Sequence[str]) -> None:
+    """Queue the trial of stock attention again where all of them are in these states: what the others are compared
+    with must not get lost with the worker that was interrupted in it."""
+    if _states_of_stock(study) <= set(lost):
+        study.enqueue_trial(stock, user_attrs={"stock": True})
+
+
 def _complete(study: Any) -> list[Any]:
-    trials = study.get_trials(deepcopy=False, states=(_optuna().trial.TrialState.COMPLETE,))
+    optuna = _optuna()
+    with _plain_storage_errors(optuna):
+        trials = study.get_trials(deepcopy=False, states=(optuna.trial.TrialState.COMPLETE,))
     if not trials:
         raise ValueError(f"study: no trial of {study.study_name!r} is complete")
     return trials

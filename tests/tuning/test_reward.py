@@ -238,6 +238,26 @@ def test_a_study_survives_kill_9(tmp_path):
     assert retried.state.name in ("COMPLETE", "PRUNED") and retried.params == trials[number].params
 
 
+@pytest.mark.parametrize("kill", [False, True])
+def test_a_stock_trial_that_was_interrupted_runs_again(tmp_path, monkeypatch, kill):
+    """By Ctrl-C, which fails it, or by a kill so late that its heartbeat is not missed yet."""
+    study, reward = open_study(tmp_path / "study.db", Pretended(4), SPACE, heartbeat=60), Pretended(4)
+    if kill:
+        study.ask()
+    else:
+        with monkeypatch.context() as interrupted:
+            interrupted.setattr(reward, "score", lambda which, pictures: signal.raise_signal(signal.SIGINT))
+            with pytest.raises(KeyboardInterrupt):
+                tune(study, reward, SPACE, 2)
+    study = open_study(tmp_path / "study.db", reward, SPACE, heartbeat=60)
+    tune(study, reward, SPACE, 2)
+    stock = [t.state.name for t in study.trials if t.user_attrs.get("stock")]
+    assert stock == ["RUNNING" if kill else "FAIL", "COMPLETE"]
+    finished = len(study.trials)
+    tune(study, reward, SPACE, 2)
+    assert len(study.trials) == finished, "once is enough"
+
+
 def test_a_full_disk_is_said_and_what_was_done_stays(study, tmp_path):
     """SQLite may have as many pages as it has now, which is what a full disk is to it."""
     from sqlalchemy import event
