@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..files import atomic_write
+from ..files import atomic_write, parse_json
 from ..guidance.phrases import head_words
 from ..guidance.pictures import uint8_pictures
 from ..patching.words import tokenizer_of, words_of
@@ -52,7 +52,7 @@ class Evaluation:
         self.conditions = [c for c in conditions if c.name not in self.left_out]
         self._check_settings()
         # Processes must agree on it: each opens the evaluation before any of them draws.
-        self._to_draw = [unit for unit in self.units() if not self._path(*unit).exists()]
+        self._to_draw = [unit for unit in self.units() if not self._is_drawn(*unit)]
 
     @property
     def parts(self) -> list[range]:
@@ -88,8 +88,22 @@ class Evaluation:
             raise ValueError(f"folder: {self.missing()} batches of {self.folder} are not drawn yet")
         results: dict[str, list[dict[str, float]]] = {}
         for condition, part in self.units():
-            results.setdefault(condition.name, []).extend(json.loads(self._path(condition, part).read_text()))
+            results.setdefault(condition.name, []).extend(self._rows(self._path(condition, part), len(part)))
         return results
+
+    def _is_drawn(self, condition: Condition, part: range) -> bool:
+        path = self._path(condition, part)
+        return path.exists() and bool(self._rows(path, len(part)))
+
+    def _rows(self, path: Path, count: int) -> list[dict[str, float]]:
+        """A batch's measures. Raises: ValueError, naming the file, where it is not what was written."""
+        broken = f"folder: {path} is not as it was written; remove it, and call again to draw this batch anew"
+        rows = parse_json(path.read_bytes(), broken)
+        measures = set(self.subject.measures)
+        whole = isinstance(rows, list) and len(rows) == count and all(isinstance(row, dict) for row in rows)
+        if not whole or any(not measures <= set(row) or not all(map(_is_number, row.values())) for row in rows):
+            raise ValueError(broken)
+        return rows
 
     def pictures(self, condition: Condition) -> list[Path]:
         return sorted((self.folder / "pictures" / _file_name(condition)).glob("*.png"))
@@ -117,7 +131,10 @@ class Evaluation:
         self.folder.mkdir(parents=True, exist_ok=True)
         described = {c.name: json.loads(json.dumps(_described(c), default=str)) for c in self.conditions}
         if path.exists():
-            before = json.loads(path.read_text())
+            broken = f"folder: {path} is not as it was written; name another folder"
+            before = parse_json(path.read_bytes(), broken)
+            if not isinstance(before, dict) or not isinstance(before.get("conditions"), dict):
+                raise ValueError(broken)
             changed = [name for name in settings if before.get(name) != settings[name]]
             changed += [name for name, c in described.items() if before["conditions"].get(name, c) != c]
             if changed:
@@ -170,6 +187,10 @@ def draw_batch(
 def _described(condition: Condition) -> dict[str, Any]:
     """Its fields; without a peer where it has none, as folders have them that were begun before there were peers."""
     return {name: x for name, x in asdict(condition).items() if name != "peer" or x is not None}
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float))
 
 
 def _file_name(condition: Condition) -> str:

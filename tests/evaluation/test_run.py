@@ -207,6 +207,22 @@ def test_another_evaluation_is_refused(tmp_path: Path, pipe: Any, world: ShapesW
     assert "peer" not in stored[STOCK] and stored["SynGen"]["peer"]["scale"] == 20.0
 
 
+@pytest.mark.parametrize("text", ["", "[]", "[1, 2]", '[{"x": 1}]', "[" * 100_000])
+def test_a_broken_batch_is_named(
+    tmp_path: Path, pipe: Any, world: ShapesWorld, inputs: ConditionInputs, text: str
+) -> None:
+    """Before anything is drawn."""
+    stock = [c for c in conditions() if c.name == STOCK]
+    path = Evaluation(tmp_path, pipe, world, stock, inputs, "shapes")._path(stock[0], range(len(world.prompts)))
+    path.parent.mkdir(parents=True)
+    path.write_text(text)
+    with pytest.raises(ValueError, match=f"{path.name} is not as it was written; remove it"):
+        Evaluation(tmp_path, pipe, world, stock, inputs, "shapes")
+    (tmp_path / "settings.json").write_text(text)
+    with pytest.raises(ValueError, match="settings.json is not as it was written; name another folder"):
+        Evaluation(tmp_path, pipe, world, stock, inputs, "shapes")
+
+
 def test_a_full_disk_loses_nothing(
     tmp_path: Path, pipe: Any, world: ShapesWorld, inputs: ConditionInputs, monkeypatch: Any
 ) -> None:
