@@ -284,6 +284,7 @@ class _Checkpoint:
         self.settings = json.dumps({**settings, "program": repr(program), "pictures": pictures}, default=str)
 
     def save(self, step: int) -> None:
+        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {"step": torch.tensor(step)}
@@ -292,7 +293,12 @@ class _Checkpoint:
             tensors |= {f"weight/{name}": p, f"mean/{name}": state["exp_avg"], f"square/{name}": state["exp_avg_sq"]}
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
         with atomic_write(self.path) as temporary:
-            save_file(tensors, temporary, {"settings": self.settings})
+            try:
+                save_file(tensors, temporary, {"settings": self.settings})
+            except SafetensorError as error:  # a full disk
+                raise OSError(
+                    f"out: cannot write {self.path}: {error}; call again where there is room, and it resumes"
+                ) from error
 
     def load(self) -> int:
         """The steps done, 0 without a checkpoint."""
