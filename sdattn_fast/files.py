@@ -38,7 +38,8 @@ class ProgramFile:
         inactive_heads: "plain" or "zero", as in `apply`.
         guidance_scale: Scale of classifier-free guidance, >= 0. None: the pipeline's own. Used by `sdattn-fast
             generate`, not by `apply`.
-        num_inference_steps: Number of denoising steps, 1 to 10,000. None: the pipeline's own. Used as `guidance_scale` is.
+        num_inference_steps: Number of denoising steps, 1 to 10,000. None: the pipeline's own. Used as `guidance_scale`
+            is.
         notes: Anything that JSON can hold, such as where the file comes from and what was measured.
 
     Raises:

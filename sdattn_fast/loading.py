@@ -8,7 +8,29 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["load_model", "quiet_loading"]
+__all__ = ["checked_device", "load_model", "quiet_loading"]
+
+
+def checked_device(name: str | None) -> str:
+    """A device that a model can be moved to, "cpu" or "cuda", with or without an index; None: "cuda" if available.
+
+    Raises: ValueError for other names, and for a GPU that is not there.
+    """
+    import torch
+
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = torch.device("meta")
+    if device.type not in ("cpu", "cuda"):
+        raise ValueError(f"device: expected cpu or cuda, got {name!r}")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise ValueError(f"device: {name!r} was asked for, and torch sees no CUDA device")
+    if device.type == "cuda" and device.index is not None and device.index >= torch.cuda.device_count():
+        raise ValueError(f"device: expected cuda:0 to cuda:{torch.cuda.device_count() - 1}, got {name!r}")
+    return name
 
 
 def load_model(kind: Any, source: str | Path, argument: str, device: Any = "cpu") -> Any:

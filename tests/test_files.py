@@ -99,7 +99,7 @@ def test_numbers_beyond_all_use(tmp_path, fields, says):
 def test_texts_that_are_no_json(tmp_path, text):
     path = tmp_path / "program.json"
     path.write_bytes(text.encode(errors="surrogateescape"))
-    with pytest.raises(ValueError, match="program.json: expected a JSON file"):
+    with pytest.raises(ValueError, match=r"program\.json: expected a JSON file"):
         ProgramFile.load(path)
 
 

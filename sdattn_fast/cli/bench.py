@@ -6,6 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import within
 from .registry import UNET_CONFIGS, UNET_LAYERS, LayerShape, build_random_unet, random_inputs, twin_of
 
 __all__ = ["bench", "full_program", "text_side"]
@@ -14,13 +15,17 @@ __all__ = ["bench", "full_program", "text_side"]
 def bench(
     model: Annotated[list[str] | None, typer.Option(help="sd15, sd21 or sdxl; may be repeated. Default: all.")] = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 or float16.")] = "float32",
-    batch: Annotated[int, typer.Option(help="Batch entries, counting both guidance halves.")] = 2,
+    batch: Annotated[
+        int, typer.Option(help="Batch entries, counting both guidance halves.", callback=within(1, 256))
+    ] = 2,
     device: Annotated[str, typer.Option(help="cpu or cuda.")] = "cpu",
     backend: Annotated[str, typer.Option(help="auto, triton, cuda, cpu or reference.")] = "auto",
-    content: Annotated[int, typer.Option(help="Content tokens in each entry, of 77.")] = 20,
+    content: Annotated[int, typer.Option(help="Content tokens in each entry, of 77.", callback=within(0, 77))] = 20,
     step: Annotated[bool, typer.Option("--step", help="Also time a whole UNet step (minutes on a CPU).")] = False,
     compiled: Annotated[bool, typer.Option("--compiled", help="Also time torch.compile of the reference.")] = False,
-    seconds: Annotated[float, typer.Option(help="Seconds of timing for each contestant and shape.")] = 1.0,
+    seconds: Annotated[
+        float, typer.Option(help="Seconds of timing for each contestant and shape.", callback=within(0, 3600))
+    ] = 1.0,
 ) -> None:
     """Time the full row program against plain attention, at the shapes of SD 1.5, 2.1 and SDXL.
 
@@ -30,11 +35,8 @@ def bench(
     import torch
 
     from ..backend import NAMES
+    from ..loading import checked_device
 
-    if content < 0 or content > 77:
-        raise typer.BadParameter(f"expected 0 to 77, got {content}", param_hint="--content")
-    if batch < 1:
-        raise typer.BadParameter(f"expected at least 1, got {batch}", param_hint="--batch")
     if dtype not in ("float32", "bfloat16", "float16"):
         raise typer.BadParameter(f"expected float32, bfloat16 or float16, got {dtype!r}", param_hint="--dtype")
     if backend not in ("auto", *NAMES):
@@ -43,8 +45,7 @@ def bench(
     for name in chosen:
         if name not in UNET_LAYERS:
             raise typer.BadParameter(f"expected one of {', '.join(UNET_LAYERS)}, got {name!r}", param_hint="--model")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise typer.BadParameter("no CUDA device is available", param_hint="--device")
+    device = checked_device(device)
 
     kind = getattr(torch, dtype)
     _print_ground(torch, device)

@@ -17,6 +17,7 @@ import typer
 from ..lab.pipeline import GUIDANCE, STEPS
 from ..prompts import Prompt, words_to_find
 from .demo_page import Cost, Pictures, write_demo_page
+from .options import check_out_folder, within
 
 __all__ = ["demo"]
 
@@ -29,7 +30,7 @@ PROMPTS = (
 
 def demo(
     out: Annotated[Path, typer.Option(help="Output folder for demo.html and the PNGs.")] = Path("demo"),
-    seed: Annotated[int, typer.Option(help="Seed of the latents.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the latents.", callback=within(0, 2**63 - 1))] = 0,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt of the shapes world; may be repeated.")] = None,
 ) -> None:
     """Draw pictures with the shapes pipeline, and write a page that shows what the program does."""
@@ -38,12 +39,10 @@ def demo(
 
     started = time.perf_counter()
     console = Console()
-    if not 0 <= seed < 2**63:
-        raise typer.BadParameter(f"expected 0 <= seed < 2**63, got {seed}", param_hint="--seed")
     prompts = tuple(prompt or PROMPTS)
     if any(not p.strip() for p in prompts):
         raise typer.BadParameter("expected some words, got an empty prompt", param_hint="--prompt")
-    out.mkdir(parents=True, exist_ok=True)
+    check_out_folder(out)
 
     columns = (TextColumn("{task.description:32}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -60,8 +59,9 @@ def demo(
 
     _print_table(console, rows)
     for pictures in drawn:
-        console.print(f"[bold]{pictures.prompt}[/bold]\n  empty program against stock: {pictures.empty_difference}")
-    console.print(f"\nOpen {page}   ({time.perf_counter() - started:.0f} s)")
+        console.print(pictures.prompt, style="bold", markup=False)
+        console.print(f"  empty program against stock: {pictures.empty_difference}", markup=False)
+    console.print(f"\nOpen {page}   ({time.perf_counter() - started:.0f} s)", markup=False)
 
 
 def semantics() -> Any:

@@ -91,7 +91,16 @@ def _overview(prompts: list[Pictures]) -> bytes:
         for axis, kind in zip(line, kinds, strict=True):
             axis.imshow(np.asarray(getattr(prompt_pictures, kind)))
             axis.set_axis_off()
-        line[1].text(0.5, -0.06, prompt_pictures.prompt, transform=line[1].transAxes, ha="center", va="top", fontsize=9)
+        line[1].text(
+            0.5,
+            -0.06,
+            prompt_pictures.prompt,
+            transform=line[1].transAxes,
+            ha="center",
+            va="top",
+            fontsize=9,
+            parse_math=False,
+        )
     edge = 0.3 / figure.get_figheight()
     figure.subplots_adjust(left=0.01, right=0.99, top=1 - edge, bottom=edge, wspace=0.03, hspace=0.14)
     data = io.BytesIO()
@@ -111,7 +120,7 @@ def _heat_maps(pictures: Pictures) -> bytes:
     words = list(pictures.stock_maps)
     figure, axes = plt.subplots(2, max(len(words), 1), figsize=(1.45 * max(len(words), 1) + 0.4, 3.2), squeeze=False)
     for axis, word in zip(axes[0], words, strict=False):
-        axis.set_title(word, fontsize=10)
+        axis.set_title(word, fontsize=10, parse_math=False)
     lines = (
         ("empty program", pictures.empty, pictures.stock_maps),
         ("semantics", pictures.semantic, pictures.semantic_maps),

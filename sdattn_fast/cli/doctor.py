@@ -9,6 +9,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import within
+
 __all__ = ["backend_rows", "doctor", "processor_name"]
 
 _PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
@@ -22,7 +24,9 @@ def doctor(
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of that model: float32 or bfloat16.")] = "float32",
-    batch: Annotated[int, typer.Option(help="Batch entries of that model, counting both guidance halves.")] = 2,
+    batch: Annotated[
+        int, typer.Option(help="Batch entries of that model, counting both guidance halves.", callback=within(1, 256))
+    ] = 2,
 ) -> None:
     """Show versions, devices, and whether each backend is available and, if not, how to fix it."""
     import torch
@@ -89,8 +93,6 @@ def _print_folds(console: Any, model: str, dtype: str, batch: int) -> None:
 
     if dtype not in ("float32", "bfloat16"):
         raise typer.BadParameter(f"expected float32 or bfloat16, got {dtype!r}", param_hint="--dtype")
-    if batch < 1:
-        raise typer.BadParameter(f"expected at least 1, got {batch}", param_hint="--batch")
     kind = getattr(torch, dtype)
     with console.status(f"Loading {model}, and running it once"):
         unet = build_random_unet(model, kind) if model in UNET_CONFIGS else pipeline_of(model, "cpu", dtype).unet

@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 import typer
 
+from .options import Guidance, NumSteps, check_out_folder, within
+
 __all__ = ["evaluate"]
 
 
@@ -21,7 +23,9 @@ def evaluate(
             "held-out captions of the shapes world."
         ),
     ] = None,
-    pictures: Annotated[int, typer.Option(help="Number of captions of the shapes world.")] = 512,
+    pictures: Annotated[
+        int, typer.Option(help="Number of captions of the shapes world.", callback=within(2, 10**5))
+    ] = 512,
     folder: Annotated[Path, typer.Option(help="Output folder; run the same command again to resume.")] = Path(
         "evaluation"
     ),
@@ -40,7 +44,10 @@ def evaluate(
         str | None, typer.Option(help="Folder or hub ID of a CLIP model; default: the pipeline's own.")
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Threshold of the CLIP gate, a cosine; default: calibrated on stock pictures.")
+        float | None,
+        typer.Option(
+            help="Threshold of the CLIP gate, a cosine; default: calibrated on stock pictures.", callback=within(-1, 1)
+        ),
     ] = None,
     blip: Annotated[
         str | None, typer.Option(help="Folder or hub ID of a BLIP model for T2I-CompBench's questions.")
@@ -49,9 +56,9 @@ def evaluate(
         str | None,
         typer.Option(help="Folder or hub ID of an object detector for GenEval and T2I-CompBench's spatial relations."),
     ] = None,
-    num_inference_steps: Annotated[int | None, typer.Option("--steps", help="Number of denoising steps.")] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
-    batch: Annotated[int, typer.Option(help="Number of prompts drawn at once.")] = 16,
+    num_inference_steps: NumSteps = None,
+    guidance_scale: Guidance = None,
+    batch: Annotated[int, typer.Option(help="Number of prompts drawn at once.", callback=within(1, 4096))] = 16,
     cost: Annotated[bool, typer.Option(help="Also measure time and memory.")] = True,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
@@ -66,21 +73,15 @@ def evaluate(
     from ..evaluation.run import Evaluation
     from ..files import ProgramFile, load_heads
     from ..lab.pipeline import WORLDS
+    from ..loading import checked_device
     from ..patching.words import tokenizer_of
     from ..prompts import read_prompts, report_truncation
     from .doctor import processor_name
     from .generate import pipeline_of
     from .heads import clip_of
 
-    for name, value, least in (("--pictures", pictures, 2), ("--batch", batch, 1)):
-        if value < least:
-            raise typer.BadParameter(f"expected at least {least}, got {value}", param_hint=name)
-    if num_inference_steps is not None and num_inference_steps < 1:
-        raise typer.BadParameter(f"expected at least 1, got {num_inference_steps}", param_hint="--steps")
-    if threshold is not None and not -1 <= threshold <= 1:
-        raise typer.BadParameter(f"expected a cosine, from -1 to 1, got {threshold}", param_hint="--threshold")
-    if folder.exists() and not folder.is_dir():
-        raise typer.BadParameter(f"expected a folder, got the file {folder}", param_hint="--folder")
+    check_out_folder(folder, "--folder")
+    device = None if device is None else checked_device(device)
     if prompts is None and model not in WORLDS:
         raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint="--prompts")
     if prompts is None and (blip is not None or detector is not None):
@@ -176,12 +177,17 @@ def _subject(
 
     if read is None:
         world = world_subject(model, pictures, scorer)
-        world.steps, world.guidance = steps or world.steps, world.guidance if guidance is None else guidance
+        world.steps, world.guidance = (
+            world.steps if steps is None else steps,
+            world.guidance if guidance is None else guidance,
+        )
         return world
     texts = [p.text for p in read]
     phrases = {i: p.words for i, p in enumerate(read) if p.words is not None}
     judges: list[Judge] = []
-    subject = Prompts(texts, scorer, judges, 7.5 if guidance is None else guidance, steps or 50, phrases)
+    subject = Prompts(
+        texts, scorer, judges, 7.5 if guidance is None else guidance, 50 if steps is None else steps, phrases
+    )
     if blip is not None:
         judges.append(BlipVqa(blip, device))
     if detector is not None:

@@ -2,25 +2,33 @@
 
 from __future__ import annotations
 
+import io
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from ..files import atomic_write
 from .options import (
     DropoutAxis,
     DropoutMode,
+    Guidance,
+    NumSteps,
     Ratio,
     RefineAxis,
     Renormalize,
     Sigma,
     Steps,
     Threshold,
+    check_out_file,
     program_of,
     sampling_options,
+    within,
 )
 
 __all__ = ["generate", "pipeline_of"]
+
+MOST_PIXELS = 8192  # of a side
 
 
 def generate(
@@ -29,13 +37,17 @@ def generate(
         str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes', the demo's.")
     ] = "shapes",
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed of the latents and of random dropout.")] = 0,
-    num_inference_steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Number of denoising steps.")
+    seed: Annotated[
+        int, typer.Option(help="Seed of the latents and of random dropout.", callback=within(0, 2**63 - 1))
+    ] = 0,
+    num_inference_steps: NumSteps = None,
+    guidance_scale: Guidance = None,
+    height: Annotated[
+        int | None, typer.Option(help="Height in pixels; default: the model's.", callback=within(1, MOST_PIXELS))
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
-    height: Annotated[int | None, typer.Option(help="Height in pixels; default: the model's.")] = None,
-    width: Annotated[int | None, typer.Option(help="Width in pixels; default: the model's.")] = None,
+    width: Annotated[
+        int | None, typer.Option(help="Width in pixels; default: the model's.", callback=within(1, MOST_PIXELS))
+    ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
     backend: Annotated[str, typer.Option(help="auto, triton, cuda, cpu or reference.")] = "auto",
@@ -86,10 +98,9 @@ def generate(
         chosen = Recipe.named(recipe)
     if not prompt.strip():
         raise typer.BadParameter("expected some words, got an empty prompt", param_hint="--prompt")
-    if not 0 <= seed < 2**63:
-        raise typer.BadParameter(f"expected 0 <= seed < 2**63, got {seed}", param_hint="--seed")
-    if out.is_dir():
-        raise typer.BadParameter(f"expected a file to write, got the folder {out}", param_hint="--out")
+    out = out if out.suffix or out.is_dir() else out.with_name(f"{out.name}.png")
+    check_out_file(out)
+    picture_format = _format_of(out)
     pipe = pipeline_of(model, device, dtype)
     if lora is not None:
         try:
@@ -97,8 +108,9 @@ def generate(
                 pipe.load_lora_weights(lora)
         except Exception as error:  # of diffusers, peft, safetensors, or whatever speaks with the hub
             raise ValueError(f"lora: expected a folder or hub id of a LoRA, got {lora!r}: {error}") from error
-    options = {"prompt": prompt, "negative_prompt": negative_prompt, "height": height, "width": width}
-    call_kwargs: dict[str, Any] = {key: x for key, x in options.items() if x is not None}
+    call_kwargs: dict[str, Any] = {"prompt": prompt, **_size_options(pipe, height, width)}
+    if negative_prompt is not None:
+        call_kwargs["negative_prompt"] = negative_prompt
     call_kwargs |= sampling_options(model, num_inference_steps, guidance_scale)
 
     # The stock picture is what the pipeline gives without the file; an option on the command line holds for both.
@@ -112,9 +124,11 @@ def generate(
         return pipe(**call_kwargs, generator=torch.Generator("cpu").manual_seed(seed)).images[0]
 
     if compare:
-        _save(draw(call_kwargs), out.with_name(f"{out.stem}.stock{out.suffix or '.png'}"))
+        # What does not fit the model is said before the stock picture is drawn.
+        apply(pipe, file, recipe=chosen, seed=seed, backend=backend).remove()
+        _save(draw(call_kwargs), out.with_name(f"{out.stem}.stock{out.suffix}"), picture_format)
     with apply(pipe, file, recipe=chosen, seed=seed, backend=backend):
-        _save(draw(tuned), out if out.suffix else out.with_suffix(".png"))
+        _save(draw(tuned), out, picture_format)
 
 
 def pipeline_of(model: str, device: str | None = None, dtype: str | None = None) -> Any:
@@ -125,16 +139,15 @@ def pipeline_of(model: str, device: str | None = None, dtype: str | None = None)
     import torch
 
     from ..lab.pipeline import WORLDS, load_pipeline
+    from ..loading import checked_device
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = checked_device(device)
     dtype = dtype or ("float16" if device.startswith("cuda") else "float32")
     if dtype not in ("float32", "float16", "bfloat16"):
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype!r}")
-    if device.startswith("cuda") and not torch.cuda.is_available():
-        raise ValueError(f"device: {device!r} was asked for, and torch sees no CUDA device")
     kind = getattr(torch, dtype)
-    if Path(model).is_absolute() and not Path(model).is_dir():
-        raise ValueError(f"model: expected a folder, a hub id or 'shapes', and there is no folder {model}")
+    if (not model or model.startswith((".", "~")) or Path(model).is_absolute()) and not Path(model or "?").is_dir():
+        raise ValueError(f"model: expected a folder, a hub id or 'shapes', and there is no folder {model!r}")
     if model in WORLDS:
         return load_pipeline(kind, world=model).to(device)
     try:
@@ -147,7 +160,39 @@ def pipeline_of(model: str, device: str | None = None, dtype: str | None = None)
     return diffusers.DiffusionPipeline.from_pretrained(model, **load_options).to(device)
 
 
-def _save(picture: Any, path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    picture.save(path)
+def _size_options(pipe: Any, height: int | None, width: int | None) -> dict[str, int]:
+    """Both sides where one is named: diffusers ignores one without the other.
+
+    Raises: BadParameter where a side is no multiple of what a latent's pixel covers.
+    """
+    if height is None and width is None:
+        return {}
+    factor = int(getattr(pipe, "vae_scale_factor", 8))
+    sample = pipe.unet.config.sample_size
+    sides = (sample, sample) if isinstance(sample, int) else sample
+    size = {}
+    for name, side, default in zip(("height", "width"), (height, width), sides, strict=True):
+        size[name] = int(default) * factor if side is None else side
+        if size[name] % max(factor, 8):  # diffusers asks for multiples of 8 at least
+            raise typer.BadParameter(f"expected a multiple of {max(factor, 8)}, got {side}", param_hint=f"--{name}")
+    return size
+
+
+def _format_of(path: Path) -> str:
+    """How Pillow names the format of a picture's file. Raises: BadParameter for one it cannot write."""
+    from PIL import Image
+
+    kind = Image.registered_extensions().get(path.suffix.lower(), "")
+    try:
+        Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
+    except (KeyError, OSError, ValueError):
+        raise typer.BadParameter(
+            f"expected the name of a picture, such as a.png, got {path}", param_hint="--out"
+        ) from None
+    return kind
+
+
+def _save(picture: Any, path: Path, picture_format: str) -> None:
+    with atomic_write(path) as temporary:
+        picture.save(temporary, picture_format)
     print(f"wrote {path}")

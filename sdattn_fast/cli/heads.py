@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import sampling_options
+from .options import Guidance, NumSteps, check_out_file, sampling_options, within
 
 __all__ = ["heads", "clip_of", "clip_source"]
 
@@ -36,15 +36,18 @@ def heads(
         str | None, typer.Option(help="Folder or hub ID of a CLIP model; default: the pipeline's own.")
     ] = None,
     count: Annotated[
-        int | None, typer.Option(help="Number of heads to choose; default: as many as give the best map.")
+        int | None,
+        typer.Option(
+            help="Number of heads to choose; default: as many as give the best map.", callback=within(1, 10**6)
+        ),
     ] = None,
     layers: Annotated[str, typer.Option(help="Name or pattern of layers.")] = "*",
-    num_inference_steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Number of denoising steps.")
-    ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Scale of classifier-free guidance.")] = None,
-    seed: Annotated[int, typer.Option(help="Seed; prompt i is drawn with seed + i.")] = 0,
-    batch: Annotated[int, typer.Option(help="Number of prompts drawn at once.")] = 8,
+    num_inference_steps: NumSteps = None,
+    guidance_scale: Guidance = None,
+    seed: Annotated[
+        int, typer.Option(help="Seed; prompt i is drawn with seed + i.", callback=within(0, 2**62 - 1))
+    ] = 0,
+    batch: Annotated[int, typer.Option(help="Number of prompts drawn at once.", callback=within(1, 4096))] = 8,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
     out: Annotated[Path, typer.Option(help="Output file; a plot is written beside it as PNG.")] = Path("heads.json"),
@@ -62,12 +65,9 @@ def heads(
 
     if score not in ("auto", "masks", "clip"):
         raise typer.BadParameter(f"expected auto, masks or clip, got {score!r}", param_hint="--score")
-    if batch < 1:
-        raise typer.BadParameter(f"expected at least 1, got {batch}", param_hint="--batch")
-    if not 0 <= seed < 2**62:
-        raise typer.BadParameter(f"expected 0 <= seed < 2**62, got {seed}", param_hint="--seed")
-    if out.is_dir():
-        raise typer.BadParameter(f"expected a file to write, got the folder {out}", param_hint="--out")
+    if out.suffix.lower() == ".png":
+        raise typer.BadParameter(f"expected a name such as heads.json, got {out}, the plot's", param_hint="--out")
+    check_out_file(out)
     shapes = model == "shapes"
     if prompts is None and not shapes:
         raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint="--prompts")

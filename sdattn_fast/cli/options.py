@@ -1,7 +1,10 @@
-"""The options that say a program, shared by the commands that run one."""
+"""The options that several commands share, and the checks that are made before anything is loaded or drawn."""
 
 from __future__ import annotations
 
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -9,6 +12,8 @@ import typer
 from ..program import Program, Refinement, SalienceDropout
 
 __all__ = [
+    "Guidance",
+    "NumSteps",
     "Ratio",
     "DropoutAxis",
     "DropoutMode",
@@ -17,8 +22,29 @@ __all__ = [
     "Sigma",
     "RefineAxis",
     "Renormalize",
+    "check_out_file",
+    "check_out_folder",
     "program_of",
     "sampling_options",
+    "within",
+]
+
+
+def within(least: float, most: float) -> Callable[[Any], Any]:
+    """The callback of an option that is a number from `least` to `most`; None passes."""
+
+    def check(value: Any) -> Any:
+        if value is not None and not least <= value <= most:  # NaN, too
+            raise typer.BadParameter(f"expected {least} to {most}, got {value}")
+        return value
+
+    return check
+
+
+NumSteps = Annotated[int | None, typer.Option("--steps", help="Number of denoising steps.", callback=within(1, 10_000))]
+Guidance = Annotated[
+    float | None,
+    typer.Option("--guidance-scale", help="Scale of classifier-free guidance.", callback=within(0, 1000)),
 ]
 
 _PANEL = "Program (none given: plain attention)"
@@ -45,6 +71,29 @@ RefineAxis = Annotated[str, typer.Option("--refine-axis", help="token or space."
 Renormalize = Annotated[str, typer.Option("--renormalize", help="none, content or row.", rich_help_panel=_PANEL)]
 
 
+def check_out_file(path: Path, hint: str = "--out") -> None:
+    """Whether that file can be written; its folder need not be there. Raises: BadParameter."""
+    if path.is_dir():
+        raise typer.BadParameter(f"expected a file to write, got the folder {path}", param_hint=hint)
+    _check_writable(path, path.parent, hint)
+
+
+def check_out_folder(path: Path, hint: str = "--out") -> None:
+    """Whether files can be written into that folder, which need not be there. Raises: BadParameter."""
+    if path.exists() and not path.is_dir():
+        raise typer.BadParameter(f"expected a folder, got the file {path}", param_hint=hint)
+    _check_writable(path, path, hint)
+
+
+def _check_writable(path: Path, folder: Path, hint: str) -> None:
+    try:
+        path.exists()  # a name may be too long
+        with tempfile.TemporaryFile(dir=next(p for p in (folder, *folder.parents) if p.exists())):
+            pass
+    except OSError as error:
+        raise typer.BadParameter(f"cannot write {path}: {error.strerror}", param_hint=hint) from None
+
+
 def program_of(
     ratio: float | None,
     dropout_axis: str,
@@ -57,13 +106,18 @@ def program_of(
 ) -> Program:
     """The program that these options say; without ratio, threshold and sigma it neither drops nor refines.
 
-    Raises: ValueError, TypeError, naming the field.
+    Raises: BadParameter where an option would do nothing without another; ValueError, TypeError, naming the field.
     """
-    dropout = None if ratio is None else SalienceDropout(ratio, dropout_axis, dropout_mode)
-    refine = None
-    if threshold is not None or sigma is not None:
-        refine = Refinement(steps, threshold, 0.0 if sigma is None else sigma, refine_axis)
-    return Program(dropout, refine, renormalize)
+    dropout = SalienceDropout(0.0 if ratio is None else ratio, dropout_axis, dropout_mode)
+    refine = Refinement(steps, threshold, 0.0 if sigma is None else sigma, refine_axis)
+    refines = threshold is not None or sigma is not None
+    if ratio is None and dropout != SalienceDropout(0.0):
+        raise typer.BadParameter("does nothing without --dropout-ratio", param_hint="--dropout-axis, --dropout-mode")
+    if not refines and refine != Refinement(1, None, 0.0):
+        raise typer.BadParameter(
+            "does nothing without --threshold or --sigma", param_hint="--refine-steps, --refine-axis"
+        )
+    return Program(None if ratio is None else dropout, refine if refines else None, renormalize)
 
 
 def sampling_options(model: str, num_inference_steps: int | None, guidance_scale: float | None) -> dict[str, Any]:

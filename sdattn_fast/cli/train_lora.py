@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .generate import pipeline_of
-from .options import DropoutAxis, DropoutMode, Ratio
+from .options import DropoutAxis, DropoutMode, Ratio, check_out_folder, program_of, within
 
 __all__ = ["train_lora"]
 
@@ -17,19 +17,23 @@ def train_lora(
     data: Annotated[Path, typer.Option(help="Folder of captioned pictures: metadata.jsonl, or a.txt beside a.png.")],
     model: Annotated[str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes'.")] = "shapes",
     out: Annotated[Path, typer.Option(help="Output folder; run the same command again to resume.")] = Path("lora"),
-    steps: Annotated[int, typer.Option(help="Optimizer steps.")] = 1000,
-    batch: Annotated[int, typer.Option(help="Pictures per step and process.")] = 4,
-    accumulate: Annotated[int, typer.Option(help="Gradient accumulation: forward passes per step.")] = 1,
+    steps: Annotated[int, typer.Option(help="Optimizer steps.", callback=within(1, 10**9))] = 1000,
+    batch: Annotated[int, typer.Option(help="Pictures per step and process.", callback=within(1, 4096))] = 4,
+    accumulate: Annotated[
+        int, typer.Option(help="Gradient accumulation: forward passes per step.", callback=within(1, 10**6))
+    ] = 1,
     learning_rate: Annotated[float, typer.Option(help="Learning rate of AdamW.")] = 1e-4,
-    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.")] = 0,
-    rank: Annotated[int, typer.Option(help="Rank of the LoRA.")] = 8,
-    size: Annotated[int | None, typer.Option(help="Side of the pictures in pixels; default: the model's.")] = None,
+    warmup: Annotated[int, typer.Option(help="Steps of linear warm-up.", callback=within(0, 10**9))] = 0,
+    rank: Annotated[int, typer.Option(help="Rank of the LoRA.", callback=within(1, 4096))] = 8,
+    size: Annotated[
+        int | None, typer.Option(help="Side of the pictures in pixels; default: the model's.", callback=within(8, 8192))
+    ] = None,
     flip: Annotated[bool, typer.Option("--flip", help="Mirror half of the pictures.")] = False,
     empty_captions: Annotated[
         float, typer.Option(help="Share of captions replaced by the empty one, for guidance.")
     ] = 0.0,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
-    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 100,
+    seed: Annotated[int, typer.Option(help="Seed of everything random.", callback=within(0, 2**63 - 1))] = 0,
+    save_every: Annotated[int, typer.Option(help="Steps between checkpoints.", callback=within(1, 10**9))] = 100,
     precision: Annotated[
         str | None,
         typer.Option(help="no, bf16 or fp16, also for the model's weights; default: bf16 on cuda, no on cpu."),
@@ -46,17 +50,17 @@ def train_lora(
     ] = "training",
 ) -> None:
     """Train a LoRA for a diffusers UNet; on several GPUs with `accelerate launch -m sdattn_fast.cli.train_lora`."""
-    import torch
     from accelerate import PartialState
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-    from .. import Program, SalienceDropout
+    from ..loading import checked_device
     from ..training import LoraTraining
     from ..training import train_lora as train
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = checked_device(device)
+    check_out_folder(out)
     precision = precision or ("bf16" if device.startswith("cuda") else "no")
-    program = Program(None if dropout_ratio is None else SalienceDropout(dropout_ratio, dropout_axis, dropout_mode))
+    program = program_of(dropout_ratio, dropout_axis, dropout_mode, 1, None, None, "token", "none")
     training = LoraTraining(
         steps=steps, batch=batch, learning_rate=learning_rate, warmup=warmup, accumulate=accumulate, rank=rank,
         size=None if size is None else (size, size), flip=flip, empty_captions=empty_captions, seed=seed,

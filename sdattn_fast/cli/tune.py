@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import sampling_options
+from .options import check_out_folder, sampling_options, within
 
 __all__ = ["tune"]
 
@@ -25,7 +25,7 @@ def tune(
         Path | None,
         typer.Option(help="File with other prompts, to report on; default: held-out captions of the shapes world."),
     ] = None,
-    trials: Annotated[int, typer.Option(help="Number of trials, over all workers.")] = 60,
+    trials: Annotated[int, typer.Option(help="Number of trials, over all workers.", callback=within(1, 10**6))] = 60,
     storage: Annotated[
         str | None, typer.Option(help="SQLite file or database URL; default: study.db in --out.")
     ] = None,
@@ -43,17 +43,31 @@ def tune(
     temperature: Annotated[
         float, typer.Option(help="Temperature of the reward, sigmoid(cosine / temperature).")
     ] = 0.25,
-    pictures: Annotated[int, typer.Option(help="Number of captions of the shapes world to choose on.")] = 24,
-    report_pictures: Annotated[int, typer.Option(help="Number of captions of the shapes world to report on.")] = 64,
-    seeds: Annotated[int, typer.Option(help="Pictures per prompt.")] = 1,
-    seed: Annotated[int, typer.Option(help="Seed of the noise, the same in every trial.")] = 0,
-    shortlist: Annotated[int, typer.Option(help="Number of best trials by reward among which the judge chooses.")] = 5,
+    pictures: Annotated[
+        int, typer.Option(help="Number of captions of the shapes world to choose on.", callback=within(1, 10**5))
+    ] = 24,
+    report_pictures: Annotated[
+        int, typer.Option(help="Number of captions of the shapes world to report on.", callback=within(1, 10**5))
+    ] = 64,
+    seeds: Annotated[int, typer.Option(help="Pictures per prompt.", callback=within(1, 1000))] = 1,
+    seed: Annotated[
+        int, typer.Option(help="Seed of the noise, the same in every trial.", callback=within(0, 2**62 - 1))
+    ] = 0,
+    shortlist: Annotated[
+        int,
+        typer.Option(help="Number of best trials by reward among which the judge chooses.", callback=within(1, 1000)),
+    ] = 5,
     num_inference_steps: Annotated[
-        int | None, typer.Option("--steps", min=1, help="Number of denoising steps, unless it is searched.")
+        int | None,
+        typer.Option("--steps", help="Number of denoising steps, unless it is searched.", callback=within(1, 10_000)),
     ] = None,
-    guidance_scale: Annotated[float | None, typer.Option(help="Guidance scale of stock attention.")] = None,
-    batch: Annotated[int, typer.Option(help="Number of pictures drawn at once.")] = 8,
-    heartbeat: Annotated[int, typer.Option(help="Seconds between a worker's heartbeats.")] = 30,
+    guidance_scale: Annotated[
+        float | None, typer.Option(help="Guidance scale of stock attention.", callback=within(0, 1000))
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Number of pictures drawn at once.", callback=within(1, 4096))] = 8,
+    heartbeat: Annotated[
+        int, typer.Option(help="Seconds between a worker's heartbeats.", callback=within(1, 86_400))
+    ] = 30,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if available.")] = None,
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
     out: Annotated[Path, typer.Option(help="Output folder for program.json, report.json and the plots.")] = Path(
@@ -73,15 +87,7 @@ def tune(
     from .generate import pipeline_of
     from .heads import clip_of, clip_source
 
-    counts = {"--trials": trials, "--pictures": pictures, "--report-pictures": report_pictures, "--seeds": seeds,
-              "--shortlist": shortlist, "--batch": batch, "--heartbeat": heartbeat}  # fmt: skip
-    for name, value in counts.items():
-        if value < 1:
-            raise typer.BadParameter(f"expected at least 1, got {value}", param_hint=name)
-    if not 0 <= seed < 2**62:
-        raise typer.BadParameter(f"expected 0 <= seed < 2**62, got {seed}", param_hint="--seed")
-    if out.exists() and not out.is_dir():
-        raise typer.BadParameter(f"expected a folder, got the file {out}", param_hint="--out")
+    check_out_folder(out)
     shapes = model == "shapes"
     for name, path in (("--prompts", prompts), ("--report-prompts", report_prompts)):
         if path is None and not shapes:

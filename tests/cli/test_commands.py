@@ -94,6 +94,12 @@ def test_generate_writes_the_picture_and_the_stock_one_beside_it(run, tmp_path):
     assert str(tmp_path / "a.png") in out
 
 
+def test_one_side_leaves_the_other_as_the_model_has_it(run, tmp_path):
+    code, _, err = run("generate", "--prompt", "x", "--steps", "1", "--height", "96", "--out", str(tmp_path / "a"))
+    assert code == 0, err
+    assert Image.open(tmp_path / "a.png").size == (64, 96)
+
+
 def test_generate_takes_a_program_file(run, tmp_path):
     from sdattn_fast import Program, SalienceDropout
     from sdattn_fast.files import ProgramFile
@@ -127,6 +133,24 @@ def test_generate_loads_a_pipeline_from_a_folder(run, tmp_path):
         (["generate"], "--prompt"),
         (["generate", "--prompt", " "], "--prompt: expected some words"),
         (["generate", "--prompt", "x", "--seed", "-1"], "--seed"),
+        (["generate", "--prompt", "x", "--steps", "0"], "'--steps': expected 1 to 10000, got 0"),
+        (["generate", "--prompt", "x", "--guidance-scale", "nan"], "'--guidance-scale': expected 0 to 1000, got nan"),
+        (["generate", "--prompt", "x", "--height", "-8"], "--height"),
+        (["generate", "--prompt", "x", "--width", "10000000"], "--width"),
+        (["generate", "--prompt", "x", "--height", "65"], "--height: expected a multiple of 8, got 65"),
+        (["generate", "--prompt", "x", "--refine-steps", "3"], "does nothing without --threshold or --sigma"),
+        (["generate", "--prompt", "x", "--dropout-mode", "random"], "does nothing without --dropout-ratio"),
+        (["generate", "--prompt", "x", "--refine-axis", "depth"], "Refinement.axis: expected one of"),
+        (["generate", "--prompt", "x", "--sigma", "1e9"], "Refinement.sigma: expected a number in [0, 1000]"),
+        (["generate", "--prompt", "x", "--device", "tpu"], "device: expected cpu or cuda, got 'tpu'"),
+        (["generate", "--prompt", "x", "--device", "meta"], "device: expected cpu or cuda, got 'meta'"),
+        (["generate", "--prompt", "x", "--device", ""], "device: expected cpu or cuda, got ''"),
+        (["generate", "--prompt", "x", "--model", "./nowhere"], "model: expected a folder"),
+        (["generate", "--prompt", "x", "--model", ""], "model: expected a folder"),
+        (["generate", "--prompt", "x", "--out", "/proc/nowhere/a.png"], "--out: cannot write /proc/nowhere/a.png"),
+        (["generate", "--prompt", "x", "--out", "/dev/null/a.png"], "--out: cannot write /dev/null/a.png"),
+        (["generate", "--prompt", "x", "--out", "a.xyz"], "--out: expected the name of a picture, such as a.png"),
+        (["generate", "--prompt", "x", "--out", "a" * 300], "File name too long"),
         (["generate", "--prompt", "x", "--model", "/nowhere"], "model: expected a folder"),
         (["generate", "--prompt", "x", "--out", "/"], "--out: expected a file"),
         (["generate", "--prompt", "x", "--dtype", "int8"], "dtype: expected float32"),
@@ -145,7 +169,14 @@ def test_generate_loads_a_pipeline_from_a_folder(run, tmp_path):
         (["doctor", "--model", "shapes", "--batch", "0"], "--batch"),
         (["demo", "--seed", "-1"], "--seed"),
         (["demo", "--prompt", ""], "--prompt"),
-        (["demo", "--out", "/proc/nowhere"], "/proc/nowhere"),
+        (["demo", "--out", "/proc/nowhere"], "--out: cannot write /proc/nowhere"),
+        (["bench", "--seconds", "nan"], "--seconds"),
+        (["bench", "--device", "tpu"], "device: expected cpu or cuda"),
+        (["train-lora", "--data", "/nowhere", "--device", "tpu"], "device: expected cpu or cuda"),
+        (["train-lora", "--data", "/nowhere", "--out", "/proc/nowhere"], "--out: cannot write"),
+        (["train-lora", "--data", "/nowhere", "--save-every", "0"], "--save-every"),
+        (["train-lora", "--data", "/nowhere", "--dropout-axis", "space"], "does nothing without --dropout-ratio"),
+        (["ui", "--device", "tpu"], "device: expected cpu or cuda"),
         (["dream"], "dream"),
     ],
 )

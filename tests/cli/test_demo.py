@@ -37,3 +37,13 @@ def test_demo(page, tmp_path, capsys):
     assert stock.shape == (192, 192, 3)
     assert (stock != semantic).any()
     assert not list(folder.glob("*.part"))
+
+
+@pytest.mark.parametrize("prompt", ["a red circle, $x^{$ [/bold] $", "of the and"])
+def test_prompts_that_look_like_markup_or_name_nothing(prompt, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(demo, "STEPS", 1)
+    with pytest.raises(SystemExit) as exit:
+        main(["demo", "--prompt", prompt, "--out", str(tmp_path / "demo")])
+    out, err = capsys.readouterr()
+    assert exit.value.code == 0, err
+    assert prompt in out

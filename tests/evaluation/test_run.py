@@ -219,7 +219,7 @@ def test_a_broken_batch_is_named(
     with pytest.raises(ValueError, match=f"{path.name} is not as it was written; remove it"):
         Evaluation(tmp_path, pipe, world, stock, inputs, "shapes")
     (tmp_path / "settings.json").write_text(text)
-    with pytest.raises(ValueError, match="settings.json is not as it was written; name another folder"):
+    with pytest.raises(ValueError, match=r"settings\.json is not as it was written; name another folder"):
         Evaluation(tmp_path, pipe, world, stock, inputs, "shapes")
 
 
