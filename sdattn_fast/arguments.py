@@ -4,7 +4,7 @@ what was expected. Values are looked at where that costs a glance (gate, phrases
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -87,8 +87,8 @@ def check_scale(scale: Any) -> None:
     if isinstance(scale, bool) or not isinstance(scale, (int, float, torch.SymInt, torch.SymFloat)):
         raise TypeError(f"scale: expected a number or None, got {_type(scale)}")
     # Not math.isfinite: under torch.compile the scale may be symbolic, which comparisons can be traced through.
-    if not -math.inf < scale < math.inf:
-        raise ValueError(f"scale: expected a finite number, got {scale}")
+    if not -sys.float_info.max <= scale <= sys.float_info.max:
+        raise ValueError(f"scale: expected a finite number, got {scale!r:.40}")
 
 
 def check_grid(grid: Any, pixels: int, needed: bool) -> None:

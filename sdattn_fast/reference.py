@@ -309,7 +309,7 @@ def gaussian_kernel(sigma: float, *, dtype: torch.dtype = torch.float64, device:
 def _convolve_reflected(maps: Tensor, kernel: Tensor, dim: int) -> Tensor:
     """Convolve along one spatial dimension, edges reflected (d c b a | a b c d | d c b a), over and over if need be."""
     radius, length = kernel.numel() // 2, maps.shape[dim]
-    if length == 0:
+    if maps.numel() == 0:
         return maps
     place = torch.arange(-radius, length + radius, device=maps.device) % (2 * length)
     place = torch.where(place < length, place, 2 * length - 1 - place)

@@ -35,6 +35,7 @@ SMOOTH = Program(refine=Refinement())
         (ValueError, "bias: expected the query's device", {"bias": torch.zeros(7, device="meta")}),
         (TypeError, "scale: expected a number", {"scale": "0.1"}),
         (ValueError, "scale: expected a finite number", {"scale": math.nan}),
+        (ValueError, "scale: expected a finite number", {"scale": 10**400}),
         (TypeError, "gate: expected a torch.Tensor", {"gate": [1.0] * 7}),
         (ValueError, "gate: expected shape", {"gate": torch.ones(7)}),
         (TypeError, "gate: expected bool or a floating", {"gate": torch.ones(2, 7, dtype=torch.int32)}),
@@ -135,3 +136,22 @@ def test_a_scale_of_zero_is_a_scale(backend):
     """Every token weighs the same."""
     out = semantic_attention(Q, K, V, scale=0.0, backend=backend)
     torch.testing.assert_close(out, V.mean(2, keepdim=True).expand_as(out))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize("grid", [(0, 0), (0, 5), (5, 0)])
+@pytest.mark.parametrize("program", [SMOOTH, Program(refine=Refinement(3, 0.2, 1.0, "space"))])
+def test_no_pixels_have_empty_maps(program, grid, backend):
+    out, maps = semantic_attention(Q[:, :, :0], K, V, program, grid=grid, capture=Capture(), backend=backend)
+    assert out.shape == (2, 3, 0, 5) and maps.shape == (2, 7, 0)
+
+
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+@pytest.mark.parametrize(
+    "program", [Program(), SMOOTH, Program(SalienceDropout(0.3), Refinement(2, 0.2, 1.0, "space"))]
+)
+def test_a_head_that_gives_zeros_gives_them_for_nan(program, backend):
+    query = Q.clone()
+    query[:, 1, 3] = math.nan
+    out = semantic_attention(query, K, V, program, heads=[0, 2], inactive_heads="zero", grid=(3, 4), backend=backend)
+    assert (out[:, 1] == 0).all() and out.isfinite().all()

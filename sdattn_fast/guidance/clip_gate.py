@@ -18,6 +18,7 @@ from torch import Tensor
 
 from ..patching.patch import Patch
 from ..patching.words import tokenizer_of
+from ..program import finite_number
 from .clip_score import ClipScorer
 from .phrases import NounPhrase, find_phrases
 from .pictures import check_finite, uint8_pictures
@@ -191,9 +192,8 @@ class ClipGate:
     @staticmethod
     def _check_numbers(threshold: Any, steps: Any, every: Any, strength: Any, temperature: Any) -> None:
         for name, x in (("threshold", threshold), ("strength", strength), ("temperature", temperature)):
-            if isinstance(x, bool) or not isinstance(x, (int, float)) or x != x:
-                raise TypeError(f"{name}: expected a number, got {x!r}")
-        if not 1.0 < strength < float("inf"):
+            finite_number(name, x)
+        if strength <= 1.0:
             raise ValueError(f"strength: expected a number above 1, got {strength!r}")
         if not temperature > 0.0:
             raise ValueError(f"temperature: expected a number above 0, got {temperature!r}")

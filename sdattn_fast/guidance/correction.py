@@ -15,7 +15,6 @@ Source: Chefer et al. 2023, "Attend-and-Excite", algorithm 1; gradcam.py beside 
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Mapping, Sequence
@@ -27,6 +26,7 @@ from torch import Tensor
 
 from ..patching.forwards import Forward, entries_of
 from ..patching.patch import Patch
+from ..program import finite_number
 from .relevance import Loss, check_gradients_may_be, gradcam, run
 
 __all__ = ["Correction", "steps_of"]
@@ -110,7 +110,7 @@ class Correction:
         if not 0 <= steps[0] < steps[1]:
             raise ValueError(f"steps: expected 0 <= first < end, got {steps!r}")
         most = 1.0 if how == "reweight" else float("inf")
-        if isinstance(strength, bool) or not isinstance(strength, (int, float)) or not 0.0 <= strength <= most:
+        if not 0.0 <= finite_number("strength", strength) <= most:
             raise ValueError(f"strength: expected a number in [0, {most:g}], got {strength!r}")
         for name, count in (("every", every), ("repeats", repeats)):
             if isinstance(count, bool) or not isinstance(count, int):
@@ -302,8 +302,7 @@ def _checked_targets(targets: Any, steps: tuple[int, int], every: int, how: str)
             raise ValueError(f"targets: expected steps from {steps[0]} to {steps[1] - 1}, got {step!r}")
         if (step - steps[0]) % every:
             raise ValueError(f"targets: expected every {every}-th step from {steps[0]} on, got {step}")
-        if isinstance(target, bool) or not isinstance(target, (int, float)) or not math.isfinite(target):
-            raise ValueError(f"targets: expected finite scores, got {target!r} for step {step}")
+        finite_number(f"targets: of step {step}", target)
     return {step: float(target) for step, target in targets.items()}
 
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..backend import KernelRefused, cpu, failure, remember_failure, triton, unavailable, warn_once
+from ..program import finite_number
 
 __all__ = ["PairwiseGaussian", "PairwiseBilateral", "dense_crf", "GaussianSums"]
 
@@ -50,7 +51,7 @@ class PairwiseGaussian:
     def __post_init__(self) -> None:
         object.__setattr__(self, "sxy", _scales(f"{type(self).__name__}.sxy", self.sxy, 2))
         if not isinstance(self.compat, Tensor):
-            object.__setattr__(self, "compat", _number(f"{type(self).__name__}.compat", self.compat))
+            object.__setattr__(self, "compat", finite_number(f"{type(self).__name__}.compat", self.compat))
 
 
 @dataclass(frozen=True)
@@ -307,15 +308,7 @@ def _scales(name: str, given: Any, count: int | None) -> Any:
     numbers = given if isinstance(given, (tuple, list)) else (given,)
     if isinstance(given, (tuple, list)) and (not numbers or (count is not None and len(numbers) != count)):
         raise ValueError(f"{name}: expected a number or {count or 'some'} of them, got {given!r}")
-    checked = tuple(_number(name, x) for x in numbers)
+    checked = tuple(finite_number(name, x) for x in numbers)
     if min(checked) <= 0:
         raise ValueError(f"{name}: expected more than 0, got {given!r}")
     return checked if isinstance(given, (tuple, list)) else checked[0]
-
-
-def _number(name: str, given: Any) -> float:
-    if isinstance(given, bool) or not isinstance(given, (int, float)):
-        raise TypeError(f"{name}: expected a number, got {given!r} ({type(given).__name__})")
-    if not math.isfinite(given):
-        raise ValueError(f"{name}: expected a finite number, got {given!r}")
-    return float(given)

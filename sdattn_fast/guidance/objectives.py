@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..program import finite_number
+from .phrases import NounPhrase
 from .pictures import decode_latents
 from .preview import predicted_clean
 from .relevance import Seen
@@ -51,8 +53,8 @@ class Presence(TokenScore):
     keeps these tokens.
 
     Args:
-        phrases: Token indices of each phrase; for several prompts, a list of such lists, of which some may be empty:
-            these pictures' score is 1.
+        phrases: Token indices of each phrase, or what `find_phrases` gives, whose nouns count; for several prompts, a
+            list of such lists, of which some may be empty: these pictures' score is 1.
         weakest: True takes the weakest phrase of each picture, as Attend-and-Excite does; False the mean over its
             phrases.
         sharpness: Attend-and-Excite's implementations take a softmax over all tokens but the first and the last, of
@@ -60,12 +62,11 @@ class Presence(TokenScore):
             thresholds refer to. It needs the maps of all tokens. None: the probabilities as they are.
 
     Raises:
-        TypeError: If `sharpness` is not a number.
+        TypeError: If `phrases` are others, or `sharpness` is not a number.
         ValueError: If there is no phrase, one without tokens, or `sharpness` is not positive.
 
     Examples:
-        >>> nouns = [phrase.tokens("noun") for phrase in find_phrases(prompt, pipe.tokenizer)]
-        >>> score = Presence(nouns)
+        >>> score = Presence(find_phrases(prompt, pipe.tokenizer))
         >>> def sum_of_phrases(seen):  # another score
         ...     return torch.stack([x.sum() for x in score.strongest(seen)]).mean()
 
@@ -73,14 +74,12 @@ class Presence(TokenScore):
     """
 
     def __init__(self, phrases: Sequence[Any], *, weakest: bool = True, sharpness: float | None = None) -> None:
-        nested: list[list[Any]] = [[phrase] if isinstance(phrase, int) else list(phrase) for phrase in phrases]
+        nested = _nested_tokens(phrases)
         by_picture = any(some and not isinstance(some[0], int) for some in nested)
         self.phrases = [[tuple(phrase) for phrase in some] for some in (nested if by_picture else [nested])]
         if not any(self.phrases) or any(not phrase for some in self.phrases for phrase in some):
             raise ValueError(f"phrases: expected token indices of at least one phrase, got {phrases!r}")
-        if isinstance(sharpness, bool) or not isinstance(sharpness, (int, float, type(None))):
-            raise TypeError(f"sharpness: expected a number or None, got {type(sharpness).__name__}")
-        if sharpness is not None and not 0.0 < sharpness < math.inf:
+        if sharpness is not None and finite_number("sharpness", sharpness) <= 0.0:
             raise ValueError(f"sharpness: expected a finite number > 0, got {sharpness}")
         self.weakest, self.sharpness = weakest, sharpness
 
@@ -205,3 +204,20 @@ def _smoothed(maps: Tensor, sigma: float) -> Tensor:
 
     border = "reflect" if min(maps.shape[-2:]) > 1 else "replicate"
     return gaussian_blur2d(maps[:, None], (3, 3), (sigma, sigma), border_type=border)
+
+
+def _nested_tokens(phrases: Any) -> list[Any]:
+    """Lists of token indices, as deep as `phrases` are. Raises: TypeError, ValueError for what are no indices."""
+    if isinstance(phrases, (str, Mapping)) or not isinstance(phrases, Iterable):
+        raise TypeError(f"phrases: expected token indices of each phrase, or NounPhrases, got {phrases!r:.80}")
+    nested: list[Any] = []
+    for phrase in phrases:
+        if isinstance(phrase, NounPhrase):
+            nested.append(phrase.tokens("noun"))
+        elif isinstance(phrase, int) and not isinstance(phrase, bool):
+            if phrase < 0:
+                raise ValueError(f"phrases: expected token indices >= 0, got {phrase}")
+            nested.append(phrase)
+        else:
+            nested.append(_nested_tokens(phrase))
+    return nested

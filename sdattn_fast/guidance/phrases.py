@@ -188,6 +188,7 @@ def phrase_ids(
         (tokens,) int64 tensor, or (P, tokens) for P prompts: the number of each token's phrase, -1 outside phrases.
 
     Raises:
+        TypeError: If `phrases` are others.
         ValueError: If a phrase has tokens beyond `tokens`, or `fuse` is another string.
 
     Examples:
@@ -196,6 +197,8 @@ def phrase_ids(
         ...     image = pipe(prompt).images[0]
     """
     lists: Any = phrases if phrases and not isinstance(phrases[0], NounPhrase) else [phrases]
+    if any(isinstance(some, str) or not all(isinstance(p, NounPhrase) for p in some) for some in lists):
+        raise TypeError(f"phrases: expected what find_phrases gives, or a list of such lists, got {phrases!r:.80}")
     ids = torch.full((len(lists), tokens), -1, dtype=torch.int64)
     for row, some in zip(ids, lists, strict=True):
         for number, phrase in enumerate(some):

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import ItemsView, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
-from ..program import Program
+from ..program import Program, finite_number
 
 __all__ = ["RECIPES", "Recipe"]
 
@@ -62,7 +61,7 @@ class Recipe:
 
     def __post_init__(self) -> None:
         for name in ("presence", "binding", "strength", "until"):
-            object.__setattr__(self, name, _number(name, getattr(self, name)))
+            object.__setattr__(self, name, finite_number(f"Recipe.{name}", getattr(self, name)))
         for name in ("presence", "binding", "strength"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"Recipe.{name}: expected a number >= 0, got {getattr(self, name)}")
@@ -79,7 +78,7 @@ class Recipe:
                 raise ValueError(f"Recipe.{name}: expected at least 1, got {count}")
         if not isinstance(self.normalize, bool):
             raise TypeError(f"Recipe.normalize: expected a bool, got {type(self.normalize).__name__}")
-        if self.sharpness is not None and _number("sharpness", self.sharpness) <= 0.0:
+        if self.sharpness is not None and finite_number("Recipe.sharpness", self.sharpness) <= 0.0:
             raise ValueError(f"Recipe.sharpness: expected a number > 0 or None, got {self.sharpness}")
         if not isinstance(self.program, Program):
             raise TypeError(f"Recipe.program: expected a sdattn_fast.Program, got {type(self.program).__name__}")
@@ -111,19 +110,15 @@ class Recipe:
         return RECIPES[name]
 
 
-def _number(name: str, value: Any) -> float:
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"Recipe.{name}: expected a number, got {type(value).__name__}")
-    if not math.isfinite(value):
-        raise ValueError(f"Recipe.{name}: expected a finite number, got {value}")
-    return float(value)
-
-
 def _checked_targets(targets: Any, until: float) -> tuple[tuple[float, float], ...]:
     pairs = targets.items() if isinstance(targets, Mapping) else targets
     if not isinstance(pairs, (tuple, ItemsView)) or any(not isinstance(p, tuple) or len(p) != 2 for p in pairs):
         raise TypeError(f"Recipe.targets: expected {{share: score}}, got {targets!r}")
-    checked = tuple(sorted((_number("targets", share), _number("targets", score)) for share, score in pairs))
+    checked = tuple(
+        sorted(
+            (finite_number("Recipe.targets", share), finite_number("Recipe.targets", score)) for share, score in pairs
+        )
+    )
     if len(dict(checked)) != len(checked):
         raise ValueError(f"Recipe.targets: expected each share once, got {targets!r}")
     for share, _ in checked:

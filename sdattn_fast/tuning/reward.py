@@ -8,7 +8,6 @@ Source: the reward after PnP-OVSS (Luo et al. 2024), which tunes without labels 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -21,6 +20,7 @@ from ..guidance.clip_score import ClipScorer
 from ..guidance.pictures import pil_pictures
 from ..measure.paired import interval
 from ..patching.layers import cross_attention_layers
+from ..program import finite_number
 
 __all__ = ["PictureJudge", "Reward", "compare"]
 
@@ -76,7 +76,7 @@ class Reward:
         for name, value in (("seeds", seeds), ("batch", batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
-        if not (isinstance(temperature, (int, float)) and math.isfinite(temperature) and temperature > 0):
+        if finite_number("temperature", temperature) <= 0:
             raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
         self.pipe = pipe
         self.clip = clip

@@ -160,7 +160,8 @@ def test_calibration_is_the_best_threshold() -> None:
     [
         ({"how": "harder"}, ValueError, "'harder'"),
         ({"threshold": "low"}, TypeError, "threshold"),
-        ({"threshold": float("nan")}, TypeError, "threshold"),
+        ({"threshold": float("nan")}, ValueError, "threshold"),
+        ({"strength": 10**400}, ValueError, "strength"),
         ({"strength": 1.0}, ValueError, "strength"),
         ({"temperature": 0.0}, ValueError, "temperature"),
         ({"steps": (3, 3)}, ValueError, "steps"),

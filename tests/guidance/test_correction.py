@@ -11,6 +11,7 @@ import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.guidance.correction import Correction
 from sdattn_fast.guidance.objectives import Presence
+from sdattn_fast.guidance.phrases import find_phrases
 from sdattn_fast.guidance.relevance import run
 
 CAPTION = "a large red circle and a small blue square on a gray background"
@@ -184,7 +185,9 @@ def test_changes_are_repeated_until_each_picture_reaches_the_target(pipe) -> Non
         ({"targets": {0: 0.5}, "how": "reweight", "strength": 0.5}, "targets: expected how='gradient', got 'reweight'"),
         ({"targets": {25: 0.5}}, "targets: expected steps from 0 to 24, got 25"),
         ({"targets": {True: 0.5}}, "targets: expected steps from 0 to 24, got True"),
-        ({"targets": {1: float("nan")}}, "targets: expected finite scores, got nan for step 1"),
+        ({"targets": {1: float("nan")}}, "targets: of step 1: expected a finite number, got nan"),
+        ({"targets": {1: 10**400}}, "targets: of step 1: expected a finite number"),
+        ({"strength": 10**400}, "strength: expected a finite number"),
         ({"targets": {1: 0.5}, "score": max}, "score: targets need a score with by_picture"),
         ({"repeats": 0}, "repeats: expected at least 1, got 0"),
         ({"repeats": 2.0}, "repeats: expected an int, got float"),
@@ -221,3 +224,17 @@ def test_inference_mode_is_refused_in_one_line(pipe, how) -> None:
     ):
         draw(pipe, correct)
     assert not patch.current_call.bias
+
+
+def test_presence_takes_phrases_as_they_are(pipe) -> None:
+    first, second = ("a large red circle and a blue square", "a green star")
+    found = [find_phrases(text, pipe.tokenizer) for text in (first, second)]
+    nouns = [[phrase.tokens("noun") for phrase in some] for some in found]
+    assert Presence(found[0]).phrases == Presence(nouns[0]).phrases == [nouns[0]]
+    assert Presence(found).phrases == Presence(nouns).phrases == nouns
+    assert Presence([found[0], []]).phrases == [nouns[0], []]
+    for phrases in ("circle", ["circle"], None, [(1.5,)], [(True,)], 3, {1: 2}):
+        with pytest.raises(TypeError, match="phrases: expected token indices of each phrase"):
+            Presence(phrases)
+    with pytest.raises(ValueError, match="phrases: expected token indices >= 0, got -1"):
+        Presence([(-1,)])

@@ -237,3 +237,9 @@ def test_prompts_are_tagged_one_at_a_time(tokenizer: Any, monkeypatch: Any) -> N
 )
 def test_nouns_that_the_tagger_takes_for_verbs(tokenizer, prompt, expected):
     assert [phrase.text for phrase in find_phrases(prompt, tokenizer)] == expected
+
+
+@pytest.mark.parametrize("phrases", ["abc", ["abc"], [["abc"]], [(1, 2)]])
+def test_ids_are_of_phrases(phrases) -> None:
+    with pytest.raises(TypeError, match="phrases: expected what find_phrases gives"):
+        phrase_ids(phrases)
