@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -56,7 +56,7 @@ def heads(
     from rich.console import Console
     from rich.progress import Progress
 
-    from ..lab.shapes.captions import objects_of, phrases_of, selection_captions, words_of_objects
+    from ..lab.shapes.captions import objects_of, selection_captions, words_of_objects
     from ..lab.shapes.judge import shapes_truth
     from ..patching.words import tokenizer_of, words_of
     from ..prompts import Prompt, read_prompts, report_truncation, words_to_find
@@ -73,6 +73,8 @@ def heads(
         raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint="--prompts")
     chosen_prompts = read_prompts(prompts) if prompts else [Prompt(caption) for caption in selection_captions(32)]
     by_masks = score == "masks" or (score == "auto" and shapes)
+    if by_masks and clip is not None:
+        raise typer.BadParameter("scores are of masks, which need no CLIP; say --score clip", param_hint="--clip")
     if by_masks and not any(objects_of(p.text) for p in chosen_prompts):
         raise typer.BadParameter("expected captions of the shapes world, such as 'a red circle', for masks",
                                  param_hint="--prompts")  # fmt: skip
@@ -92,8 +94,7 @@ def heads(
     if by_masks:
         judge, measure = iou_score(shapes_truth(texts)), "mask IoU"
     else:
-        named = (lambda seen: phrases_of(texts[seen.prompt])[: len(seen.words)]) if shapes else None
-        judge, measure = clip_score(clip_of(model, clip, pipe.device), named), "CLIP of masked pictures"
+        judge, measure = clip_score(clip_of(model, clip, pipe.device), _texts_of(texts)), "CLIP of masked pictures"
 
     seen = []
     with (
@@ -115,6 +116,19 @@ def heads(
     ranking.draw(picture, count)
     _show(console, ranking, best, measure, len(held_back))
     print(f"wrote {out} and {picture}")
+
+
+def _texts_of(prompts: Sequence[str]) -> Callable[[Any], list[str]]:
+    """What CLIP is asked about each word: the phrase of an object of the shapes world, else the word alone."""
+    from ..lab.shapes.captions import phrases_of, words_of_objects
+    from ..tuning.head_scores import text_of_word
+
+    def texts(seen: Any) -> list[str]:
+        prompt = prompts[seen.prompt]
+        phrases = dict(zip(words_of_objects(prompt), phrases_of(prompt), strict=True))
+        return [phrases.get(word, text_of_word(word)) for word in seen.words]
+
+    return texts
 
 
 def clip_of(model: str, clip: str | None, device: Any) -> Any:

@@ -12,7 +12,7 @@ from torch import Tensor
 from ..guidance.clip_score import ClipScorer
 from .observation import Observation, sized
 
-__all__ = ["Score", "clip_score", "iou_score", "masks_of"]
+__all__ = ["Score", "clip_score", "iou_score", "masks_of", "text_of_word"]
 
 Score = Callable[[Observation, Tensor], Tensor]
 
@@ -69,11 +69,7 @@ def clip_score(clip: ClipScorer, texts: Callable[[Observation], Sequence[str]] |
     def score(observation: Observation, maps: Tensor) -> Tensor:
         picture = np.asarray(observation.picture.convert("RGB"))
         hidden = picture.mean((0, 1)).round().astype(np.uint8)
-        names = (
-            [f"a photo of a {word.partition(' (')[0]}" for word in observation.words]
-            if texts is None
-            else texts(observation)
-        )
+        names = [text_of_word(word) for word in observation.words] if texts is None else texts(observation)
         embeddings = clip.texts(list(names))
         rows = torch.empty(maps.shape[:2])
         for row in range(maps.shape[0]):
@@ -84,6 +80,11 @@ def clip_score(clip: ClipScorer, texts: Callable[[Observation], Sequence[str]] |
         return rows
 
     return score
+
+
+def text_of_word(word: str) -> str:
+    """What CLIP is asked about a word; the second circle, "circle (2)", is a circle."""
+    return f"a photo of a {word.partition(' (')[0]}"
 
 
 def masks_of(maps: Tensor) -> Tensor:

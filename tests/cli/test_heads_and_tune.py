@@ -70,6 +70,23 @@ def test_heads_by_clip_on_prompts_of_ones_own(run, tmp_path):
     assert "Effective attention is defined by true masks" in out
 
 
+def test_clip_is_asked_about_the_word_that_is_named(monkeypatch, run, tmp_path):
+    """Whether the prompt is a caption of the shapes world or not."""
+    from sdattn_fast.guidance.clip_score import ClipScorer
+
+    asked, texts = [], ClipScorer.texts
+    monkeypatch.setattr(ClipScorer, "texts", lambda self, some: asked.extend(some) or texts(self, some))
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text(
+        '{"prompt": "a blue star and a green square", "words": ["square"]}\na dog on a mat\n'
+        '{"prompt": "a red circle and a dog", "words": ["dog", "circle"]}\n'
+    )
+    code, _, err = run("heads", "--prompts", prompts, "--steps", "1", "--score", "clip", "--out", tmp_path / "h.json")
+    assert code == 0, err
+    names = ["a green square", "a photo of a dog", "a photo of a mat", "a photo of a dog", "a red circle"]
+    assert asked[: len(names)] == names
+
+
 def test_tune_writes_a_program_that_generate_takes(run, folder):
     arguments = ("tune", "--steps", "2", "--pictures", "4", "--report-pictures", "4", "--shortlist", "2",
                  "--batch", "4", "--out", folder, "--heads", folder / "heads.json")  # fmt: skip
@@ -114,6 +131,7 @@ def test_tune_writes_a_program_that_generate_takes(run, folder):
         (["tune", "--pictures", "1000000000", "--out", "{out}"], "--pictures"),
         (["tune", "--out", "/proc/nowhere"], "--out: cannot write"),
         (["heads", "--prompts", "{captions}", "--score", "clip", "--clip", "/nowhere"], "clip: expected a folder"),
+        (["heads", "--prompts", "{captions}", "--clip", "shapes"], "--clip: scores are of masks, which need no CLIP"),
         (["tune", "--trials", "0"], "'--trials': expected 1 to"),
         (["tune", "--model", "somebody/something"], "--prompts: expected a file of prompts"),
         (["tune", "--prompts", "{captions}", "--report-prompts", "{captions}"], "expected prompts that are not among"),
