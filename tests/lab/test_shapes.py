@@ -12,6 +12,7 @@ import pytest
 import sdattn_fast_lab
 import torch
 from safetensors import safe_open
+from transformers import CLIPModel, CLIPTextModel
 
 from sdattn_fast.lab import load_clip, load_pipeline, shapes_path
 from sdattn_fast.lab.shapes.detector import detect, detect_background
@@ -29,6 +30,14 @@ def test_files():
             assert kinds <= {"F16", "I64"}, path
     index = json.loads((shapes_path() / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+@pytest.mark.parametrize("part", ["text_encoder", "clip"])
+def test_every_part_is_loaded_in_float32_unless_one_says_another(part):
+    """transformers 5 takes the dtype of the config, and half does not go with the UNet's float32."""
+    kind = {"text_encoder": CLIPTextModel, "clip": CLIPModel}[part]
+    for options in ({}, {"dtype": "auto"}):
+        assert kind.from_pretrained(shapes_path() / part, **options).dtype == torch.float32
 
 
 def test_a_world_that_is_not_there():
