@@ -152,6 +152,9 @@ def _save(parts: dict[str, Any], tokenizer: Any, folder: Path, out: Path) -> Non
     with quiet_loading():
         pipe.to("cpu", torch.float16, silence_dtype_warnings=True).save_pretrained(out)
         clip.to("cpu", torch.float16).save_pretrained(out / "clip")
+    for config in (out / "text_encoder" / "config.json", out / "clip" / "config.json"):
+        # transformers 5 loads in the dtype that it reads here, and the UNet is loaded in float32.
+        config.write_text(config.read_text().replace('dtype": "float16"', 'dtype": "float32"'))
     tokenizer.save_pretrained(out / "clip")
     side = {"height": 64, "width": 64}
     CLIPImageProcessor(
