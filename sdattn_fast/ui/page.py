@@ -3,6 +3,7 @@ pipeline."""
 
 from __future__ import annotations
 
+import html
 import os
 import tempfile
 from collections.abc import Iterator
@@ -78,7 +79,10 @@ class ServedPipeline:
 def page(served: ServedPipeline) -> gr.Blocks:
     """The page of a pipeline, to be launched with `LAUNCH`."""
     first = EXAMPLES[0] if served.shapes else "a red car and a blue bench"
-    with gr.Blocks(title="sdattn_fast", analytics_enabled=False, fill_width=True) as blocks:
+    # Pictures and uploads of a day ago are deleted every hour, and all of them at the end.
+    with gr.Blocks(
+        title="sdattn_fast", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86_400)
+    ) as blocks:
         # Whose phrases are shown: who draws at once after the last keystroke is ahead of them.
         phrased = gr.State(first)
         gr.Markdown(f"# sdattn_fast\nCross-attention with a program for its rows: `{served.model}`, stock and patched.")
@@ -121,13 +125,18 @@ def page(served: ServedPipeline) -> gr.Blocks:
                     yield _shown(results, served, request, comparison, text, str(program))
 
         def found_phrases(prompt: str) -> tuple[Any, str]:
-            texts = _phrases(served, prompt)
+            with _errors_on_page():
+                texts = _phrases(served, prompt)
             return gr.Dropdown(choices=texts, value=texts), prompt
 
         def loaded(values: dict[Any, Any]) -> dict[Any, Any]:
-            with _errors_on_page():
-                before = Controls(**{name: values[component] for name, component in controls.items()})
+            before = Controls(**{name: values[component] for name, component in controls.items()})
+            try:
                 after, sampling = loaded_from(Path(values[upload]), before)
+            except (ValueError, TypeError, OSError) as error:
+                # An error would stay beside every control that the file did not change, as a mark "Error".
+                gr.Warning(html.escape(str(error), quote=False), title="Not loaded")
+                return {component: gr.skip() for component in controls.values()}
             updates = {component: getattr(after, name) for name, component in controls.items()}
             updates[controls["layers"]] = list(after.layers)
             return updates | {request_fields[name]: value for name, value in sampling.items()}
@@ -326,8 +335,9 @@ def _warn(served: ServedPipeline, prompt: str) -> None:
 
 @contextmanager
 def _errors_on_page() -> Iterator[None]:
-    """Errors of bad input become a message on the page, and stay out of the log."""
+    """Errors of bad input become a message on the page, as text, and stay out of the log."""
     try:
         yield
     except (ValueError, TypeError, OSError, ImportError, RuntimeError) as error:
-        raise gr.Error(str(error), print_exception=False) from error
+        # Gradio shows messages as HTML: a file's own text must not become a part of the page.
+        raise gr.Error(html.escape(str(error), quote=False), print_exception=False) from error

@@ -32,6 +32,7 @@ from selenium.webdriver.common.keys import Keys
 from sdattn_fast import Program, SalienceDropout, apply
 from sdattn_fast.cli import main
 from sdattn_fast.files import ProgramFile
+from sdattn_fast.ui.page import _errors_on_page
 
 PROMPT = "a large green triangle and a large yellow circle on a black background"
 WORDS = "large green triangle large (2) yellow circle black background"
@@ -84,6 +85,24 @@ def test_a_program_is_loaded_and_drawn_and_bad_input_refused(
     until(lambda: "prompt: expected some words" in find(".toast-body").text)
     requests = requests_of(browser)
     assert len(requests) > 20 and [request for request in requests if not request.startswith(url)] == []
+
+
+def test_a_files_text_is_no_html(url: str, browser: Any, tmp_path: Path) -> None:
+    """Nothing of it is fetched, and no control is marked for good."""
+    content = json.dumps({"format": "sdattn-fast program", "version": 1, "<img src=http://127.0.0.1:9/x.png>": 1})
+    (tmp_path / "mine.json").write_text(content)
+    browser.get(url)
+    until(lambda: browser.find_element(By.CSS_SELECTOR, "#draw"))
+    browser.find_element(By.CSS_SELECTOR, "input[type=file][accept='.json']").send_keys(str(tmp_path / "mine.json"))
+    until(lambda: "got also '<img src=http" in browser.find_element(By.CSS_SELECTOR, ".toast-body").text)
+    assert [request for request in requests_of(browser) if not request.startswith(url)] == []
+    assert not [e for e in browser.find_elements(By.CSS_SELECTOR, ".error") if e.text == "Error"]
+
+
+def test_an_error_is_text() -> None:
+    with pytest.raises(gradio.Error) as error, _errors_on_page():
+        raise ValueError("heads: expected JSON, got '<img src=x>'")
+    assert error.value.message == "heads: expected JSON, got '&lt;img src=x&gt;'" and not error.value.print_exception
 
 
 def test_a_model_of_ones_own(build: Any, tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:
