@@ -55,11 +55,9 @@ def write_report(evaluation: Evaluation, cost: Mapping[str, Mapping[str, float]]
 
 
 def verdict(cell: Mapping[str, Any]) -> str:
-    """Of a cell of `summary`: "helps", "hurts" or "no difference"; "" of stock, and where nothing was measured."""
-    if cell.get("mean") is None or "none" not in cell:
-        return ""
+    """Of a cell of `summary`: "helps", "hurts" or "no difference"; "" of stock, and where too little was measured."""
     if "difference" not in cell:
-        return "no difference" if cell["captions"] else ""
+        return ""
     return "helps" if cell["low"] > 0 else "hurts" if cell["high"] < 0 else "no difference"
 
 

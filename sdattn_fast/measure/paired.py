@@ -53,7 +53,8 @@ def summary(
     results: dict[str, list[dict[str, float]]], measures: Sequence[str], base: str = "none"
 ) -> dict[str, dict[str, dict[str, float]]]:
     """Condition -> measure -> its mean, and the mean difference to the base condition over the captions that both have,
-    with the bounds of its 95 % percentile bootstrap interval and the number of captions. The base comes first."""
+    with the bounds of its 95 % percentile bootstrap interval and the number of captions; no difference where fewer than
+    two have a value, and none of the base, which comes first. "none": the base's mean over those captions."""
     table: dict[str, dict[str, dict[str, float]]] = {}
     for condition, rows in sorted(results.items(), key=lambda item: item[0] != base):
         table[condition] = {}
@@ -64,8 +65,9 @@ def summary(
             known = values[np.isfinite(values)]
             cell: dict[str, Any] = {"captions": int(both.sum())}
             cell["mean"] = float(known.mean()) if len(known) else None
-            cell["none"] = float(base_values[both].mean()) if both.any() else None
-            if condition != base and len(difference) > 1 and np.ptp(difference) > 0:
+            if condition != base:
+                cell["none"] = float(base_values[both].mean()) if both.any() else None
+            if condition != base and len(difference) > 1:
                 low, high = interval(difference)
                 cell |= {"difference": float(difference.mean()), "low": low, "high": high}
             table[condition][name] = cell
@@ -89,7 +91,8 @@ def summary_table(
 
 
 def cell_text(cell: dict[str, Any]) -> str:
-    """A cell of `summary`: the difference with its interval, or the mean where there is none."""
+    """A cell of `summary`: the difference with its interval, nothing where too few captions have a value; of the base
+    its mean."""
     if "difference" not in cell:
-        return "" if cell["mean"] is None else f"{cell['mean']:.3f}"
+        return "" if cell["mean"] is None or "none" in cell else f"{cell['mean']:.3f}"
     return f"{cell['difference']:+.3f} [{cell['low']:+.3f}, {cell['high']:+.3f}]"

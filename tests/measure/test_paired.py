@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from sdattn_fast.measure.paired import interval, interval_of_means, summary
+from sdattn_fast.measure.paired import cell_text, interval, interval_of_means, summary
 
 
 def test_the_interval_of_a_mean_is_that_of_the_normal_distribution():
@@ -49,3 +49,14 @@ def test_summary_compares_what_both_have():
     cell = table["ours"]["x"]
     assert cell["captions"] == 2 and cell["difference"] == pytest.approx(0.625)
     assert cell["low"] == 0.5 and cell["high"] == 0.75
+
+
+def test_what_too_few_captions_have_is_no_difference_and_no_mean_in_its_place():
+    nan = math.nan
+    rows = {
+        "none": [{"x": 0.25, "y": 1.0, "z": nan}, {"x": 0.5, "y": 2.0, "z": 3.0}],
+        "ours": [{"x": nan, "y": 1.0, "z": nan}, {"x": 0.75, "y": 2.0, "z": nan}],
+    }
+    table = summary(rows, ["x", "y", "z"])
+    assert [cell_text(cell) for cell in table["none"].values()] == ["0.375", "1.500", "3.000"]
+    assert [cell_text(cell) for cell in table["ours"].values()] == ["", "+0.000 [+0.000, +0.000]", ""]
