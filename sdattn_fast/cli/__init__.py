@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import sys
+from typing import NoReturn
 
 from .._version import __version__
 
 __all__ = ["main"]
+
+_INTERRUPTED = 130
+_OUT_OF_MEMORY = re.compile("^$|out of memory|can't allocate memory")  # a MemoryError says nothing
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -15,22 +20,31 @@ def main(arguments: list[str] | None = None) -> None:
         import typer
     except ImportError:
         sys.exit("sdattn-fast: the command line needs typer and rich: pip install 'sdattn-fast[demo]'")
-    app = _app(typer)
-    command = typer.main.get_command(app)
     try:
+        command = typer.main.get_command(_app(typer))
         result = command.main(arguments, prog_name="sdattn-fast", standalone_mode=False)
+    except KeyboardInterrupt:
+        _end("interrupted", _INTERRUPTED)
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"sdattn-fast: {' '.join(str(error).split())}", file=sys.stderr)
-        sys.exit(2)
+        _end(str(error), 2)
     except Exception as error:
         # typer and click each have a base class for usage errors, and which one is raised depends on the release.
+        if type(error).__name__ == "Abort":
+            _end("interrupted", _INTERRUPTED)
+        if isinstance(error, (MemoryError, RuntimeError)) and _OUT_OF_MEMORY.search(str(error)):
+            _end(f"out of memory: {error}", 1)
         if not hasattr(error, "format_message"):
-            if type(error).__name__ == "Abort":
-                sys.exit(130)
             raise
-        print(f"sdattn-fast: {error.format_message()}", file=sys.stderr)
-        sys.exit(2)
+        _end(error.format_message(), 2)
+    # Of Ctrl-C, releases of typer return the status or raise Abort.
+    if result == _INTERRUPTED:
+        _end("interrupted", _INTERRUPTED)
     sys.exit(result if isinstance(result, int) else 0)
+
+
+def _end(text: str, status: int) -> NoReturn:
+    print(f"sdattn-fast: {' '.join(text.split())}", file=sys.stderr)
+    sys.exit(status)
 
 
 def _app(typer):

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import within
+from .options import plain_console, within
 from .registry import UNET_CONFIGS, UNET_LAYERS, LayerShape, build_random_unet, random_inputs, twin_of
 
 __all__ = ["bench", "full_program", "text_side"]
@@ -79,7 +79,6 @@ def _op_table(
     models: list[str], dtype: Any, batch: int, device: str, backend: str, content: int, compiled: bool, seconds: float
 ) -> None:
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     title = f"{batch} x heads x pixels x 77, {content} content tokens, {str(dtype).removeprefix('torch.')}"
@@ -103,7 +102,7 @@ def _op_table(
                 f"{1e3 * sdpa:.3f}",
                 *shares,
             )
-    console = Console()
+    console = plain_console()
     console.print(table)
     mean = torch.tensor(logs, dtype=torch.float64).log().mean().exp().item()
     console.print(f"Columns after SDPA are shares of its time. Geometric mean of 'full': {mean:.2f}\n")
@@ -141,14 +140,13 @@ def _time_op(
 
 def _step_table(name: str, dtype: Any, batch: int, device: str, backend: str, content: int, seconds: float) -> None:
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from .. import apply
     from ..measure.memory import peak_mib
     from ..measure.timing import alternate
 
-    console = Console()
+    console = plain_console()
     with console.status(f"Building the {name} UNet, random weights"):
         unet = build_random_unet(name, dtype, device)
     inputs = random_inputs(UNET_CONFIGS[name], batch, dtype, device)

@@ -17,7 +17,7 @@ import typer
 from ..lab.pipeline import GUIDANCE, STEPS
 from ..prompts import Prompt, words_to_find
 from .demo_page import Cost, Pictures, write_demo_page
-from .options import check_out_folder, within
+from .options import check_out_folder, plain_console, within
 
 __all__ = ["demo"]
 
@@ -34,11 +34,10 @@ def demo(
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt of the shapes world; may be repeated.")] = None,
 ) -> None:
     """Draw pictures with the shapes pipeline, and write a page that shows what the program does."""
-    from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     started = time.perf_counter()
-    console = Console()
+    console = plain_console()
     prompts = tuple(prompt or PROMPTS)
     if any(not p.strip() for p in prompts):
         raise typer.BadParameter("expected some words, got an empty prompt", param_hint="--prompt")
@@ -59,9 +58,9 @@ def demo(
 
     _print_table(console, rows)
     for pictures in drawn:
-        console.print(pictures.prompt, style="bold", markup=False)
-        console.print(f"  empty program against stock: {pictures.empty_difference}", markup=False)
-    console.print(f"\nOpen {page}   ({time.perf_counter() - started:.0f} s)", markup=False)
+        console.print(pictures.prompt, style="bold")
+        console.print(f"  empty program against stock: {pictures.empty_difference}")
+    console.print(f"\nOpen {page}   ({time.perf_counter() - started:.0f} s)")
 
 
 def semantics() -> Any:

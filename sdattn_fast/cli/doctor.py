@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import within
+from .options import plain_console, within
 
 __all__ = ["backend_rows", "doctor", "processor_name"]
 
@@ -30,13 +30,12 @@ def doctor(
 ) -> None:
     """Show versions, devices, and whether each backend is available and, if not, how to fix it."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from .. import __version__
     from ..backend import cpu
 
-    console = Console()
+    console = plain_console()
     ground = Table("what", "found", title=f"sdattn_fast {__version__}")
     ground.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in _PACKAGES:
@@ -111,6 +110,13 @@ def _print_folds(console: Any, model: str, dtype: str, batch: int) -> None:
     console.print(
         f"A step's cross-attention: {took:.1f} ms, {unfolded:.1f} with fold='never'; {megabytes:.0f} MB per prompt"
     )
+    slower = sum(len(row.names) for row in rows if row.kind != "none" and row.measured > row.unfolded)
+    if slower:
+        console.print(
+            f"In {slower} layers folding measured slower. It is chosen by the expected times, so that a model runs the "
+            "same way every time; of one short measurement the noise may be greater than the difference. Where it is "
+            "slower again and again, pass fold='never' to apply."
+        )
 
 
 def _against(measured: float, expected: float | None) -> str:

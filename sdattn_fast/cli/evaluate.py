@@ -7,9 +7,11 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Guidance, NumSteps, check_out_folder, within
+from .options import Guidance, NumSteps, check_out_folder, plain_console, within
 
 __all__ = ["evaluate"]
+
+_LONGEST_FIGURE = len("+0.123*")
 
 
 def evaluate(
@@ -65,7 +67,6 @@ def evaluate(
 ) -> None:
     """Compare all techniques with stock, with paired confidence intervals; several processes share the work under
     `accelerate launch -m sdattn_fast.cli.evaluate`."""
-    from rich.console import Console
 
     from ..evaluation.conditions import STOCK, ConditionInputs, conditions
     from ..evaluation.cost import costs
@@ -98,7 +99,7 @@ def evaluate(
     chosen = None if heads is None else load_heads(heads)[0]
     program = None if tuned is None else ProgramFile.load(tuned)
     state = _processes(device)
-    console = Console(quiet=not state.is_main_process)
+    console = plain_console(quiet=not state.is_main_process)
     pipe = pipeline_of(model, _device(device, state), dtype)
     pipe.set_progress_bar_config(disable=True)
     for part in (pipe.unet, pipe.vae):
@@ -127,7 +128,7 @@ def evaluate(
         prices: dict[str, Any] = {}
         if cost:
             console.print("time and memory")
-            prices = costs(pipe, subject, evaluation.conditions, inputs)
+            prices = costs(pipe, subject, evaluation.conditions, inputs, tell=lambda text: print(text, flush=True))
     import torch
 
     ground = f"{processor_name()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
@@ -252,25 +253,41 @@ def _run(console: Any, evaluation: Any, state: Any) -> None:
 
 
 def _show(console: Any, content: dict[str, Any]) -> None:
-    """Differences without their intervals, which a terminal has no room for."""
+    """Differences without their intervals, which a terminal has no room for; in several tables where it has no room
+    for all measures beside each other."""
     from rich.table import Column, Table
+    from rich.text import Text
 
     from ..evaluation.conditions import STOCK
     from ..evaluation.report import verdict
 
-    measures = list(next(iter(content["measures"].values())))
-    title = f"{content['prompts']} prompts: means of stock, and differences to it (* the interval leaves out zero)"
-    table = Table(Column("condition", no_wrap=True), *(Column(m, justify="right") for m in measures), title=title)
-    for name, cells in content["measures"].items():
-        shown = []
-        for cell in cells.values():
-            text = f"{cell['difference']:+.3f}" if "difference" in cell else ""
-            if name == STOCK and cell["mean"] is not None:
-                text = f"{cell['mean']:.3f}"
-            colour = {"helps": "green", "hurts": "red"}.get(verdict(cell))
-            shown.append(f"[{colour}]{text}*[/]" if colour else text)
-        table.add_row(name, *shown)
-    console.print(table)
+    rows = content["measures"]
+    names = max(len(name) for name in rows)
+    parts: list[list[str]] = [[]]
+    room = console.width - names - 4
+    for measure in rows[STOCK]:
+        width = max(len(measure), _LONGEST_FIGURE) + 3
+        if parts[-1] and width > room:
+            parts.append([])
+            room = console.width - names - 4
+        parts[-1].append(measure)
+        room -= width
+    for part in parts:
+        table = Table(Column("condition", no_wrap=True), *(Column(m, justify="right", no_wrap=True) for m in part))
+        for name, cells in rows.items():
+            shown = []
+            for measure in part:
+                cell = cells[measure]
+                text = f"{cell['difference']:+.3f}" if "difference" in cell else ""
+                if name == STOCK and cell["mean"] is not None:
+                    text = f"{cell['mean']:.3f}"
+                colour = {"helps": "green", "hurts": "red"}.get(verdict(cell))
+                shown.append(Text(f"{text}*" if colour else text, style=colour or ""))
+            table.add_row(name, *shown)
+        console.print(table)
+    console.print(
+        f"{content['prompts']} prompts: means of stock, and differences to it (* the interval leaves out zero)"
+    )
 
 
 if __name__ == "__main__":

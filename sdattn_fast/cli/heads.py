@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Guidance, NumSteps, check_out_file, sampling_options, within
+from .options import Guidance, NumSteps, check_out_file, plain_console, sampling_options, within
 
 __all__ = ["heads", "clip_of", "clip_source"]
 
@@ -53,7 +53,6 @@ def heads(
     out: Annotated[Path, typer.Option(help="Output file; a plot is written beside it as PNG.")] = Path("heads.json"),
 ) -> None:
     """Rank every head by how well its word maps find the objects in the pictures."""
-    from rich.console import Console
     from rich.progress import Progress
 
     from ..lab.shapes.captions import objects_of, selection_captions, words_of_objects
@@ -78,7 +77,7 @@ def heads(
     if by_masks and not any(objects_of(p.text) for p in chosen_prompts):
         raise typer.BadParameter("expected captions of the shapes world, such as 'a red circle', for masks",
                                  param_hint="--prompts")  # fmt: skip
-    console = Console()
+    console = plain_console()
     pipe = pipeline_of(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     texts = [p.text for p in chosen_prompts]
@@ -105,6 +104,10 @@ def heads(
         for observation in observe(pipe, texts, words, seed=seed, batch=batch, layers=layers, **options):
             seen.append(observation)
             progress.update(task, completed=observation.prompt + 1)
+            if not console.is_terminal and (
+                (observation.prompt + 1) % batch == 0 or observation.prompt + 1 == len(texts)
+            ):
+                print(f"drawn: {observation.prompt + 1} of {len(texts)}", flush=True)
     held_back = [x for x in seen if len(texts) >= 2 * _HELD_BACK and x.prompt % _HELD_BACK == _HELD_BACK - 1]
     chosen_on = [x for x in seen if x not in held_back]  # by identity
     ranking = rank_heads(chosen_on, judge, measure)
@@ -171,9 +174,15 @@ def _effective(held_back: Sequence[Any], best: Any, judge: Any, measure: str) ->
 
 
 def _show(console: Any, ranking: Any, best: dict[str, list[int]], measure: str, held_back: int) -> None:
-    from rich.table import Table
+    from rich.table import Column, Table
 
-    table = Table("layer", "heads chosen", "mean", "best", title=f"{measure}, {ranking.objects} objects")
+    columns = (
+        Column("layer", overflow="fold"),
+        "heads chosen",
+        Column("mean", no_wrap=True),
+        Column("best", no_wrap=True),
+    )
+    table = Table(*columns, title=f"{measure}, {ranking.objects} objects")
     for layer, heads in best.items():
         scores = [x for (name, _), x in ranking.scores.items() if name == layer and x == x]
         if scores:

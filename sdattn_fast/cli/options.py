@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from ..program import Program, Refinement, SalienceDropout
 
@@ -24,6 +25,7 @@ __all__ = [
     "Renormalize",
     "check_out_file",
     "check_out_folder",
+    "plain_console",
     "program_of",
     "sampling_options",
     "within",
@@ -69,6 +71,11 @@ Sigma = Annotated[
 ]
 RefineAxis = Annotated[str, typer.Option("--refine-axis", help="token or space.", rich_help_panel=_PANEL)]
 Renormalize = Annotated[str, typer.Option("--renormalize", help="none, content or row.", rich_help_panel=_PANEL)]
+
+
+def plain_console(**keywords: Any) -> Console:
+    """A console that shows a user's text as it is: "[red]" is no colour and ":car:" no picture."""
+    return Console(markup=False, emoji=False, **keywords)
 
 
 def check_out_file(path: Path, hint: str = "--out") -> None:

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import check_out_folder, sampling_options, within
+from .options import check_out_folder, plain_console, sampling_options, within
 
 __all__ = ["tune"]
 
@@ -75,7 +75,6 @@ def tune(
     ),
 ) -> None:
     """Tune a program by CLIP reward. Run it again to resume, on several machines to be faster."""
-    from rich.console import Console
 
     from ..files import write_json
     from ..patching.words import tokenizer_of
@@ -108,7 +107,7 @@ def tune(
         )
     searched = SearchSpace() if space is None else SearchSpace.load(space)
     ranking = None if heads is None else HeadRanking.load(heads)
-    console = Console()
+    console = plain_console()
     pipe = pipeline_of(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     scorer = clip_of(model, clip, pipe.device)

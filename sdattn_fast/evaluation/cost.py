@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,10 +26,13 @@ def costs(
     inputs: ConditionInputs,
     count: int = 4,
     rounds: int = 5,
+    tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, float]]:
     """Condition -> "ms a step" of one picture, a median over rounds in which conditions take turns; "of stock", the
     median of its ratios to stock's time in the same round; "peak MiB", what its tensors take at the most beside the
     weights, for the first picture.
+
+    tell: called after each round.
 
     All of a call is counted, text encoding and decoding too, and divided by the steps. Every call draws one picture,
     for some peers serve no more. Stock is the pipeline alone: the patch that keeps its maps is none of its cost.
@@ -46,6 +49,7 @@ def costs(
             _wait(pipe)
             if turn:  # the first of each warms up
                 times[condition.name].append((time.perf_counter() - start) / len(parts))
+        tell(f"time: {turn} of {rounds} rounds" if turn else "time: warmed up")
     table = {}
     for condition in conditions:
         steps = subject.steps

@@ -10,6 +10,8 @@ import torch
 from PIL import Image
 
 from sdattn_fast.cli import main
+from sdattn_fast.cli.folds import FoldRow
+from sdattn_fast.cli.options import plain_console
 
 
 @pytest.fixture
@@ -73,6 +75,38 @@ def test_doctor_shows_what_is_folded_in_a_model(run, monkeypatch):
     flat = " ".join(out.split())
     for text in ("shapes, batch 2, float32", "256", "both", "MB per prompt"):
         assert text in flat
+
+
+@pytest.mark.parametrize("measured", [1.0, 3.0])
+def test_doctor_says_why_it_folds_where_that_measured_slower(run, monkeypatch, measured):
+    row = FoldRow(["a", "b"], 256, 64, 4, "both", {"both": 1.0, "none": 2.0}, measured, 2.0, 1000)
+    monkeypatch.setattr("sdattn_fast.cli.folds.fold_table", lambda *_: [row])
+    code, out, _ = run("doctor", "--model", "shapes")
+    assert code == 0
+    assert ("In 2 layers folding measured slower" in " ".join(out.split())) == (measured > 2.0)
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "says"),
+    [
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory:\n x"), 1, "out of memory: DefaultCPU"),
+        (MemoryError(), 1, "out of memory"),
+    ],
+)
+def test_an_interruption_and_too_little_memory_are_a_line(run, monkeypatch, error, code, says):
+    def fail():
+        raise error
+
+    monkeypatch.setattr("sdattn_fast.cli.doctor.backend_rows", fail)
+    status, _, err = run("doctor")
+    assert status == code and err.strip().startswith(f"sdattn-fast: {says}") and err.strip().count("\n") == 0
+
+
+def test_what_a_user_says_is_no_markup(capsys):
+    console = plain_console()
+    console.print("[red]a :car:[/bold]")
+    assert capsys.readouterr().out == "[red]a :car:[/bold]\n"
 
 
 def test_bench_prints_every_layer_of_a_model(run):

@@ -44,6 +44,7 @@ def test_the_shapes_world(run, tmp_path: Path) -> None:
     arguments = ("--pictures", "3", "--batch", "2", "--steps", "2", "--folder", str(tmp_path), "--no-cost")
     code, out, _ = run(*arguments, "--only", "gate, amplify", "--only", "tuned")
     assert code == 0
+    assert "\u2026" not in out and "map boundary F" in out, "nothing is cut off at 80 columns"
     assert "tuned: not drawn, no tuned" in out and "calibrated" in out and "gate, amplify" in out
     threshold = json.loads((tmp_path / "threshold.json").read_text())["threshold"]
     assert -1 < threshold < 1 and (tmp_path / "evaluation.html").exists()

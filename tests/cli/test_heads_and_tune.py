@@ -56,6 +56,7 @@ def test_heads_by_masks(run, folder):
     assert notes["effective attention"] == notes["held back"]["chosen"] / notes["held back"]["all"] - 1
     assert f"Effective attention: {100 * notes['effective attention']:+.1f} %" in out
     assert Image.open(folder / "heads.png").size[1] > 200
+    assert "drawn: 16 of 16" in out and "\u2026" not in out, "progress where there is no terminal, and nothing cut off"
 
 
 def test_heads_by_clip_on_prompts_of_ones_own(run, tmp_path):

@@ -282,7 +282,8 @@ def test_verdicts() -> None:
     assert verdict(cell) == "helps" and verdict({**cell, "low": -0.1}) == "no difference"
     assert verdict({**cell, "low": -0.3, "high": -0.1}) == "hurts"
     assert verdict({"mean": None, "none": None, "captions": 0}) == ""
-    assert verdict({"mean": 0.4, "none": 0.4, "captions": 9}) == "no difference"
+    assert verdict({**cell, "difference": 0.0, "low": 0.0, "high": 0.0}) == "no difference"
+    assert verdict({"mean": 0.4, "none": 0.4, "captions": 1}) == ""
 
 
 def test_the_shapes_world_measures_true_scenes(scorer: ClipScorer) -> None:
