@@ -22,7 +22,7 @@ __all__ = ["ProgramFile", "atomic_write", "load_heads", "parse_json", "read_json
 
 _PROGRAM, _HEADS = "sdattn-fast program", "sdattn-fast heads"
 _VERSION = 1
-_MOST_STEPS = 10_000
+_MOST_STEPS, _MOST_GUIDANCE = 10_000, 1000
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class ProgramFile:
         layers: Names or fnmatch patterns of layers, as in `apply`. None: all.
         heads: {layer name or pattern: indices of the active heads}. None: all.
         inactive_heads: "plain" or "zero", as in `apply`.
-        guidance_scale: Scale of classifier-free guidance, >= 0. None: the pipeline's own. Used by `sdattn-fast
+        guidance_scale: Scale of classifier-free guidance, 0 to 1000. None: the pipeline's own. Used by `sdattn-fast
             generate`, not by `apply`.
         num_inference_steps: Number of denoising steps, 1 to 10,000. None: the pipeline's own. Used as `guidance_scale`
             is.
@@ -75,8 +75,8 @@ class ProgramFile:
             raise ValueError(f"inactive_heads: expected 'plain' or 'zero', got {self.inactive_heads!r}")
         scale, steps = self.guidance_scale, self.num_inference_steps
         if scale is not None:
-            if finite_number("guidance_scale", scale) < 0:
-                raise ValueError(f"guidance_scale: expected a finite number >= 0, got {scale!r}")
+            if not 0 <= finite_number("guidance_scale", scale) <= _MOST_GUIDANCE:
+                raise ValueError(f"guidance_scale: expected a number in [0, {_MOST_GUIDANCE}], got {scale!r}")
         if steps is not None:
             if isinstance(steps, bool) or not isinstance(steps, int):
                 raise TypeError(f"num_inference_steps: expected an int, got {steps!r}")

@@ -40,7 +40,7 @@ CHANGES = {
     "layers": (3, TypeError, "layers: expected names"),
     "heads": ({"mid": [1, 1]}, ValueError, "heads: expected each index >= 0 once in layer 'mid'"),
     "inactive_heads": ("off", ValueError, "inactive_heads: expected 'plain' or 'zero'"),
-    "guidance_scale": (-1, ValueError, "guidance_scale: expected a finite number >= 0"),
+    "guidance_scale": (-1, ValueError, "guidance_scale: expected a number in [0, 1000]"),
     "num_inference_steps": (2.5, TypeError, "num_inference_steps: expected an int"),
     "notes": ("no", TypeError, "notes: expected a mapping"),
 }

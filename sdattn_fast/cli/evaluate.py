@@ -228,12 +228,10 @@ def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any, 
                 guidance_scale=subject.guidance,
             )  # fmt: skip
             write_json(path, "sdattn-fast threshold", {"threshold": threshold})
-    threshold = read_json(path, "sdattn-fast threshold").get("threshold")
-    if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not -1 <= threshold <= 1:
-        raise ValueError(
-            f"{path}: expected a threshold, a cosine, got {threshold!r}; remove the file to calibrate anew"
-        )
-    return float(threshold)
+    stored = read_json(path, "sdattn-fast threshold").get("threshold")
+    if isinstance(stored, bool) or not isinstance(stored, (int, float)) or not -1 <= stored <= 1:
+        raise ValueError(f"{path}: expected a threshold, a cosine, got {stored!r}; remove the file to calibrate anew")
+    return float(stored)
 
 
 def _run(console: Any, evaluation: Any, state: Any) -> None:

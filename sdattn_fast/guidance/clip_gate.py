@@ -95,8 +95,8 @@ class ClipGate:
         if how not in HOW:
             raise ValueError(f"how: expected one of {HOW}, got {how!r}")
         self._check_numbers(threshold, steps, every, strength, temperature)
-        if isinstance(distractors, str):
-            raise TypeError(f"distractors: expected a list of texts, got the str {distractors!r}")
+        if isinstance(distractors, str) or any(not isinstance(text, str) for text in distractors):
+            raise TypeError(f"distractors: expected a list of texts, got {distractors!r:.80}")
         if decoder is not None and not isinstance(decoder, LinearDecoder):
             raise TypeError(f"decoder: expected None or a LinearDecoder, got {type(decoder).__name__}")
         pipe = patch.pipe
@@ -207,6 +207,8 @@ class ClipGate:
 def _phrases(prompt: str, given: Any, tokenizer: Any) -> list[NounPhrase]:
     if given is not None and all(isinstance(phrase, NounPhrase) for phrase in given):
         return list(given)
+    if given is not None and not isinstance(given, str):
+        given = [phrase.text if isinstance(phrase, NounPhrase) else phrase for phrase in given]
     return find_phrases(prompt, tokenizer, phrases=given)
 
 

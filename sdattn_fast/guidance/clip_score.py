@@ -85,8 +85,10 @@ class ClipScorer:
             (n, width) float32 tensor on the CPU, rows of length 1.
 
         Raises:
-            ValueError: If a picture or its embedding has NaN or infinity.
+            ValueError: If there is none, or a picture or its embedding has NaN or infinity.
         """
+        if not len(pictures):
+            raise ValueError("pictures: expected at least one, got none")
         check_finite(pictures)  # the processor makes bytes of floats, and black pixels of NaN
         found = []
         for start in range(0, len(pictures), _BATCH):
@@ -111,7 +113,15 @@ class ClipScorer:
 
         Returns:
             (n, width) float32 tensor on the CPU, rows of length 1.
+
+        Raises:
+            TypeError: If they are no texts.
+            ValueError: If there is none.
         """
+        if isinstance(texts, str) or any(not isinstance(text, str) for text in texts):
+            raise TypeError(f"texts: expected a list of str, got {texts!r:.80}")
+        if not len(texts):
+            raise ValueError("texts: expected at least one, got none")
         for text in texts:
             if text not in self._texts:
                 ids = self.tokenizer(

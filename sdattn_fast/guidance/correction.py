@@ -27,6 +27,7 @@ from torch import Tensor
 from ..patching.forwards import Forward, entries_of
 from ..patching.patch import Patch
 from ..program import finite_number
+from .phrases import NounPhrase
 from .relevance import Loss, check_gradients_may_be, gradcam, run
 
 __all__ = ["Correction", "steps_of"]
@@ -58,7 +59,8 @@ class Correction:
             reaches the number, as Attend-and-Excite's iterative refinement. The score must have `by_picture`, as
             `Presence` and `Binding` have. None: one change after each step.
         repeats: The most changes after a step with a target.
-        tokens: For "reweight", indices of tokens, or a list of indices for each picture. None: all tokens.
+        tokens: For "reweight", indices of tokens, or what `find_phrases` gives, whose nouns count; or a list of either
+            for each picture. None: all tokens.
         layers: For "reweight", as in `gradcam`.
         heads: For "reweight", as in `gradcam`.
 
@@ -227,6 +229,8 @@ class Correction:
             seen = run(self.patch, x, inputs.pop("timestep"), inputs.pop("encoder_hidden_states"), **inputs)
             by_picture = bool(self.targets) or not self.normalize
             scores = self.score.by_picture(seen) if by_picture else self.score(seen)  # type: ignore[attr-defined]
+            if not isinstance(scores, Tensor):
+                raise TypeError(f"score: expected one that gives a tensor, got {type(scores).__name__}")
             short = None if target is None else ~(scores >= target)  # NaN, too
             if short is not None and not short.any():
                 return None
@@ -339,8 +343,16 @@ def steps_of(pipe: Any) -> int:
 
 def _by_entry(tokens: Any, entries: int) -> tuple[list[Sequence[int]], Sequence[int] | None]:
     """The tokens of each entry (none: the same for all), and all of them together."""
+    if tokens is not None:
+        of_one = any(isinstance(token, (int, NounPhrase)) for token in tokens)
+        tokens = _indices(tokens) if of_one else [_indices(some) for some in tokens]
     if tokens is None or all(isinstance(token, int) for token in tokens):
         return [], tokens
     if len(tokens) != entries:
         raise ValueError(f"tokens: expected a list of them for each of {entries} entries, got {len(tokens)}")
     return list(tokens), sorted({token for some in tokens for token in some})
+
+
+def _indices(tokens: Sequence[Any]) -> list[int]:
+    """The tokens, a phrase's noun's in place of a phrase."""
+    return [i for token in tokens for i in (token.tokens("noun") if isinstance(token, NounPhrase) else (token,))]

@@ -151,6 +151,8 @@ def find_phrases(
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt: expected a str, got {type(prompt).__name__}")
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer: expected the text encoder's, such as pipe.tokenizer, got {tokenizer!r:.80}")
     plain = _without_weights(prompt)
     if phrases is not None:
         chunks = _given(plain, phrases)

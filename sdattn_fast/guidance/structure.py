@@ -11,7 +11,7 @@ Source: Canny 1986, "A computational approach to edge detection", as kornia impl
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..patching.words import tokenizer_of, words_of
+from ..program import finite_number
 from .crf import PairwiseBilateral, PairwiseGaussian, dense_crf
 from .preview import Preview
 
@@ -26,6 +27,7 @@ __all__ = ["Structure", "refine_latents", "object_marginals", "canny_edges"]
 
 # `dense_crf` has 32 labels, and background is one.
 _MOST_WORDS = 31
+_MOST_SIGMA = 32  # each pixel has (4 sigma)**2 weights
 
 
 def refine_latents(
@@ -50,7 +52,7 @@ def refine_latents(
         picture: (B, channels, height, width) tensor with at most 6 channels, in which edges and colours are found.
             None: the latents.
         strength: In [0, 1]: 0 leaves the latents, 1 smooths them.
-        sigma: Standard deviation of the smoothing, in latent pixels, > 0.
+        sigma: Standard deviation of the smoothing, in latent pixels, above 0, at most 32.
         background: In [0, 1]: where a word's map, scaled to [0, 1], is below this, background is more likely.
         iterations: Number of iterations of the CRF, >= 0; with 0 the maps alone decide.
 
@@ -78,8 +80,8 @@ def refine_latents(
                 f"the latents, got {tuple(x.shape)}"
             )
     _check_range("strength", strength, 0.0, 1.0)
-    if not _is_number(sigma) or not 0.0 < sigma < math.inf:
-        raise ValueError(f"sigma: expected a finite number > 0, got {sigma!r}")
+    if not 0.0 < finite_number("sigma", sigma) <= _MOST_SIGMA:
+        raise ValueError(f"sigma: expected a number above 0, at most {_MOST_SIGMA}, got {sigma!r}")
     with torch.no_grad():
         marginals = object_marginals(maps, picture, background=background, iterations=iterations)
         weights = _weights(marginals.to(latents.dtype), canny_edges(picture).to(latents.dtype), float(sigma))
@@ -197,6 +199,8 @@ class Structure:
             len(self.words) != len(self.prompts) or any(isinstance(some, str) for some in self.words)
         ):
             raise TypeError(f"words: expected a list of words (for each of {len(self.prompts)} prompts), got {words!r}")
+        if not isinstance(steps, Iterable):
+            raise TypeError(f"steps: expected indices of steps, got {steps!r}")
         if any(isinstance(s, bool) or not isinstance(s, int) or s < 0 for s in steps):
             raise ValueError(f"steps: expected indices >= 0, got {steps!r}")
         unknown = set(how) - {"strength", "sigma", "background", "iterations"}

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..api import apply
+from ..arguments import check_seed
 from ..guidance.pictures import pil_pictures
 from ..patching.words import tokenizer_of, words_of
 from ..program import Capture
@@ -83,10 +84,16 @@ def observe(
 
     Source: the maps are those of DAAM, Tang et al. 2023, arXiv 2210.04885.
     """
+    if isinstance(prompts, str):
+        raise TypeError(f"prompts: expected a list of texts, got the str {prompts!r:.80}")
+    check_seed(seed)
     if len(words) != len(prompts):
         raise ValueError(f"words: expected one list for each of {len(prompts)} prompts, got {len(words)}")
-    if size < 1 or batch < 1:
-        raise ValueError(f"size, batch: expected at least 1, got {size}, {batch}")
+    for name, value, most in (("size", size, 8192), ("batch", batch, 4096)):
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name}: expected an int, got {value!r}")
+        if not 1 <= value <= most:
+            raise ValueError(f"{name}: expected 1 to {most}, got {value!r:.40}")
     tokenizer = tokenizer_of(pipe)
     tokens = [_tokens_of(tokenizer, prompt, of_prompt) for prompt, of_prompt in zip(prompts, words, strict=True)]
     for start in range(0, len(prompts), batch):

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from ..api import apply
+from ..arguments import check_seed
 from ..files import ProgramFile
 from ..guidance.clip_score import ClipScorer
 from ..guidance.pictures import pil_pictures
@@ -76,6 +77,7 @@ class Reward:
         for name, value in (("seeds", seeds), ("batch", batch)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}: expected an int >= 1, got {value!r}")
+        check_seed(seed)
         if finite_number("temperature", temperature) <= 0:
             raise ValueError(f"temperature: expected a finite number > 0, got {temperature!r}")
         self.pipe = pipe

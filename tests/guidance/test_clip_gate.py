@@ -167,6 +167,7 @@ def test_calibration_is_the_best_threshold() -> None:
         ({"steps": (3, 3)}, ValueError, "steps"),
         ({"every": 0}, ValueError, "every"),
         ({"distractors": "a cat"}, TypeError, "distractors"),
+        ({"distractors": [1]}, TypeError, "distractors"),
         ({"decoder": "linear"}, TypeError, "decoder"),
         ({"phrases": ["a green car"]}, ValueError, "'a green car'"),
         ({"fuse": "verb"}, ValueError, "verb"),

@@ -99,3 +99,12 @@ def test_a_whole_one_is_as_it_was_saved(tmp_path: Path) -> None:
     _change(tmp_path / "tokenizer_config.json", lambda content: content.pop("model_max_length"))
     again = ClipScorer.load(tmp_path).texts(["a red circle", "a blue square " * 60])
     torch.testing.assert_close(again, texts, rtol=1e-5, atol=1e-6)
+
+
+def test_no_texts_and_no_pictures_are_said() -> None:
+    clip = ClipScorer.load(shapes_path() / "clip")
+    for texts, error in (([], ValueError), ("a red circle", TypeError), ([1], TypeError)):
+        with pytest.raises(error, match="texts: expected"):
+            clip.texts(texts)
+    with pytest.raises(ValueError, match="pictures: expected at least one"):
+        clip.pictures([])

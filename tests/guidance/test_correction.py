@@ -9,14 +9,16 @@ import torch
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
-from sdattn_fast.guidance.correction import Correction
+from sdattn_fast.guidance.correction import Correction, _by_entry
 from sdattn_fast.guidance.objectives import Presence
-from sdattn_fast.guidance.phrases import find_phrases
+from sdattn_fast.guidance.phrases import NounPhrase, Word, find_phrases
 from sdattn_fast.guidance.relevance import run
 
 CAPTION = "a large red circle and a small blue square on a gray background"
 PHRASES = [(3, 4), (8, 9)]
 FULL = Program(SalienceDropout(0.1), Refinement(threshold=0.1), "content")
+
+NOUNS = {"circle": (3,), "star": (7, 8)}
 
 
 @pytest.fixture(scope="module")
@@ -238,3 +240,20 @@ def test_presence_takes_phrases_as_they_are(pipe) -> None:
             Presence(phrases)
     with pytest.raises(ValueError, match="phrases: expected token indices >= 0, got -1"):
         Presence([(-1,)])
+
+
+def test_reweighting_takes_phrases_as_they_are() -> None:
+    circle, star = (NounPhrase(text, (Word(text, "NN", 0, 1, tokens),), 0, 1) for text, tokens in NOUNS.items())
+    assert _by_entry([circle, star], 1) == ([], [3, 7, 8])
+    assert _by_entry([[circle], [star], []], 3) == ([[3], [7, 8], []], [3, 7, 8])
+    assert _by_entry([(3,), (7, 8)], 2) == ([[3], [7, 8]], [3, 7, 8])
+
+
+@pytest.mark.parametrize("gives", [None, 3.0])
+def test_a_score_that_gives_no_tensor(pipe, gives) -> None:
+    with (
+        sdattn_fast.apply(pipe) as patch,
+        Correction(patch, lambda seen: gives) as correct,
+        pytest.raises(TypeError, match="score: expected one that gives a tensor"),
+    ):
+        pipe("a red circle", num_inference_steps=2, callback_on_step_end=correct)

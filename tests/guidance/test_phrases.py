@@ -243,3 +243,8 @@ def test_nouns_that_the_tagger_takes_for_verbs(tokenizer, prompt, expected):
 def test_ids_are_of_phrases(phrases) -> None:
     with pytest.raises(TypeError, match="phrases: expected what find_phrases gives"):
         phrase_ids(phrases)
+
+
+def test_a_pipeline_without_a_tokenizer() -> None:
+    with pytest.raises(TypeError, match=r"tokenizer: expected the text encoder's, such as pipe\.tokenizer, got None"):
+        find_phrases("a red car", None)

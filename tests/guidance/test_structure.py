@@ -105,6 +105,8 @@ def test_bad_input():
         (ValueError, "picture: expected 2 entries", lambda: refine_latents(noisy, word, picture=noisy[:1])),
         (ValueError, "strength: expected", lambda: refine_latents(noisy, word, strength=1.5)),
         (ValueError, "sigma: expected", lambda: refine_latents(noisy, word, sigma=0)),
+        (ValueError, "sigma: expected", lambda: refine_latents(noisy, word, sigma=1e9)),
+        (ValueError, "sigma: expected", lambda: refine_latents(noisy, word, sigma=10**400)),
         (ValueError, "background: expected", lambda: refine_latents(noisy, word, background=math.nan)),
         (ValueError, "iterations: expected", lambda: refine_latents(noisy, word, iterations=-1)),
         (ValueError, "low, high: expected", lambda: canny_edges(noisy, 0.5, 0.2)),

@@ -180,6 +180,22 @@ def test_every_heads_maps_of_the_words(pipe):
         list(observe(pipe, ["a", "b"], [["a"]]))
 
 
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"prompts": "a red circle"}, "prompts: expected a list of texts"),
+        ({"seed": -1}, "seed: expected 0 <= seed"),
+        ({"seed": 2**64}, "seed: expected 0 <= seed"),
+        ({"size": 10**9}, "size: expected 1 to 8192"),
+        ({"batch": 1.5}, "batch: expected an int"),
+    ],
+)
+def test_bad_arguments_of_observe(pipe, changes, says):
+    arguments = {"prompts": ["a red circle"], "words": [["circle"]], **changes}
+    with pytest.raises((TypeError, ValueError), match=says):
+        next(observe(pipe, **arguments))
+
+
 def test_words_that_the_tokenizer_cut_off_are_left_out(pipe):
     prompt = "red " * 80 + "circle"
     assert list(observe(pipe, [prompt], [["circle"]], num_inference_steps=1)) == []
