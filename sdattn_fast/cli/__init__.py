@@ -20,6 +20,9 @@ def main(arguments: list[str] | None = None) -> None:
         import typer
     except ImportError:
         sys.exit("sdattn-fast: the command line needs typer and rich: pip install 'sdattn-fast[demo]'")
+    for stream in (sys.stdout, sys.stderr):
+        if hasattr(stream, "reconfigure"):  # a prompt may have what a terminal's encoding has not
+            stream.reconfigure(errors="backslashreplace")
     try:
         command = typer.main.get_command(_app(typer))
         result = command.main(arguments, prog_name="sdattn-fast", standalone_mode=False)

@@ -98,7 +98,8 @@ def generate(
         chosen = Recipe.named(recipe)
     if not prompt.strip():
         raise typer.BadParameter("expected some words, got an empty prompt", param_hint="--prompt")
-    out = out if out.suffix or out.is_dir() else out.with_name(f"{out.name}.png")
+    if not out.suffix and (not out.exists() or out.is_file()):  # neither a folder nor a device
+        out = out.with_name(f"{out.name}.png")
     check_out_file(out)
     picture_format = _format_of(out)
     pipe = pipeline_of(model, device, dtype)
@@ -182,7 +183,7 @@ def _format_of(path: Path) -> str:
     """How Pillow names the format of a picture's file. Raises: BadParameter for one it cannot write."""
     from PIL import Image
 
-    kind = Image.registered_extensions().get(path.suffix.lower(), "")
+    kind = Image.registered_extensions().get(path.suffix.lower() or ".png", "")
     try:
         Image.new("RGB", (8, 8)).save(io.BytesIO(), kind)
     except (KeyError, OSError, ValueError):
@@ -193,6 +194,8 @@ def _format_of(path: Path) -> str:
 
 
 def _save(picture: Any, path: Path, picture_format: str) -> None:
+    data = io.BytesIO()  # Pillow asks for a file that can be read back, which a pipe is not
+    picture.save(data, picture_format)
     with atomic_write(path) as temporary:
-        picture.save(temporary, picture_format)
+        temporary.write_bytes(data.getvalue())
     print(f"wrote {path}")

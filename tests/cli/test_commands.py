@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 
@@ -101,6 +102,26 @@ def test_an_interruption_and_too_little_memory_are_a_line(run, monkeypatch, erro
     monkeypatch.setattr("sdattn_fast.cli.doctor.backend_rows", fail)
     status, _, err = run("doctor")
     assert status == code and err.strip().startswith(f"sdattn-fast: {says}") and err.strip().count("\n") == 0
+
+
+def test_a_terminal_that_has_not_all_letters():
+    """After all that was drawn."""
+    command = "from sdattn_fast.cli import main; main(['generate', '--prompt', 'x', '--out', '/proc/caf\u00e9/a.png'])"
+    ascii_alone = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "-c", command], capture_output=True, env=ascii_alone)
+    assert (
+        done.returncode == 2 and rb"cannot write /proc/caf\xe9/a.png" in done.stderr and done.stderr.count(b"\n") == 1
+    )
+
+
+def test_a_device_is_written_to_as_it_is(run, tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    code, _, err = run("generate", "--prompt", "a red circle", "--steps", "1", "--out", str(pipe))
+    assert code == 0, err
+    assert os.read(reader, 4) == b"\x89PNG" and pipe.is_fifo() and os.listdir(tmp_path) == ["pipe"]
+    os.close(reader)
 
 
 def test_what_a_user_says_is_no_markup(capsys):
