@@ -6,8 +6,9 @@ a step follows from the seed and the step's number alone, so a run that was kill
 
 from __future__ import annotations
 
+import contextlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -207,9 +208,10 @@ def train_lora(
     if accelerator.is_main_process:
         from diffusers.utils import convert_state_dict_to_diffusers
 
-        type(pipe).save_lora_weights(
-            str(out), unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
-        )
+        with _full_disk_said(out / WEIGHTS):
+            type(pipe).save_lora_weights(
+                str(out), unet_lora_layers=convert_state_dict_to_diffusers(get_peft_model_state_dict(unet))
+            )
     return out / WEIGHTS
 
 
@@ -272,6 +274,16 @@ def _native_size(pipe: Any) -> tuple[int, int]:
     return int(height) * pipe.vae_scale_factor, int(width) * pipe.vae_scale_factor
 
 
+@contextlib.contextmanager
+def _full_disk_said(path: Path) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        raise OSError(f"out: cannot write {path}: {error}; make room and call again, and it resumes") from error
+
+
 class _Checkpoint:
     """LoRA weights, AdamW's moments and the number of steps done, with the settings that they belong to."""
 
@@ -284,7 +296,6 @@ class _Checkpoint:
         self.settings = json.dumps({**settings, "program": repr(program), "pictures": pictures}, default=str)
 
     def save(self, step: int) -> None:
-        from safetensors import SafetensorError
         from safetensors.torch import save_file
 
         tensors = {"step": torch.tensor(step)}
@@ -292,13 +303,8 @@ class _Checkpoint:
             state = self.optimizer.state[p]
             tensors |= {f"weight/{name}": p, f"mean/{name}": state["exp_avg"], f"square/{name}": state["exp_avg_sq"]}
         tensors = {name: x.detach().cpu().contiguous() for name, x in tensors.items()}
-        with atomic_write(self.path) as temporary:
-            try:
-                save_file(tensors, temporary, {"settings": self.settings})
-            except SafetensorError as error:  # a full disk
-                raise OSError(
-                    f"out: cannot write {self.path}: {error}; call again where there is room, and it resumes"
-                ) from error
+        with atomic_write(self.path) as temporary, _full_disk_said(self.path):
+            save_file(tensors, temporary, {"settings": self.settings})
 
     def load(self) -> int:
         """The steps done, 0 without a checkpoint."""

@@ -96,7 +96,7 @@ def open_study(
             )  # fmt: skip
         except (SQLAlchemyError, ImportError) as error:
             why = getattr(error, "orig", error)
-            raise OSError(f"storage: cannot open {_without_password(url)}: {why}") from None
+            raise OSError(f"storage: cannot open {_without_password(url)}, name another one: {why}") from None
     settings: dict[str, Any] = {"model": model, "reward": reward.describe(), "space": asdict(space),
             "heads": None if ranking is None else [list(head) for head in ranking.order]}  # fmt: skip
     settings = _as_json(settings)

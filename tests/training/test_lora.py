@@ -4,17 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 pytest.importorskip("peft")
 pytest.importorskip("accelerate")
+
+from diffusers import StableDiffusionPipeline
 
 from sdattn_fast import Program, SalienceDropout
 from sdattn_fast.patching.processor import SemanticAttnProcessor
@@ -180,3 +185,23 @@ def test_a_loss_that_is_not_finite_ends_it(pipe_of: Any, data: Path, tmp_path: P
     with pytest.raises(ValueError, match="the loss is nan at step 0"):
         train_lora(pipe, data, tmp_path, SHORT)
     assert {type(p) for p in pipe.unet.attn_processors.values()} != {SemanticAttnProcessor}
+
+
+def test_a_full_disk_is_said_and_the_run_goes_on_from_its_checkpoint(
+    pipe_of: Any, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As safetensors says it, of the checkpoint and of the weights."""
+    run = partial(train_lora, data=data, out=tmp_path, training=replace(SHORT, steps=1))
+
+    def full(*_: Any, **__: Any) -> None:
+        raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+    for owner, name, file in (
+        (safetensors.torch, "save_file", "checkpoint"),
+        (StableDiffusionPipeline, "save_lora_weights", "pytorch_lora_weights"),
+    ):
+        with monkeypatch.context() as disk:
+            disk.setattr(owner, name, full)
+            with pytest.raises(OSError, match=rf"out: cannot write .*{file}\.safetensors: .*No space left"):
+                run(pipe_of("sd15"))
+    assert run(pipe_of("sd15")).exists()

@@ -238,6 +238,15 @@ def test_a_study_survives_kill_9(tmp_path):
     assert retried.state.name in ("COMPLETE", "PRUNED") and retried.params == trials[number].params
 
 
+def test_a_study_that_is_broken_is_named(tmp_path):
+    open_study(tmp_path / "study.db", Pretended(4), SPACE)
+    whole = (tmp_path / "study.db").read_bytes()
+    for part in (whole[: len(whole) // 2], whole[:8192] + b"x" * (len(whole) - 8192), b"no database"):
+        (tmp_path / "study.db").write_bytes(part)
+        with pytest.raises(OSError, match=r"storage: cannot open .*study\.db, name another one: "):
+            open_study(tmp_path / "study.db", Pretended(4), SPACE)
+
+
 @pytest.mark.parametrize("kill", [False, True])
 def test_a_stock_trial_that_was_interrupted_runs_again(tmp_path, monkeypatch, kill):
     """By Ctrl-C, which fails it, or by a kill so late that its heartbeat is not missed yet."""
