@@ -148,6 +148,8 @@ def _resume(path: Path, named: dict[str, Tensor], average: dict[str, Tensor], op
     tensors = load_file(path)
     step = int(tensors["step"])
     for key, p in named.items():
+        if f"model/{key}" not in tensors:
+            continue  # it was not trained before
         p.data.copy_(tensors[f"model/{key}"])
         average[key].copy_(tensors[f"ema/{key}"])
         optimizer.state[p] = {

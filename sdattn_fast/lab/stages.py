@@ -13,7 +13,16 @@ from .loop import Schedule, fit, seeded
 from .parts import build_scheduler
 from .training_set import TrainingSet, scale_of
 
-__all__ = ["text_state", "train_clip", "train_decoder", "train_detector", "train_unet", "train_vae", "trained_part"]
+__all__ = [
+    "noun_shares",
+    "text_state",
+    "train_clip",
+    "train_decoder",
+    "train_detector",
+    "train_unet",
+    "train_vae",
+    "trained_part",
+]
 
 _EMPTY_CAPTIONS = 0.1
 Parts = dict[str, Any]  # "vae", "unet", "text_encoder", "clip" and, of the world objects, "detector"
@@ -62,11 +71,15 @@ def train_unet(
     batch: int,
     *,
     compiles: bool = False,
+    noun_loss: float = 0.0,
     **fit_options: Any,
 ) -> None:
     """The UNet together with the text encoder: velocity, a tenth of the captions empty. compiles: by torch.compile.
 
     A batch's timesteps lie one in each of as many equal parts of the schedule, which gives a loss of less variance.
+    noun_loss: times the cross-entropy with which a linear layer on the features of the second up block tells the nouns
+    of every latent pixel of the true scene. Representations that are supervised so are learnt many times faster (Yu et
+    al. 2025, "Representation Alignment for Generation"); here the exact masks are the representation.
     """
     unet, text = parts["unet"], parts["text_encoder"]
     if scenes.device == "cpu":
@@ -75,8 +88,21 @@ def train_unet(
 
         unet.set_attn_processor(AttnProcessor())
         text.set_attn_implementation("eager")
+    trained, features, labels = trained_part(parts, "unet"), list[Tensor](), scenes.labels
+    if noun_loss:
+        if labels is None:
+            raise ValueError("noun_loss: expected scenes with labels, as those of the world objects are")
+        classes = 1 + int(labels.max())
+        trained["nouns"] = nouns = nn.Conv2d(unet.config.block_out_channels[1], classes, 1).to(scenes.device)
+        hook = unet.up_blocks[1].register_forward_hook(lambda _module, _inputs, output: features.append(output))
+
+    def guess_of(noisy: Tensor, when: Tensor, states: Tensor) -> tuple[Tensor, Tensor | None]:
+        features.clear()
+        guess = unet(noisy, when, states).sample
+        return guess, nouns(features[0]) if noun_loss else None
+
     if compiles:
-        unet, text = torch.compile(unet), torch.compile(text)
+        guess_of, text = torch.compile(guess_of), torch.compile(text)
     scheduler = build_scheduler()
     latents = scenes.latents(parts["vae"], folder)
     latents = latents / scale_of(latents)
@@ -92,10 +118,15 @@ def train_unet(
         when = (parts_of_schedule * (len(alphas) / batch)).long().clamp(max=len(alphas) - 1).to(clean.device)
         empty = torch.rand(batch, generator=generator) < _EMPTY_CAPTIONS
         states = text(scenes.tokens(chosen, empty)).last_hidden_state
-        guess = unet(signal[when] * clean + spread[when] * noise, when, states).sample
-        return F.mse_loss(guess.float(), signal[when] * noise - spread[when] * clean)
+        guess, told = guess_of(signal[when] * clean + spread[when] * noise, when, states)
+        error = F.mse_loss(guess.float(), signal[when] * noise - spread[when] * clean)
+        if told is None or labels is None:
+            return error
+        return error + noun_loss * F.cross_entropy(told.float(), noun_shares(labels[chosen], told.shape))
 
-    fit("unet", trained_part(parts, "unet"), loss, schedule, folder, **fit_options)
+    fit("unet", trained, loss, schedule, folder, **fit_options)
+    if noun_loss:
+        hook.remove()
 
 
 def train_clip(
@@ -133,7 +164,19 @@ def train_detector(
     fit("detector", network, loss, schedule, folder, **fit_options)
 
 
-def trained_part(parts: Parts, stage: str) -> nn.Module:
+def noun_shares(labels: Tensor, shape: torch.Size) -> Tensor:
+    """Which share of every latent pixel's area each noun has.
+
+    labels: (n, height, width) uint8, of every pixel; shape: (n, nouns and the background, rows, columns).
+    """
+    n, classes, rows, columns = shape
+    inside = labels.long().unflatten(2, (columns, -1)).unflatten(1, (rows, -1)).transpose(2, 3).flatten(3)
+    ones = torch.ones(inside.shape, device=labels.device) / inside.shape[3]
+    shares = torch.zeros(n, rows, columns, classes, device=labels.device)
+    return shares.scatter_add_(3, inside, ones).permute(0, 3, 1, 2)
+
+
+def trained_part(parts: Parts, stage: str) -> Any:
     """What a stage trains: UNet and text encoder as one module; otherwise the part that it is named after."""
     if stage == "unet":
         return nn.ModuleDict({"unet": parts["unet"], "text": parts["text_encoder"]})

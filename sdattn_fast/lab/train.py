@@ -55,6 +55,9 @@ def train(
     phantom: Annotated[float, typer.Option(help="Share of captions that name what is not there (objects).")] = 0.0,
     omitted: Annotated[float, typer.Option(help="Share that leave out what is there (objects).")] = 0.0,
     swapped: Annotated[float, typer.Option(help="Share that swap two colours (objects).")] = 0.0,
+    noun_loss: Annotated[
+        float, typer.Option(help="Weight of telling the nouns of every latent pixel, while the UNet trains (objects).")
+    ] = 0.0,
     save_every: Annotated[int, typer.Option(help="Steps between checkpoints.")] = 250,
     seed: Annotated[int, typer.Option()] = 0,
     device: Annotated[str, typer.Option(help="cpu, or such as cuda.")] = "cpu",
@@ -106,7 +109,7 @@ def train(
             steps, batch = plan[name]
             if name in ("decoder", "unet") and start_from is None and not (folder / "vae.safetensors").exists():
                 raise typer.BadParameter("expected vae first: there is no autoencoder yet", param_hint="--stage")
-            options = {"compiles": compiled} if name == "unet" else {}
+            options = {"compiles": compiled, "noun_loss": noun_loss} if name == "unet" else {}
             run(
                 parts, drawn, Schedule(learning_rate, steps), folder, batch, save_every=save_every, bf16=bf16, **options
             )
