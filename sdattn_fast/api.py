@@ -40,15 +40,17 @@ def apply(
     backend: str = "auto",
     dropout_when: DropoutWhen = "always",
 ) -> Patch:
-    """Run a program in the cross-attention of a diffusers pipeline (its UNet and ControlNets) or of a single model.
+    """Run a program in the cross-attention of a diffusers pipeline (its UNet or transformers, and ControlNets) or of a
+    single model.
 
     With a pipeline, the prompts' tokens are found automatically: words are content; BOS, EOS and padding are protected;
-    and the unconditional entries of the batch get plain attention. With a UNet alone every token is content and every
-    entry active, unless `protected` and `active` say otherwise.
+    and the unconditional entries of the batch get plain attention. With a model alone every token is content (but for
+    padding, in transformers that say what is) and every entry active, unless `protected` and `active` say otherwise.
+    docs/models.md lists the models that are served.
 
     Args:
-        pipe_or_unet: A pipeline with a ``unet``, or a UNet2DConditionModel or ControlNetModel, also wrapped by
-            torch.compile, PEFT or DistributedDataParallel.
+        pipe_or_unet: A pipeline with a ``unet`` or a ``transformer``, or one of these or a ControlNet alone, also
+            wrapped by torch.compile, PEFT or DistributedDataParallel.
         program: What happens to the rows of the map; ``Program()`` is plain attention. Or a `ProgramFile`, or the path
             of one (.json): its layers and heads are used unless the arguments name others.
         recipe: What corrects every picture that the pipeline draws, between its steps: "objects" that would be left

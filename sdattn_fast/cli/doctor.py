@@ -20,7 +20,8 @@ def doctor(
     model: Annotated[
         str | None,
         typer.Option(
-            help="Also show which layers of a model are folded: sd15, sd21, sdxl, shapes, a folder or a hub ID."
+            help="Also show which layers of a model are served, and of a UNet which are folded: sd15, sd21, sdxl, "
+            "shapes, a folder or a hub ID."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of that model: float32 or bfloat16.")] = "float32",
@@ -62,7 +63,7 @@ def doctor(
     gaps.add_row("gradients of rounds and axis 'space'", "there is no backward kernel for programs over the picture")
     console.print(gaps)
     if model is not None:
-        _print_folds(console, model, dtype, batch)
+        _print_model(console, model, dtype, batch)
 
 
 def backend_rows() -> list[tuple[str, str, str]]:
@@ -82,20 +83,43 @@ def backend_rows() -> list[tuple[str, str, str]]:
     return rows
 
 
-def _print_folds(console: Any, model: str, dtype: str, batch: int) -> None:
+def _print_model(console: Any, model: str, dtype: str, batch: int) -> None:
     import torch
     from rich.table import Table
 
-    from .folds import fold_table
+    from ..patching.attention_kinds import attention_kinds
+    from ..patching.model_kinds import denoisers
     from .generate import pipeline_of
-    from .registry import UNET_CONFIGS, build_random_unet, random_inputs
+    from .registry import UNET_CONFIGS, build_random_unet
 
     if dtype not in ("float32", "bfloat16"):
         raise typer.BadParameter(f"expected float32 or bfloat16, got {dtype!r}", param_hint="--dtype")
     kind = getattr(torch, dtype)
-    with console.status(f"Loading {model}, and running it once"):
-        unet = build_random_unet(model, kind) if model in UNET_CONFIGS else pipeline_of(model, "cpu", dtype).unet
-        rows = fold_table(unet, random_inputs(unet.config, batch, kind))
+    with console.status(f"Loading {model}"):
+        if model in UNET_CONFIGS:
+            models = {"unet": build_random_unet(model, kind)}
+        else:
+            models = denoisers(pipeline_of(model, "cpu", dtype))
+    table = Table("part", "layers", "attention", "served", title=f"{model}: attention to text")
+    for part, one in models.items():
+        for of_kind in attention_kinds(one):
+            name = f"{of_kind.attention}, {of_kind.processor}"
+            served = "yes" if of_kind.why is None else f"no: {of_kind.why}"
+            table.add_row(part, str(len(of_kind.layers)), name, served)
+    console.print(table)
+    if "unet" in models:
+        _print_folds(console, models["unet"], model, dtype, batch)
+
+
+def _print_folds(console: Any, unet: Any, model: str, dtype: str, batch: int) -> None:
+    import torch
+    from rich.table import Table
+
+    from .folds import fold_table
+    from .registry import random_inputs
+
+    with console.status(f"Running {model} once"):
+        rows = fold_table(unet, random_inputs(unet.config, batch, getattr(torch, dtype)))
     table = Table(title=f"{model}, batch {batch}, {dtype}: projections folded into the text; ms measured (expected)")
     for column in ("layers", "pixels", "channels", "heads", "folded", "ms", "not folded", "MB each"):
         table.add_column(column, justify="left" if column == "folded" else "right")

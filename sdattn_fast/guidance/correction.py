@@ -253,7 +253,7 @@ class Correction:
         relevance = maps.upsample((latents.shape[2], latents.shape[3])).clamp(min=0)  # bicubic undershoots
         biases = {}
         for name, grid in grids.items():
-            if name not in maps or grid is None:
+            if name not in maps or grid is None or len(grid) == 3:
                 continue
             r = F.adaptive_avg_pool2d(relevance, grid).flatten(2)  # (B, T, M)
             mean = r.mean(2, keepdim=True)

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..patching.model_kinds import denoisers
 from ..patching.patch import Patch
 from ..patching.step_callback import StepCallback
 from ..patching.text_tokens import text_tokens
@@ -44,11 +45,13 @@ def check_pipeline(pipe: Any) -> None:
 
     Raises:
         TypeError: If it is not a pipeline.
-        ValueError: If it has no tokenizer or `encode_prompt`, does not call back after its steps, draws videos or in
-            windows, or perturbs attention.
+        ValueError: If it has no UNet, tokenizer or `encode_prompt`, does not call back after its steps, draws videos or
+            in windows, or perturbs attention.
         ImportError: If TextBlob or NLTK is missing.
     """
     kind = type(pipe).__name__
+    if not hasattr(pipe, "unet") and denoisers(pipe):
+        raise ValueError(f"recipe: its corrections serve pipelines with a UNet; got {kind}, which has a transformer")
     if not hasattr(pipe, "unet"):
         raise TypeError(f"recipe: expected a pipeline, whose prompts it reads, got {kind}")
     if tokenizer_of(pipe) is None:

@@ -247,6 +247,7 @@ def _patched(unet: Any, program: Program, loss: Loss) -> Iterator[Patch]:
     if isinstance(unet, Patch):
         if not unet.installed or unet.unet is None:
             raise ValueError(f"unet: expected a patch in place, got {unet!r}")
+        unet.check_guided()
         yield unet
         return
     if not isinstance(unet, nn.Module):
@@ -254,6 +255,7 @@ def _patched(unet: Any, program: Program, loss: Loss) -> Iterator[Patch]:
     needed = getattr(loss, "tokens", None)
     capture = None if needed is None else Capture(tuple(sorted(set(needed))))
     with install(unet, Settings(program, capture=capture)) as patch:
+        patch.check_guided()
         if patch.unet is None:
             raise ValueError("unet: it has no cross-attention layer to serve")
         yield patch

@@ -19,47 +19,19 @@ from ..graphs import in_graph
 from ..places import looking_is_free, version_of
 from ..streams import capturing, current_stream
 from .call import Call
-from .compiled import compiled_text, is_compiled, modules_around
+from .compiled import compiled_text, is_compiled
 from .forwards import of_entries
 from .graph_text import GraphText
-from .layers import Layer, no_hook
-from .seeds import LayerSeeds
-from .states import ModelState, States
-from .text_state import LayerCall, Rows, TextState
+from .layers import no_hook
+from .patched_model import PatchedModel
+from .states import ModelState
+from .text_rows import Rows
+from .text_state import LayerCall, TextState
 
 if TYPE_CHECKING:
     from .patch import Patch
 
-__all__ = ["PatchedModel", "before_forward", "rows_of"]
-
-
-class PatchedModel:
-    """A UNet or ControlNet of a patch. layers: by which it is known outside its forwards. states: what those work on.
-    around: its modules with served layers inside, of which `torch.compile` wraps one: compiled_inside."""
-
-    def __init__(self, module: nn.Module, outer: nn.Module, text: TextState, layers: list[Layer]) -> None:
-        self.module = module
-        self.outer = outer
-        self.layers = layers
-        self.states = States(text, layers, outer)
-        self.seeds = LayerSeeds([layer.name for layer in layers])
-        self.around = modules_around(module, layers)
-        self.compiled_inside = any(hasattr(one, "_orig_mod") for one in self.around)
-
-    @property
-    def text(self) -> TextState:
-        """As this thread's forwards see it."""
-        return self.states.current.text
-
-    @property
-    def texts(self) -> list[TextState]:
-        """As any thread's forwards do."""
-        return [state.text for state in self.states.all]
-
-    @property
-    def all_layers(self) -> list[Layer]:
-        """The layers of all states."""
-        return [layer for state in self.states.all for layer in state.layers]
+__all__ = ["before_forward", "rows_of"]
 
 
 def before_forward(model: PatchedModel, patch: Patch) -> list[Any]:
@@ -222,7 +194,7 @@ class _ModelHook:
         if patch._keeper is not None and output is not None:
             patch._keeper.end(call, state.text, state.layers)
         if patch._wants_forwards and not call.aside and self.model is patch._models[0]:
-            call.keep_forward(args, kwargs, output, state.text)
+            call.keep_forward(self.model.inputs(args, kwargs), output, state.text)
         states.end()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool = False) -> None:
@@ -235,8 +207,8 @@ class _ModelHook:
         patch._processors.keep(model.layers)
         compiled = compiled or model.compiled_inside or is_compiled(model.around)
         state = model.states.begin(base=compiled)
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else 0)
-        text = kwargs.get("encoder_hidden_states", args[2] if len(args) > 2 else None)
+        inputs = model.inputs(args, kwargs)
+        timestep, text = inputs.get("timestep", 0), inputs.get("encoder_hidden_states")
         call, begins = self._step(state.text, timestep)
         if patch.guide is not None and call.pipe is None and not call.aside:
             _warn_of_loop(patch)
@@ -246,6 +218,8 @@ class _ModelHook:
         text = text if isinstance(text, Tensor) and text.dim() == 3 else None
         if text is not None:
             scales = _scales_adapters(args, kwargs)
+            model.see_padding(state.text, inputs)
+            state.text.entries = len(text) if model.kind.repeats_text else None
             if capturing(text.device):
                 _check_capture(compiled, scales)
             self._look_at(text)
@@ -257,9 +231,9 @@ class _ModelHook:
                         layer.bias = of_entries(bias[layer.name], rows)
         if patch._keeper is not None:
             prompts = None if text is None else state.text.prompts_asked(len(text))
-            x = kwargs.get("sample", args[0] if args else None)
-            patch._keeper.begin(call, begins, model.module, state.layers, x, prompts)
-        if text is not None and (patch._settings.text_cache or compiled):
+            patch._keeper.begin(call, begins, model.module, state.layers, inputs.get(model.names[0]), prompts)
+        ahead = patch._settings.text_cache and model.kind.reads_own_text
+        if text is not None and (ahead or compiled):
             self._prepare(state, text, compiled, scales)
         seed = patch._settings.seed
         if seed is not None:
@@ -289,7 +263,12 @@ class _ModelHook:
         state, settings = self.model.text, self.patch._settings
         rows, number, state.graph = rows_of(self.patch, self.model, text), None, None
         in_capture = capturing(text.device)
-        if settings.text_cache:
+        if in_capture and not self.model.kind.reads_own_text:
+            raise RuntimeError(
+                f"{type(self.model.module).__name__}: a CUDA graph is captured of it, and its layers read text that it "
+                "projects in every forward; expected an eager call"
+            )
+        if settings.text_cache and self.model.kind.reads_own_text:
             graph = state.graph_with(text)
             if graph is not None and not in_capture and not state.is_current(graph, text, rows):
                 self._renew(graph, text, rows)
@@ -337,19 +316,31 @@ class _ModelHook:
         state.graph, graph.is_guarded = graph, False
 
     def _prepare(self, of_model: ModelState, text: Tensor, compiled: bool, weights_change: bool) -> None:
-        """Ahead of the layers, so that no graph has to prepare a call."""
+        """Ahead of the layers, so that no graph has to prepare a call.
+
+        Raises: RuntimeError where a graph's layers read a text of a shape that is not known here.
+        """
         state, layers, device = of_model.text, of_model.layers, text.device
+        if compiled and not self.model.kind.keeps_tokens:
+            raise RuntimeError(
+                f"{type(self.model.module).__name__}: expected an eager model, got a compiled one: its layers read "
+                "more text than it is called with, which a graph would make constants of"
+            )
         per_layer = [(one.attn.heads, one.heads, one.captures, one.attn.training) for one in layers]
-        ready_for = text.shape, device, current_stream(device), state.step, compiled, per_layer
+        batch, tokens = text.shape[:2]
+        padding = state.padding_of(tokens)
+        ready_for = text.shape, device, current_stream(device), state.step, compiled, per_layer, padding
         if not compiled and state.ready_for is not None:
             if state.ready_for[0] is state.cache and state.ready_for[1] == ready_for:
                 return
         for layer in layers:
             layer.compiled = None
         state.ready_for = None
-        batch, tokens = text.shape[:2]
         try:
-            ready = [state.ready(LayerCall(batch, int(heads), tokens, device, *more)) for heads, *more in per_layer]
+            ready = [
+                state.ready(LayerCall(batch, int(heads), tokens, device, active, captures, training, padding=padding))
+                for heads, active, captures, training in per_layer
+            ]
         except ValueError:
             # Video models multiply the batch inside: what does not fit here may fit there. If not, the layer says so.
             return

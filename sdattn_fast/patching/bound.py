@@ -15,6 +15,7 @@ from ..execute import BoundCall, Prepared
 from ..folded_layer import FoldedText, call_folded
 from ..streams import capturing, current_stream
 from .layers import Layer
+from .map_sums import Grid
 from .text_cache import KeyValue, Served, Weights
 from .text_state import Ready
 
@@ -47,7 +48,7 @@ class Moment:
     grid: tuple[int, int] | None
 
     @classmethod
-    def of(cls, layer: Layer, attn: Any, x: Tensor, grid: tuple[int, int] | None) -> Moment | None:
+    def of(cls, layer: Layer, attn: Any, x: Tensor, grid: Grid | None) -> Moment | None:
         """Of now; None where a call is one of a kind. x: (B, M, C)."""
         text = layer.text
         if torch.is_grad_enabled() or layer.bias is not None or layer.asks is not None or not text.settings.text_cache:
@@ -56,7 +57,8 @@ class Moment:
             return None
         # The stream, since what another one made is waited for (`MadeOn`).
         state = text.step, attn.training, layer.captures, layer.heads, attn.scale_qk, current_stream(x.device)
-        return cls(text.cache, state, _like(x), layer.grid_of(x.shape[1]) if grid is None else grid)
+        grid = layer.grid_of(x.shape[1]) if grid is None else grid
+        return None if grid is not None and len(grid) == 3 else cls(text.cache, state, _like(x), grid)
 
     def __eq__(self, other: object) -> bool:
         return (

@@ -12,13 +12,13 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import Tensor
 
-from .forwards import Forward, forward_inputs
+from .forwards import Forward
 from .map_sums import MapSums
 from .prompt_memory import Encoded
 from .prompt_rows import Guidance
@@ -52,13 +52,13 @@ class Call:
         self.schedule: Any = None  # the scheduler's timesteps at the first step
         self.encoder: weakref.ref[Any] | None = None  # the pipeline, or copy, that encoded a loop's prompts
 
-    def keep_forward(self, args: Sequence[Any], kwargs: Mapping[str, Any], output: Any, text: TextState) -> None:
-        """The UNet ran for this call."""
+    def keep_forward(self, inputs: Mapping[str, Any], output: Any, text: TextState) -> None:
+        """The UNet ran for this call. inputs: by name."""
         prediction = output[0] if isinstance(output, tuple) else getattr(output, "sample", None)
         if isinstance(prediction, Tensor):
             said = {name: getattr(self.pipe, name, None) for name in _SAID_OF_GUIDANCE}
             rows = text.rows_told(len(prediction))
-            self.forwards.append(Forward(forward_inputs(args, kwargs), prediction.detach(), rows, said))
+            self.forwards.append(Forward(inputs, prediction.detach(), rows, said))
 
     def end_of_picture(self) -> None:
         """What callbacks left for the next step goes: there is none."""

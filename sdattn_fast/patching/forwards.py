@@ -9,11 +9,9 @@ from typing import Any
 from torch import Tensor
 
 from ..streams import take_entries
-from .text_state import Rows
+from .text_rows import Rows
 
-__all__ = ["Forward", "entries_of", "forward_inputs", "of_entries"]
-
-_NAMES = ("sample", "timestep", "encoder_hidden_states")
+__all__ = ["Forward", "entries_of", "of_entries"]
 
 
 @dataclass(frozen=True)
@@ -62,11 +60,6 @@ def of_entries(bias: Tensor, rows: Rows | None) -> Tensor | None:
     for i, entry in enumerate(entries):
         whole[entry] = bias[i % len(bias)]
     return whole
-
-
-def forward_inputs(args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """A UNet's arguments by name."""
-    return {**dict(zip(_NAMES, args, strict=False)), **kwargs}
 
 
 def entries_of(x: Any, batch: int, entries: Sequence[int]) -> Any:

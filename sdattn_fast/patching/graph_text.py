@@ -24,11 +24,13 @@ from torch import Tensor
 from ..execute import Prepared
 from ..places import Place
 from .fold import fold_text
-from .keys_values import key_value, modules_of_text
+from .keys_values import modules_of_text
 from .layers import Layer
+from .projections import key_value
 from .rewrite import difference, rewrite, rewrite_tensors
 from .text_cache import KeyValue, Served, TextCache, Weights
-from .text_state import LayerCall, Rows
+from .text_rows import Rows
+from .text_state import LayerCall
 
 __all__ = ["GraphText"]
 

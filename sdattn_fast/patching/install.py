@@ -8,10 +8,12 @@ from typing import Any
 
 from torch import nn
 
-from .before_forward import PatchedModel
-from .known_processors import why_foreign
+from .attention_kinds import attention_kinds
+from .known_processors import norms_across_heads, why_foreign
 from .layers import LAYER, Layer, cross_attention_layers, heads_of_layers, select_layers
+from .model_kinds import denoisers, kind_of
 from .patch import Patch
+from .patched_model import PatchedModel
 from .settings import Heads, Settings
 from .text_state import TextState
 from .token_inputs import TokenInputs
@@ -38,8 +40,8 @@ def install(
     found = [(name, attn) for prefix, model, _ in models for name, attn in cross_attention_layers(model, prefix)]
     if not found:
         warnings.warn(
-            f"sdattn_fast.apply: {type(pipe_or_unet).__name__} has no cross-attention layer to serve (added-KV layers "
-            "are left alone); nothing is patched",
+            f"sdattn_fast.apply: {_names_of(models)} has no cross-attention layer to serve{_what_else(models)}; "
+            "nothing is patched",
             UserWarning,
             stacklevel=3,
         )
@@ -63,9 +65,9 @@ def install(
     heads_of = heads_of_layers(heads, chosen)
     patched = []
     for prefix, model, outer in models:
-        text = TextState(settings, given)
+        text = TextState(settings, given, kind_of(model).reads_own_text)
         mine = [
-            Layer(name, attn, text, heads_of[name])
+            Layer(name, attn, text, heads_of[name], norms_across_heads(attn))
             for name, attn in cross_attention_layers(model, prefix)
             if name in wanted
         ]
@@ -80,6 +82,15 @@ def install(
     patch = Patch(settings, given, patched, [layer for model in patched for layer in model.layers], pipe, layers_kept)
     patch._install()
     return patch
+
+
+def _names_of(models: Sequence[tuple[str, nn.Module, nn.Module]]) -> str:
+    return " and ".join(dict.fromkeys(type(model).__name__ for _, model, _ in models))
+
+
+def _what_else(models: Sequence[tuple[str, nn.Module, nn.Module]]) -> str:
+    kinds = [str(kind) for _, model, _ in models for kind in attention_kinds(model)]
+    return f" ({'; '.join(kinds)})" if kinds else ""
 
 
 def _say_what_is_foreign(model: str, foreign: dict[str, str], nothing_left: bool) -> None:
@@ -114,11 +125,13 @@ def _models(pipe_or_unet: Any) -> tuple[list[tuple[str, nn.Module, nn.Module]], 
     pipeline, None where a UNet was given."""
     if isinstance(pipe_or_unet, nn.Module):
         return [("", _unwrapped(pipe_or_unet), _as_called(pipe_or_unet))], None
-    unet = getattr(pipe_or_unet, "unet", None)
-    if not isinstance(unet, nn.Module):
+    named = denoisers(pipe_or_unet)
+    if not named:
         kind = type(pipe_or_unet).__name__
-        raise TypeError(f"pipe_or_unet: expected a diffusers pipeline with a unet, or a UNet, got {kind}")
-    found = [("", unet)]
+        raise TypeError(
+            f"pipe_or_unet: expected a diffusers pipeline with a unet or a transformer, or one of these, got {kind}"
+        )
+    found = [(f"{name}." if i else "", model) for i, (name, model) in enumerate(named.items())]
     controlnet = getattr(pipe_or_unet, "controlnet", None)
     if isinstance(controlnet, nn.Module):
         nets = getattr(_unwrapped(controlnet), "nets", None)

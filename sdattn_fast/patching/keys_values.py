@@ -1,4 +1,4 @@
-"""A layer's keys and values of the text, as diffusers makes them, and kept where they may be."""
+"""A layer's keys and values of the text, kept where they may be."""
 
 from __future__ import annotations
 
@@ -9,23 +9,11 @@ from torch import Tensor
 
 from ..streams import capturing
 from .known_modules import unknown_class
+from .projections import key_value
 from .text_cache import KeyValue, Weights, why_unread
 from .text_state import TextState
 
-__all__ = ["key_value", "kept_key_value", "modules_of_text"]
-
-
-def key_value(attn: Any, text: Tensor, cross: bool = True) -> tuple[Tensor, Tensor]:
-    """(B, H, N, D) each, of text (B, N, E); cross: the text is no layer's own input.
-
-    The projections are called, never read: PEFT puts modules of its own in their places.
-    """
-    if cross and attn.norm_cross:
-        text = attn.norm_encoder_hidden_states(text)
-    key, value = attn.to_k(text), attn.to_v(text)
-    key = key.view(text.shape[0], -1, attn.heads, key.shape[-1] // attn.heads).transpose(1, 2)
-    value = value.view(text.shape[0], -1, attn.heads, value.shape[-1] // attn.heads).transpose(1, 2)
-    return key if attn.norm_k is None else attn.norm_k(key), value
+__all__ = ["kept_key_value", "modules_of_text"]
 
 
 def modules_of_text(attn: Any) -> tuple[Any, ...]:
@@ -42,7 +30,7 @@ def kept_key_value(text: TextState, attn: Any, states: Tensor, first_look: bool 
     first_look: no hook has looked at the text before this forward. Raises: ValueError where fold="always" cannot be
     served, because a projection's class is not known.
     """
-    if not text.settings.text_cache or (first_look and capturing(states.device)):
+    if not text.settings.text_cache or not text.reads_own_text or (first_look and capturing(states.device)):
         return None
     if first_look and text.cached.look(states) is None:
         return None

@@ -1,7 +1,7 @@
 """Attention processors whose arithmetic ours reproduces, told by their exact class.
 
-Any other may do what ours does not: turn queries by their positions (HunyuanDiT), normalise across heads (Sana), have
-weights of its own (Custom Diffusion). Such a layer is left alone; a subclass is another class, whatever it is called.
+Any other may do what ours does not: repeat its keys for several heads (Stable Audio), have weights of its own (Custom
+Diffusion). Such a layer is left alone; a subclass is another class, whatever it is called.
 
 Source: docs/design.md, "Facts about diffusers".
 """
@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-__all__ = ["is_ip_adapter", "why_foreign"]
+__all__ = ["is_ip_adapter", "norms_across_heads", "own_class", "why_foreign"]
 
 # By name, since `import sdattn_fast` needs torch alone.
 _DIFFUSERS = "diffusers.models.attention_processor"
@@ -27,8 +27,21 @@ _IP_ADAPTERS = frozenset(
 )
 _OURS = frozenset({("sdattn_fast.patching.processor", "SemanticAttnProcessor")})
 _FUSED = (_DIFFUSERS, "FusedAttnProcessor2_0")
-# These scale by the heads' width, and apply norm_q and norm_k.
-_BY_WIDTH = frozenset({(_DIFFUSERS, "AttnProcessor2_0"), _FUSED})
+# Applies norm_q and norm_k before the split into heads, and nothing of what Attention may have around the products.
+_SANA = ("diffusers.models.transformers.sana_transformer", "SanaAttnProcessor2_0")
+# Of layers that are no Attention.
+_TRANSFORMERS = "diffusers.models.transformers.transformer_"
+_OWN = {
+    (f"{_TRANSFORMERS}wan", "WanAttnProcessor"): "wan",
+    (f"{_TRANSFORMERS}chronoedit", "WanAttnProcessor"): "wan",
+    (f"{_TRANSFORMERS}skyreels_v2", "SkyReelsV2AttnProcessor"): "wan",
+    ("sdattn_fast.patching.own_attention", "SemanticWanAttnProcessor"): "wan",
+    (f"{_TRANSFORMERS}ltx", "LTXVideoAttnProcessor"): "ltx",
+    ("sdattn_fast.patching.own_attention", "SemanticLTXAttnProcessor"): "ltx",
+}
+# These scale by the heads' width, and apply norm_q and norm_k. HunyuanDiT's turns queries by the rotary embedding that
+# it is called with, as ours does.
+_BY_WIDTH = frozenset({(_DIFFUSERS, "AttnProcessor2_0"), (_DIFFUSERS, "HunyuanAttnProcessor2_0"), _FUSED, _SANA})
 # These scale by `attn.scale`, and pass norm_q and norm_k by.
 _BY_SCALE = frozenset(
     {(_DIFFUSERS, "AttnProcessor"), (_DIFFUSERS, "SlicedAttnProcessor"), (_DIFFUSERS, "XFormersAttnProcessor")}
@@ -40,12 +53,24 @@ def is_ip_adapter(processor: Any) -> bool:
     return _kind(processor) in _IP_ADAPTERS
 
 
+def own_class(attn: Any) -> str | None:
+    """ "wan" or "ltx": a layer is no `Attention` but of a model's own class, whose arithmetic ours knows; else None."""
+    return _OWN.get(_kind(attn.processor))
+
+
+def norms_across_heads(attn: Any) -> bool:
+    """Whether a layer's processor applies norm_q and norm_k before the split into heads."""
+    return _kind(attn.processor) == _SANA or own_class(attn) is not None
+
+
 def why_foreign(attn: Any) -> str | None:
     """Why ours would not compute what a layer's processor does: its class, and what of the layer; None: it would."""
     kind = _kind(attn.processor)
     name = ".".join(kind)
     if kind in _OURS:
         return None
+    if kind in _OWN:
+        return f"{name}, with fused projections" if getattr(attn, "fused_projections", False) else None
     if kind not in _BY_WIDTH | _BY_SCALE | _IP_ADAPTERS:
         return name
     if kind not in _BY_WIDTH and (attn.norm_q is not None or attn.norm_k is not None):
@@ -55,6 +80,9 @@ def why_foreign(attn: Any) -> str | None:
     ours = (attn.inner_dim // attn.heads) ** -0.5 if attn.scale_qk else 1.0
     if kind not in _BY_WIDTH and not math.isclose(attn.scale, ours, rel_tol=1e-6):
         return f"{name}, with a scale of {attn.scale:g} where the layer's width says {ours:g}"
+    around = attn.spatial_norm, attn.group_norm, attn.norm_cross or None
+    if kind == _SANA and (attn.residual_connection or any(one is not None for one in around)):
+        return f"{name}, which leaves out the layer's residual connection or its norms"
     if kind == _FUSED and not _is_fused_of_its_parts(attn):
         return f"{name}, whose to_kv is not made of the layer's to_k and to_v"
     return None

@@ -4,8 +4,8 @@ A layer is served where its keys are the text: a diffusers `Attention` built wit
 key and value projections (DeepFloyd, Kandinsky). The module says so; its name does not (with only_cross_attention,
 attn1 reads the text too).
 
-Height and width are not passed to a processor, so they are those of the enclosing Transformer2DModel's input, and never
-a square root.
+Height and width are not passed to a processor, so they are those of the input of the enclosing Transformer2DModel, or
+of a transformer in its patches, and never a square root.
 
 Source: docs/design.md, "Facts about diffusers".
 """
@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,9 @@ from torch import Tensor, nn
 from ..arguments import checked_heads
 from ..backend.call import Relevance
 from ..streams import to_device
+from .known_processors import own_class
+from .map_sums import Grid, LayerMaps
+from .model_kinds import argument_names, kind_of
 from .text_state import TextState
 
 if TYPE_CHECKING:
@@ -43,11 +47,13 @@ _SPATIAL_BLOCKS = ("Transformer2DModel", "KAttentionBlock")
 class Layer:
     """One served layer of a patch.
 
-    heads: the active ones, None for all. grid: (height, width) of the forward in progress. seed: (1,) int64, layer and
+    heads: the active ones, None for all. grid: (height, width) of the forward in progress, of videos (frames, height,
+    width). seed: (1,) int64, layer and
     timestep mixed in. captures: whether it keeps maps in this step. captured: maps (B, T, M) or (B, H, T, M), which
     entries are active ((B,) bool on the CPU, None for all), the grid. bias: (B or 1, 1, M, N), added to the logits.
     asks: tokens (T,) int32 and heads (H,) uint8 or None, whose relevance the backward pass is to add up; sink:
     (B, T, M), whose gradient it will be. compiled: what a graph of torch.compile reads of the text; None outside one.
+    across_heads: norm_q and norm_k act before the split into heads.
 
     A forward has a Layer of its own where threads run at once: `of_thread`, of one of the `states`, at the same index.
     """
@@ -56,10 +62,11 @@ class Layer:
     attn: Any
     text: TextState
     heads: tuple[int, ...] | None = None
-    grid: tuple[int, int] | None = None
+    across_heads: bool = False
+    grid: Grid | None = None
     seed: Tensor | None = None
     captures: bool = False
-    captured: tuple[Tensor, Tensor | None, tuple[int, int] | None] | None = None
+    captured: LayerMaps | None = None
     bias: Tensor | None = None
     asks: tuple[Tensor, Tensor | None] | None = None
     sink: Tensor | None = None
@@ -76,11 +83,11 @@ class Layer:
         """The layer as this thread's forward sees it."""
         return self if self.states is None else self.states.current.layers[self.index]
 
-    def grid_of(self, pixels: int) -> tuple[int, int] | None:
+    def grid_of(self, pixels: int) -> Grid | None:
         """The grid, if it has so many pixels: blocks without a grid of their own say nothing, and one left from
         elsewhere must not be taken for theirs."""
         grid = self.grid
-        return grid if grid is not None and grid[0] * grid[1] == pixels else None
+        return grid if grid is not None and math.prod(grid) == pixels else None
 
     def relevance(self, batch: int, pixels: int, device: torch.device) -> Relevance | None:
         """What a forward is to hand on to the backward pass; its sink takes no memory before that."""
@@ -92,20 +99,23 @@ class Layer:
 
 
 def is_served(attn: Any) -> bool:
-    """Whether a module's keys and values are the text's and nothing else's."""
-    return (
+    """Whether a module's keys and values are the text's and nothing else's, or are told from an image's; as far as it
+    says so itself."""
+    of_diffusers = (
         getattr(attn, "is_cross_attention", False) is True
         and hasattr(attn, "set_processor")
         and getattr(attn, "added_kv_proj_dim", None) is None
         and getattr(attn, "to_k", None) is not None
         and getattr(attn, "inner_kv_dim", None) == getattr(attn, "inner_dim", 0)
     )
+    return of_diffusers or (getattr(attn, "is_cross_attention", False) is True and own_class(attn) is not None)
 
 
 def cross_attention_layers(model: nn.Module, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """(name, Attention) of every served layer, names as in `model.named_modules()`."""
+    says = kind_of(model).text_layers
     for name, module in model.named_modules():
-        if is_served(module):
+        if is_served(module) or (says and name.endswith(says) and own_class(module) is not None):
             yield prefix + name, module
 
 
@@ -148,7 +158,7 @@ def watch_grids(model: nn.Module, layers: Sequence[Layer]) -> list[Any]:
     handles = []
     mine = {id(layer.attn): layer for layer in layers}
     for block in model.modules():
-        if type(block).__name__ not in _SPATIAL_BLOCKS:
+        if type(block).__name__ not in _SPATIAL_BLOCKS and not kind_of(block).grid:
             continue
         inside = [mine[id(m)] for m in block.modules() if id(m) in mine]
         if inside:
@@ -178,14 +188,26 @@ class _GridHook:
 
     def __call__(self, block: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
         # Without kwargs where another thread has just taken the hook off.
-        x = args[0] if args else (kwargs or {}).get("hidden_states")
-        if x is None or x.dim() != 4:
-            return
-        height, width = x.shape[2], x.shape[3]
-        if getattr(block, "is_input_patches", False):
-            height, width = height // block.patch_size, width // block.patch_size
-        for layer in self.layers:
-            layer.of_thread().grid = (height, width)
+        grid = _grid_of(block, {**dict(zip(argument_names(block), args, strict=False)), **(kwargs or {})})
+        if grid is not None:
+            for layer in self.layers:
+                layer.of_thread().grid = grid
+
+
+def _grid_of(block: Any, inputs: Mapping[str, Any]) -> Any:
+    """Of a block that is called with these. None: it is not said there."""
+    kind, x = kind_of(block), inputs.get("hidden_states")
+    if kind.grid == "arguments":
+        grid = tuple(inputs.get(name) for name in ("num_frames", "height", "width"))
+        return None if None in grid else grid
+    if x is None or x.dim() not in (4, 5):
+        return None
+    grid = tuple(x.shape[2:])
+    if getattr(block, "is_input_patches", False) or kind.grid == "patches":
+        sides = block.config.patch_size
+        sides = (1,) * (len(grid) - 2) + (sides,) * 2 if isinstance(sides, int) else sides
+        grid = tuple(length // side for length, side in zip(grid, sides, strict=True))
+    return grid
 
 
 def _matching(argument: str, pattern: str, names: Sequence[str]) -> list[str]:

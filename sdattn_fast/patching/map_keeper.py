@@ -81,9 +81,10 @@ class MapKeeper:
     def read(self, call: Call, names: Iterable[str], tokenizer: Any) -> Maps:
         """A call's, so far."""
         found = call.maps.read(names, mean=self.capture.steps != "latest")
-        count = max((maps.shape[-3] for maps in found.values()), default=0)
+        by_head = self.capture.reduce == "none"
+        count = max((maps.shape[2 if by_head else 1] for maps in found.values()), default=0)
         tokens = tuple(range(count)) if self.capture.tokens is None else self.capture.tokens
-        return Maps(found, tokens, call.maps.size, tokenizer)
+        return Maps(found, tokens, call.maps.size, tokenizer, by_head)
 
     def _layers(self, call: Call, model: nn.Module, layers: Sequence[Layer], x: Any) -> set[str]:
         size = call.maps.size

@@ -8,10 +8,11 @@ from torch import Tensor
 
 from ..streams import take_entries
 
-__all__ = ["LayerMaps", "MapSums"]
+__all__ = ["Grid", "LayerMaps", "MapSums"]
 
-# maps (B, T, M) or (B, H, T, M), which entries they are of ((B,) bool on the CPU, None for all), (height, width).
-LayerMaps = tuple[Tensor, Tensor | None, tuple[int, int] | None]
+Grid = tuple[int, int] | tuple[int, int, int]  # (height, width), of videos (frames, height, width)
+# maps (B, T, M) or (B, H, T, M), which entries they are of ((B,) bool on the CPU, None for all), their grid.
+LayerMaps = tuple[Tensor, Tensor | None, Grid | None]
 
 
 class MapSums:

@@ -24,7 +24,8 @@ class Maps(Mapping[str, Tensor]):
     """Attention maps by layer, a mapping: what `Patch.maps` and `guidance.gradcam` give.
 
     The values are (B, T, height, width) float32 tensors, or (B, H, T, height, width) for ``Capture(reduce="none")``. B
-    counts the active entries: the prompts, without the unconditional entries.
+    counts the active entries: the prompts, without the unconditional entries. Of a video there are frames before height
+    and width, here and in all that is made of these maps.
 
     Attributes:
         tokens: The T indices of the tokens whose maps these are.
@@ -43,12 +44,14 @@ class Maps(Mapping[str, Tensor]):
     """
 
     def __init__(
-        self, by_layer: Mapping[str, Tensor], tokens: Sequence[int], size: tuple[int, int] | None, tokenizer: Any = None
-    ) -> None:
+        self, by_layer: Mapping[str, Tensor], tokens: Sequence[int], size: tuple[int, int] | None,
+        tokenizer: Any = None, by_head: bool = False,
+    ) -> None:  # fmt: skip
         self._by_layer = dict(by_layer)
         self.tokens = tuple(tokens)
         self.size = size
         self._tokenizer = tokenizer
+        self._by_head = by_head
 
     def __getitem__(self, layer: str) -> Tensor:
         return self._by_layer[layer]
@@ -78,7 +81,7 @@ class Maps(Mapping[str, Tensor]):
         size = self._checked(size)
         total: Tensor | float = 0.0
         for maps in self._by_layer.values():
-            total = total + F.interpolate(maps, size=size, mode="bicubic", align_corners=False)
+            total = total + _resized(maps, size)
         assert isinstance(total, Tensor)
         return total / len(self._by_layer)
 
@@ -163,7 +166,7 @@ class Maps(Mapping[str, Tensor]):
     def _checked(self, size: tuple[int, int] | None) -> tuple[int, int]:
         if not self._by_layer:
             raise ValueError("maps: nothing is captured yet; run the pipeline first")
-        if any(maps.dim() != 4 for maps in self._by_layer.values()):
+        if self._by_head:
             raise ValueError("maps: heads were kept apart; capture with Capture(reduce='mean')")
         size = self.size if size is None else size
         if size is None:
@@ -202,12 +205,7 @@ class WordMaps(ByWord[Tensor]):
             ValueError: If a size is below 1.
         """
         size = checked_size(size)
-        return WordMaps(
-            {
-                word: F.interpolate(x[:, None], size=size, mode="bicubic", align_corners=False)[:, 0]
-                for word, x in self.items()
-            }
-        )
+        return WordMaps({word: _resized(x, size) for word, x in self.items()})
 
     def overlay(self, image: Any, alpha: float = 0.6) -> ByWord[Any]:
         """Each word's map over the picture, blue where it is lowest and red where it is highest.
@@ -236,14 +234,14 @@ class WordMaps(ByWord[Tensor]):
         for one in images:
             if not isinstance(one, Image.Image):
                 raise TypeError(f"image: expected a PIL image or a list of them, got {type(one).__name__}")
-        count = len(next(iter(self.values()))) if self else 0
+        count = next(iter(self.values())).shape[:-2].numel() if self else 0
         if len(images) != count:
-            raise ValueError(f"image: expected {count} images, one for each entry, got {len(images)}")
+            raise ValueError(f"image: expected {count} images, one for each entry or frame, got {len(images)}")
         shown: dict[str, Any] = {}
         for word, maps in self.items():
             pictures = []
-            for one, heat in zip(images, maps.detach().float().cpu(), strict=True):
-                heat = F.interpolate(heat[None, None], size=one.size[::-1], mode="bicubic", align_corners=False)[0, 0]
+            for one, heat in zip(images, maps.detach().float().cpu().flatten(0, -3), strict=True):
+                heat = _resized(heat[None], one.size[::-1])[0]
                 heat = (heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)
                 colours = Image.fromarray((colormaps["turbo"](heat.numpy())[..., :3] * 255).astype(np.uint8))
                 pictures.append(Image.blend(one.convert("RGB"), colours, float(alpha)))
@@ -260,6 +258,12 @@ class WordMaps(ByWord[Tensor]):
             ImportError: If safetensors is missing.
         """
         _save(self, path, {})
+
+
+def _resized(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """(..., height, width) at another size, bicubically."""
+    flat = maps.reshape(len(maps), -1, *maps.shape[-2:])
+    return F.interpolate(flat, size=size, mode="bicubic", align_corners=False).view(*maps.shape[:-2], *size)
 
 
 def checked_size(size: Any) -> tuple[int, int]:

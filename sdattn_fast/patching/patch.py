@@ -10,12 +10,13 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from .before_forward import PatchedModel, before_forward, rows_of
+from .before_forward import before_forward, rows_of
 from .call import Call, Calls
 from .graph_text import GraphText
 from .layers import Layer, watch_grids
 from .map_keeper import MapKeeper, key_layers
 from .maps import Maps
+from .patched_model import PatchedModel
 from .placed_processors import PlacedProcessors
 from .prompt_memory import PromptMemory
 from .settings import Settings
@@ -101,8 +102,13 @@ class Patch:
 
     @property
     def unet(self) -> nn.Module | None:
-        """The patched UNet as it is called, such as a compiled one. None: nothing is patched."""
+        """The patched UNet or transformer as it is called, such as a compiled one. None: nothing is patched."""
         return self._models[0].outer if self._models else None
+
+    def check_guided(self) -> None:
+        """Raises: ValueError of a model that guidance does not know how to call."""
+        for model in self._models[:1]:
+            model.check_guided()
 
     @property
     def pipe(self) -> Any:
@@ -265,7 +271,11 @@ class Patch:
             yield kept.enter_context(self._calls.aside())
 
     def keep_forwards(self) -> Callable[[], None]:
-        """Keep the UNet's forwards of each step, in `Call.forwards`, until the function that this gives is called."""
+        """Keep the UNet's forwards of each step, in `Call.forwards`, until the function that this gives is called.
+
+        Raises: ValueError of a model that guidance does not know how to call.
+        """
+        self.check_guided()
         self._wants_forwards += 1
         stopped: list[bool] = []
 
@@ -346,11 +356,8 @@ class Patch:
                 self._calls.encoded(encoded, pipe)
 
     def _serves(self, pipe: Any) -> bool:
-        """Whether the pipeline's UNet is the patched one."""
-        unet = getattr(pipe, "unet", None)
-        if not self._models or not isinstance(unet, nn.Module):
-            return False
-        return unet is self._models[0].outer or any(m is self._models[0].module for m in unet.modules())
+        """Whether the pipeline's UNet or transformer is the patched one."""
+        return bool(self._models) and self._models[0].draws_for(pipe)
 
     def _scheduler(self) -> Any:
         return getattr(self._pipe, "scheduler", None)

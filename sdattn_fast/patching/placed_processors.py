@@ -6,8 +6,9 @@ import warnings
 from collections.abc import Sequence
 
 from .ip_adapter import ip_adapter_processor, is_ip_adapter
-from .known_processors import why_foreign
+from .known_processors import own_class, why_foreign
 from .layers import LAYER, Layer
+from .own_attention import OwnAttnProcessor, SemanticLTXAttnProcessor, SemanticWanAttnProcessor
 from .processor import SemanticAttnProcessor
 from .settings import Settings
 
@@ -30,6 +31,8 @@ class PlacedProcessors:
         layer.original = layer.attn.processor
         if is_ip_adapter(layer.original):
             layer.placed = ip_adapter_processor(self._processor, layer.original)
+        elif (own := own_class(layer.attn)) is not None:
+            layer.placed = _OF_OWN_CLASS[own](self._processor, layer.original)
         else:
             layer.placed = self._processor
             self._processor.in_place_of = layer.original
@@ -67,3 +70,6 @@ class PlacedProcessors:
                 UserWarning,
                 stacklevel=2,
             )
+
+
+_OF_OWN_CLASS: dict[str, type[OwnAttnProcessor]] = {"wan": SemanticWanAttnProcessor, "ltx": SemanticLTXAttnProcessor}

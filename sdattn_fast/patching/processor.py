@@ -12,23 +12,15 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..arguments import checked_heads
-from ..backend import KernelRefused
-from ..folded_layer import FoldedText, call_folded, may_sum_heads
-from ..graphs import in_graph
 from ..program import Capture, Program
-from ..streams import capturing
-from .bound import Moment, bind
-from .fold import choose_fold, fold_refusal, fold_text, shape_of
-from .keys_values import kept_key_value, key_value
-from .layers import LAYER, Layer, is_served
+from .cross_attention import cross_attention
+from .layers import LAYER, is_served
+from .projections import AddImage, key_value, project_out, query_of, rotated
 from .settings import DropoutWhen, Heads, Settings
-from .text_cache import KeyValue, Served
-from .text_state import LayerCall, TextState
+from .text_state import TextState
 from .token_inputs import TokenInputs
 
 __all__ = ["SemanticAttnProcessor", "attention_layer", "same"]
@@ -117,6 +109,7 @@ class SemanticAttnProcessor:
         attention_mask: Tensor | None = None,
         temb: Tensor | None = None,
         *args: Any,
+        image_rotary_emb: Any = None,
         **kwargs: Any,
     ) -> Tensor:
         """Attention, as diffusers' `AttnProcessor2_0`, with the program between the two products. Called by
@@ -129,6 +122,8 @@ class SemanticAttnProcessor:
             attention_mask: Added to the logits, as in diffusers.
             temb: For layers with a spatial norm, as in diffusers.
             *args: Ignored, with diffusers' warning.
+            image_rotary_emb: The rotary embedding of the queries, and of self-attention's keys, as in diffusers'
+                `HunyuanAttnProcessor2_0`.
             **kwargs: Ignored.
 
         Returns:
@@ -145,7 +140,9 @@ class SemanticAttnProcessor:
                 "encoder_hidden_states: an IP-Adapter passes a tuple, which its own processor must take; "
                 "use sdattn_fast.apply(pipe, ...), which puts one there"
             )
-        return attention_layer(self, attn, hidden_states, encoder_hidden_states, attention_mask, temb)
+        return attention_layer(
+            self, attn, hidden_states, encoder_hidden_states, attention_mask, temb, rotary=image_rotary_emb
+        )
 
 
 def same(x: Any) -> Any:
@@ -165,8 +162,10 @@ def attention_layer(
     attention_mask: Tensor | None,
     temb: Tensor | None,
     add_image: Callable[[Tensor, Tensor], Tensor] | None = None,
+    rotary: Any = None,
 ) -> Tensor:
-    """The body of a processor. add_image(query, hidden_states), where given, adds an IP-Adapter's part."""
+    """The body of a processor. add_image(query, hidden_states), where there is one, adds an IP-Adapter's part. rotary:
+    the embedding that queries are turned by."""
     residual = hidden_states
     if attn.spatial_norm is not None:
         hidden_states = attn.spatial_norm(hidden_states, temb)
@@ -190,11 +189,11 @@ def attention_layer(
         hidden_states = attn.group_norm(hidden_states.transpose(1, 2)).transpose(1, 2)
 
     if encoder_hidden_states is not None and (getattr(attn, LAYER, None) is not None or is_served(attn)):
-        hidden_states = _cross_attention(
-            self, attn, hidden_states, encoder_hidden_states, attention_mask, grid, add_image
+        hidden_states = cross_attention(
+            self, attn, hidden_states, encoder_hidden_states, attention_mask, grid, add_image, rotary
         )
     else:
-        hidden_states = _plain_attention(attn, hidden_states, encoder_hidden_states, attention_mask, add_image)
+        hidden_states = _plain_attention(attn, hidden_states, encoder_hidden_states, attention_mask, add_image, rotary)
     hidden_states = attn.to_out[1](hidden_states)
 
     if input_ndim == 4:
@@ -206,178 +205,16 @@ def attention_layer(
     return hidden_states if factor == 1.0 else hidden_states / factor
 
 
-AddImage = Callable[[Tensor, Tensor], Tensor] | None
-
-
-def _plain_attention(attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, add_image: AddImage) -> Tensor:
-    """Up to and with `to_out[0]`, as diffusers does it: self-attention, and layers that are not served."""
-    query = _query(attn, x)
-    key, value = key_value(attn, x if text is None else text, cross=text is not None)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
-    return _project_out(attn, out, query, add_image)
-
-
-def _query(attn: Any, x: Tensor) -> Tensor:
-    query = attn.to_q(x)
-    query = query.view(x.shape[0], -1, attn.heads, query.shape[-1] // attn.heads).transpose(1, 2)
-    return query if attn.norm_q is None else attn.norm_q(query)
-
-
-def _project_out(attn: Any, out: Tensor, query: Tensor, add_image: AddImage) -> Tensor:
-    out = out.transpose(1, 2).reshape(out.shape[0], -1, out.shape[1] * out.shape[3])
-    out = out if out.dtype == query.dtype else out.to(query.dtype)
-    return attn.to_out[0](out if add_image is None else add_image(query, out))
-
-
-def _cross_attention(
-    self: Any,
-    attn: Any,
-    x: Tensor,
-    states: Tensor,
-    mask: Tensor | None,
-    grid: tuple[int, int] | None,
-    add_image: AddImage,
+def _plain_attention(
+    attn: Any, x: Tensor, text: Tensor | None, mask: Tensor | None, add_image: AddImage, rotary: Any
 ) -> Tensor:
-    """Up to and with `to_out[0]`: x (B, M, C) attends to the text, states (B, N, E), through the program."""
-    layer: Layer | None = getattr(attn, LAYER, None)
-    if layer is not None and not in_graph():
-        layer = layer.of_thread()
-    query = moment = None
-    if layer is not None and mask is None and not in_graph():
-        moment = Moment.of(layer, attn, x, grid)
-    if layer is not None and moment is not None:
-        again, query = _as_before(attn, layer, moment, x, states, add_image)
-        if again is not None:
-            return again
-    seed: int | Tensor | None
-    heads_count = int(attn.heads)
-    batch, pixels = states.shape[0], x.shape[1]
-    settings: Settings = self.settings
-    if mask is not None and mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, float("-inf"))
-    if layer is None:
-        text, heads, seed = self.text, checked_heads(self.heads, heads_count, " in this layer"), settings.seed
-    else:
-        text, heads, seed = layer.text, layer.heads, layer.seed
-        grid = layer.grid_of(pixels) if grid is None else grid
-    relevance = None
-    if layer is not None:
-        relevance = layer.relevance(batch, pixels, x.device)
-        if layer.bias is not None:
-            of_layer = layer.bias.to(x.device, x.dtype)
-            mask = of_layer if mask is None else mask + of_layer
-    recorded = in_graph()
-    graph = None if layer is None or recorded else layer.text.graph_of_capture(x.device)
-    refine = settings.program.refine
-    if grid is None and refine is not None and refine.sigma > 0:
-        where = "a processor set by hand" if layer is None else f"layer {layer.name!r}"
-        raise ValueError(
-            f"grid: {where} does not know the height and width of its {pixels} pixels, which smoothing "
-            "(Refinement.sigma > 0) needs; sdattn_fast.apply takes them from the enclosing Transformer2DModel"
-        )
-    captures = layer is not None and layer.captures
-    tokens = states.shape[1]
-    if torch.jit.is_tracing():  # sizes are tensors there
-        batch, tokens = int(batch), int(tokens)
-    call = LayerCall(batch, heads_count, tokens, states.device, heads, captures, attn.training)
-    key = entry = folded_value = folded = None
-    if recorded and layer is not None and layer.compiled is not None and layer.compiled.serves(call):
-        compiled = layer.compiled
-        prepared = text.with_gate(compiled.prepared, call)
-        if compiled.text is states:
-            key, value, folded_value = compiled.key, compiled.value, compiled.folded_value
-    else:
-        prepared = text.prepared(call)
-        entry = None if recorded else kept_key_value(text, attn, states, first_look=layer is None)
-    if entry is not None:
-        served = entry.serve(prepared)
-        key, value, folded_value = entry.key, entry.value, served.value_folded
-        folded = None if relevance is not None else _folded(settings, attn, entry, served, x, add_image)
-    elif settings.fold == "always":
-        raise ValueError("fold: 'always' needs text that stands still, and this call's may not be kept")
-    if key is None:
-        key, value = key_value(attn, states)
-    if folded is not None and folded.shared_query:
-        query = None
-    elif query is None:
-        query = _query(attn, x)
-    if folded is not None:
-        out, maps = call_folded(prepared, x if query is None else query, folded, bias=mask, grid=grid, seed=seed)
-    else:
-        assert query is not None
-        # Not attn.scale: a block compiled for layers of several widths would make a symbol of it.
-        scale = None if attn.scale_qk else 1.0
-        out, maps = prepared(
-            query, key, value, bias=mask, scale=scale, grid=grid, seed=seed, folded_value=folded_value,
-            relevance=relevance,
-        )  # fmt: skip
-    if entry is not None and layer is not None and graph is None:
-        entry.bound = None if moment is None else bind(moment, attn, layer, entry, served, query, folded)
-    if maps is not None and layer is not None:
-        layer.captured = (maps, prepared.home.side.active, grid)
-    if folded is None or not folded.summed:
-        out = _project_out(attn, out, x if query is None else query, add_image)
-    if graph is not None and layer is not None:
-        graph.keep(layer, call, entry, maps)
-        return graph.guarded(out, maps)
-    return out
-
-
-def _as_before(
-    attn: Any, layer: Layer, moment: Moment, x: Tensor, states: Tensor, add_image: AddImage
-) -> tuple[Tensor | None, Tensor | None]:
-    """As `_cross_attention`, by the call that an earlier step bound, None where something has moved since; and the
-    query, None if it was not needed so far."""
-    bound = layer.text.cached.bound(attn, states)
-    if bound is None or bound.moment != moment:
-        return None, None
-    folded = bound.folded
-    if folded is not None and add_image is not None:
-        return None, None
-    query = None
-    if folded is None or not folded.shared_query:
-        query = _query(attn, x)
-        if not bound.takes(query):
-            return None, query
-    try:
-        out, maps = bound.call(x if query is None else query, layer.seed)
-    except KernelRefused:
-        return None, query
-    if maps is not None:
-        layer.captured = (maps, bound.call.prepared.home.side.active, moment.grid)
-    if folded is None or not folded.summed:
-        out = _project_out(attn, out, x if query is None else query, add_image)
-    return out, query
-
-
-def _folded(
-    settings: Settings, attn: Any, entry: KeyValue, served: Served, x: Tensor, add_image: AddImage
-) -> FoldedText | None:
-    prepared = served.prepared
-    if settings.fold == "never":
-        return None
-    refusal = "an IP-Adapter adds its part to the heads" if add_image is not None else None
-    if refusal is None and x.dtype != entry.key.dtype:
-        refusal = f"x is {x.dtype} and the keys {entry.key.dtype}"
-    refusal = refusal or fold_refusal(attn, prepared, x)
-    may_out = refusal is None and may_sum_heads(prepared)
-    if settings.fold == "always":
-        if refusal is not None:
-            raise ValueError(f"fold: 'always' cannot be served, because {refusal}")
-        kind = "both" if may_out else "query"
-    elif refusal is None and x.device.type == "cpu":  # nothing was measured on a GPU yet, and nothing is guessed
-        kind = choose_fold(shape_of(attn, entry.key, x, prepared), may_out=may_out)
-    else:
-        return None
-    if kind == "none":
-        return None
-    name = kind if attn.scale_qk else f"{kind}, unscaled"
-    folded = served.folds.get(name)
-    if folded is None:
-        folded = fold_text(attn, kind, entry.key, entry.value, prepared)
-        if not capturing(x.device):  # what is made in a capture is the graph's
-            served.folds[name] = folded
-    return folded
+    """Up to and with `to_out[0]`, as diffusers does it: self-attention, and layers that are not served."""
+    query = query_of(attn, x, rotary=rotary)
+    key, value = key_value(attn, x if text is None else text, cross=text is not None)
+    if rotary is not None and not attn.is_cross_attention:
+        key = rotated(key, rotary)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=attn.scale)
+    return project_out(attn, out, query, add_image)
 
 
 def _say_scale_is_deprecated() -> None:

@@ -21,7 +21,7 @@ from torch import Tensor
 from ..places import Known, looking_is_free
 from .fingerprints import DTYPES, fingerprints, read_dtype
 from .prompt_rows import EncodedRows, Guidance, RowPlace, place_rows
-from .text_state import Rows
+from .text_rows import Rows
 from .token_classes import EncoderListener
 
 __all__ = ["Encoded", "PromptMemory"]
@@ -215,7 +215,9 @@ def _encoded(result: Any, heard: EncoderListener, asked: dict[str, Any]) -> Enco
     prompts, images = _prompts(asked), _images(asked)
     blocks = None
     if isinstance(result, (tuple, list)):
-        positive, negative = [x if isinstance(x, Tensor) else None for x in (*result, None, None)][:2]
+        # Masks (P, N) and pooled embeddings (P, E) may stand among them.
+        texts = [x for x in result if isinstance(x, Tensor) and x.dim() == 3]
+        positive, negative = (*texts, None, None)[:2]
     else:
         # InstructPix2Pix: the prompts, and twice the negative ones.
         positive, negative = (result if isinstance(result, Tensor) else None), None

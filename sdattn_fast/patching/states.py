@@ -117,7 +117,7 @@ class States:
     def _another(self) -> ModelState:
         text = self.base.text.beside()
         layers = [
-            Layer(layer.name, layer.attn, text, layer.heads, states=self, index=layer.index)
+            Layer(layer.name, layer.attn, text, layer.heads, layer.across_heads, states=self, index=layer.index)
             for layer in self.base.layers
         ]
         self.all.append(ModelState(text, layers))

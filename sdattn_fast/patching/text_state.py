@@ -9,8 +9,7 @@ Source: docs/design.md, "The text is constant across steps" and "Where token cla
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -24,43 +23,21 @@ from ..program import Program
 from ..streams import MadeOn, capturing, to_device
 from .settings import Settings
 from .text_cache import TEXTS, TextCache
+from .text_padding import TextPadding
+from .text_rows import Rows
 from .token_inputs import TokenInputs
 
 if TYPE_CHECKING:
     from .graph_text import GraphText
 
-__all__ = ["LayerCall", "Ready", "Rows", "TextState"]
-
-
-@dataclass
-class Rows:
-    """What the pipeline knows of a batch of text.
-
-    prompt: for every batch entry the index of its prompt, -1 for an unconditional entry. prompts: how many there are.
-    protected: (B, N) bool on the CPU; None where the tokens of a prompt are unknown. repeated: which entries are of the
-    same picture as an earlier one.
-    """
-
-    prompt: list[int]
-    prompts: int
-    protected: Tensor | None
-    repeated: Sequence[bool] = ()
-
-    @functools.cached_property
-    def key(self) -> tuple[Any, ...]:
-        """Equal for rows that are alike."""
-        protected = self.protected
-        return (
-            tuple(self.prompt),
-            tuple(self.repeated),
-            None if protected is None else (*protected.shape, protected.numpy().tobytes()),
-        )
+__all__ = ["LayerCall", "Ready", "TextState"]
 
 
 class LayerCall(NamedTuple):
     """What a layer's text is prepared for: keys (batch, num_heads, tokens, D) on a device.
 
     heads: the active ones, None for all. captures: with the settings' capture. training: the layer is in train mode.
+    columns: so many of the tokens, from the first on, the layer is to see; None: all. padding: of the text.
     """
 
     batch: int
@@ -70,17 +47,21 @@ class LayerCall(NamedTuple):
     heads: tuple[int, ...] | None = None
     captures: bool = False
     training: bool = False
+    columns: int | None = None
+    padding: TextPadding | None = None
 
 
 @dataclass
 class TextState:
     """One model's text: the latest batch's rows, and the calls prepared for it. step: of a schedule of dropout.
+    reads_own_text: as `ModelKind` has it.
 
     Everything is worked out on the CPU, where numbers may be looked at, and then sent to the device of the text.
     """
 
     settings: Settings
     given: TokenInputs
+    reads_own_text: bool = True
     rows: Rows | None = None
     step: int | None = None
     call_gate: Tensor | None = None  # of the call that the forward is of, in place of the user's
@@ -94,6 +75,9 @@ class TextState:
     given_up: list[GraphText] = field(default_factory=list)  # graphs may still be replayed, so their memory stays
     graph: GraphText | None = None  # of the capture in progress
     ready_for: tuple[dict[tuple[Any, ...], Ready], Any] | None = None  # a cache, and of what its calls are all there
+    entries: int | None = None  # of a model that repeats each entry's text for its frames, of the forward in progress
+    padding: TextPadding | None = None  # of the forward in progress
+    paddings: tuple[TextPadding, ...] = ()  # the latest ones: with guidance in two forwards they take turns
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what CUDA graphs read: they read the original's."""
@@ -101,7 +85,10 @@ class TextState:
 
     def beside(self) -> TextState:
         """For forwards of another thread: rows and calls are its own, keys, values and graphs are shared."""
-        return TextState(self.settings, self.given, cached=self.cached, graphs=self.graphs, given_up=self.given_up)
+        return TextState(
+            self.settings, self.given, self.reads_own_text,
+            cached=self.cached, graphs=self.graphs, given_up=self.given_up,
+        )  # fmt: skip
 
     def forget(self) -> None:
         """Everything derived from text. CUDA graphs captured so far give NaN from now on."""
@@ -128,6 +115,29 @@ class TextState:
         if call_gate is not self.call_gate:
             self.call_gate = call_gate
             self.forget_prepared()
+
+    def frames(self, entries: int) -> int:
+        """Of a layer's so many entries, how many are frames of one of the model's."""
+        return 1 if self.entries is None else max(1, entries // self.entries)
+
+    def see_padding(self, source: Any, read: Callable[[Any], TextPadding | None] | None) -> None:
+        """A forward begins, whose text's padding is read from this; read: None where it has none."""
+        self.padding = next((one for one in self.paddings if one.is_of(source)), None) if read is not None else None
+        if read is None or self.padding is not None:
+            return
+        with torch.inference_mode(False):
+            self.padding = read(source)
+        if self.padding is not None:
+            self.paddings = (*self.paddings, self.padding)[-TEXTS:]
+
+    def padding_of(self, tokens: int) -> TextPadding | None:
+        """The padding of a layer's text of so many tokens."""
+        return self.padding if self.padding is not None and self.padding.tokens == tokens else None
+
+    def columns(self, padding: TextPadding) -> int:
+        """How many columns of a padded text its layers need."""
+        capture = self.settings.capture
+        return padding.columns(() if capture is None or capture.tokens is None else capture.tokens)
 
     def see(self, rows: Rows | None, number: int | None = None) -> None:
         """A new batch of text; what was prepared stays where its rows are of the same classes as before.
@@ -215,6 +225,7 @@ class TextState:
         entries = self._prompt_of_entries(call.batch)
         whole = self._expand("gate", to_device(gate, call.device), entries, call.batch, call.tokens)
         assert whole is not None
+        whole = whole[..., : call.columns]
         return prepared.with_gate(whole if torch.is_grad_enabled() else whole.detach())
 
     def ready(self, call: LayerCall) -> Ready:
@@ -293,14 +304,22 @@ class TextState:
         protected = self._expand("protected", self.given.protected, prompt, batch, tokens)
         if protected is None and self.rows is not None and self.needs_protected():
             protected = self._found_protected(batch, tokens)
+        if call.padding is not None:
+            protected = call.padding.padding if protected is None else protected | call.padding.padding
+        gate = self._expand("gate", gate, prompt, batch, tokens)
+        phrases = self._expand("phrases", self.given.phrases, prompt, batch, tokens)
+        if call.columns is not None:
+            gate, phrases, protected = (
+                None if x is None else x[..., : call.columns] for x in (gate, phrases, protected)
+            )
         return prepare(
             program,
             batch=batch,
             heads_count=call.num_heads,
-            tokens=tokens,
+            tokens=tokens if call.columns is None else call.columns,
             device=_CPU,
-            gate=self._expand("gate", gate, prompt, batch, tokens),
-            phrases=self._expand("phrases", self.given.phrases, prompt, batch, tokens),
+            gate=gate,
+            phrases=phrases,
             protected=protected,
             active=active,
             heads=call.heads,

@@ -50,8 +50,14 @@ def text_tokens(tokenizer: Any, prompt: str, tokens: int | None = None) -> list[
 
     Raises:
         TypeError: tokens that are no int. ValueError: tokens that make none of these; a tokenizer whose tokens cannot
-            be told apart in the prompt.
+            be told apart in the prompt, or that pads on the left.
     """
+    if getattr(tokenizer, "padding_side", "right") == "left":
+        # Pipelines such as Sana's change it when they encode: where words will lie is not known before.
+        raise ValueError(
+            f"tokenizer: expected one that pads on the right, and {type(tokenizer).__name__} pads on the left, so that "
+            "where words lie depends on the prompt's length; set padding_side = 'right' where the pipeline does"
+        )
     text, origin = _with_vectors(tokenizer, prompt)
     spans: Iterable[Span]
     if getattr(tokenizer, "is_fast", False):

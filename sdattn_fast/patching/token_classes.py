@@ -17,15 +17,16 @@ from ..streams import to_device
 __all__ = ["EncoderListener", "protected_tokens"]
 
 
-def protected_tokens(ids: Tensor, bos: int | None, eos: int | None) -> Tensor:
-    """(P, N) bool: BOS, and everything from the first EOS on, for token ids (P, N)."""
+def protected_tokens(ids: Tensor, bos: int | None, eos: int | None, mask: Tensor | None = None) -> Tensor:
+    """(P, N) bool: BOS, everything from the first EOS on, and what a mask (P, N) leaves out, for token ids (P, N)."""
     protected = torch.zeros_like(ids, dtype=torch.bool)
     if bos is not None:
         protected[:, 0] = ids[:, 0] == bos
     if eos is not None:
         ends = (ids == eos) & ~protected
         protected = protected | (ends.cumsum(-1) > 0)
-    return protected
+    # Gemma's tokenizer ends a prompt with padding alone.
+    return protected if mask is None else protected | (mask.to(ids.device) == 0)
 
 
 class EncoderListener:
@@ -33,7 +34,7 @@ class EncoderListener:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self._ids: dict[str, list[Tensor]] = {}
+        self._ids: dict[str, list[tuple[Tensor, Tensor | None]]] = {}
         self._handles: list[Any] = []
         self._thread = threading.get_ident()
 
@@ -57,7 +58,8 @@ class EncoderListener:
             eos = getattr(tokenizer, "eos_token_id", None)
             if eos is None or turn >= len(texts):
                 return None
-            one = protected_tokens(texts[turn], getattr(tokenizer, "bos_token_id", None), eos)
+            ids, mask = texts[turn]
+            one = protected_tokens(ids, getattr(tokenizer, "bos_token_id", None), eos, mask)
             if protected is not None and protected.shape != one.shape:
                 return None
             protected = one if protected is None else protected & to_device(one, protected.device)
@@ -70,6 +72,8 @@ class EncoderListener:
                 return
             ids = kwargs.get("input_ids", args[0] if args else None)
             if isinstance(ids, Tensor) and ids.dim() == 2:
-                self._ids.setdefault(name, []).append(ids)
+                mask = kwargs.get("attention_mask", args[1] if len(args) > 1 else None)
+                fits = isinstance(mask, Tensor) and mask.shape == ids.shape
+                self._ids.setdefault(name, []).append((ids, mask if fits else None))
 
         return hook

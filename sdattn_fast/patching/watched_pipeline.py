@@ -146,8 +146,8 @@ def _watched_class(cls: type, encode: str | None) -> type:
                 return function(*args, **kwargs)
 
         members["__call__"] = __call__
-    if encode is not None:
-        method = getattr(cls, encode)
+    method = None if encode is None else getattr(cls, encode, None)  # else the instance's own
+    if encode is not None and method is not None:
 
         @functools.wraps(method)
         def encode_prompt(self: Any, *args: Any, **kwargs: Any) -> Any:

@@ -15,8 +15,8 @@ from sdattn_fast.execute import Prepared
 from sdattn_fast.folded_layer import call_folded, may_sum_heads
 from sdattn_fast.functional import prepare
 from sdattn_fast.patching.fold import KINDS, Shape, choose_fold, fold_text, seconds_of
-from sdattn_fast.patching.keys_values import key_value
 from sdattn_fast.patching.processor import _query
+from sdattn_fast.patching.projections import key_value
 
 B, H, D, C, E, N, GRID = 2, 3, 12, 37, 20, 19, (5, 9)
 M = GRID[0] * GRID[1]

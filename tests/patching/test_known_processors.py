@@ -22,35 +22,32 @@ DOWN = "down_blocks.0.attentions.0.transformer_blocks.0.attn2"
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2"
 
 
-def _hunyuan() -> tuple[Any, dict[str, Any]]:
-    from diffusers import HunyuanDiT2DModel
-    from diffusers.models.embeddings import get_2d_rotary_pos_embed
+def _allegro() -> tuple[Any, dict[str, Any]]:
+    from diffusers import AllegroTransformer3DModel
 
-    model = HunyuanDiT2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, patch_size=2, sample_size=8, hidden_size=16,
-        num_layers=2, mlp_ratio=2.0, cross_attention_dim=8, cross_attention_dim_t5=8, pooled_projection_dim=4,
-        text_len=4, text_len_t5=4, activation_fn="gelu-approximate",
+    model = AllegroTransformer3DModel(
+        num_attention_heads=2, attention_head_dim=12, num_layers=2, cross_attention_dim=24, sample_height=8,
+        sample_width=8, sample_frames=2, caption_channels=8,
     )  # fmt: skip
-    rotary = get_2d_rotary_pos_embed(8, ((0, 0), (4, 4)), (4, 4), output_type="pt")
     inputs = {
-        "hidden_states": torch.randn(2, 4, 8, 8), "timestep": torch.tensor([5.0, 5.0]),
-        "encoder_hidden_states": torch.randn(2, 4, 8), "text_embedding_mask": torch.ones(2, 4),
-        "encoder_hidden_states_t5": torch.randn(2, 4, 8), "text_embedding_mask_t5": torch.ones(2, 4),
-        "image_meta_size": torch.ones(2, 6), "style": torch.zeros(2, dtype=torch.long), "image_rotary_emb": rotary,
+        "hidden_states": torch.randn(2, 4, 2, 8, 8), "timestep": torch.tensor([5.0, 5.0]),
+        "encoder_hidden_states": torch.randn(2, 6, 8), "attention_mask": torch.ones(2, 2, 8, 8),
+        "encoder_attention_mask": torch.ones(2, 6), "image_rotary_emb": None,
     }  # fmt: skip
     return model, inputs
 
 
-def _sana() -> tuple[Any, dict[str, Any]]:
-    from diffusers import SanaTransformer2DModel
+def _sana_video() -> tuple[Any, dict[str, Any]]:
+    """Its processor has the name of Sana's, and is another class."""
+    from diffusers import SanaVideoTransformer3DModel
 
-    model = SanaTransformer2DModel(
-        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=4,
-        num_cross_attention_heads=2, cross_attention_head_dim=4, cross_attention_dim=8, caption_channels=8,
-        sample_size=4, qk_norm="rms_norm_across_heads",
+    model = SanaVideoTransformer3DModel(
+        in_channels=4, out_channels=4, num_layers=1, num_attention_heads=2, attention_head_dim=12,
+        num_cross_attention_heads=2, cross_attention_head_dim=12, cross_attention_dim=24, caption_channels=8,
+        sample_size=4,
     )  # fmt: skip
     inputs = {
-        "hidden_states": torch.randn(2, 4, 4, 4), "timestep": torch.tensor([5.0, 5.0]),
+        "hidden_states": torch.randn(2, 4, 2, 4, 4), "timestep": torch.tensor([5.0, 5.0]),
         "encoder_hidden_states": torch.randn(2, 6, 8),
     }  # fmt: skip
     return model, inputs
@@ -58,8 +55,8 @@ def _sana() -> tuple[Any, dict[str, Any]]:
 
 @pytest.mark.parametrize(
     ("make", "kind", "layers"),
-    [(_hunyuan, "HunyuanAttnProcessor2_0", 2), (_sana, "SanaAttnProcessor2_0", 1)],
-    ids=["HunyuanDiT", "Sana"],
+    [(_allegro, "AllegroAttnProcessor2_0", 2), (_sana_video, "SanaAttnProcessor2_0", 1)],
+    ids=["Allegro", "Sana Video"],
 )
 def test_models_of_another_kind_are_left_alone(make: Callable[[], Any], kind: str, layers: int) -> None:
     model, inputs = make()
@@ -186,7 +183,8 @@ def test_every_processor_of_diffusers_is_known_or_left_alone() -> None:
     """What ours stands in for was compared with its source; a class that diffusers adds is none of these."""
     attn = _layer(AttnProcessor2_0())
     attn.fuse_projections()
-    names = ("norm_q", "norm_k", "scale_qk", "scale", "inner_dim", "heads", "to_k", "to_v", "to_kv")
+    names = ("norm_q", "norm_k", "scale_qk", "scale", "inner_dim", "heads", "to_k", "to_v", "to_kv", "norm_cross")
+    names += ("spatial_norm", "group_norm", "residual_connection")
     layer = SimpleNamespace(**{name: getattr(attn, name) for name in names})
     taken = set()
     for name, kind in list(vars(attention_processor).items()):
@@ -195,8 +193,9 @@ def test_every_processor_of_diffusers_is_known_or_left_alone() -> None:
             if why_foreign(layer) is None:
                 taken.add(name)
     assert taken == {
-        "AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "IPAdapterAttnProcessor",
-        "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor", "SlicedAttnProcessor", "XFormersAttnProcessor",
+        "AttnProcessor", "AttnProcessor2_0", "FusedAttnProcessor2_0", "HunyuanAttnProcessor2_0",
+        "IPAdapterAttnProcessor", "IPAdapterAttnProcessor2_0", "IPAdapterXFormersAttnProcessor", "SlicedAttnProcessor",
+        "XFormersAttnProcessor",
     }  # fmt: skip
 
 

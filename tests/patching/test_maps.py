@@ -227,7 +227,7 @@ def test_bad_input(build: Callable[[str], Any], draw: Any, parts: dict[str, Any]
     with pytest.raises(ValueError, match="maps: nothing is captured"):
         Maps({}, (), None).upsample()
     with pytest.raises(ValueError, match="maps: heads were kept apart"):
-        Maps({"x": torch.rand(1, 2, 2, 4, 4)}, (2, 1), None).upsample()
+        Maps({"x": torch.rand(1, 2, 2, 4, 4)}, (2, 1), None, by_head=True).upsample()
     image = Image.new("RGB", (8, 8))
     with pytest.raises(ValueError, match="image: expected 2 images"):
         maps.overlay(image, "a")

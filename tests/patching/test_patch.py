@@ -228,7 +228,9 @@ def test_models_that_are_not_served(build: Callable[[str], Any]) -> None:
         patch = sdattn_fast.apply(torch.nn.Linear(2, 2))
     patch.remove()
     assert "nothing patched" in repr(patch)
-    with pytest.raises(TypeError, match="pipe_or_unet: expected a diffusers pipeline with a unet, or a UNet, got str"):
+    with pytest.raises(
+        TypeError, match=r"pipe_or_unet: expected a diffusers pipeline with a unet or a transformer, .* got str"
+    ):
         sdattn_fast.apply("stable-diffusion")
 
 

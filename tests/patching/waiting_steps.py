@@ -15,6 +15,7 @@ import pytest
 import torch
 from absent_gpu import GPU, switched_on, waits
 from tiny_models import TEXT
+from tiny_transformers import inputs_of, pixart, video_inputs_of, wan
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
@@ -186,6 +187,20 @@ def test_text_in_turn(unet: Any) -> None:
     with sdattn_fast.apply(unet, DROPS, backend="triton"):
         found = by_step(lambda i: [unet(x, times[i], encoder_hidden_states=text) for text in texts])
     assert not any(found), found
+
+
+@pytest.mark.parametrize("make", [pixart, wan])
+@torch.no_grad()
+def test_padding_is_read_once_a_prompt(make: Callable[[], Any]) -> None:
+    """Of two texts that take turns, too, as those of guidance in two forwards."""
+    model = make().to(GPU)
+    of_model = inputs_of if make is pixart else video_inputs_of
+    both = [
+        {name: x.to(GPU) if isinstance(x, torch.Tensor) else x for name, x in of_model(model).items()} for _ in range(2)
+    ]
+    with sdattn_fast.apply(model, DROPS, backend="triton", active=torch.tensor([False, True])):
+        found = by_step(lambda i: [model(**inputs) for inputs in both])
+    assert len(found[0]) == 2 and not any(found[1:]), found
 
 
 @torch.no_grad()
