@@ -41,5 +41,5 @@ export PYTHONPATH=$site:$PWD
 # shellcheck disable=SC2086
 $python -m sdattn_fast.lab.train --world objects --out "$out" --device cuda --bf16 --scenes 60000 --save-every 1000 \
     --detector-steps 4000 --detector-batch 128 --vae-steps 4000 --vae-batch 128 --decoder-steps 3000 \
-    --decoder-batch 128 --unet-steps "$steps" --unet-batch 512 --clip-steps 1500 --clip-batch 512 \
+    --decoder-batch 128 --unet-steps "$steps" --unet-batch 512 --noun-loss 0.1 --clip-steps 1500 --clip-batch 512 \
     --phantom "$share" --omitted "$share" --swapped "$share" ${MORE:-}

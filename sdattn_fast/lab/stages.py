@@ -90,8 +90,7 @@ def train_unet(
         text.set_attn_implementation("eager")
     trained, features, labels = trained_part(parts, "unet"), list[Tensor](), scenes.labels
     if noun_loss:
-        if labels is None:
-            raise ValueError("noun_loss: expected scenes with labels, as those of the world objects are")
+        assert labels is not None
         classes = 1 + int(labels.max())
         trained["nouns"] = nouns = nn.Conv2d(unet.config.block_out_channels[1], classes, 1).to(scenes.device)
         hook = unet.up_blocks[1].register_forward_hook(lambda _module, _inputs, output: features.append(output))

@@ -83,6 +83,10 @@ def train(
         chosen_world = world_of(world, Faults(phantom, omitted, swapped))
     except ValueError as error:
         raise typer.BadParameter(str(error)) from None
+    if not 0.0 <= noun_loss < float("inf") or (noun_loss and world != "objects"):
+        raise typer.BadParameter(
+            f"expected 0, or a number above it with --world objects, got {noun_loss}", param_hint="--noun-loss"
+        )
     if "RANK" in os.environ:
         torch.distributed.init_process_group("gloo")
     out = out or Path(world)

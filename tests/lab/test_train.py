@@ -20,13 +20,16 @@ from transformers import CLIPModel
 from sdattn_fast.lab.loop import Schedule, fit
 from sdattn_fast.lab.objects.detector import PictogramDetector
 from sdattn_fast.lab.objects.world import sample_scene
+from sdattn_fast.lab.stages import noun_shares
 from sdattn_fast.lab.train import train
 
 STEPS = {
     "vae-steps": 1, "decoder-steps": 1, "unet-steps": 2, "clip-steps": 1, "vae-batch": 2, "decoder-batch": 2,
     "unet-batch": 4, "clip-batch": 4, "scenes": 8, "save-every": 1,
 }  # fmt: skip
-OBJECTS = {"world": "objects", "detector-steps": 1, "detector-batch": 2, "phantom": 0.5, **STEPS}
+OBJECTS = {
+    "world": "objects", "detector-steps": 1, "detector-batch": 2, "phantom": 0.5, "noun-loss": 0.1, **STEPS,
+}  # fmt: skip
 
 
 @pytest.fixture
@@ -83,7 +86,27 @@ def test_the_unet_may_be_compiled(tmp_path, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: compiled.append(type(model).__name__) or model)
     for stage in ("vae", "unet"):
         _train_here(tmp_path, {**STEPS, "stage": stage, "compiled": True})
-    assert compiled == ["UNet2DConditionModel", "CLIPTextModel"]
+    assert compiled == ["function", "CLIPTextModel"]
+
+
+def test_the_shares_of_nouns_in_latent_pixels():
+    labels = torch.randint(0, 5, (2, 8, 12), dtype=torch.uint8)
+    shares = noun_shares(labels, torch.Size((2, 5, 2, 3)))
+    one_hot = torch.nn.functional.one_hot(labels.long(), 5).permute(0, 3, 1, 2).float()
+    torch.testing.assert_close(shares, torch.nn.functional.avg_pool2d(one_hot, 4))
+
+
+def test_telling_nouns_begins_in_a_run_that_did_without(tmp_path, capfd):
+    """Its layer starts as it is made, the rest goes on, and the pipeline that is saved has none of it."""
+    for name, options in (("with", {"noun-loss": 0.5}), ("without", {})):
+        _train_here(tmp_path / name, {**OBJECTS, "noun-loss": 0.0})
+        _train_here(tmp_path / name, {**OBJECTS, "noun-loss": 0.0, "stage": "unet", "unet-steps": 4, **options})
+    assert capfd.readouterr().out.count("unet: resumed at step 2") == 2
+    checkpoints = [load_file(tmp_path / name / "checkpoints" / "unet.safetensors") for name in ("with", "without")]
+    assert {key for key in checkpoints[0] if key.startswith("ema/nouns")} == {"ema/nouns.weight", "ema/nouns.bias"}
+    assert not any("nouns" in key for key in checkpoints[1])
+    assert not checkpoints[0]["ema/unet.conv_in.weight"].equal(checkpoints[1]["ema/unet.conv_in.weight"])
+    _can_be_loaded(tmp_path / "with")
 
 
 def test_it_starts_from_a_pipeline(tmp_path, capfd):
@@ -122,6 +145,8 @@ def test_more_steps_go_on(tmp_path, capfd):
         ({"world": "shapes", "phantom": 0.5}, "captions of the world shapes are true"),
         ({"world": "objects", "phantom": 2.0}, "phantom: expected a number in [0, 1], got 2.0"),
         ({"scenes": 0}, "expected at least 1, got 0"),
+        ({"noun_loss": 0.1}, "expected 0, or a number above it with --world objects, got 0.1"),
+        ({"world": "objects", "noun_loss": -0.1}, "expected 0, or a number above it with --world objects, got -0.1"),
         ({"unet_batch": 0}, "expected at least 1, got 0"),
     ],
 )
