@@ -195,6 +195,7 @@ class _ModelHook:
             patch._keeper.end(call, state.text, state.layers)
         if patch._wants_forwards and not call.aside and self.model is patch._models[0]:
             call.keep_forward(self.model.inputs(args, kwargs), output, state.text)
+        state.text.end_forward()
         states.end()
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any], compiled: bool = False) -> None:
@@ -219,6 +220,7 @@ class _ModelHook:
         if text is not None:
             scales = _scales_adapters(args, kwargs)
             model.see_padding(state.text, inputs)
+            state.text.in_forward = True
             state.text.entries = len(text) if model.kind.repeats_text else None
             if capturing(text.device):
                 _check_capture(compiled, scales)

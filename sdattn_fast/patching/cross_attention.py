@@ -24,6 +24,7 @@ from .map_sums import Grid
 from .projections import AddImage, key_value, project_out, query_of
 from .settings import Settings
 from .text_cache import KeyValue, Served
+from .text_padding import TextPadding
 from .text_state import LayerCall
 
 __all__ = ["cross_attention"]
@@ -43,15 +44,15 @@ def cross_attention(
     layer: Layer | None = getattr(attn, LAYER, None)
     if layer is not None and not in_graph():
         layer = layer.of_thread()
-    frames = 1 if layer is None else layer.text.frames(len(states))
+    padding, frames = (None, 1) if layer is None else layer.text.of_layer(states)
     if layer is not None and frames > 1:  # rows of pixels know nothing of each other, so frames are but more of them
         if grid is None and layer.grid is not None and len(layer.grid) == 2:
             layer.grid = (frames, *layer.grid)
         mask = None if mask is None or len(mask) == 1 else mask[::frames]
         rows, states = x.unflatten(0, (-1, frames)).flatten(1, 2), states[::frames].contiguous()
-        of_frames = _of_entries(self, attn, layer, rows, states, mask, None, add_image, rotary)
+        of_frames = _of_entries(self, attn, layer, rows, states, mask, None, add_image, rotary, padding)
         return of_frames.unflatten(1, (frames, -1)).flatten(0, 1)
-    return _of_entries(self, attn, layer, x, states, mask, grid, add_image, rotary)
+    return _of_entries(self, attn, layer, x, states, mask, grid, add_image, rotary, padding)
 
 
 def _of_entries(
@@ -64,6 +65,7 @@ def _of_entries(
     grid: Grid | None,
     add_image: AddImage,
     rotary: Any,
+    padding: TextPadding | None,
 ) -> Tensor:
     """As `cross_attention`, of entries that each have a text of their own."""
     query = moment = None
@@ -86,7 +88,7 @@ def _of_entries(
         text, heads, seed, across_heads = layer.text, layer.heads, layer.seed, layer.across_heads
         grid = layer.grid_of(pixels) if grid is None else grid
     tokens, columns, recorded = states.shape[1], None, in_graph()
-    padding = None if layer is None or recorded else text.padding_of(tokens)
+    padding = None if recorded else padding
     if padding is not None:
         columns = text.columns(padding)
         if columns < tokens:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..streams import Kept, to_device
+from .steps import first_of
 
 __all__ = ["LayerSeeds"]
 
@@ -23,9 +24,9 @@ class LayerSeeds:
         self._keys = {keys.device: Kept(keys)}
 
     def at(self, seed: int, timestep: Any, device: torch.device) -> Tensor:
-        """(layers,) int64 in [0, 2**63), on the device. timestep: a number, or a tensor whose first one counts."""
+        """(layers,) int64 in [0, 2**63), on the device. timestep: a number, or a tensor, of which `first_of` counts."""
         if isinstance(timestep, Tensor):
-            step = timestep.detach().reshape(-1)[:1].to(torch.float32)
+            step = first_of(timestep).to(torch.float32)
         else:
             step = torch.tensor([float(timestep)], dtype=torch.float32)
         # Schedulers with fractional timesteps exist: their bits count, not their floor.

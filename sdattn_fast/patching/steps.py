@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..places import Place, looking_is_free
 
-__all__ = ["Steps", "Timesteps"]
+__all__ = ["Steps", "Timesteps", "first_of"]
 
 _MOST = 65536  # bytes that are read to learn a schedule's timesteps; schedules have 8000 at most
 
@@ -51,7 +51,7 @@ class Timesteps:
             return float(timestep)
         if not timestep.numel():
             return 0.0
-        first = _first(timestep)
+        first = first_of(timestep)
         numbers = None if looking_is_free(timestep.device) else self._schedule(first)
         return float(first) if numbers is None else numbers[first.storage_offset()]
 
@@ -59,7 +59,7 @@ class Timesteps:
         """Whether a timestep is an element of a schedule that rises, as those that invert pictures do."""
         if not isinstance(timestep, Tensor) or not _is_of_schedule(timestep):
             return False
-        numbers = self._schedule(_first(timestep))
+        numbers = self._schedule(first_of(timestep))
         return numbers is not None and numbers[0] < numbers[-1]
 
     def _schedule(self, first: Tensor) -> list[float] | None:
@@ -81,7 +81,7 @@ def _position(timestep: Any) -> Any:
         return float(timestep)
     if not timestep.numel():
         return 0.0
-    first = _first(timestep)
+    first = first_of(timestep)
     # The tensor itself, so that its memory is not given to another while it is compared.
     return first if _is_of_schedule(timestep) else float(first)
 
@@ -103,5 +103,10 @@ def _is_of_schedule(timestep: Tensor) -> bool:
     return one and timestep.untyped_storage().nbytes() > timestep.element_size()
 
 
-def _first(timestep: Tensor) -> Tensor:
-    return timestep.detach().reshape(-1)[:1]
+def first_of(timestep: Tensor) -> Tensor:
+    """(1,): the first entry's. Where each frame or token of it has its own, those of a picture to begin with may stay
+    what they are while others fall, so it is their mean."""
+    first = timestep.detach()
+    if first.dim() > 1 and first[0].numel() > 1 and not _is_of_schedule(timestep):
+        return first[0].to(torch.float32).mean()[None]
+    return first.reshape(-1)[:1]

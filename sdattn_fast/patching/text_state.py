@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..execute import Prepared
 from ..functional import prepare
@@ -75,13 +76,16 @@ class TextState:
     given_up: list[GraphText] = field(default_factory=list)  # graphs may still be replayed, so their memory stays
     graph: GraphText | None = None  # of the capture in progress
     ready_for: tuple[dict[tuple[Any, ...], Ready], Any] | None = None  # a cache, and of what its calls are all there
+    in_forward: bool = False
     entries: int | None = None  # of a model that repeats each entry's text for its frames, of the forward in progress
     padding: TextPadding | None = None  # of the forward in progress
     paddings: tuple[TextPadding, ...] = ()  # the latest ones: with guidance in two forwards they take turns
+    # Of texts that layers read where gradients are on: the padding and entries of the forward.
+    read: Any = field(default_factory=WeakTensorKeyDictionary)
 
     def __getstate__(self) -> dict[str, Any]:
         """Without what CUDA graphs read: they read the original's."""
-        return {**self.__dict__, "graphs": [], "given_up": [], "graph": None}
+        return {**self.__dict__, "graphs": [], "given_up": [], "graph": None, "read": WeakTensorKeyDictionary()}
 
     def beside(self) -> TextState:
         """For forwards of another thread: rows and calls are its own, keys, values and graphs are shared."""
@@ -94,6 +98,7 @@ class TextState:
         """Everything derived from text. CUDA graphs captured so far give NaN from now on."""
         self.forget_prepared()
         self.cached.forget()
+        self.paddings = ()
         for graph in self.graphs:
             graph.give_up()
         self.given_up += self.graphs
@@ -116,9 +121,24 @@ class TextState:
             self.call_gate = call_gate
             self.forget_prepared()
 
-    def frames(self, entries: int) -> int:
-        """Of a layer's so many entries, how many are frames of one of the model's."""
-        return 1 if self.entries is None else max(1, entries // self.entries)
+    def end_forward(self) -> None:
+        """What was known of its text is not of what layers read outside a forward."""
+        self.in_forward, self.padding, self.entries = False, None, None
+
+    def of_layer(self, text: Tensor) -> tuple[TextPadding | None, int]:
+        """Of the text that a layer reads: its padding, and how many of its entries are frames of one of the model's.
+
+        Gradient checkpointing runs a layer again, after the forward and others perhaps: that is told by its text.
+        """
+        padding, entries = self.padding, self.entries
+        if not in_graph():
+            if not self.in_forward:
+                padding, entries = self.read.get(text, (None, None))
+            elif (padding, entries) != (None, None) and torch.is_grad_enabled():
+                self.read[text] = padding, entries
+            if padding is not None and padding.tokens != text.shape[1]:
+                padding = None
+        return padding, 1 if entries is None else max(1, len(text) // entries)
 
     def see_padding(self, source: Any, read: Callable[[Any], TextPadding | None] | None) -> None:
         """A forward begins, whose text's padding is read from this; read: None where it has none."""
@@ -236,10 +256,11 @@ class TextState:
         key = (call, program.dropout)
         ready = self.cache.get(key) if self.settings.text_cache else None
         if ready is None:
-            # What a schedule had for the steps before is not asked for again.
+            # What a schedule had for the steps before is not asked for again, nor is a padding of texts before.
+            paddings = None, call.padding, *self.paddings
             for kept in (self.cache, self.home):
                 for old in list(kept):
-                    if old[-1] != program.dropout:
+                    if old[-1] != program.dropout or old[0].padding not in paddings:
                         kept.pop(old, None)
             at_home = self.home.get(key) if self.settings.text_cache else None
             with torch.inference_mode(False):  # what is made in inference mode cannot be part of a graph later
