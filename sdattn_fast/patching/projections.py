@@ -15,12 +15,15 @@ AddImage = Callable[[Tensor, Tensor], Tensor] | None
 def query_of(attn: Any, x: Tensor, across_heads: bool = False, rotary: Any = None) -> Tensor:
     """(B, H, M, D), of x (B, M, C). across_heads: as `Layer` has it. rotary: the embedding that it is turned by."""
     query = attn.to_q(x)
+    dtype = query.dtype
     if across_heads and attn.norm_q is not None:
         query = attn.norm_q(query)
     query = query.view(x.shape[0], -1, attn.heads, query.shape[-1] // attn.heads).transpose(1, 2)
     if not across_heads and attn.norm_q is not None:
         query = attn.norm_q(query)
-    return query if rotary is None else rotated(query, rotary)
+    query = query if rotary is None else rotated(query, rotary)
+    # Under autocast norms are in float32, and torch's own attention takes them back.
+    return query if query.dtype == dtype else query.to(dtype)
 
 
 def rotated(x: Tensor, rotary: Any) -> Tensor:
@@ -46,4 +49,6 @@ def key_value(attn: Any, text: Tensor, cross: bool = True, across_heads: bool = 
         key = attn.norm_k(key)
     key = key.view(text.shape[0], -1, attn.heads, key.shape[-1] // attn.heads).transpose(1, 2)
     value = value.view(text.shape[0], -1, attn.heads, value.shape[-1] // attn.heads).transpose(1, 2)
-    return key if across_heads or attn.norm_k is None else attn.norm_k(key), value
+    if not across_heads and attn.norm_k is not None:
+        key = attn.norm_k(key)
+    return key if key.dtype == value.dtype else key.to(value.dtype), value

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, SalienceDropout
-from tests.support.tiny_transformers import inputs_of, latte, pixart, sana, skyreels, video_inputs_of, wan
+from tests.support.tiny_transformers import hunyuan, inputs_of, latte, ltx, pixart, sana, skyreels, video_inputs_of, wan
 
 DROPOUT = Program(dropout=SalienceDropout(0.5))
 PADDED = [(pixart, inputs_of), (sana, inputs_of), (wan, video_inputs_of)]
@@ -84,6 +84,18 @@ def test_gradient_checkpointing_of_several_forwards(
     with sdattn_fast.apply(model, backend="reference"):
         for mine, theirs in zip(gradients(), stock, strict=True):
             torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("make", [sana, hunyuan, wan, ltx])
+def test_autocast_of_models_that_normalise_queries_and_keys(make: Make) -> None:
+    """Norms are in float32 there, values in bfloat16."""
+    model = make()
+    inputs = (video_inputs_of if make in (wan, ltx) else inputs_of)(model)
+    exact = _run(model, inputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        stock = (_run(model, inputs) - exact).abs().mean()
+        with sdattn_fast.apply(model):
+            assert (_run(model, inputs) - exact).abs().mean() < 1.5 * stock
 
 
 def test_a_refreshed_patch_reads_padding_again() -> None:
