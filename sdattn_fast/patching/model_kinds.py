@@ -58,6 +58,8 @@ def argument_names(model: nn.Module) -> tuple[str, ...]:
 _NAMES_OF_UNET = ("sample", "timestep", "encoder_hidden_states")
 _MASKED = ModelKind(reads_own_text=False, padding="masked", grid="patches", guided=False)
 _ZEROS = ModelKind(reads_own_text=False, padding="zeros", grid="patches", guided=False)
+# One after the other; tokens that its masks leave out become an embedding that is learnt.
+_TWO_TEXTS = ModelKind(reads_own_text=False, keeps_tokens=False, grid="patches", guided=False)
 # By name, since `import sdattn_fast` needs torch alone.
 _KINDS: dict[tuple[str, str], ModelKind] = {
     ("diffusers.models.transformers.pixart_transformer_2d", "PixArtTransformer2DModel"): _MASKED,
@@ -76,8 +78,6 @@ _KINDS: dict[tuple[str, str], ModelKind] = {
     ("diffusers.models.unets.unet_3d_condition", "UNet3DConditionModel"): ModelKind(
         reads_own_text=False, repeats_text=True, guided=False
     ),
-    # Two texts, one after the other; tokens that its masks leave out become an embedding that is learnt.
-    ("diffusers.models.transformers.hunyuan_transformer_2d", "HunyuanDiT2DModel"): ModelKind(
-        reads_own_text=False, keeps_tokens=False, grid="patches", guided=False
-    ),
+    ("diffusers.models.transformers.hunyuan_transformer_2d", "HunyuanDiT2DModel"): _TWO_TEXTS,
+    ("diffusers.models.controlnets.controlnet_hunyuan", "HunyuanDiT2DControlNetModel"): _TWO_TEXTS,
 }

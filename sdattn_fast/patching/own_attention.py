@@ -31,6 +31,15 @@ class OwnAttnProcessor:
     def __reduce__(self) -> Any:
         return same, (self.in_place_of,)
 
+    @property
+    def _attention_backend(self) -> Any:
+        """Diffusers sets and reads it: of the processor that comes back when the patch is taken off."""
+        return getattr(self.in_place_of, "_attention_backend", None)
+
+    @_attention_backend.setter
+    def _attention_backend(self, backend: Any) -> None:
+        self.in_place_of._attention_backend = backend
+
     def __repr__(self) -> str:
         return f"{type(self).__name__}({self.processor.settings.program!r})"
 
@@ -70,8 +79,7 @@ class SemanticWanAttnProcessor(OwnAttnProcessor):
 
         key, value = attn.norm_added_k(attn.add_k_proj(image)), attn.add_v_proj(image)
         key, value = (x.unflatten(2, (attn.heads, -1)) for x in (key, value))
-        backend = getattr(self.in_place_of, "_attention_backend", None)
-        out: Tensor = dispatch_attention_fn(query.transpose(1, 2), key, value, backend=backend)
+        out: Tensor = dispatch_attention_fn(query.transpose(1, 2), key, value, backend=self._attention_backend)
         return out.flatten(2, 3).type_as(query)
 
 

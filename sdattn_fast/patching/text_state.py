@@ -354,9 +354,10 @@ class TextState:
         assert rows is not None
         if rows.protected is None:
             raise ValueError(
-                "protected: prompt_embeds came without their tokens. Make them with pipe.encode_prompt after "
-                f"sdattn_fast.apply, or pass protected=, a bool tensor ({tokens},) or (prompts, {tokens}) that is True "
-                "for BOS, EOS and padding, to apply or patch.update"
+                "protected: prompt_embeds came without their tokens, or the pipeline cut them out of more tokens, as "
+                "Sana's does for complex_human_instruction and Latte's for mask_feature. Make them with "
+                "pipe.encode_prompt after sdattn_fast.apply and without these, or pass protected=, a bool tensor "
+                f"({tokens},) or (prompts, {tokens}) that is True for BOS, EOS and padding, to apply or patch.update"
             )
         if tuple(rows.protected.shape) != (batch, tokens):
             raise ValueError(

@@ -18,7 +18,15 @@ from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_
 from sdattn_fast.patching import model_kinds
 from sdattn_fast.patching.text_padding import padding_of_mask, padding_of_zeros
 from sdattn_fast.patching.text_tokens import text_tokens
-from tests.support.tiny_transformers import hunyuan, inputs_of, pixart, pixart_pipeline, sana, sana_pipeline
+from tests.support.tiny_transformers import (
+    hunyuan,
+    hunyuan_controlnet,
+    inputs_of,
+    pixart,
+    pixart_pipeline,
+    sana,
+    sana_pipeline,
+)
 
 FULL = Program(dropout=SalienceDropout(0.3), refine=Refinement(sigma=0.8), renormalize="row")
 MASKED = [pixart, sana]
@@ -294,6 +302,29 @@ def test_hunyuan_wants_to_be_told_its_tokens() -> None:
     with sdattn_fast.apply(model, Program(dropout=SalienceDropout(0.5)), protected=torch.zeros(4, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"protected: expected \(10,\).*got \(4,\)"):
             _run(model, inputs)
+
+
+def test_hunyuans_controlnet_knows_its_grid() -> None:
+    model = hunyuan_controlnet()
+    inputs = inputs_of(model)
+    stock = _run(model, inputs)[0]
+    program = Program(refine=Refinement(sigma=0.8))
+    with sdattn_fast.apply(model):
+        torch.testing.assert_close(_run(model, inputs)[0], stock, rtol=1e-4, atol=1e-4)
+    with sdattn_fast.apply(model, program, protected=torch.zeros(10, dtype=torch.bool), capture=Capture()) as patch:
+        assert (_run(model, inputs)[0] - stock).abs().max() > 1e-4
+        assert [tuple(x.shape) for x in patch.maps.values()] == [(2, 10, 4, 6)]
+    with sdattn_fast.apply(torch.compile(model, backend="eager")) as patch:
+        with pytest.raises(RuntimeError, match="HunyuanDiT2DControlNetModel: expected an eager model"):
+            _run(patch.unet, inputs)
+
+
+def test_an_instruction_before_the_prompt_is_named() -> None:
+    pipe = sana_pipeline()
+    size = {"height": 256, "width": 256, "output_type": "latent", "use_resolution_binning": False}
+    with sdattn_fast.apply(pipe, Program(dropout=SalienceDropout(0.5))):
+        with pytest.raises(ValueError, match=r"protected: prompt_embeds .*complex_human_instruction"):
+            pipe("a red car", num_inference_steps=1, clean_caption=False, **size)
 
 
 def test_guidance_that_calls_the_model_is_refused() -> None:

@@ -357,6 +357,7 @@ def test_compiled_models_and_attention_backends_of_diffusers() -> None:
         eager = [_run(model, one) for one in texts]
         model.set_attention_backend("native")
         assert torch.equal(_run(model, texts[0]), eager[0])
+    assert {layer.processor._attention_backend for layer in _layers(model)} == {"native"}
     compiled = torch.compile(model, backend="eager")
     with sdattn_fast.apply(compiled, program, active=active):
         for one, expected in zip(texts, eager, strict=True):

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "chronoedit", "hunyuan", "inputs_of", "latte", "ltx", "ltx_pipeline", "pixart", "pixart_pipeline", "sana",
-    "sana_pipeline", "skyreels", "unet_3d", "unet_motion", "video_inputs_of", "wan", "wan_pipeline", "wan_vace",
+    "chronoedit", "hunyuan", "hunyuan_controlnet", "inputs_of", "latte", "ltx", "ltx_pipeline", "pixart",
+    "pixart_pipeline", "sana", "sana_pipeline", "skyreels", "unet_3d", "unet_motion", "video_inputs_of", "wan",
+    "wan_pipeline", "wan_vace",
 ]  # fmt: skip
 
 TEXT, CAPTION = 16, 16  # the layers' width, and the text encoder's
@@ -37,15 +38,23 @@ def sana() -> Any:
     return _stirred(model)
 
 
+_HUNYUAN = {
+    "num_attention_heads": 2, "attention_head_dim": 8, "in_channels": 4, "patch_size": 2, "sample_size": 8,
+    "hidden_size": 16, "mlp_ratio": 2.0, "cross_attention_dim": CAPTION, "cross_attention_dim_t5": CAPTION,
+    "text_len": 4, "text_len_t5": 6, "pooled_projection_dim": 4, "activation_fn": "gelu-approximate",
+}  # fmt: skip
+
+
 def hunyuan() -> Any:
     from diffusers import HunyuanDiT2DModel
 
-    model = HunyuanDiT2DModel(
-        num_attention_heads=2, attention_head_dim=8, in_channels=4, patch_size=2, sample_size=8, hidden_size=16,
-        num_layers=2, mlp_ratio=2.0, cross_attention_dim=CAPTION, cross_attention_dim_t5=CAPTION, text_len=4,
-        text_len_t5=6, pooled_projection_dim=4, activation_fn="gelu-approximate",
-    )  # fmt: skip
-    return _stirred(model)
+    return _stirred(HunyuanDiT2DModel(num_layers=2, **_HUNYUAN))
+
+
+def hunyuan_controlnet() -> Any:
+    from diffusers import HunyuanDiT2DControlNetModel
+
+    return _stirred(HunyuanDiT2DControlNetModel(transformer_num_layers=4, **_HUNYUAN))
 
 
 _WAN = {
@@ -168,7 +177,9 @@ def inputs_of(
         "timestep": torch.full((batch,), 5.0),
         "return_dict": False,
     }
-    if type(model).__name__ == "HunyuanDiT2DModel":
+    if type(model).__name__ == "HunyuanDiT2DControlNetModel":
+        inputs["controlnet_cond"] = torch.randn(batch, 4, height, width)
+    if type(model).__name__.startswith("HunyuanDiT2D"):
         from diffusers.models.embeddings import get_2d_rotary_pos_embed
 
         half = height // 2, width // 2
