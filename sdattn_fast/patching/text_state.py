@@ -125,8 +125,9 @@ class TextState:
         """What was known of its text is not of what layers read outside a forward."""
         self.in_forward, self.padding, self.entries = False, None, None
 
-    def of_layer(self, text: Tensor) -> tuple[TextPadding | None, int]:
-        """Of the text that a layer reads: its padding, and how many of its entries are frames of one of the model's.
+    def of_layer(self, text: Tensor) -> tuple[TextPadding | None, int | None]:
+        """Of the text that a layer reads: its padding, and how many of its entries are frames of one of the model's,
+        None where none are.
 
         Gradient checkpointing runs a layer again, after the forward and others perhaps: that is told by its text.
         """
@@ -138,7 +139,7 @@ class TextState:
                 self.read[text] = padding, entries
             if padding is not None and padding.tokens != text.shape[1]:
                 padding = None
-        return padding, 1 if entries is None else max(1, len(text) // entries)
+        return padding, None if entries is None else max(1, len(text) // entries)
 
     def see_padding(self, source: Any, read: Callable[[Any], TextPadding | None] | None) -> None:
         """A forward begins, whose text's padding is read from this; read: None where it has none."""

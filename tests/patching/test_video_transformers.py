@@ -305,6 +305,20 @@ def test_models_that_repeat_a_text_for_its_frames(make: Callable[[], Any]) -> No
     assert (expected - stock).abs().max() > 1e-3 and (not processors or model.attn_processors == processors)
 
 
+@pytest.mark.parametrize("make", [latte, unet_3d])
+def test_a_video_of_one_frame_has_a_dimension_for_it(make: Callable[[], Any]) -> None:
+    model = make()
+    inputs = {
+        "hidden_states" if make is latte else "sample": torch.randn(2, 4, 1, 8, 12),
+        "timestep": torch.tensor([5, 5]), "encoder_hidden_states": torch.randn(2, 9, 16), "return_dict": False,
+    }  # fmt: skip
+    stock = _run(model, inputs)
+    with sdattn_fast.apply(model, capture=Capture()) as patch:
+        torch.testing.assert_close(_run(model, inputs), stock, rtol=1e-4, atol=1e-4)
+        assert {tuple(x.shape[:3]) for x in patch.maps.values()} == {(2, 9, 1)}
+        assert {x.dim() for x in patch.maps.values()} == {5}
+
+
 def test_animatediff_draws_each_frame_with_its_own_text() -> None:
     """Its pipeline repeats the text, so that frames may have several; each is an entry."""
     model = unet_motion()
