@@ -98,6 +98,30 @@ def test_autocast_of_models_that_normalise_queries_and_keys(make: Make) -> None:
             assert (_run(model, inputs) - exact).abs().mean() < 1.5 * stock
 
 
+def test_maps_of_a_prompt_that_is_exchanged_between_steps() -> None:
+    """The mean is over all steps, though the texts have maps of 7 and of 5 tokens."""
+    model, active = pixart(), torch.tensor([False, True])
+    texts = [inputs_of(model, lengths=lengths) | {"timestep": torch.full((2,), t)} for lengths, t in _EXCHANGED]
+    with sdattn_fast.apply(model, active=active, capture=Capture()) as patch:
+        alone = []
+        for one in texts:
+            with patch.call():
+                _run(model, one)
+                alone.append(dict(patch.maps))
+        with patch.call():
+            for step, one in enumerate(texts):
+                _run(model, one)
+                for name, mean in patch.maps.items():
+                    expected = torch.zeros_like(mean)
+                    for earlier in alone[: step + 1]:
+                        expected[:, : earlier[name].shape[1]] += earlier[name] / (step + 1)
+                    torch.testing.assert_close(mean, expected, rtol=1e-4, atol=1e-6)
+            assert patch.maps.upsample().shape == (1, 7, 8, 12)
+
+
+_EXCHANGED = [((3, 7), 9.0), ((3, 5), 5.0), ((3, 6), 1.0)]
+
+
 def test_a_refreshed_patch_reads_padding_again() -> None:
     """After writes that leave no trace."""
     model = pixart()
