@@ -45,9 +45,8 @@ def cross_attention(
     if layer is not None and not in_graph():
         layer = layer.of_thread()
     padding, frames = (None, None) if layer is None else layer.text.of_layer(states)
-    if (
-        layer is not None and frames is not None
-    ):  # rows of pixels know nothing of each other, so frames are but more of them
+    if layer is not None and frames is not None:
+        # A pixel's row knows nothing of other pixels, so the frames of an entry are but more of them.
         if grid is None and layer.grid is not None and len(layer.grid) == 2:
             layer.grid = (frames, *layer.grid)
         mask = None if mask is None or len(mask) == 1 else mask[::frames]

@@ -15,8 +15,7 @@ from sdattn_fast.execute import Prepared
 from sdattn_fast.folded_layer import call_folded, may_sum_heads
 from sdattn_fast.functional import prepare
 from sdattn_fast.patching.fold import KINDS, Shape, choose_fold, fold_text, seconds_of
-from sdattn_fast.patching.processor import _query
-from sdattn_fast.patching.projections import key_value
+from sdattn_fast.patching.projections import key_value, query_of
 
 B, H, D, C, E, N, GRID = 2, 3, 12, 37, 20, 19, (5, 9)
 M = GRID[0] * GRID[1]
@@ -50,14 +49,14 @@ def _prepared(program: Program, **keywords: Any) -> Prepared:
 
 def _folded(attn: Any, kind: str, prepared: Prepared, x: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Any, Any]:
     fold = fold_text(attn, kind, *key_value(attn, text), prepared)
-    out, maps = call_folded(prepared, x if fold.shared_query else _query(attn, x), fold, bias=mask, grid=GRID)
+    out, maps = call_folded(prepared, x if fold.shared_query else query_of(attn, x), fold, bias=mask, grid=GRID)
     if not fold.summed:
         out = attn.to_out[0](out.transpose(1, 2).reshape(B, M, -1))
     return out, maps
 
 
 def _unfolded(attn: Any, prepared: Prepared, x: Tensor, text: Tensor, mask: Tensor | None) -> tuple[Any, Any]:
-    out, maps = prepared(_query(attn, x), *key_value(attn, text), bias=mask, grid=GRID)
+    out, maps = prepared(query_of(attn, x), *key_value(attn, text), bias=mask, grid=GRID)
     return attn.to_out[0](out.transpose(1, 2).reshape(B, M, -1)), maps
 
 
@@ -118,7 +117,7 @@ def test_one_head_and_one_pixel() -> None:
     prepared = prepare(PROGRAMS["nms"], batch=1, heads_count=1, tokens=N, device=torch.device("cpu"))
     fold = fold_text(attn, "both", *key_value(attn, text), prepared)
     got, _ = call_folded(prepared, x, fold)
-    out, _ = prepared(_query(attn, x), *key_value(attn, text))
+    out, _ = prepared(query_of(attn, x), *key_value(attn, text))
     torch.testing.assert_close(got, attn.to_out[0](out.transpose(1, 2).reshape(1, 1, -1)), atol=1e-6, rtol=1e-5)
 
 
@@ -290,9 +289,9 @@ def test_keys_and_values_are_kept_beside_a_query_projection_that_is_not_known(mo
 @pytest.fixture
 def cheap_to_fold(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine where "auto" folds whatever may be folded."""
-    from sdattn_fast.patching import processor
+    from sdattn_fast.patching import cross_attention
 
-    monkeypatch.setattr(processor, "choose_fold", lambda shape, may_out=True: "both" if may_out else "query")
+    monkeypatch.setattr(cross_attention, "choose_fold", lambda shape, may_out=True: "both" if may_out else "query")
 
 
 def _layer() -> tuple[Any, Tensor, Tensor]:
