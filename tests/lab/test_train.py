@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import runpy
+import shutil
 import signal
 import subprocess
 import sys
@@ -98,9 +99,12 @@ def test_the_shares_of_nouns_in_latent_pixels():
 
 def test_telling_nouns_begins_in_a_run_that_did_without(tmp_path, capfd):
     """Its layer starts as it is made, the rest goes on, and the pipeline that is saved has none of it."""
-    for name, options in (("with", {"noun-loss": 0.5}), ("without", {})):
-        _train_here(tmp_path / name, {**OBJECTS, "noun-loss": 0.0})
-        _train_here(tmp_path / name, {**OBJECTS, "noun-loss": 0.0, "stage": "unet", "unet-steps": 4, **options})
+    before = {**OBJECTS, "noun-loss": 0.0}
+    for stage in ("vae", "unet"):
+        _train_here(tmp_path / "with", {**before, "stage": stage})
+    shutil.copytree(tmp_path / "with", tmp_path / "without")
+    for name, weight in (("with", 0.5), ("without", 0.0)):
+        _train_here(tmp_path / name, {**before, "stage": "unet", "unet-steps": 4, "noun-loss": weight})
     assert capfd.readouterr().out.count("unet: resumed at step 2") == 2
     checkpoints = [load_file(tmp_path / name / "checkpoints" / "unet.safetensors") for name in ("with", "without")]
     assert {key for key in checkpoints[0] if key.startswith("ema/nouns")} == {"ema/nouns.weight", "ema/nouns.bias"}
