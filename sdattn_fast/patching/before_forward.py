@@ -22,11 +22,12 @@ from .call import Call
 from .compiled import compiled_text, is_compiled
 from .forwards import of_entries
 from .graph_text import GraphText
+from .layer_call import LayerCall
 from .layers import no_hook
 from .patched_model import PatchedModel
 from .states import ModelState
 from .text_rows import Rows
-from .text_state import LayerCall, TextState
+from .text_state import TextState
 
 if TYPE_CHECKING:
     from .patch import Patch

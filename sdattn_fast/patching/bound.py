@@ -14,10 +14,10 @@ from ..backend import autograd
 from ..execute import BoundCall, Prepared
 from ..folded_layer import FoldedText, call_folded
 from ..streams import capturing, current_stream
+from .layer_call import Ready
 from .layers import Layer
 from .map_sums import Grid
 from .text_cache import KeyValue, Served, Weights
-from .text_state import Ready
 
 __all__ = ["BoundFold", "BoundLayer", "Moment", "bind"]
 

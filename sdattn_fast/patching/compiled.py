@@ -20,8 +20,8 @@ from torch import Tensor, nn
 
 from ..execute import Prepared
 from .keys_values import kept_key_value
+from .layer_call import LayerCall, Ready
 from .layers import Layer
-from .text_state import LayerCall, Ready
 
 __all__ = ["CompiledText", "compiled_text", "is_compiled", "modules_around"]
 

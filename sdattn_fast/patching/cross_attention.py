@@ -19,13 +19,13 @@ from .bound import Moment, bind
 from .fold import choose_fold, fold_refusal, fold_text, shape_of
 from .frames import by_frames
 from .keys_values import kept_key_value
+from .layer_call import LayerCall
 from .layers import LAYER, Layer
 from .map_sums import Grid
 from .projections import AddImage, key_value, project_out, query_of
 from .settings import Settings
 from .text_cache import KeyValue, Served
 from .text_padding import TextPadding
-from .text_state import LayerCall
 
 __all__ = ["cross_attention"]
 

@@ -25,12 +25,12 @@ from ..execute import Prepared
 from ..places import Place
 from .fold import fold_text
 from .keys_values import modules_of_text
+from .layer_call import LayerCall
 from .layers import Layer
 from .projections import key_value
 from .rewrite import difference, rewrite, rewrite_tensors
 from .text_cache import KeyValue, Served, TextCache, Weights
 from .text_rows import Rows
-from .text_state import LayerCall
 
 __all__ = ["GraphText"]
 

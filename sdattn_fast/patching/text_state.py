@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ..functional import prepare
 from ..graphs import in_graph
 from ..program import Program
 from ..streams import MadeOn, capturing, to_device
+from .layer_call import LayerCall, Ready
 from .settings import Settings
 from .text_cache import TEXTS, TextCache
 from .text_padding import TextPadding
@@ -31,25 +32,7 @@ from .token_inputs import TokenInputs
 if TYPE_CHECKING:
     from .graph_text import GraphText
 
-__all__ = ["LayerCall", "Ready", "TextState"]
-
-
-class LayerCall(NamedTuple):
-    """What a layer's text is prepared for: keys (batch, num_heads, tokens, D) on a device.
-
-    heads: the active ones, None for all. captures: with the settings' capture. training: the layer is in train mode.
-    columns: so many of the tokens, from the first on, the layer is to see; None: all. padding: of the text.
-    """
-
-    batch: int
-    num_heads: int
-    tokens: int
-    device: torch.device
-    heads: tuple[int, ...] | None = None
-    captures: bool = False
-    training: bool = False
-    columns: int | None = None
-    padding: TextPadding | None = None
+__all__ = ["TextState"]
 
 
 @dataclass
@@ -404,15 +387,6 @@ class TextState:
             source = [i % lead for i in range(len(entries))]
         to, of = (to_device(torch.tensor(i, dtype=torch.long), x.device) for i in (entries, source))
         return whole.index_copy(0, to, x[of])
-
-
-@dataclass
-class Ready:
-    """A call, and where its tensors were made. compiled: the call as graphs of torch.compile read it."""
-
-    prepared: Prepared
-    made: MadeOn | None
-    compiled: Prepared | None = None
 
 
 def _key(rows: Rows | None) -> Any:
