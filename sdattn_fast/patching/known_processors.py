@@ -54,7 +54,7 @@ def is_ip_adapter(processor: Any) -> bool:
 
 
 def own_class(attn: Any) -> str | None:
-    """ "wan" or "ltx": a layer is no `Attention` but of a model's own class, whose arithmetic ours knows; else None."""
+    """Whose arithmetic a layer has that is no `Attention` but of a model's own class: "wan" or "ltx"; else None."""
     return _OWN.get(_kind(attn.processor))
 
 

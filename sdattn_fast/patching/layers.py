@@ -48,12 +48,11 @@ class Layer:
     """One served layer of a patch.
 
     heads: the active ones, None for all. grid: (height, width) of the forward in progress, of videos (frames, height,
-    width). seed: (1,) int64, layer and
-    timestep mixed in. captures: whether it keeps maps in this step. captured: maps (B, T, M) or (B, H, T, M), which
-    entries are active ((B,) bool on the CPU, None for all), the grid. bias: (B or 1, 1, M, N), added to the logits.
-    asks: tokens (T,) int32 and heads (H,) uint8 or None, whose relevance the backward pass is to add up; sink:
-    (B, T, M), whose gradient it will be. compiled: what a graph of torch.compile reads of the text; None outside one.
-    across_heads: norm_q and norm_k act before the split into heads.
+    width). seed: (1,) int64, layer and timestep mixed in. captures: whether it keeps maps in this step. captured: maps
+    (B, T, M) or (B, H, T, M), which entries are active ((B,) bool on the CPU, None for all), the grid. bias: (B or 1,
+    1, M, N), added to the logits. asks: tokens (T,) int32 and heads (H,) uint8 or None, whose relevance the backward
+    pass is to add up; sink: (B, T, M), whose gradient it will be. compiled: what a graph of torch.compile reads of the
+    text; None outside one. across_heads: norm_q and norm_k act before the split into heads.
 
     A forward has a Layer of its own where threads run at once: `of_thread`, of one of the `states`, at the same index.
     """
@@ -158,11 +157,14 @@ def watch_grids(model: nn.Module, layers: Sequence[Layer]) -> list[Any]:
     handles = []
     mine = {id(layer.attn): layer for layer in layers}
     for block in model.modules():
-        if type(block).__name__ not in _SPATIAL_BLOCKS and not kind_of(block).grid:
+        grid_from = kind_of(block).grid
+        if type(block).__name__ not in _SPATIAL_BLOCKS and not grid_from:
             continue
         inside = [mine[id(m)] for m in block.modules() if id(m) in mine]
         if inside:
-            handles.append(block.register_forward_pre_hook(_GridHook(inside), with_kwargs=True))
+            handles.append(
+                block.register_forward_pre_hook(_GridHook(inside, argument_names(block), grid_from), with_kwargs=True)
+            )
     return handles
 
 
@@ -180,30 +182,33 @@ def _nothing() -> None:
 
 
 class _GridHook:
-    def __init__(self, layers: list[Layer]) -> None:
-        self.layers = layers
+    """names: of the block's arguments. grid_from: as `ModelKind.grid`."""
+
+    def __init__(self, layers: list[Layer], names: Sequence[str], grid_from: str) -> None:
+        self.layers, self.names, self.grid_from = layers, names, grid_from
 
     def __reduce__(self) -> tuple[Any, ...]:
         return no_hook, ()
 
     def __call__(self, block: Any, args: tuple[Any, ...], kwargs: Any = None) -> None:
         # Without kwargs where another thread has just taken the hook off.
-        grid = _grid_of(block, {**dict(zip(argument_names(block), args, strict=False)), **(kwargs or {})})
+        inputs = {**dict(zip(self.names, args, strict=False)), **(kwargs or {})}
+        grid = _grid_of(block, inputs, self.grid_from)
         if grid is not None:
             for layer in self.layers:
                 layer.of_thread().grid = grid
 
 
-def _grid_of(block: Any, inputs: Mapping[str, Any]) -> Any:
+def _grid_of(block: Any, inputs: Mapping[str, Any], grid_from: str) -> Any:
     """Of a block that is called with these. None: it is not said there."""
-    kind, x = kind_of(block), inputs.get("hidden_states")
-    if kind.grid == "arguments":
+    x = inputs.get("hidden_states")
+    if grid_from == "arguments":
         grid = tuple(inputs.get(name) for name in ("num_frames", "height", "width"))
         return None if None in grid else grid
     if x is None or x.dim() not in (4, 5):
         return None
     grid = tuple(x.shape[2:])
-    if getattr(block, "is_input_patches", False) or kind.grid == "patches":
+    if getattr(block, "is_input_patches", False) or grid_from == "patches":
         sides = block.config.patch_size
         sides = (1,) * (len(grid) - 2) + (sides,) * 2 if isinstance(sides, int) else sides
         grid = tuple(length // side for length, side in zip(grid, sides, strict=True))
