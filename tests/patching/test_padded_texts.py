@@ -11,7 +11,18 @@ from torch import Tensor
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, SalienceDropout
-from tests.support.tiny_transformers import hunyuan, inputs_of, latte, ltx, pixart, sana, skyreels, video_inputs_of, wan
+from tests.support.tiny_transformers import (
+    hunyuan,
+    inputs_of,
+    latte,
+    ltx,
+    pixart,
+    run_model,
+    sana,
+    skyreels,
+    video_inputs_of,
+    wan,
+)
 
 DROPOUT = Program(dropout=SalienceDropout(0.5))
 PADDED = [(pixart, inputs_of), (sana, inputs_of), (wan, video_inputs_of)]
@@ -23,19 +34,13 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@torch.no_grad()
-def _run(model: Any, inputs: dict[str, Any]) -> Tensor:
-    out: Tensor = model(**inputs)[0]
-    return out
-
-
 @pytest.mark.parametrize(("make", "inputs"), PADDED)
 def test_calls_of_earlier_paddings_are_not_kept(make: Make, inputs: Make) -> None:
     """A training set's texts have ever other lengths."""
     model = make()
     with sdattn_fast.apply(model, DROPOUT, active=torch.tensor([True, True])) as patch:
         for length in range(1, 9):
-            _run(model, inputs(model, lengths=(length, 9)))
+            run_model(model, inputs(model, lengths=(length, 9)))
         text = patch._models[0].text
         assert len(text.cache) <= 2 and len(text.home) <= 2
 
@@ -44,7 +49,7 @@ def test_calls_of_earlier_paddings_are_not_kept(make: Make, inputs: Make) -> Non
 def test_a_forward_that_no_hook_sees_has_no_other_texts_padding(make: Make, inputs: Make) -> None:
     model = make()
     short, long = inputs(model, lengths=(3, 7)), inputs(model, lengths=(30, 50))
-    stock = _run(model, long)
+    stock = run_model(model, long)
     with sdattn_fast.apply(model), torch.no_grad():
         model(**short)
         torch.testing.assert_close(model.forward(**long)[0], stock, rtol=1e-4, atol=1e-4)
@@ -91,11 +96,11 @@ def test_autocast_of_models_that_normalise_queries_and_keys(make: Make) -> None:
     """Norms are in float32 there, values in bfloat16."""
     model = make()
     inputs = (video_inputs_of if make in (wan, ltx) else inputs_of)(model)
-    exact = _run(model, inputs)
+    exact = run_model(model, inputs)
     with torch.autocast("cpu", torch.bfloat16):
-        stock = (_run(model, inputs) - exact).abs().mean()
+        stock = (run_model(model, inputs) - exact).abs().mean()
         with sdattn_fast.apply(model):
-            assert (_run(model, inputs) - exact).abs().mean() < 1.5 * stock
+            assert (run_model(model, inputs) - exact).abs().mean() < 1.5 * stock
 
 
 def test_maps_of_a_prompt_that_is_exchanged_between_steps() -> None:
@@ -106,11 +111,11 @@ def test_maps_of_a_prompt_that_is_exchanged_between_steps() -> None:
         alone = []
         for one in texts:
             with patch.call():
-                _run(model, one)
+                run_model(model, one)
                 alone.append(dict(patch.maps))
         with patch.call():
             for step, one in enumerate(texts):
-                _run(model, one)
+                run_model(model, one)
                 for name, mean in patch.maps.items():
                     expected = torch.zeros_like(mean)
                     for earlier in alone[: step + 1]:
@@ -126,7 +131,7 @@ def test_a_refreshed_patch_reads_padding_again() -> None:
     """After writes that leave no trace."""
     model = pixart()
     with sdattn_fast.apply(model) as patch:
-        _run(model, inputs_of(model))
+        run_model(model, inputs_of(model))
         assert patch._models[0].text.paddings
         patch.refresh()
         assert not patch._models[0].text.paddings
@@ -140,7 +145,7 @@ def test_steps_whose_frames_have_timesteps_of_their_own() -> None:
     with sdattn_fast.apply(model, DROPOUT, active=active, capture=Capture(), dropout_when={0: 0.5, 2: 0.1}) as patch:
         for _ in range(2):
             for step, t in enumerate(falling):
-                _run(model, inputs | {"timestep": torch.tensor([[0.0, t, t]] * 2)})
+                run_model(model, inputs | {"timestep": torch.tensor([[0.0, t, t]] * 2)})
                 assert patch.current_call.steps.index == step
     random = Program(dropout=SalienceDropout(0.5, mode="random"))
     with sdattn_fast.apply(model, random, active=active, seed=3):
@@ -148,6 +153,6 @@ def test_steps_whose_frames_have_timesteps_of_their_own() -> None:
         layer = next(one for name, one in model.named_modules() if name.endswith("attn2"))
         seeds = []
         for one in (early, late, early):
-            _run(model, one)
+            run_model(model, one)
             seeds.append(int(layer._sdattn_fast_layer.seed))
         assert seeds[0] == seeds[2] != seeds[1]

@@ -24,6 +24,7 @@ from tests.support.tiny_transformers import (
     inputs_of,
     pixart,
     pixart_pipeline,
+    run_model,
     sana,
     sana_pipeline,
 )
@@ -38,22 +39,16 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@torch.no_grad()
-def _run(model: Any, inputs: dict[str, Any]) -> Tensor:
-    out: Tensor = model(**inputs)[0]
-    return out
-
-
 @pytest.mark.parametrize("make", ALL)
 @pytest.mark.parametrize("lengths", [(3, 7), (7, 7), (1, 300)])
 def test_plain_attention_is_stocks(make: Callable[[], Any], lengths: tuple[int, ...]) -> None:
     model = make()
     inputs = inputs_of(model, tokens=300, lengths=lengths)
-    stock = _run(model, inputs)
+    stock = run_model(model, inputs)
     with sdattn_fast.apply(model) as patch:
         assert len(patch.layers) == 2
-        torch.testing.assert_close(_run(model, inputs), stock, rtol=1e-5, atol=1e-5)
-    assert torch.equal(_run(model, inputs), stock)
+        torch.testing.assert_close(run_model(model, inputs), stock, rtol=1e-5, atol=1e-5)
+    assert torch.equal(run_model(model, inputs), stock)
 
 
 class _Oracle:
@@ -93,7 +88,7 @@ def _with_oracle(model: Any, inputs: dict[str, Any], program: Program, **options
     processors = [layer.processor for layer in layers]
     for layer in layers:
         layer.processor = oracle
-    out = _run(model, inputs)
+    out = run_model(model, inputs)
     for layer, processor in zip(layers, processors, strict=True):
         layer.processor = processor
     return out, oracle.maps
@@ -124,13 +119,13 @@ def test_the_full_program_is_the_references_on_all_tokens(make: Callable[[], Any
     with sdattn_fast.apply(
         model, FULL, active=active, protected=protected, capture=Capture(), backend="cpu", **own
     ) as patch:
-        torch.testing.assert_close(_run(model, inputs), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(run_model(model, inputs), expected, rtol=1e-4, atol=1e-5)
         assert len(patch.maps) == len(maps) == 2
         for mine, theirs in zip(patch.maps.values(), maps, strict=True):
             content = tokens if make is hunyuan else 6
             assert mine.shape[:2] == (1, content)
             torch.testing.assert_close(mine.flatten(2), theirs[1:, :content], rtol=1e-4, atol=1e-6)
-    assert (expected - _run(model, inputs)).abs().max() > 1e-2
+    assert (expected - run_model(model, inputs)).abs().max() > 1e-2
 
 
 @pytest.mark.parametrize("make", MASKED)
@@ -141,13 +136,13 @@ def test_masked_tokens_need_no_columns(make: Callable[[], Any]) -> None:
     layer.to_k.register_forward_pre_hook(lambda _module, args: seen.append(args[0].shape[1]))
     with sdattn_fast.apply(model, capture=Capture()) as patch:
         for lengths, columns in (((3, 7), 7), ((5, 5), 5), ((1, 120), 120), ((2, 2), 2)):
-            _run(model, inputs_of(model, lengths=lengths))
+            run_model(model, inputs_of(model, lengths=lengths))
             assert seen.pop() == columns
             of_longest = next(iter(patch.maps.values()))[lengths.index(max(lengths))]
             torch.testing.assert_close(of_longest.sum(0), torch.ones_like(of_longest[0]))
             assert len(of_longest) == columns and patch.maps.tokens == tuple(range(columns))
     with sdattn_fast.apply(model, capture=Capture(tokens=(0, 9))) as patch:
-        _run(model, inputs_of(model, lengths=(3, 7)))
+        run_model(model, inputs_of(model, lengths=(3, 7)))
         assert seen.pop() == 10
         first, ninth = next(iter(patch.maps.values())).unbind(1)
         assert first.any() and not ninth.any()
@@ -165,9 +160,9 @@ def test_masks_of_other_forms(make: Callable[[], Any]) -> None:
     as_bias = (1 - holes[:, None]) * -10000.0
     for mask in (holes, nothing, as_bias, holes.bool().int(), None, torch.ones_like(holes)):
         theirs = inputs | {"encoder_attention_mask": mask}
-        stock = _run(model, theirs)
+        stock = run_model(model, theirs)
         with sdattn_fast.apply(model, Program(refine=Refinement()), active=torch.tensor([False, False])):
-            torch.testing.assert_close(_run(model, theirs), stock, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(run_model(model, theirs), stock, rtol=1e-4, atol=1e-4)
 
 
 def test_what_of_a_text_is_padding() -> None:
@@ -283,14 +278,14 @@ def test_compiled_transformers_read_other_prompts() -> None:
     texts = [inputs_of(model, lengths=lengths) for lengths in ((3, 7), (9, 5))]
     active = torch.tensor([False, True])
     with sdattn_fast.apply(model, program, active=active):
-        eager = [_run(model, one) for one in texts]
+        eager = [run_model(model, one) for one in texts]
     compiled = torch.compile(model, backend="eager")
     with sdattn_fast.apply(compiled, program, active=active):
         for one, expected in zip(texts, eager, strict=True):
-            torch.testing.assert_close(_run(compiled, one), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(run_model(compiled, one), expected, rtol=1e-4, atol=1e-4)
     with sdattn_fast.apply(torch.compile(hunyuan(), backend="eager")) as patch:
         with pytest.raises(RuntimeError, match="HunyuanDiT2DModel: expected an eager model, got a compiled one"):
-            _run(patch.unet, inputs_of(hunyuan()))
+            run_model(patch.unet, inputs_of(hunyuan()))
 
 
 def test_hunyuan_wants_to_be_told_its_tokens() -> None:
@@ -298,25 +293,25 @@ def test_hunyuan_wants_to_be_told_its_tokens() -> None:
     model = hunyuan()
     inputs = inputs_of(model)
     with sdattn_fast.apply(model, Program(dropout=SalienceDropout(0.5)), protected=torch.zeros(10, dtype=torch.bool)):
-        _run(model, inputs)
+        run_model(model, inputs)
     with sdattn_fast.apply(model, Program(dropout=SalienceDropout(0.5)), protected=torch.zeros(4, dtype=torch.bool)):
         with pytest.raises(ValueError, match=r"protected: expected \(10,\).*got \(4,\)"):
-            _run(model, inputs)
+            run_model(model, inputs)
 
 
 def test_hunyuans_controlnet_knows_its_grid() -> None:
     model = hunyuan_controlnet()
     inputs = inputs_of(model)
-    stock = _run(model, inputs)[0]
+    stock = run_model(model, inputs)[0]
     program = Program(refine=Refinement(sigma=0.8))
     with sdattn_fast.apply(model):
-        torch.testing.assert_close(_run(model, inputs)[0], stock, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run_model(model, inputs)[0], stock, rtol=1e-4, atol=1e-4)
     with sdattn_fast.apply(model, program, protected=torch.zeros(10, dtype=torch.bool), capture=Capture()) as patch:
-        assert (_run(model, inputs)[0] - stock).abs().max() > 1e-4
+        assert (run_model(model, inputs)[0] - stock).abs().max() > 1e-4
         assert [tuple(x.shape) for x in patch.maps.values()] == [(2, 10, 4, 6)]
     with sdattn_fast.apply(torch.compile(model, backend="eager")) as patch:
         with pytest.raises(RuntimeError, match="HunyuanDiT2DControlNetModel: expected an eager model"):
-            _run(patch.unet, inputs)
+            run_model(patch.unet, inputs)
 
 
 def test_an_instruction_before_the_prompt_is_named() -> None:

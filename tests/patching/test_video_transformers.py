@@ -18,6 +18,7 @@ from tests.support.tiny_transformers import (
     latte,
     ltx,
     ltx_pipeline,
+    run_model,
     skyreels,
     unet_3d,
     unet_motion,
@@ -43,12 +44,6 @@ def _seeded() -> None:
     torch.manual_seed(0)
 
 
-@torch.no_grad()
-def _run(model: Any, inputs: dict[str, Any]) -> Tensor:
-    out: Tensor = model(**inputs)[0]
-    return out
-
-
 def _layers(model: Any) -> list[Any]:
     """Those that read the text, told by their names."""
     return [m for name, m in model.named_modules() if name.endswith("attn2")]
@@ -59,13 +54,13 @@ def _layers(model: Any) -> list[Any]:
 def test_plain_attention_is_stocks(make: Callable[[], Any], lengths: tuple[int, ...]) -> None:
     model = make()
     inputs = video_inputs_of(model, lengths=lengths)
-    stock = _run(model, inputs)
+    stock = run_model(model, inputs)
     processors = [layer.processor for layer in _layers(model)]
     with sdattn_fast.apply(model) as patch:
         assert len(patch.layers) == len(processors)
-        torch.testing.assert_close(_run(model, inputs), stock, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(run_model(model, inputs), stock, rtol=1e-5, atol=1e-5)
     assert [layer.processor for layer in _layers(model)] == processors
-    assert torch.equal(_run(model, inputs), stock)
+    assert torch.equal(run_model(model, inputs), stock)
 
 
 class _Oracle:
@@ -111,20 +106,20 @@ def test_the_full_program_is_the_references_on_all_tokens(make: Callable[[], Any
     processors = [layer.processor for layer in _layers(model)]
     for layer in _layers(model):
         layer.processor = oracle
-    expected = _run(model, inputs)
+    expected = run_model(model, inputs)
     for layer, processor in zip(_layers(model), processors, strict=True):
         layer.processor = processor
     with sdattn_fast.apply(
         model, FULL, active=active, protected=protected, capture=Capture(), backend="cpu", **own
     ) as patch:
-        torch.testing.assert_close(_run(model, inputs), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run_model(model, inputs), expected, rtol=1e-4, atol=1e-4)
         mine, theirs = list(patch.maps.values()), oracle.maps
         if make is wan_vace:  # its control's layers come first in the model, and run last
             mine, theirs = sorted(mine, key=float_sum), sorted(theirs, key=lambda m: float_sum(m[1:, :6]))
         for one, other in zip(mine, theirs, strict=True):
             assert one.shape == (1, 6, FRAMES, *GRID)
             torch.testing.assert_close(one.flatten(3), other[1:, :6], rtol=1e-4, atol=1e-6)
-    assert (expected - _run(model, inputs)).abs().max() > 1e-3
+    assert (expected - run_model(model, inputs)).abs().max() > 1e-3
 
 
 def float_sum(maps: Tensor) -> float:
@@ -136,12 +131,12 @@ def test_padding_of_zeros_costs_one_column() -> None:
     _layers(model)[0].to_k.register_forward_pre_hook(lambda _module, args: columns.append(args[0].shape[1]))
     with sdattn_fast.apply(model, capture=Capture()) as patch:
         for lengths, needed in (((3, 7), 8), ((5, 5), 6), ((0, 0), 2), ((512, 1), 512), ((511, 1), 512)):
-            _run(model, video_inputs_of(model, lengths=lengths))
+            run_model(model, video_inputs_of(model, lengths=lengths))
             assert columns.pop() == needed
             assert next(iter(patch.maps.values())).shape[1] == max(*lengths, 1)
             assert len(patch.maps.tokens) == max(*lengths, 1)
     with sdattn_fast.apply(model, capture=Capture(tokens=(0, 9))):
-        _run(model, video_inputs_of(model, lengths=(3, 7)))
+        run_model(model, video_inputs_of(model, lengths=(3, 7)))
         assert columns.pop() == 11
 
 
@@ -169,12 +164,12 @@ def test_bfloat16_is_as_near_as_stock() -> None:
     """The one column's log of a count is not rounded to eight bits."""
     model = wan()
     inputs = video_inputs_of(model, lengths=(3, 7))
-    exact = _run(model.double(), {k: x.double() if isinstance(x, Tensor) else x for k, x in inputs.items()})
+    exact = run_model(model.double(), {k: x.double() if isinstance(x, Tensor) else x for k, x in inputs.items()})
     model.to(torch.bfloat16)
     rough = {k: x.bfloat16() if isinstance(x, Tensor) and k != "timestep" else x for k, x in inputs.items()}
-    stock = (_run(model, rough) - exact).abs().mean()
+    stock = (run_model(model, rough) - exact).abs().mean()
     with sdattn_fast.apply(model):
-        assert (_run(model, rough) - exact).abs().mean() < 1.1 * stock
+        assert (run_model(model, rough) - exact).abs().mean() < 1.1 * stock
 
 
 def _drawn(pipe: Any, prompt: Any, side: int = 16, frames: int = 9, **more: Any) -> Tensor:
@@ -240,7 +235,7 @@ def test_ltx_and_its_pipeline() -> None:
         sdattn_fast.apply(model, program),
         pytest.raises(ValueError, match=r"grid: layer 'transformer_blocks\.0\.attn2'"),
     ):
-        _run(model, inputs)
+        run_model(model, inputs)
 
 
 class _FramesOracle:
@@ -275,9 +270,9 @@ def test_models_that_repeat_a_text_for_its_frames(make: Callable[[], Any]) -> No
         "hidden_states" if make is latte else "sample": torch.randn(2, 4, FRAMES, 8, 12),
         "timestep": torch.tensor([5, 5]), "encoder_hidden_states": torch.randn(2, tokens, 16), "return_dict": False,
     }  # fmt: skip
-    stock, gate = _run(model, inputs), torch.rand(2, tokens) + 0.5
+    stock, gate = run_model(model, inputs), torch.rand(2, tokens) + 0.5
     with sdattn_fast.apply(model):
-        torch.testing.assert_close(_run(model, inputs), stock, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run_model(model, inputs), stock, rtol=1e-4, atol=1e-4)
     active, protected = torch.tensor([False, True]), torch.arange(tokens).expand(2, -1) > 5
     by_frame = {
         name: x.repeat_interleave(FRAMES, 0)
@@ -289,7 +284,7 @@ def test_models_that_repeat_a_text_for_its_frames(make: Callable[[], Any]) -> No
     before = [layer.processor for layer in layers]
     for layer in layers:
         layer.processor = oracle
-    expected = _run(model, inputs)
+    expected = run_model(model, inputs)
     for layer, processor in zip(layers, before, strict=True):
         layer.processor = processor
     rows: list[int] = []
@@ -297,7 +292,7 @@ def test_models_that_repeat_a_text_for_its_frames(make: Callable[[], Any]) -> No
     with sdattn_fast.apply(
         model, FULL, gate=gate, active=active, protected=protected, capture=Capture(layers="*"), backend="cpu"
     ) as patch:
-        torch.testing.assert_close(_run(model, inputs), expected, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run_model(model, inputs), expected, rtol=1e-4, atol=1e-4)
         assert rows == [2] and len(patch.layers) == len(layers)
         mine, theirs = sorted(patch.maps.values(), key=float_sum), [m[FRAMES:].transpose(0, 1) for m in oracle.maps]
         for one, other in zip(mine, sorted(theirs, key=float_sum), strict=True):
@@ -312,9 +307,9 @@ def test_a_video_of_one_frame_has_a_dimension_for_it(make: Callable[[], Any]) ->
         "hidden_states" if make is latte else "sample": torch.randn(2, 4, 1, 8, 12),
         "timestep": torch.tensor([5, 5]), "encoder_hidden_states": torch.randn(2, 9, 16), "return_dict": False,
     }  # fmt: skip
-    stock = _run(model, inputs)
+    stock = run_model(model, inputs)
     with sdattn_fast.apply(model, capture=Capture()) as patch:
-        torch.testing.assert_close(_run(model, inputs), stock, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run_model(model, inputs), stock, rtol=1e-4, atol=1e-4)
         assert {tuple(x.shape[:3]) for x in patch.maps.values()} == {(2, 9, 1)}
         assert {x.dim() for x in patch.maps.values()} == {5}
 
@@ -326,13 +321,13 @@ def test_animatediff_draws_each_frame_with_its_own_text() -> None:
         "sample": torch.randn(2, 4, FRAMES, 8, 12), "timestep": torch.tensor([5, 5]), "return_dict": False,
         "encoder_hidden_states": torch.randn(2, 9, 16).repeat_interleave(FRAMES, 0),
     }  # fmt: skip
-    stock, active = _run(model, inputs), torch.arange(2 * FRAMES) >= FRAMES
+    stock, active = run_model(model, inputs), torch.arange(2 * FRAMES) >= FRAMES
     with sdattn_fast.apply(model):
-        torch.testing.assert_close(_run(model, inputs), stock, rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(run_model(model, inputs), stock, rtol=1e-4, atol=1e-4)
     gate = torch.ones(9)
     gate[3] = 0
     with sdattn_fast.apply(model, gate=gate, active=active, capture=Capture()) as patch:
-        assert (_run(model, inputs) - stock).abs().max() > 1e-3
+        assert (run_model(model, inputs) - stock).abs().max() > 1e-3
         assert all(m.shape[:2] == (FRAMES, 9) and not m[:, 3].any() for m in patch.maps.values())
 
 
@@ -368,14 +363,14 @@ def test_compiled_models_and_attention_backends_of_diffusers() -> None:
     program, active = Program(dropout=SalienceDropout(0.5)), torch.tensor([False, True])
     texts = [video_inputs_of(model, lengths=lengths) for lengths in ((3, 7), (9, 5))]
     with sdattn_fast.apply(model, program, active=active):
-        eager = [_run(model, one) for one in texts]
+        eager = [run_model(model, one) for one in texts]
         model.set_attention_backend("native")
-        assert torch.equal(_run(model, texts[0]), eager[0])
+        assert torch.equal(run_model(model, texts[0]), eager[0])
     assert {layer.processor._attention_backend for layer in _layers(model)} == {"native"}
     compiled = torch.compile(model, backend="eager")
     with sdattn_fast.apply(compiled, program, active=active):
         for one, expected in zip(texts, eager, strict=True):
-            torch.testing.assert_close(_run(compiled, one), expected, rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(run_model(compiled, one), expected, rtol=1e-4, atol=1e-4)
 
 
 def test_fused_projections_are_left_alone() -> None:
@@ -391,9 +386,9 @@ def test_copies_of_a_patched_model_are_not_patched() -> None:
 
     model = wan()
     inputs = video_inputs_of(model)
-    stock = _run(model, inputs)
+    stock = run_model(model, inputs)
     with sdattn_fast.apply(model, gate=torch.zeros(512), active=torch.ones(2, dtype=torch.bool)):
         with pytest.warns(UserWarning, match="copied or saved as a whole"):
             twin = copy.deepcopy(model)
-        assert (_run(model, inputs) - stock).abs().max() > 1e-3
-        assert torch.equal(_run(twin, inputs), stock)
+        assert (run_model(model, inputs) - stock).abs().max() > 1e-3
+        assert torch.equal(run_model(twin, inputs), stock)

@@ -9,8 +9,8 @@ from torch import Tensor
 
 __all__ = [
     "chronoedit", "hunyuan", "hunyuan_controlnet", "inputs_of", "latte", "ltx", "ltx_pipeline", "pixart",
-    "pixart_pipeline", "sana", "sana_pipeline", "skyreels", "unet_3d", "unet_motion", "video_inputs_of", "wan",
-    "wan_pipeline", "wan_vace",
+    "pixart_pipeline", "run_model", "sana", "sana_pipeline", "skyreels", "unet_3d", "unet_motion", "video_inputs_of",
+    "wan", "wan_pipeline", "wan_vace",
 ]  # fmt: skip
 
 TEXT, CAPTION = 16, 16  # the layers' width, and the text encoder's
@@ -216,6 +216,13 @@ def ltx_pipeline() -> Any:
         decoder_layers_per_block=(1,) * 5,
     )  # fmt: skip
     return _quiet(LTXPipeline(FlowMatchEulerDiscreteScheduler(), vae, T5EncoderModel(config).eval(), tokenizer, ltx()))
+
+
+@torch.no_grad()
+def run_model(model: Any, inputs: dict[str, Any]) -> Tensor:
+    """What it predicts."""
+    out: Tensor = model(**inputs)[0]
+    return out
 
 
 def pixart_pipeline() -> Any:
