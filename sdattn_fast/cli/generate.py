@@ -168,8 +168,11 @@ def _size_options(pipe: Any, height: int | None, width: int | None) -> dict[str,
     """
     if height is None and width is None:
         return {}
+    from ..patching.model_kinds import denoisers
+
     factor = int(getattr(pipe, "vae_scale_factor", 8))
-    sample = pipe.unet.config.sample_size
+    model: Any = next(iter(denoisers(pipe).values()))
+    sample = model.config.sample_size
     sides = (sample, sample) if isinstance(sample, int) else sample
     size = {}
     for name, side, default in zip(("height", "width"), (height, width), sides, strict=True):
