@@ -70,6 +70,7 @@ def evaluate(
 
     from ..evaluation.conditions import STOCK, ConditionInputs, conditions
     from ..evaluation.cost import costs
+    from ..evaluation.processes import draw_missing, process_state
     from ..evaluation.report import write_report
     from ..evaluation.run import Evaluation
     from ..files import ProgramFile, load_heads
@@ -98,7 +99,7 @@ def evaluate(
     read = None if prompts is None else read_prompts(prompts)
     chosen = None if heads is None else load_heads(heads)[0]
     program = None if tuned is None else ProgramFile.load(tuned)
-    state = _processes(device)
+    state = process_state(cpu=device == "cpu")
     console = plain_console(quiet=not state.is_main_process)
     pipe = pipeline_of(model, _device(device, state), dtype)
     pipe.set_progress_bar_config(disable=True)
@@ -121,8 +122,7 @@ def evaluate(
         state.wait_for_everyone()
         for name, why in evaluation.left_out.items():
             console.print(f"{name}: not drawn, {why}")
-        _run(console, evaluation, state)
-        state.wait_for_everyone()
+        draw_missing(evaluation, state, console)
         if not state.is_main_process:
             return
         prices: dict[str, Any] = {}
@@ -136,18 +136,6 @@ def evaluate(
         ground = f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
     _show(console, write_report(evaluation, prices, ground))
     print(f"wrote {folder / 'evaluation.html'}, {folder / 'evaluation.md'} and {folder / 'summary.json'}")
-
-
-def _processes(device: str | None) -> Any:
-    """accelerate's state: this process, and how many there are."""
-    from datetime import timedelta
-
-    try:
-        from accelerate import PartialState
-    except ImportError as error:
-        raise ImportError("evaluate needs accelerate: pip install 'sdattn-fast[evaluate]'") from error
-    # One process may be done hours before another, or wait while the first calibrates.
-    return PartialState(cpu=device == "cpu", timeout=timedelta(days=7))
 
 
 def _device(requested: str | None, state: Any) -> str:
@@ -232,22 +220,6 @@ def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any, 
     if isinstance(stored, bool) or not isinstance(stored, (int, float)) or not -1 <= stored <= 1:
         raise ValueError(f"{path}: expected a threshold, a cosine, got {stored!r}; remove the file to calibrate anew")
     return float(stored)
-
-
-def _run(console: Any, evaluation: Any, state: Any) -> None:
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    total = len(evaluation.units())
-    with Progress(*columns, console=console, disable=not console.is_terminal or not state.is_main_process) as progress:
-        task = progress.add_task("Drawing", total=total, completed=total - evaluation.missing())
-
-        def tell(text: str) -> None:
-            progress.update(task, completed=total - evaluation.missing(), description=text)
-            if not console.is_terminal and state.is_main_process:
-                print(text, flush=True)
-
-        evaluation.run(state.process_index, state.num_processes, tell)
 
 
 def _show(console: Any, content: dict[str, Any]) -> None:

@@ -12,11 +12,12 @@ from .phrases import NounPhrase, find_phrases, phrase_ids
 from .preview import LinearDecoder, Preview, predicted_clean
 from .recipe import Recipe
 from .relevance import Seen, gradcam
+from .segregation import Segregation
 from .structure import Structure, refine_latents
 
 __all__ = [
     "Binding", "BindingPair", "ClipGate", "ClipScorer", "ClipSimilarity", "Correction", "LinearDecoder",
     "NoisePrediction", "NounPhrase", "PairwiseBilateral", "PairwiseGaussian", "Presence", "Preview", "Recipe",
-    "Seen", "Structure", "binding_loss", "dense_crf", "find_phrases", "gradcam", "phrase_ids",
+    "Seen", "Segregation", "Structure", "binding_loss", "dense_crf", "find_phrases", "gradcam", "phrase_ids",
     "predicted_clean", "refine_latents", "syntactic_pairs",
 ]  # fmt: skip

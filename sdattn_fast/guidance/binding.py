@@ -17,7 +17,7 @@ from ..patching.words import words_of
 from ..streams import to_device
 from .phrases import NounPhrase
 from .relevance import Seen
-from .token_maps import TokenScore, for_each_picture, maps_of_tokens
+from .token_maps import LEAST, TokenScore, for_each_picture, maps_of_tokens, word_distributions
 
 __all__ = ["Binding", "BindingPair", "binding_loss", "syntactic_pairs"]
 
@@ -100,7 +100,7 @@ class Binding(TokenScore):
         """
         maps, place = maps_of_tokens(seen, self.tokens, "pairs")
         pairs = for_each_picture(self.pairs, len(maps), "pairs")
-        maps = maps.clamp_min(_LEAST).movedim(1, -1)
+        maps = maps.clamp_min(LEAST).movedim(1, -1)
         losses = [
             binding_loss(x, _renumbered(some, place)) if some else x.new_zeros(())
             for x, some in zip(maps, pairs, strict=True)
@@ -136,7 +136,7 @@ def binding_loss(maps: Tensor, pairs: Sequence[BindingPair]) -> Tensor:
         for other in pair.outside:
             weights[modifier, index[tuple(other)]] -= 0.5 / len(pair.outside)
             weights[index[tuple(other)], noun] -= 0.5 / len(pair.outside)
-    distances = _distances(_word_maps(maps, words).to(weights.dtype))
+    distances = _distances(word_distributions(maps, words))
     return (to_device(weights, maps.device) * distances).sum().to(maps.dtype)
 
 
@@ -174,19 +174,8 @@ def _renumbered(pairs: Sequence[BindingPair], place: dict[int, int]) -> list[Bin
     return [BindingPair(of(one.modifier), of(one.noun), [of(word) for word in one.outside]) for one in pairs]
 
 
-def _word_maps(maps: Tensor, words: Sequence[Tokens]) -> Tensor:
-    """(words, pixels), each scaled to sum to 1."""
-    shares = torch.stack([maps[..., list(tokens)].mean(-1).flatten() for tokens in words])
-    shares = shares.clamp_min(torch.finfo(maps.dtype).tiny)  # where half precision has zeros, logarithms are finite
-    return shares / shares.sum(1, keepdim=True)
-
-
 def _distances(maps: Tensor) -> Tensor:
     """(KL(a || b) + KL(b || a)) / 2 = sum (a - b) (log a - log b) / 2 of every two rows, in one product."""
     cross = maps @ maps.log().T
     own = cross.diagonal()
     return (own[:, None] + own[None, :] - cross - cross.T) / 2
-
-
-# Bicubic upsampling undershoots; below this a probability says nothing of where a word is.
-_LEAST = 1e-6

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,11 +11,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..program import finite_number
-from .phrases import NounPhrase
 from .pictures import decode_latents
 from .preview import predicted_clean
 from .relevance import Seen
-from .token_maps import TokenScore, for_each_picture, maps_of_tokens
+from .token_maps import PhraseScore, for_each_picture, maps_of_tokens
 
 __all__ = ["NoisePrediction", "Presence", "ClipSimilarity"]
 
@@ -45,7 +44,7 @@ class NoisePrediction:
         return -F.mse_loss(seen.prediction.float(), self.target.to(seen.prediction.device).float())
 
 
-class Presence(TokenScore):
+class Presence(PhraseScore):
     """A score: how much attention each phrase has at its strongest pixel.
 
     The map of a phrase is the mean over its tokens, the captured layers (at the largest one's size) and the heads,
@@ -74,19 +73,10 @@ class Presence(TokenScore):
     """
 
     def __init__(self, phrases: Sequence[Any], *, weakest: bool = True, sharpness: float | None = None) -> None:
-        nested = _nested_tokens(phrases)
-        by_picture = any(some and not isinstance(some[0], int) for some in nested)
-        self.phrases = [[tuple(phrase) for phrase in some] for some in (nested if by_picture else [nested])]
-        if not any(self.phrases) or any(not phrase for some in self.phrases for phrase in some):
-            raise ValueError(f"phrases: expected token indices of at least one phrase, got {phrases!r}")
+        super().__init__(phrases)
         if sharpness is not None and finite_number("sharpness", sharpness) <= 0.0:
             raise ValueError(f"sharpness: expected a finite number > 0, got {sharpness}")
         self.weakest, self.sharpness = weakest, sharpness
-
-    @property
-    def tokens(self) -> tuple[int, ...]:
-        """The indices of all tokens of all phrases."""
-        return tuple(sorted({i for some in self.phrases for phrase in some for i in phrase}))
 
     def by_picture(self, seen: Seen) -> Tensor:
         """The score of each picture.
@@ -204,20 +194,3 @@ def _smoothed(maps: Tensor, sigma: float) -> Tensor:
 
     border = "reflect" if min(maps.shape[-2:]) > 1 else "replicate"
     return gaussian_blur2d(maps[:, None], (3, 3), (sigma, sigma), border_type=border)
-
-
-def _nested_tokens(phrases: Any) -> list[Any]:
-    """Lists of token indices, as deep as `phrases` are. Raises: TypeError, ValueError for what are no indices."""
-    if isinstance(phrases, (str, Mapping)) or not isinstance(phrases, Iterable):
-        raise TypeError(f"phrases: expected token indices of each phrase, or NounPhrases, got {phrases!r:.80}")
-    nested: list[Any] = []
-    for phrase in phrases:
-        if isinstance(phrase, NounPhrase):
-            nested.append(phrase.tokens("noun"))
-        elif isinstance(phrase, int) and not isinstance(phrase, bool):
-            if phrase < 0:
-                raise ValueError(f"phrases: expected token indices >= 0, got {phrase}")
-            nested.append(phrase)
-        else:
-            nested.append(_nested_tokens(phrase))
-    return nested

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import ItemsView, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
@@ -17,16 +17,18 @@ class Recipe:
     """What `sdattn_fast.apply(pipe, recipe=...)` does with every picture that the pipeline draws.
 
     It finds the noun phrases of the call's prompts, and after some of the steps moves the latents towards a higher
-    score of the attention to them: `presence` times `Presence` plus `binding` times `Binding`.
+    score of the attention to them: `presence` times `Presence` plus `segregation` times `Segregation` plus `binding`
+    times `Binding`.
 
     Args:
         presence: Weight of `Presence` of the objects, >= 0: each is to be attended to somewhere.
+        segregation: Weight of `Segregation` of the objects, >= 0: each is to be attended to where the others are not.
         binding: Weight of `Binding` of modifiers and nouns, >= 0: a colour is to be attended to where its noun is.
         strength: Of each change of the latents, as in `Correction`.
         normalize: As in `Correction`.
         sharpness: As in `Presence`.
         until: The share of the steps in which the latents are corrected, from the second one on, in (0, 1].
-        every: Of these it takes every n-th.
+        corrections: The most corrections of a picture, spread evenly over these steps. None: one after each of them.
         targets: {share of the steps: score}, kept as a tuple of pairs: before the step at this share the change is
             repeated until the score reaches the number, at most `repeats` times.
         repeats: As in `Correction`.
@@ -36,42 +38,50 @@ class Recipe:
 
     Raises:
         TypeError: If an argument has the wrong type.
-        ValueError: If an argument is out of range, or both weights are 0.
+        ValueError: If an argument is out of range, or all weights are 0.
 
     Examples:
         >>> from dataclasses import replace
-        >>> cheaper = replace(Recipe.named("objects"), every=3)
-        >>> with sdattn_fast.apply(pipe, recipe=cheaper):
+        >>> stronger = replace(Recipe.named("objects"), strength=0.2)
+        >>> with sdattn_fast.apply(pipe, recipe=stronger):
         ...     image = pipe("a cat and a frog").images[0]
+        >>> attend_and_excite = Recipe(
+        ...     presence=1.0, sharpness=100.0, targets={0.2: 0.5, 0.4: 0.8}, strength=20.0, normalize=False, until=0.5,
+        ...     corrections=None,
+        ... )
 
-    Source: Attend-and-Excite, Chefer et al. 2023, arXiv 2301.13826; SynGen, Rassin et al. 2023, arXiv 2306.08877.
+    Source: Attend-and-Excite, Chefer et al. 2023, arXiv 2301.13826; A-STAR, Agarwal et al. 2023, arXiv 2306.14544;
+    SynGen, Rassin et al. 2023, arXiv 2306.08877.
     """
 
     presence: float = 0.0
+    segregation: float = 0.0
     binding: float = 0.0
-    strength: float = 20.0
-    normalize: bool = False
+    strength: float = 0.1
+    normalize: bool = True
     sharpness: float | None = None
-    until: float = 0.5
-    every: int = 1
+    until: float = 0.25
+    corrections: int | None = 4
     targets: Mapping[float, float] | tuple[tuple[float, float], ...] = ()
     repeats: int = 20
     program: Program = field(default_factory=Program)
     objects: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for name in ("presence", "binding", "strength", "until"):
+        for name in ("presence", "segregation", "binding", "strength", "until"):
             object.__setattr__(self, name, finite_number(f"Recipe.{name}", getattr(self, name)))
-        for name in ("presence", "binding", "strength"):
+        for name in ("presence", "segregation", "binding", "strength"):
             if getattr(self, name) < 0.0:
                 raise ValueError(f"Recipe.{name}: expected a number >= 0, got {getattr(self, name)}")
-        if self.presence == 0.0 and self.binding == 0.0:
-            raise ValueError("Recipe: expected presence or binding greater than 0, got 0 for both")
+        if not self.presence and not self.segregation and not self.binding:
+            raise ValueError("Recipe: expected presence, segregation or binding greater than 0, got 0 for all")
         if not 0.0 < self.until <= 1.0:
             raise ValueError(f"Recipe.until: expected a share in (0, 1], got {self.until}")
         object.__setattr__(self, "targets", _checked_targets(self.targets, self.until))
-        for name in ("every", "repeats"):
+        for name in ("corrections", "repeats"):
             count = getattr(self, name)
+            if name == "corrections" and count is None:
+                continue
             if isinstance(count, bool) or not isinstance(count, int):
                 raise TypeError(f"Recipe.{name}: expected an int, got {type(count).__name__}")
             if count < 1:
@@ -94,7 +104,7 @@ class Recipe:
         """The recipe that `sdattn_fast.apply` knows by a name.
 
         Args:
-            name: "objects", "binding" or "both".
+            name: "objects", "binding", "both" or "fast".
 
         Returns:
             The recipe.
@@ -127,13 +137,12 @@ def _checked_targets(targets: Any, until: float) -> tuple[tuple[float, float], .
     return checked
 
 
-# The papers' settings for Stable Diffusion, where 50 steps have targets at the steps 0, 10 and 20.
-_ATTEND_AND_EXCITE = Recipe(presence=1.0, sharpness=100.0, targets={0.2: 0.5, 0.4: 0.8})
-
+# Chosen by `python -m sdattn_fast.studies.recipes` on the objects world (docs/objects.md).
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
-        "objects": _ATTEND_AND_EXCITE,
+        "objects": Recipe(presence=1.0, segregation=1.0),
         "binding": Recipe(binding=1.0),
-        "both": replace(_ATTEND_AND_EXCITE, binding=1.0, targets=()),
+        "both": Recipe(presence=1.0, segregation=1.0, binding=0.1),
+        "fast": Recipe(presence=1.0, segregation=1.0, until=0.15, corrections=2),
     }
 )

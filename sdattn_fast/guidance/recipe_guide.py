@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import inspect
+import math
 import re
 import threading
 import warnings
@@ -28,6 +29,7 @@ from .objectives import Presence
 from .phrases import NounPhrase, find_phrases
 from .recipe import Recipe
 from .relevance import Seen, check_gradients_may_be
+from .segregation import Segregation
 from .token_maps import TokenScore
 
 __all__ = ["RecipeGuide", "check_pipeline"]
@@ -111,10 +113,12 @@ class RecipeGuide:
         with self._tokenizers.of(pipe) as tokenizer:
             words = [self._words(tokenizer, one, left_out) for one in prompts]
         of_pictures = [one for one in words for _ in range(images)]
+        objects = [one.objects for one in of_pictures]
         weighted: list[tuple[float, TokenScore]] = []
-        if self.recipe.presence and any(one.objects for one in words):
-            presence = Presence([one.objects for one in of_pictures], sharpness=self.recipe.sharpness)
-            weighted.append((self.recipe.presence, presence))
+        if self.recipe.presence and any(objects):
+            weighted.append((self.recipe.presence, Presence(objects, sharpness=self.recipe.sharpness)))
+        if self.recipe.segregation and any(len(some) > 1 for some in objects):
+            weighted.append((self.recipe.segregation, Segregation(objects)))
         if self.recipe.binding and any(one.pairs for one in words):
             weighted.append((self.recipe.binding, Binding([one.pairs for one in of_pictures])))
         return _WeightedSum(weighted) if weighted else None
@@ -133,6 +137,8 @@ class RecipeGuide:
         if self.recipe.presence and not objects:
             none = "it has no noun that names an object" if wanted is None else f"it has none of {list(wanted)}"
             left_out.append(f"presence in {prompt!r}: {none}")
+        if self.recipe.segregation and len(objects) < 2:
+            left_out.append(f"segregation in {prompt!r}: it has fewer than two nouns that name an object")
         if self.recipe.binding and not pairs:
             left_out.append(f"binding in {prompt!r}: no noun of it has a modifier")
         return _Words([phrase.tokens("noun") for phrase in objects], pairs)
@@ -197,14 +203,15 @@ class _Correcting:
             self.patch.current_call.left_out.append(reason)
             warnings.warn(f"sdattn_fast: the recipe left out {reason}", UserWarning, stacklevel=4)
             return None
-        taken = range(0, end, recipe.every)
+        every = 1 if recipe.corrections is None else math.ceil(end / recipe.corrections)
+        taken = range(0, end, every)
         targets = {
             min(taken, key=lambda step: abs(step + 1 - share * count)): score
             for share, score in dict(recipe.targets).items()
             if share * count >= 0.5  # the others' step is the first
         }
         correction = Correction(
-            self.patch, self.score, steps=(0, end), every=recipe.every, strength=recipe.strength,
+            self.patch, self.score, steps=(0, end), every=every, strength=recipe.strength,
             normalize=recipe.normalize, targets=targets, repeats=recipe.repeats,
         )  # fmt: skip
         correction.remove()  # the guide watches the UNet for all of them

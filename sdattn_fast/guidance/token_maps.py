@@ -1,18 +1,22 @@
-"""What scores of tokens have in common: the maps of a prediction that they need, and a score of each picture."""
+"""What scores of tokens have in common: whose tokens they are of, the maps that they need, a score of each picture."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import TypeVar
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
+from .phrases import NounPhrase
 from .relevance import Seen
 
-__all__ = ["TokenScore", "for_each_picture", "maps_of_tokens"]
+__all__ = ["LEAST", "PhraseScore", "TokenScore", "for_each_picture", "maps_of_tokens", "word_distributions"]
 
 Some = TypeVar("Some")
+# Bicubic upsampling undershoots; below this a probability says nothing of where a word is.
+LEAST = 1e-6
 
 
 class TokenScore(ABC):
@@ -37,6 +41,22 @@ class TokenScore(ABC):
         """The score of each picture, (B,)."""
 
 
+class PhraseScore(TokenScore):
+    """A score of phrases. phrases: as in `Presence`. Raises: TypeError, ValueError for what are none."""
+
+    def __init__(self, phrases: Sequence[Any]) -> None:
+        nested = _nested_tokens(phrases)
+        by_picture = any(some and not isinstance(some[0], int) for some in nested)
+        self.phrases = [[tuple(phrase) for phrase in some] for some in (nested if by_picture else [nested])]
+        if not any(self.phrases) or any(not phrase for some in self.phrases for phrase in some):
+            raise ValueError(f"phrases: expected token indices of at least one phrase, got {phrases!r}")
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The indices of all tokens of all phrases."""
+        return tuple(sorted({i for some in self.phrases for phrase in some for i in phrase}))
+
+
 def maps_of_tokens(seen: Seen, tokens: Sequence[int], argument: str) -> tuple[Tensor, dict[int, int]]:
     """(B, T, height, width), the mean over layers at the largest one's size; token -> its index among the T.
 
@@ -52,9 +72,37 @@ def maps_of_tokens(seen: Seen, tokens: Sequence[int], argument: str) -> tuple[Te
     return seen.maps.upsample(size), place
 
 
+def word_distributions(maps: Tensor, words: Sequence[Sequence[int]]) -> Tensor:
+    """(words, pixels), float32 or more: of each word, the mean of its tokens' maps, scaled to sum to 1.
+
+    maps: (height, width, tokens), >= 0. words: indices into its last dimension.
+    """
+    shares = torch.stack([maps[..., list(tokens)].mean(-1).flatten() for tokens in words])
+    shares = shares.clamp_min(torch.finfo(maps.dtype).tiny)  # where half precision has zeros, logarithms are finite
+    shares = shares.to(torch.promote_types(maps.dtype, torch.float32))
+    return shares / shares.sum(1, keepdim=True)
+
+
 def for_each_picture(given: Sequence[Some], pictures: int, argument: str) -> Sequence[Some]:
     """One of each picture's own; a single one is all pictures'."""
     given = list(given) * pictures if len(given) == 1 else given
     if len(given) != pictures:
         raise ValueError(f"{argument}: expected a list for each of {pictures} entries, got {len(given)}")
     return given
+
+
+def _nested_tokens(phrases: Any) -> list[Any]:
+    """Lists of token indices, as deep as `phrases` are. Raises: TypeError, ValueError for what are no indices."""
+    if isinstance(phrases, (str, Mapping)) or not isinstance(phrases, Iterable):
+        raise TypeError(f"phrases: expected token indices of each phrase, or NounPhrases, got {phrases!r:.80}")
+    nested: list[Any] = []
+    for phrase in phrases:
+        if isinstance(phrase, NounPhrase):
+            nested.append(phrase.tokens("noun"))
+        elif isinstance(phrase, int) and not isinstance(phrase, bool):
+            if phrase < 0:
+                raise ValueError(f"phrases: expected token indices >= 0, got {phrase}")
+            nested.append(phrase)
+        else:
+            nested.append(_nested_tokens(phrase))
+    return nested

@@ -1,8 +1,11 @@
-"""Search recipes, and compare the best with peers: `python -m sdattn_fast.studies.recipes`.
+"""Search recipes, and compare the best with peers: `python -m sdattn_fast.studies.recipes FOLDER`.
 
-A grid of recipes draws captions to choose on. The best of each kind draws other captions, beside stock,
-Attend-and-Excite and SynGen, from the same noise, a picture a call. What is drawn is kept in the folder: a run that was
-stopped goes on.
+Recipes, Attend-and-Excite and SynGen draw captions to choose on, at several settings. The best of each kind draws other
+captions, beside stock, from the same noise. What is drawn is kept in the folder: a run that was stopped goes on. With
+torchrun, processes share the work.
+
+Attend-and-Excite, diffusers' own, is the positive control: its effect on Stable Diffusion is published and reproduced.
+A world in which it does not help measures nothing. `--control-only` leaves out all but it.
 """
 
 from __future__ import annotations
@@ -14,81 +17,96 @@ from typing import Annotated, Any
 
 import typer
 
-from ..evaluation.conditions import STOCK, Condition, ConditionInputs, recipe_condition
+from ..evaluation.conditions import STOCK, Condition, ConditionInputs
 from ..evaluation.cost import costs
-from ..evaluation.peers import AttendAndExcite, SynGen
-from ..evaluation.recipe_search import chosen_recipes, recipe_grid
+from ..evaluation.processes import draw_missing, process_state
 from ..evaluation.run import Evaluation
+from ..evaluation.search import RESOLUTIONS, SCALES, STRENGTHS, peer_kinds, recipe_kinds
 from ..evaluation.world_subjects import world_subject
 from ..lab.pipeline import load_pipeline
 from ..measure.paired import summary, summary_table
+
+_MEASURES = ("present", "bound", "all right")
+_CONTROL = "Attend-and-Excite"
 
 
 def _recipes(
     folder: Annotated[Path, typer.Argument(help="Where pictures and figures are kept.")],
     world: Annotated[str, typer.Option(help="objects or shapes.")] = "objects",
     model: Annotated[Path | None, typer.Option(help="A pipeline's folder; default: the world's own.")] = None,
-    choose: Annotated[int, typer.Option(help="How many captions the grid is searched on.")] = 64,
+    choose: Annotated[int, typer.Option(help="How many captions settings are chosen on.")] = 64,
     report: Annotated[int, typer.Option(help="How many other captions the best are compared on.")] = 512,
     strength: Annotated[
-        list[float] | None, typer.Option(help="Of a change of the latents; several, default 0.02 to 0.2.")
+        list[float] | None, typer.Option(help="Of a recipe's change of the latents; several, default 0.05 to 0.2.")
     ] = None,
-    resolution: Annotated[int, typer.Option(help="Side of the attention that the peers look at.")] = 16,
-    scale: Annotated[float, typer.Option(help="Step size of the peers.")] = 20.0,
+    scale: Annotated[
+        list[float] | None, typer.Option(help="Step size of the peers; several, default 0.5 to 20.")
+    ] = None,
+    resolution: Annotated[
+        list[int] | None, typer.Option(help="Side of the attention that the peers look at; several, default 16 and 8.")
+    ] = None,
+    control_only: Annotated[bool, typer.Option(help="Search and report Attend-and-Excite alone.")] = False,
 ) -> None:
-    """Search recipes on some captions, compare the best with stock and peers on others."""
+    """Search recipes and peers on some captions, compare the best of each kind with stock on others."""
     from rich.console import Console
 
-    console = Console()
     for name, value, least in (("choose", choose, 1), ("report", report, 2)):
         if value < least:
             raise typer.BadParameter(f"expected at least {least}, got {value}", param_hint=f"--{name}")
     if world not in ("objects", "shapes"):
         raise typer.BadParameter(f"expected objects or shapes, got {world!r}", param_hint="--world")
+    state = process_state(cpu=True)
+    console = Console(quiet=not state.is_main_process)
     pipe = load_pipeline(folder=model, world=world)
     pipe.set_progress_bar_config(disable=True)
-    tell = console.print if console.is_terminal else None
     inputs = ConditionInputs((), (), (), (), 0)
-    name_of_model = world if model is None else str(model)
-    measures = ("present", "bound", "all right")
 
     def evaluated(what: str, conditions: list[Condition], count: int) -> tuple[Evaluation, Any]:
-        """And what it gave, as figures, which are also shown."""
+        """Of stock and of these; and what it gave, as figures, which are also shown."""
+        conditions = list({c.name: c for c in [Condition(STOCK, STOCK), *conditions]}.values())
         subject = world_subject(world, count, choosing=what == "choose", folder=model)
-        evaluation = Evaluation(folder / what, pipe, subject, conditions, inputs, name_of_model, batch=1)
-        evaluation.run(tell=tell)
-        figures = summary(evaluation.results(), measures, STOCK)
-        console.print(summary_table(figures, f"{count} captions to {what} on", "recipe"))
+        with state.main_process_first():
+            evaluation = Evaluation(
+                folder / what, pipe, subject, conditions, inputs, world if model is None else str(model), batch=8
+            )
+        draw_missing(evaluation, state, console)
+        figures = summary(evaluation.results(), _MEASURES, STOCK)
+        console.print(summary_table(figures, f"{count} captions to {what} on", "condition"))
         for left_out, why in evaluation.left_out.items():
             console.print(f"left out {left_out}: {why}")
         return evaluation, figures
 
-    grid = recipe_grid(strength) if strength else recipe_grid()
-    searched, search_figures = evaluated(
-        "choose", [Condition(STOCK, STOCK), *map(recipe_condition, grid, grid.values())], choose
-    )
-    best = chosen_recipes(searched.results(), grid)
-    for kind, chosen in best.items():
-        console.print(f"{kind}: {chosen}")
-    conditions = [
-        Condition(STOCK, STOCK),
-        *(recipe_condition(f"recipe, {kind}", grid[chosen]) for kind, chosen in best.items() if chosen != STOCK),
-        *(
-            Condition(peer.name, "peer", peer=peer)
-            for peer in (AttendAndExcite(scale, resolution), SynGen(scale, resolution))
-        ),
-    ]
-    reported, report_figures = evaluated("report", conditions, report)
+    kinds = peer_kinds(scale or SCALES, resolution or RESOLUTIONS)
+    if control_only:
+        kinds = [kind for kind in kinds if kind.name == _CONTROL]
+    else:
+        kinds = [*recipe_kinds(strength or STRENGTHS), *kinds]
+    searched, search_figures = evaluated("choose", [c for kind in kinds for c in kind.conditions], choose)
+    best = {kind.name: kind.best(searched.results()) for kind in kinds}
+    for name, condition in best.items():
+        console.print(f"{name}: {condition.name}")
+    reported, report_figures = evaluated("report", list(best.values()), report)
+    if not state.is_main_process:
+        return
+    _say_control(console, report_figures[best[_CONTROL].name]["present"])
     prices = costs(pipe, reported.subject, reported.conditions, inputs)
     for name, price in prices.items():
         console.print(f"{name}: {price['of stock']:.2f} of stock's time, {price['peak MiB']:.1f} MiB")
     figures = {
-        "chosen": {kind: {"name": n, **(asdict(grid[n]) if n in grid else {})} for kind, n in best.items()},
+        "chosen": {name: asdict(condition) for name, condition in best.items()},
         "search": search_figures,
         "report": report_figures,
         "costs": prices,
     }
     (folder / "recipes.json").write_text(json.dumps(figures, indent=1, default=str) + "\n")
+
+
+def _say_control(console: Any, cell: dict[str, Any]) -> None:
+    helps = cell["low"] > 0
+    console.print(
+        f"positive control: {_CONTROL} changes the share of objects present by {cell['difference']:+.3f} "
+        f"[{cell['low']:+.3f}, {cell['high']:+.3f}]: it {'helps' if helps else 'does not help'}"
+    )
 
 
 if __name__ == "__main__":

@@ -21,7 +21,15 @@ from tiny_models import _one_thread, build, draw, parts, psnr, tokenizer, tokeni
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, SalienceDropout
-from sdattn_fast.guidance import Binding, Correction, Presence, Recipe, find_phrases, syntactic_pairs
+from sdattn_fast.guidance import (
+    Binding,
+    Correction,
+    Presence,
+    Recipe,
+    Segregation,
+    find_phrases,
+    syntactic_pairs,
+)  # fmt: skip
 from sdattn_fast.guidance.recipe import RECIPES
 
 CAPTION = "a red car and a blue cat"
@@ -35,30 +43,42 @@ def quiet(action: Callable[[], Any]) -> Any:
         return action()
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
+# The settings of the paper, for Stable Diffusion.
+ATTEND_AND_EXCITE = Recipe(
+    presence=1.0, sharpness=100.0, targets={0.2: 0.5, 0.4: 0.8}, strength=20.0, normalize=False, until=0.5,
+    corrections=None,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*RECIPES, "Attend-and-Excite"])
 def test_a_recipe_is_its_corrections(name: str, build: Any, draw: Any) -> None:
-    recipe, steps = Recipe.named(name), 10
+    recipe, steps = Recipe.named(name) if name in RECIPES else ATTEND_AND_EXCITE, 10
     pipe = build("sd15")
-    with sdattn_fast.apply(pipe, recipe=name) as patch:
+    with sdattn_fast.apply(pipe, recipe=name if name in RECIPES else recipe) as patch:
         picture = quiet(lambda: draw(pipe, CAPTION, num_inference_steps=steps))
         assert patch.left_out == ()
     phrases = find_phrases(CAPTION, pipe.tokenizer)
-    presence = Presence([phrase.tokens("noun") for phrase in phrases], sharpness=recipe.sharpness)
-    binding = Binding(syntactic_pairs(pipe.tokenizer, CAPTION, phrases))
+    nouns = [phrase.tokens("noun") for phrase in phrases]
+    weighted = [
+        (recipe.presence, Presence(nouns, sharpness=recipe.sharpness)),
+        (recipe.segregation, Segregation(nouns)),
+        (recipe.binding, Binding(syntactic_pairs(pipe.tokenizer, CAPTION, phrases))),
+    ]
 
     class Score:
         def by_picture(self, seen: Any) -> torch.Tensor:
-            total = torch.zeros(1)
-            if recipe.presence:
-                total = total + recipe.presence * presence.by_picture(seen)
-            return total + recipe.binding * binding.by_picture(seen) if recipe.binding else total
+            return torch.stack([weight * score.by_picture(seen) for weight, score in weighted if weight]).sum(0)
 
         __call__ = by_picture
 
-    # Before the steps 1 to 4, that is after 0 to 3; the targets of the steps 2 and 4.
-    targets = {1: 0.5, 3: 0.8} if name == "objects" else None
+    # A correction after a step is one before the next. The targets are those of the steps 2 and 4.
+    end = round(recipe.until * steps) - 1
+    how: dict[str, Any] = {"strength": recipe.strength, "normalize": recipe.normalize, "steps": (0, end)}
+    if recipe.targets:
+        how["targets"] = {1: 0.5, 3: 0.8}
+    if recipe.corrections is not None:
+        how["every"] = -(-end // recipe.corrections)
     with sdattn_fast.apply(pipe, capture=Capture()) as patch:
-        how = {"strength": 20.0, "normalize": False, "steps": (0, 4), "targets": targets}
         with Correction(patch, Score(), **how) as correct:
             by_hand = draw(pipe, CAPTION, num_inference_steps=steps, callback_on_step_end=correct)
     np.testing.assert_allclose(picture, by_hand, atol=1e-4)
@@ -292,10 +312,11 @@ def test_what_is_left_out_is_said(build: Any, draw: Any) -> None:
             draw(pipe, long)
         with pytest.warns(UserWarning, match="binding in 'a dog': no noun of it has a modifier"):
             draw(pipe, "a dog")
+        assert any("segregation in 'a dog': it has fewer than two nouns" in reason for reason in patch.left_out)
         for empty in ("", ["", ""]):
             with pytest.warns(UserWarning, match="presence in ''"):
                 draw(pipe, empty)
-        assert len(patch.left_out) == 4
+        assert len(patch.left_out) == 6
         with torch.inference_mode(), pytest.raises(RuntimeError, match="recipe: it needs gradients"):
             draw(pipe, CAPTION)
         with pytest.warns(UserWarning, match="the UNet runs outside a call of the patched pipeline"):
@@ -540,7 +561,9 @@ def test_pipelines_that_cannot_carry_a_recipe(build: Any) -> None:
         sdattn_fast.apply(none, recipe="objects")
     with pytest.raises(ValueError, match="with encode_prompt"):
         sdattn_fast.apply(SimpleNamespace(unet=pipe.unet, tokenizer=pipe.tokenizer), recipe="objects")
-    with pytest.raises(ValueError, match="recipe: expected one of 'objects', 'binding', 'both' or a Recipe, got 'x'"):
+    with pytest.raises(
+        ValueError, match="recipe: expected one of 'objects', 'binding', 'both', 'fast' or a Recipe, got 'x'"
+    ):
         sdattn_fast.apply(pipe, recipe="x")
     with pytest.raises(TypeError, match="recipe: expected a name"):
         sdattn_fast.apply(pipe, recipe=3)  # type: ignore[arg-type]
@@ -549,40 +572,43 @@ def test_pipelines_that_cannot_carry_a_recipe(build: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    "count, every, steps, targets",
+    "count, corrections, steps, every, targets",
     [
-        (50, 1, (0, 24), {9: 0.5, 19: 0.8}),
-        (50, 3, (0, 24), {9: 0.5, 18: 0.8}),
-        (20, 1, (0, 9), {3: 0.5, 7: 0.8}),
-        (4, 1, (0, 1), {0: 0.8}),
-        (2, 1, (0, 1), {0: 0.8}),
+        (50, None, (0, 24), 1, {9: 0.5, 19: 0.8}),
+        (50, 8, (0, 24), 3, {9: 0.5, 18: 0.8}),
+        (20, None, (0, 9), 1, {3: 0.5, 7: 0.8}),
+        (20, 4, (0, 9), 3, {3: 0.5, 6: 0.8}),
+        (4, 4, (0, 1), 1, {0: 0.8}),
+        (2, None, (0, 1), 1, {0: 0.8}),
     ],
 )
-def test_the_steps_of_a_recipe(count: int, every: int, steps: Any, targets: dict[int, float], build: Any) -> None:
+def test_the_steps_of_a_recipe(
+    count: int, corrections: int | None, steps: Any, every: int, targets: dict[int, float], build: Any
+) -> None:
     pipe = build("sd15")
-    with sdattn_fast.apply(pipe, recipe=replace(Recipe.named("objects"), every=every)) as patch:
+    with sdattn_fast.apply(pipe, recipe=replace(ATTEND_AND_EXCITE, corrections=corrections)) as patch:
         correction = patch.guide.begin(pipe, {"prompt": CAPTION})._for_steps(count)
     assert (correction.steps, correction.every, correction.targets) == (steps, every, targets)
 
 
 def test_recipes_are_values() -> None:
-    recipe = Recipe(presence=1, targets={0.4: 1, 0.2: 0.5}, objects=["cat"])
+    recipe = Recipe(presence=1, targets={0.4: 1, 0.2: 0.5}, until=0.5, objects=["cat"])
     assert recipe.targets == ((0.2, 0.5), (0.4, 1.0)) and recipe.objects == ("cat",)
-    assert hash(recipe) == hash(replace(recipe)) and copy.deepcopy(recipe) == recipe != replace(recipe, every=2)
+    assert hash(recipe) == hash(replace(recipe)) and copy.deepcopy(recipe) == recipe != replace(recipe, corrections=2)
     assert pickle.loads(pickle.dumps(recipe)) == recipe == Recipe(**{**asdict(recipe), "program": Program()})
 
 
 @pytest.mark.parametrize(
     "changes, error, message",
     [
-        ({}, ValueError, "presence or binding greater than 0"),
+        ({}, ValueError, "presence, segregation or binding greater than 0"),
         ({"presence": -1.0}, ValueError, r"Recipe.presence: expected a number >= 0, got -1"),
         ({"presence": "1"}, TypeError, "Recipe.presence: expected a number, got "),
         ({"presence": 1, "strength": float("nan")}, ValueError, "Recipe.strength: expected a finite number, got nan"),
         ({"presence": 1, "until": 0.0}, ValueError, r"Recipe.until: expected a share in \(0, 1\], got 0"),
-        ({"presence": 1, "every": 0}, ValueError, "Recipe.every: expected at least 1, got 0"),
+        ({"presence": 1, "corrections": 0}, ValueError, "Recipe.corrections: expected at least 1, got 0"),
         ({"presence": 1, "repeats": 1.0}, TypeError, "Recipe.repeats: expected an int, got float"),
-        ({"presence": 1, "targets": {0.5: 1.0}}, ValueError, r"Recipe.targets: .* less than until, 0.5, got 0.5"),
+        ({"presence": 1, "targets": {0.5: 1.0}}, ValueError, r"Recipe.targets: .* less than until, 0.25, got 0.5"),
         ({"presence": 1, "targets": ((0.2,),)}, TypeError, r"Recipe.targets: expected {share: score}, got \(\(0.2"),
         ({"presence": 1, "targets": {"a": 1}}, TypeError, "Recipe.targets: expected a number, got "),
         ({"presence": 1, "targets": ((0.2, 1), (0.2, 2))}, ValueError, "Recipe.targets: expected each share once"),

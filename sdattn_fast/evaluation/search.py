@@ -1,0 +1,92 @@
+"""Settings of recipes and of peers: which are tried on some captions, and which is the best of its kind."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ..guidance.recipe import Recipe
+from .conditions import STOCK, Condition, recipe_condition
+from .peers import AttendAndExcite, Peer, SynGen
+
+__all__ = ["RESOLUTIONS", "SCALES", "STRENGTHS", "Kind", "peer_kinds", "recipe_kinds"]
+
+STRENGTHS = (0.05, 0.1, 0.2)  # of recipes, normalized
+SCALES, RESOLUTIONS = (2.0, 8.0, 20.0), (16, 8)  # of peers
+
+_STOCK = Condition(STOCK, STOCK)
+# Kind -> the weights of presence, segregation and binding, and the measures whose mean it is chosen by.
+_RECIPES: Mapping[str, tuple[tuple[float, float, float], tuple[str, ...]]] = {
+    "objects": ((1.0, 1.0, 0.0), ("present",)),
+    "binding": ((0.0, 0.0, 1.0), ("bound",)),
+    "both": ((1.0, 1.0, 0.1), ("present", "bound")),
+}
+
+
+@dataclass(frozen=True)
+class Kind:
+    """Conditions of which the best, by the mean of the measures over all prompts, is reported.
+
+    or_stock: stock is the best of them where none is better.
+    """
+
+    name: str
+    conditions: Sequence[Condition]
+    measures: Sequence[str]
+    or_stock: bool = True
+
+    def best(self, results: Mapping[str, Sequence[Mapping[str, float]]]) -> Condition:
+        """The best condition. results: of every one, and of stock, each prompt's measures.
+
+        Raises: ValueError where one was not drawn.
+        """
+        candidates = [_STOCK, *self.conditions] if self.or_stock else self.conditions
+        missing = [c.name for c in candidates if c.name not in results]
+        if missing:
+            raise ValueError(f"results: expected those of every condition, and there is no {missing[0]!r}")
+        return max(candidates, key=lambda c: _mean(results[c.name], self.measures))
+
+
+def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:
+    """Normalized recipes of each kind, at each strength (root mean square of a change), with four corrections in the
+    first quarter of the steps or two in the first 15 %. The fast ones are the latter of "objects".
+
+    Raises: as `Recipe`.
+    """
+    kinds = []
+    for kind, (weights, measures) in _RECIPES.items():
+        four, two = (
+            [
+                recipe_condition(
+                    f"{kind}, strength {strength:g}, {corrections} corrections",
+                    Recipe(*weights, strength=strength, until=share, corrections=corrections),
+                )
+                for strength in strengths
+            ]
+            for share, corrections in ((0.25, 4), (0.15, 2))
+        )
+        kinds.append(Kind(f"recipe, {kind}", [*four, *two], measures))
+        if kind == "objects":
+            kinds.append(Kind("recipe, fast", two, measures))
+    return kinds
+
+
+def peer_kinds(scales: Sequence[float] = SCALES, resolutions: Sequence[int] = RESOLUTIONS) -> list[Kind]:
+    """Attend-and-Excite and SynGen with each step size at each side of the attention."""
+
+    def kind(peer: type[AttendAndExcite] | type[SynGen], name: str, *measures: str) -> Kind:
+        searched: list[Peer] = [
+            peer(scale, side, name=f"{name}, {side}x{side}, scale {scale:g}")
+            for side in resolutions
+            for scale in scales
+        ]
+        return Kind(name, [Condition(p.name, "peer", peer=p) for p in searched], measures, or_stock=False)
+
+    return [kind(AttendAndExcite, "Attend-and-Excite", "present"), kind(SynGen, "SynGen", "present", "bound")]
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], measures: Sequence[str]) -> float:
+    return float(np.nanmean([[row[measure] for measure in measures] for row in rows]))

@@ -1,0 +1,92 @@
+"""Recipes: which are searched, which is chosen, and the study from its search to its figures."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from sdattn_fast.evaluation.peers import AttendAndExcite, SynGen
+from sdattn_fast.evaluation.search import RESOLUTIONS, SCALES, peer_kinds, recipe_kinds
+
+
+def rows(present: float, bound: float) -> list[dict[str, float]]:
+    return [{"present": present, "bound": bound}, {"present": present, "bound": float("nan")}]
+
+
+def test_what_is_searched() -> None:
+    kinds = {kind.name: kind.conditions for kind in (*recipe_kinds((0.1, 0.2)), *peer_kinds())}
+    every = {c.name: c for conditions in kinds.values() for c in conditions}
+    assert all(every[c.name] is c for conditions in kinds.values() for c in conditions)
+    assert all(c in kinds["recipe, objects"] for c in kinds["recipe, fast"])
+    weights = {"objects": (True, True, False), "binding": (False, False, True), "both": (True, True, True)}
+    for name, expected in weights.items():
+        recipes = [c.patch["recipe"] for c in kinds[f"recipe, {name}"]]
+        assert {(r.presence > 0, r.segregation > 0, r.binding > 0) for r in recipes} == {expected}
+        assert {(r.strength, r.until, r.corrections) for r in recipes} == {
+            (strength, *acting) for strength in (0.1, 0.2) for acting in ((0.25, 4), (0.15, 2))
+        }
+    assert {c.patch["recipe"].corrections for c in kinds["recipe, fast"]} == {2}
+    for name, peer in (("Attend-and-Excite", AttendAndExcite), ("SynGen", SynGen)):
+        assert {(type(c.peer), c.peer.scale, c.peer.resolution) for c in kinds[name]} == {
+            (peer, scale, side) for scale in SCALES for side in RESOLUTIONS
+        }
+
+
+def test_the_best_of_each_kind_is_chosen() -> None:
+    objects, fast, binding, both = recipe_kinds((0.1, 0.2))
+    peer = peer_kinds((1.0, 2.0), (16,))[0]
+    conditions = [c for kind in (objects, fast, binding, both, peer) for c in kind.conditions]
+    results = {name: rows(0.5, 0.4) for name in ("stock", *(c.name for c in conditions))}
+    results["objects, strength 0.2, 4 corrections"] = rows(0.7, 0.1)
+    results["objects, strength 0.1, 2 corrections"] = rows(0.6, 0.9)
+    results["binding, strength 0.1, 4 corrections"] = rows(0.9, 0.39)
+    results["both, strength 0.1, 2 corrections"] = rows(0.45, 0.52)
+    assert objects.best(results).name == "objects, strength 0.2, 4 corrections"
+    assert fast.best(results).name == "objects, strength 0.1, 2 corrections"
+    assert binding.best(results).name == "stock"
+    assert both.best(results).name == "both, strength 0.1, 2 corrections"
+    # A peer is reported where it harms, too.
+    harmful = results | {c.name: rows(0.2 + 0.1 * i, 0.0) for i, c in enumerate(peer.conditions)}
+    assert peer.best(harmful) is peer.conditions[1]
+    with pytest.raises(ValueError, match="there is no 'stock'"):
+        objects.best({c.name: rows(0.5, 0.4) for c in conditions})
+
+
+def test_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("sdattn_fast_lab")
+    import typer
+
+    from sdattn_fast.evaluation import subjects
+    from sdattn_fast.studies import recipes
+
+    made = subjects.ShapesWorld.__init__
+
+    def with_few_steps(self: Any, *args: Any) -> None:
+        made(self, *args)
+        self.steps = 3
+
+    monkeypatch.setattr(subjects.ShapesWorld, "__init__", with_few_steps)
+    monkeypatch.setattr(recipes, "costs", functools.partial(recipes.costs, count=1, rounds=1))
+    monkeypatch.setenv("COLUMNS", "200")
+    app = typer.Typer()
+    app.command()(recipes._recipes)
+    options = "--world shapes --choose 1 --report 2 --strength 0.1 --scale 0.5 --resolution 16".split()
+    ran = CliRunner().invoke(app, [str(tmp_path), *options], catch_exceptions=False)
+    assert ran.exit_code == 0
+    figures = json.loads((tmp_path / "recipes.json").read_text())
+    assert set(figures) == {"chosen", "search", "report", "costs"} and len(figures["chosen"]) == 6
+    assert len(figures["search"]) == 1 + 6 + 2
+    control = "Attend-and-Excite, 16x16, scale 0.5"
+    assert {"stock", control, "SynGen, 16x16, scale 0.5"} <= set(figures["report"]) == set(figures["costs"])
+    assert figures["costs"][control]["of stock"] > 0 and "positive control: Attend-and-Excite" in ran.output
+    # A second run draws nothing anew.
+    monkeypatch.setattr("sdattn_fast.evaluation.run.draw_batch", None)
+    monkeypatch.setattr(recipes, "costs", lambda *args: {})
+    assert CliRunner().invoke(app, [str(tmp_path), *options], catch_exceptions=False).exit_code == 0
+    bad = CliRunner().invoke(app, [str(tmp_path), "--report", "1"])
+    assert bad.exit_code == 2
