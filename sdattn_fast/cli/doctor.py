@@ -21,7 +21,7 @@ def doctor(
         str | None,
         typer.Option(
             help="Also show which layers of a model are served, and of a UNet which are folded: sd15, sd21, sdxl, "
-            "shapes, a folder or a hub ID."
+            "shapes, objects, a folder or a hub ID."
         ),
     ] = None,
     dtype: Annotated[str, typer.Option(help="Dtype of that model: float32 or bfloat16.")] = "float32",

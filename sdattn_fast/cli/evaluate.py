@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Guidance, NumSteps, check_out_folder, plain_console, within
+from .options import Guidance, Model, NumSteps, check_out_folder, plain_console, within
 
 __all__ = ["evaluate"]
 
@@ -15,9 +15,7 @@ _LONGEST_FIGURE = len("+0.123*")
 
 
 def evaluate(
-    model: Annotated[
-        str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes', the demo's.")
-    ] = "shapes",
+    model: Model = "shapes",
     prompts: Annotated[
         Path | None,
         typer.Option(

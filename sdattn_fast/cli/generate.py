@@ -13,6 +13,7 @@ from .options import (
     DropoutAxis,
     DropoutMode,
     Guidance,
+    Model,
     NumSteps,
     Ratio,
     RefineAxis,
@@ -33,9 +34,7 @@ MOST_PIXELS = 8192  # of a side
 
 def generate(
     prompt: Annotated[str, typer.Option(help="What to draw.")],
-    model: Annotated[
-        str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes', the demo's.")
-    ] = "shapes",
+    model: Model = "shapes",
     negative_prompt: Annotated[str | None, typer.Option(help="What not to draw.")] = None,
     seed: Annotated[
         int, typer.Option(help="Seed of the latents and of random dropout.", callback=within(0, 2**63 - 1))
@@ -148,7 +147,7 @@ def pipeline_of(model: str, device: str | None = None, dtype: str | None = None)
         raise ValueError(f"dtype: expected float32, float16 or bfloat16, got {dtype!r}")
     kind = getattr(torch, dtype)
     if (not model or model.startswith((".", "~")) or Path(model).is_absolute()) and not Path(model or "?").is_dir():
-        raise ValueError(f"model: expected a folder, a hub id or 'shapes', and there is no folder {model!r}")
+        raise ValueError(f"model: expected a folder, a hub id, 'shapes' or 'objects', and there is no folder {model!r}")
     if model in WORLDS:
         return load_pipeline(kind, world=model).to(device)
     try:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import Guidance, NumSteps, check_out_file, plain_console, sampling_options, within
+from .options import Guidance, Model, NumSteps, check_out_file, plain_console, sampling_options, within
 
 __all__ = ["heads", "clip_of", "clip_source"]
 
@@ -18,9 +18,7 @@ _HELD_BACK = 4
 
 
 def heads(
-    model: Annotated[
-        str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes', the demo's.")
-    ] = "shapes",
+    model: Model = "shapes",
     prompts: Annotated[
         Path | None,
         typer.Option(

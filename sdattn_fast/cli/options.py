@@ -13,6 +13,7 @@ from rich.console import Console
 from ..program import Program, Refinement, SalienceDropout
 
 __all__ = [
+    "Model",
     "Guidance",
     "NumSteps",
     "Ratio",
@@ -43,6 +44,9 @@ def within(least: float, most: float) -> Callable[[Any], Any]:
     return check
 
 
+Model = Annotated[
+    str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes' or 'objects', the lab's.")
+]
 NumSteps = Annotated[int | None, typer.Option("--steps", help="Number of denoising steps.", callback=within(1, 10_000))]
 Guidance = Annotated[
     float | None,

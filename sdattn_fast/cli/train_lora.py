@@ -8,14 +8,14 @@ from typing import Annotated
 import typer
 
 from .generate import pipeline_of
-from .options import DropoutAxis, DropoutMode, Ratio, check_out_folder, program_of, within
+from .options import DropoutAxis, DropoutMode, Model, Ratio, check_out_folder, program_of, within
 
 __all__ = ["train_lora"]
 
 
 def train_lora(
     data: Annotated[Path, typer.Option(help="Folder of captioned pictures: metadata.jsonl, or a.txt beside a.png.")],
-    model: Annotated[str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes'.")] = "shapes",
+    model: Model = "shapes",
     out: Annotated[Path, typer.Option(help="Output folder; run the same command again to resume.")] = Path("lora"),
     steps: Annotated[int, typer.Option(help="Optimizer steps.", callback=within(1, 10**9))] = 1000,
     batch: Annotated[int, typer.Option(help="Pictures per step and process.", callback=within(1, 4096))] = 4,

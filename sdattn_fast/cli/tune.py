@@ -8,15 +8,13 @@ from typing import Annotated, Any
 
 import typer
 
-from .options import check_out_folder, plain_console, sampling_options, within
+from .options import Model, check_out_folder, plain_console, sampling_options, within
 
 __all__ = ["tune"]
 
 
 def tune(
-    model: Annotated[
-        str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes', the demo's.")
-    ] = "shapes",
+    model: Model = "shapes",
     prompts: Annotated[
         Path | None,
         typer.Option(help="File with one prompt per line, to choose on; default: captions of the shapes world."),

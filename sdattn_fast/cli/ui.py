@@ -6,15 +6,16 @@ from typing import Annotated
 
 import typer
 
+from .options import Model
+
 __all__ = ["ui"]
 
-_SHAPES_THRESHOLD = 0.12  # as `sdattn-fast evaluate` calibrates it on captions of the shapes world
+# As `sdattn-fast evaluate` calibrates the CLIP gate on captions of each world.
+_THRESHOLDS = {"shapes": 0.12, "objects": 0.12}
 
 
 def ui(
-    model: Annotated[
-        str, typer.Option(help="Folder or hub ID of a diffusers pipeline, or 'shapes', the demo's.")
-    ] = "shapes",
+    model: Model = "shapes",
     clip: Annotated[
         str | None, typer.Option(help="Folder or hub ID of a CLIP model for the gate; default: the pipeline's own.")
     ] = None,
@@ -25,6 +26,7 @@ def ui(
     dtype: Annotated[str | None, typer.Option(help="float32, float16 or bfloat16; default: float16 on cuda.")] = None,
 ) -> None:
     """Serve a page that draws a prompt with and without a program, with controls for each technique and heat maps."""
+    from ..lab.pipeline import GUIDANCE, STEPS
     from ..measure.memory import peak_mib
     from .generate import pipeline_of
     from .heads import clip_of, clip_source
@@ -54,8 +56,8 @@ def ui(
         print("no CLIP: the semantic gate is off; --clip names one")
     scorer = None if source is None else clip_of(model, clip, pipe.device)
     served = ServedPipeline(pipe, model, scorer, source)
-    if served.shapes:
-        served = ServedPipeline(pipe, model, scorer, source, _SHAPES_THRESHOLD, 20, 4.0)
+    if served.world:
+        served = ServedPipeline(pipe, model, scorer, source, _THRESHOLDS[served.world], STEPS, GUIDANCE)
     # The profiler, which counts memory, has its first use in the thread that loaded it, or it complains on stderr.
     peak_mib(lambda: None)
     blocks = page(served)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -171,7 +172,10 @@ def draw_batch(
         call_kwargs |= tuned_options
         if callback is not None:
             call_kwargs["callback_on_step_end"] = callback
-        images = pipe(list(inputs.prompts), generator=noise, output_type="np", **call_kwargs).images
+        with warnings.catch_warnings():
+            # Of prompts without a modifier, or with one object; there are many among those that are evaluated.
+            warnings.filterwarnings("ignore", "sdattn_fast: the recipe left out")
+            images = pipe(list(inputs.prompts), generator=noise, output_type="np", **call_kwargs).images
         pictures = list(uint8_pictures(images))
         maps: list[list[np.ndarray] | None] = [None] * len(pictures)
         if patch is not None and subject.needs_maps:

@@ -47,10 +47,7 @@ def load_pipeline(dtype: Any = None, folder: Path | None = None, world: str = "s
     import torch
 
     if folder.is_dir() and not (folder / "model_index.json").exists():
-        raise FileNotFoundError(
-            f"folder: expected a pipeline, and {folder} has no model_index.json; that of the world objects is not "
-            "trained yet (docs/objects.md)"
-        )
+        raise FileNotFoundError(f"folder: expected a pipeline, and {folder} has no model_index.json")
     with quiet_loading():
         try:
             from diffusers import StableDiffusionPipeline

@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..evaluation.conditions import Condition, ConditionInputs, apply_condition
@@ -25,13 +26,14 @@ from .controls import Controls, DrawRequest, chosen_phrases
 __all__ = ["Comparison", "draw_both"]
 
 Tell = Callable[[float, str], None]
+Detected = Callable[[np.ndarray], str]
 
 
 @dataclass(frozen=True)
 class Side:
     """picture: PIL. maps: word -> PIL, the picture with the word's map over it. seconds: of the whole call. mib: what
-    its tensors take at the most beside the weights. seen: what the shapes world's detector finds. score: CLIP's cosine
-    of picture and prompt. None: not measured."""
+    its tensors take at the most beside the weights. seen: what a detector finds. score: CLIP's cosine of picture and
+    prompt. None: not measured."""
 
     picture: Any
     seconds: float
@@ -52,13 +54,13 @@ class Comparison:
 
 def draw_both(
     pipe: Any, request: DrawRequest, controls: Controls, *, scorer: ClipScorer | None = None, stock_maps: bool = True,
-    memory: bool = False, shapes: bool = False, tell: Tell = lambda share, stage: None,
+    memory: bool = False, detected: Detected | None = None, tell: Tell = lambda share, stage: None,
 ) -> Iterator[Comparison]:  # fmt: skip
     """Stock as soon as it is there, then both, then both with what was asked beside. The pipeline is as before
     whenever the iterator is closed.
 
-    scorer: a CLIP, which the gate needs. memory: on a CPU too. shapes: ask the detector. tell: share of the work done,
-    and what is under way.
+    scorer: a CLIP, which the gate needs. memory: on a CPU too. detected: of a picture, what a detector finds. tell:
+    share of the work done, and what is under way.
 
     Raises: ValueError, TypeError, naming what is wrong.
     """
@@ -93,10 +95,10 @@ def draw_both(
             lambda share: tell(0.0, "Warming up"),
             False,
         )
-    stock = _judged(run(None, "Stock")[0], request, scorer, shapes)
+    stock = _judged(run(None, "Stock")[0], request, scorer, detected)
     yield Comparison(stock)
     patched, looked = run(condition, "Patched")
-    patched = _judged(patched, request, scorer, shapes)
+    patched = _judged(patched, request, scorer, detected)
     yield Comparison(stock, patched, looked)
     if stock_maps:
         stock = replace(stock, maps=run(plain, "Stock's maps")[0].maps)
@@ -150,17 +152,11 @@ def _timed(
     return drawn["picture"], drawn["seconds"], mib
 
 
-def _judged(side: Side, request: DrawRequest, scorer: ClipScorer | None, shapes: bool) -> Side:
-    import numpy as np
-
+def _judged(side: Side, request: DrawRequest, scorer: ClipScorer | None, detected: Detected | None) -> Side:
     picture = np.asarray(side.picture.convert("RGB"))
     if scorer is not None:
         side = replace(side, score=float(scorer.similarity([picture], [request.prompt])[0]))
-    if shapes:
-        from ..lab.shapes.detector import detect
-
-        side = replace(side, seen=", ".join(f"{d.colour} {d.shape}" for d in detect(picture)) or "nothing")
-    return side
+    return side if detected is None else replace(side, seen=detected(picture))
 
 
 def _on_cuda(pipe: Any) -> bool:

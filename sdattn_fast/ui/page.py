@@ -20,6 +20,8 @@ import gradio as gr
 
 from ..guidance.clip_score import ClipScorer
 from ..guidance.recipe import RECIPES
+from ..lab.detected_text import detected_text
+from ..lab.pipeline import WORLDS
 from ..patching.layers import cross_attention_layers
 from ..prompts import Prompt, words_to_find
 from .controls import Controls, DrawRequest, chosen_phrases, loaded_from
@@ -28,11 +30,18 @@ from .script import script
 
 __all__ = ["LAUNCH", "ServedPipeline", "page"]
 
-EXAMPLES = (
-    "a large red circle and a large blue square on a gray background",
-    "a large green triangle and a large yellow circle on a black background",
-    "a large purple star to the left of a large orange square on a white background",
-)
+EXAMPLES = {
+    "shapes": (
+        "a large red circle and a large blue square on a gray background",
+        "a large green triangle and a large yellow circle on a black background",
+        "a large purple star to the left of a large orange square on a white background",
+    ),
+    "objects": (
+        "a soccer ball, a sailboat, a yellow boot and a blue car",
+        "a cap and a robot on a white background",
+        "a blue cap, an owl and a green apple",
+    ),
+}
 
 # Fonts of the machine: a page that works offline asks no other server for any.
 LAUNCH: dict[str, Any] = {
@@ -60,8 +69,8 @@ _WIDTHS: list[str | int] = ["85px", "85px", "105px", "110px", "95px", "75px", "a
 
 @dataclass(frozen=True)
 class ServedPipeline:
-    """What the page is of. model: as the command line named it; "shapes" is judged by its detector, too. clip: folder
-    or hub id of `scorer`. threshold: of the gate, at first. steps, guidance_scale: at first."""
+    """What the page is of. model: as the command line named it; the lab's are judged by their detectors, too. clip:
+    folder or hub id of `scorer`. threshold: of the gate, at first. steps, guidance_scale: at first."""
 
     pipe: Any
     model: str
@@ -72,13 +81,15 @@ class ServedPipeline:
     guidance_scale: float = 7.5
 
     @property
-    def shapes(self) -> bool:
-        return self.model == "shapes"
+    def world(self) -> str | None:
+        """Of the lab's pipelines, whose world it is."""
+        return self.model if self.model in WORLDS else None
 
 
 def page(served: ServedPipeline) -> gr.Blocks:
     """The page of a pipeline, to be launched with `LAUNCH`."""
-    first = EXAMPLES[0] if served.shapes else "a red car and a blue bench"
+    first = EXAMPLES[served.world][0] if served.world else "a red car and a blue bench"
+    detected = detected_text(served.world) if served.world else None
     # Pictures and uploads of a day ago are deleted every hour, and all of them at the end.
     with gr.Blocks(
         title="sdattn_fast", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86_400)
@@ -95,7 +106,7 @@ def page(served: ServedPipeline) -> gr.Blocks:
                 beside = {
                     "stock_maps": gr.Checkbox(True, label="Stock's heat maps, too (one more drawing)"),
                     "memory": gr.Checkbox(
-                        served.shapes, label="Memory on a CPU, too (two more drawings)",
+                        served.world is not None, label="Memory on a CPU, too (two more drawings)",
                         visible=str(served.pipe.device) == "cpu",
                     ),
                 }  # fmt: skip
@@ -119,7 +130,7 @@ def page(served: ServedPipeline) -> gr.Blocks:
                 program = Path(folder.name) / "program.json"
                 settings.file(request).save(program)
                 for comparison in draw_both(
-                    served.pipe, request, settings, scorer=served.scorer, shapes=served.shapes, tell=progress,
+                    served.pipe, request, settings, scorer=served.scorer, detected=detected, tell=progress,
                     **{name: field_values[name] for name in beside},
                 ):  # fmt: skip
                     yield _shown(results, served, request, comparison, text, str(program))
@@ -162,8 +173,8 @@ def _request_components(served: ServedPipeline, first: str) -> dict[str, Any]:
     components: dict[str, Any] = {
         "prompt": gr.Textbox(first, label="Prompt", lines=2, max_lines=4, submit_btn=False, elem_id="prompt"),
     }
-    if served.shapes:
-        gr.Examples([[text] for text in EXAMPLES], components["prompt"], label="Examples")
+    if served.world:
+        gr.Examples([[text] for text in EXAMPLES[served.world]], components["prompt"], label="Examples")
     components["phrases"] = gr.Dropdown(
         texts, value=texts, multiselect=True, allow_custom_value=True, label="Phrases",
         info="Noun phrases that gates, fusion, GradCAM and structure work on; add or take away.", elem_id="phrases",
@@ -280,7 +291,7 @@ def _result_components(served: ServedPipeline) -> dict[str, Any]:
 
 
 def _headers(served: ServedPipeline) -> list[str]:
-    judged = [*(["CLIP"] if served.scorer is not None else []), *(["the detector sees"] if served.shapes else [])]
+    judged = [*(["CLIP"] if served.scorer is not None else []), *(["the detector sees"] if served.world else [])]
     return ["", "seconds", "ms a step", "of stock's", "peak MiB", *judged]
 
 
@@ -302,7 +313,7 @@ def _shown(
             f"{side.seconds / comparison.stock.seconds:.2f}", "" if side.mib is None else f"{side.mib:.1f}",
         ]  # fmt: skip
         row += [] if served.scorer is None else [f"{side.score:.3f}"]
-        row += [side.seen or ""] if served.shapes else []
+        row += [side.seen or ""] if served.world else []
         rows.append(row)
     shown: dict[str, Any] = {
         "stock": comparison.stock.picture,

@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 from sdattn_fast.cli.generate import pipeline_of
+from sdattn_fast.lab.detected_text import detected_text
 from sdattn_fast.ui.controls import Controls, DrawRequest
 from sdattn_fast.ui.drawing import draw_both
 from sdattn_fast.ui.script import script
@@ -34,7 +35,7 @@ def processors(pipe: Any) -> dict[str, int]:
 def test_stock_comes_first_and_what_was_asked_beside_comes_last(shapes: Any, scorer: Any) -> None:
     before, progress = processors(shapes), []
     drawing = draw_both(
-        shapes, REQUEST, EVERYTHING, scorer=scorer, memory=True, shapes=True,
+        shapes, REQUEST, EVERYTHING, scorer=scorer, memory=True, detected=detected_text("shapes"),
         tell=lambda share, stage: progress.append((share, stage)),
     )  # fmt: skip
     first = next(drawing)

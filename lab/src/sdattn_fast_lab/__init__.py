@@ -8,8 +8,8 @@ __all__ = ["path"]
 
 
 def path(name: str) -> Path:
-    """The folder of a world: its pipeline, as `save_pretrained` wrote it, with its CLIPModel in the subfolder `clip`;
-    of "objects", the detector alone so far.
+    """The folder of a world, "shapes" or "objects": its pipeline, as `save_pretrained` wrote it, with its CLIPModel in
+    the subfolder `clip`.
 
     Raises: ValueError for a world that is not here, naming those that are.
     """

@@ -1,4 +1,4 @@
-"""The pipeline that ships: small, safe, half precision, loaded by diffusers as any other; it draws what is asked."""
+"""The pipelines that ship: small, safe, half precision, loaded by diffusers as any other; they draw what is asked."""
 
 from __future__ import annotations
 
@@ -14,30 +14,35 @@ import torch
 from safetensors import safe_open
 from transformers import CLIPModel, CLIPTextModel
 
-from sdattn_fast.lab import load_clip, load_pipeline, shapes_path
-from sdattn_fast.lab.shapes.detector import detect, detect_background
-from sdattn_fast.lab.shapes.world import sample_scene
+from sdattn_fast.lab import load_clip, load_pipeline
+from sdattn_fast.lab.detected_text import detected_text
+from sdattn_fast.lab.objects.world import sample_scene as sample_objects
+from sdattn_fast.lab.pipeline import WORLDS, world_path
+from sdattn_fast.lab.shapes.detector import detect_background
+from sdattn_fast.lab.shapes.world import sample_scene as sample_shapes
 
 
-def test_files():
-    files = [p for p in shapes_path().rglob("*") if p.is_file()]
-    assert sum(p.stat().st_size for p in files) <= 16e6
+@pytest.mark.parametrize("world, most", [("shapes", 16e6), ("objects", 24e6)])
+def test_files(world, most):
+    files = [p for p in world_path(world).rglob("*") if p.is_file()]
+    assert sum(p.stat().st_size for p in files) <= most
     assert {p.suffix for p in files} <= {".json", ".safetensors", ".txt"}
     for path in files:
         if path.suffix == ".safetensors":
             with safe_open(path, "pt") as f:
                 kinds = {f.get_slice(key).get_dtype() for key in f.keys()}
             assert kinds <= {"F16", "I64"}, path
-    index = json.loads((shapes_path() / "model_index.json").read_text())
+    index = json.loads((world_path(world) / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
 
 
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize("part", ["text_encoder", "clip"])
-def test_every_part_is_loaded_in_float32_unless_one_says_another(part):
+def test_every_part_is_loaded_in_float32_unless_one_says_another(world, part):
     """transformers 5 takes the dtype of the config, and half does not go with the UNet's float32."""
     kind = {"text_encoder": CLIPTextModel, "clip": CLIPModel}[part]
     for options in ({}, {"dtype": "auto"}):
-        assert kind.from_pretrained(shapes_path() / part, **options).dtype == torch.float32
+        assert kind.from_pretrained(world_path(world) / part, **options).dtype == torch.float32
 
 
 def test_a_world_that_is_not_there():
@@ -64,39 +69,52 @@ print({"diffusers", "transformers"} & set(sys.modules))
     assert imported == "set()"
 
 
+@pytest.fixture(scope="module", params=WORLDS)
+def world(request):
+    return request.param
+
+
 @pytest.fixture(scope="module")
-def pipe():
-    pipe = load_pipeline()
+def pipe(world):
+    pipe = load_pipeline(world=world)
     pipe.set_progress_bar_config(disable=True)
     return pipe
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_loads_in_a_dtype(dtype):
-    assert {p.dtype for p in load_pipeline(dtype).unet.parameters()} == {dtype}
+def test_loads_in_a_dtype(world, dtype):
+    assert {p.dtype for p in load_pipeline(dtype, world=world).unet.parameters()} == {dtype}
 
 
-def test_draws_what_it_is_asked_for(pipe):
-    """Not the evaluation, which is long: pairs seen in training, and the best of a few."""
-    caption = "a large blue square on a white background"
+def test_draws_what_it_is_asked_for(world, pipe):
+    """Not the evaluation, which is long: what it was trained on, and the best of a few."""
+    asked, background = {"shapes": ("blue square", "white"), "objects": ("blue car", "black")}[world]
+    caption = f"a {'large ' if world == 'shapes' else ''}{asked} on a {background} background"
     generators = [torch.Generator().manual_seed(seed) for seed in range(6)]
     images = pipe([caption] * 6, guidance_scale=4.0, num_inference_steps=20, generator=generators).images
     pictures = [np.asarray(image) for image in images]
-    assert [detect_background(p) for p in pictures].count("white") >= 5
-    assert sum(any((d.colour, d.shape) == ("blue", "square") for d in detect(p)) for p in pictures) >= 2
+    assert sum(asked in detected_text(world)(picture) for picture in pictures) >= 2
+    if world == "shapes":
+        assert [detect_background(p) for p in pictures].count(background) >= 5
 
 
-def test_phrases_of_several_pieces_occur(pipe):
-    assert len(pipe.tokenizer.tokenize("triangle")) == 2
-    assert len(pipe.tokenizer.tokenize("a large red circle")) == 4
+def test_phrases_of_several_pieces_occur(world, pipe):
+    word, phrase, pieces = {
+        "shapes": ("triangle", "a large red circle", 4), "objects": ("soccer", "a pink fire engine", 4)
+    }[world]  # fmt: skip
+    assert len(pipe.tokenizer.tokenize(word)) >= (2 if world == "shapes" else 1)
+    assert len(pipe.tokenizer.tokenize(phrase)) >= pieces
 
 
-def test_clip_shares_the_text_tower_and_knows_pictures(pipe):
-    model, tokenizer = load_clip()
+def test_clip_shares_the_text_tower_and_knows_pictures(world, pipe):
+    model, tokenizer = load_clip(world=world)
     clip_text, encoder_text = model.text_model.state_dict(), pipe.text_encoder.state_dict()
     for key, x in clip_text.items():
         assert torch.equal(x, encoder_text[key] if key in encoder_text else encoder_text[f"text_model.{key}"])
-    scenes = [sample_scene(20_000_000 + i, held_out=i % 2 == 0) for i in range(64)]
+    if world == "shapes":
+        scenes = [sample_shapes(20_000_000 + i, held_out=i % 2 == 0) for i in range(64)]
+    else:
+        scenes = [sample_objects(700_000_000 + i) for i in range(64)]
     pictures = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
     ids = tokenizer([s.caption for s in scenes], padding="max_length", return_tensors="pt").input_ids
     with torch.no_grad():
@@ -105,7 +123,7 @@ def test_clip_shares_the_text_tower_and_knows_pictures(pipe):
     assert right >= 0.5, "one of 64 by chance"
 
 
-def test_nothing_but_the_package_is_needed(tmp_path: Path, monkeypatch):
+def test_nothing_but_the_package_is_needed(world, tmp_path: Path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    assert load_pipeline().unet.config.sample_size == 16
+    assert load_pipeline(world=world).unet.config.sample_size == 16
