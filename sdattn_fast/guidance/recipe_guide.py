@@ -32,7 +32,7 @@ from .relevance import Seen, check_gradients_may_be
 from .segregation import Segregation
 from .token_maps import TokenScore
 
-__all__ = ["RecipeGuide", "check_pipeline"]
+__all__ = ["RecipeGuide", "check_pipeline", "objects_of"]
 
 # Nouns that name the picture, its quality or a part of it that is no object, in the singular.
 _OF_THE_PICTURE = frozenset(
@@ -70,6 +70,11 @@ def check_pipeline(pipe: Any) -> None:
     if "pag_scale" in parameters:
         raise ValueError(f"recipe: expected a pipeline with attention of its own; {kind} perturbs it (PAG)")
     find_phrases("", tokenizer_of(pipe))
+
+
+def objects_of(prompt: str, tokenizer: Any) -> list[NounPhrase]:
+    """The noun phrases of a prompt that name objects, and not the picture itself."""
+    return _objects_among(find_phrases(prompt, tokenizer))
 
 
 class RecipeGuide:
@@ -127,7 +132,7 @@ class RecipeGuide:
         wanted = self.recipe.objects
         phrases = find_phrases(prompt, tokenizer)
         if wanted is None:
-            objects = [phrase for phrase in phrases if _names_an_object(phrase.head.text)]
+            objects = _objects_among(phrases)
         else:
             objects = _named(prompt, wanted, tokenizer)
         pairs = syntactic_pairs(tokenizer, prompt, phrases) if self.recipe.binding else []
@@ -218,10 +223,12 @@ class _Correcting:
         return correction
 
 
-def _names_an_object(noun: str) -> bool:
-    word = noun.lower()
-    of_the_picture = word in _OF_THE_PICTURE or word.removesuffix("s") in _OF_THE_PICTURE
-    return not of_the_picture and not any(c.isdigit() for c in word)  # 8k
+def _objects_among(phrases: Sequence[NounPhrase]) -> list[NounPhrase]:
+    def names_an_object(noun: str) -> bool:
+        of_the_picture = noun in _OF_THE_PICTURE or noun.removesuffix("s") in _OF_THE_PICTURE
+        return not of_the_picture and not any(c.isdigit() for c in noun)  # 8k
+
+    return [phrase for phrase in phrases if names_an_object(phrase.head.text.lower())]
 
 
 def _named(prompt: str, wanted: Sequence[str], tokenizer: Any) -> list[NounPhrase]:

@@ -44,7 +44,9 @@ def test_its_bounds() -> None:
     apart = torch.zeros(1, 9, 4, 4)
     apart[0, 1, 0, 0] = apart[0, 7, 3, 3] = 1
     assert Segregation([(1,), (7,)])(seen_of(apart)).item() == pytest.approx(1, abs=1e-4)
-    assert Segregation([(1,), (7,)])(seen_of(torch.rand(1, 1, 4, 4).expand(1, 9, 4, 4))).item() == pytest.approx(0, abs=1e-5)
+    assert Segregation([(1,), (7,)])(seen_of(torch.rand(1, 1, 4, 4).expand(1, 9, 4, 4))).item() == pytest.approx(
+        0, abs=1e-5
+    )
 
 
 def test_its_gradient() -> None:
