@@ -67,7 +67,7 @@ def generate(
     recipe: Annotated[
         str | None,
         typer.Option(
-            help="objects, binding or both: correct the picture between its steps, as sdattn_fast.apply does."
+            help="objects, binding, both or fast: correct the picture between its steps, as sdattn_fast.apply does."
         ),
     ] = None,
     program_file: Annotated[
