@@ -99,8 +99,8 @@ def _overview(scenes: list[Scene]) -> bytes:
     groups = min(2, len(scenes))
     rows = -(-len(scenes) // groups)
     figure = plt.figure(figsize=(5.2 * groups, 2.05 * rows + 0.15))
-    parts = np.atleast_1d(figure.subfigures(rows, groups).flatten() if len(scenes) > 1 else figure)
-    for i, (scene, part) in enumerate(zip(scenes, parts, strict=False)):
+    parts = figure.subfigures(rows, groups, squeeze=False)
+    for i, (scene, part) in enumerate(zip(scenes, parts.flat, strict=False)):
         axes = part.subplots(1, len(scene.drawn))
         for drawn, axis in zip(scene.drawn, axes, strict=True):
             axis.imshow(np.asarray(drawn.picture), interpolation="nearest")

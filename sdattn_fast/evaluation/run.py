@@ -39,7 +39,7 @@ class Evaluation:
         inputs: what conditions draw on; its prompts, phrases, objects and words are made here, from the subject.
         model: a name for the report. batch: prompts a call.
 
-    Raises: ValueError where the folder holds an evaluation of something else.
+    Raises: ValueError where conditions have the same name, or the folder holds an evaluation of something else.
     """
 
     def __init__(
@@ -48,6 +48,9 @@ class Evaluation:
     ) -> None:  # fmt: skip
         self.folder, self.pipe, self.subject, self.batch, self.model = Path(folder), pipe, subject, batch, model
         self.inputs = inputs
+        names = [c.name for c in conditions]
+        if len(set(names)) != len(names):
+            raise ValueError(f"conditions: expected names that differ, got {names}")
         reasons = {c.name: c.left_out(inputs, pipe, subject.guidance) for c in conditions}
         self.left_out = {name: reason for name, reason in reasons.items() if reason is not None}
         self.conditions = [c for c in conditions if c.name not in self.left_out]

@@ -39,14 +39,14 @@ class Kind:
     or_stock: bool = True
 
     def best(self, results: Mapping[str, Sequence[Mapping[str, float]]]) -> Condition:
-        """The best condition. results: of every one, and of stock, each prompt's measures.
+        """The best condition of those that were drawn. results: of each, and of stock, every prompt's measures.
 
-        Raises: ValueError where one was not drawn.
+        Raises: ValueError where none was drawn.
         """
         candidates = [_STOCK, *self.conditions] if self.or_stock else self.conditions
-        missing = [c.name for c in candidates if c.name not in results]
-        if missing:
-            raise ValueError(f"results: expected those of every condition, and there is no {missing[0]!r}")
+        candidates = [c for c in candidates if c.name in results]
+        if not candidates:
+            raise ValueError(f"results: expected those of a condition of {self.name!r}, got none")
         return max(candidates, key=lambda c: _mean(results[c.name], self.measures))
 
 

@@ -39,9 +39,7 @@ def _recipes(
     strength: Annotated[
         list[float] | None, typer.Option(help="Of a recipe's change of the latents; several, default 0.05 to 0.2.")
     ] = None,
-    scale: Annotated[
-        list[float] | None, typer.Option(help="Step size of the peers; several, default 0.5 to 20.")
-    ] = None,
+    scale: Annotated[list[float] | None, typer.Option(help="Step size of the peers; several, default 2 to 20.")] = None,
     resolution: Annotated[
         list[int] | None, typer.Option(help="Side of the attention that the peers look at; several, default 16 and 8.")
     ] = None,

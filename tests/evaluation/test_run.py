@@ -205,6 +205,8 @@ def test_another_evaluation_is_refused(tmp_path: Path, pipe: Any, world: ShapesW
     # A folder of before there were peers says nothing of them.
     stored = json.loads((tmp_path / "settings.json").read_text())["conditions"]
     assert "peer" not in stored[STOCK] and stored["SynGen"]["peer"]["scale"] == 20.0
+    with pytest.raises(ValueError, match=r"conditions: expected names that differ, got .*'stock', 'stock'"):
+        made(_named(STOCK) * 2)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "[1, 2]", '[{"x": 1}]', "[" * 100_000])

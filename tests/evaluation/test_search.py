@@ -53,8 +53,10 @@ def test_the_best_of_each_kind_is_chosen() -> None:
     # A peer is reported where it harms, too.
     harmful = results | {c.name: rows(0.2 + 0.1 * i, 0.0) for i, c in enumerate(peer.conditions)}
     assert peer.best(harmful) is peer.conditions[1]
-    with pytest.raises(ValueError, match="there is no 'stock'"):
-        objects.best({c.name: rows(0.5, 0.4) for c in conditions})
+    # What a pipeline cannot carry was not drawn.
+    assert peer.best({"stock": rows(0.9, 0.9), peer.conditions[0].name: rows(0.1, 0.1)}) is peer.conditions[0]
+    with pytest.raises(ValueError, match="results: expected those of a condition of 'Attend-and-Excite', got none"):
+        peer.best({"stock": rows(0.9, 0.9)})
 
 
 def test_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
