@@ -28,7 +28,7 @@ AS_STOCK = ("empty", "mapped", "evaluated")
 CHANGED = (
     "more_bench", "no_bench", "fused", "in_chosen_heads", "dropped", "dropped_at_random", "suppressed",
     "suppressed_over_space", "corrected", "bound", "reweighted", "structured", "clip_gated", "by_recipe",
-    "by_cheaper_recipe", "both", "embedded", "mixed", "redrawn", "compiled",
+    "by_stronger_recipe", "both", "embedded", "mixed", "redrawn", "compiled",
 )  # fmt: skip
 FILES = (
     "stock.png", "heads.json", "heads.png", "car-relevance.png", "labels.png", "car.png", "words.safetensors",

@@ -24,7 +24,7 @@ from ..evaluation.run import Evaluation
 from ..evaluation.search import RESOLUTIONS, SCALES, STRENGTHS, peer_kinds, recipe_kinds
 from ..evaluation.world_subjects import world_subject
 from ..lab.pipeline import load_pipeline
-from ..measure.paired import summary, summary_table
+from ..measure.paired import cell_text, summary, summary_table
 
 _MEASURES = ("present", "bound", "all right")
 _CONTROL = "Attend-and-Excite"
@@ -88,8 +88,9 @@ def _recipes(
         return
     _say_control(console, report_figures[best[_CONTROL].name]["present"])
     prices = costs(pipe, reported.subject, reported.conditions, inputs)
-    for name, price in prices.items():
-        console.print(f"{name}: {price['of stock']:.2f} of stock's time, {price['peak MiB']:.1f} MiB")
+    table = _markdown_table(report_figures, prices)
+    console.print(table, soft_wrap=True)
+    (folder / "recipes.md").write_text(table)
     figures = {
         "chosen": {name: asdict(condition) for name, condition in best.items()},
         "search": search_figures,
@@ -97,6 +98,17 @@ def _recipes(
         "costs": prices,
     }
     (folder / "recipes.json").write_text(json.dumps(figures, indent=1, default=str) + "\n")
+
+
+def _markdown_table(figures: dict[str, Any], prices: dict[str, Any]) -> str:
+    lines = [
+        f"| condition | {' | '.join(_MEASURES)} | time, of stock | peak MiB |",
+        "| --- |" + " --- |" * (len(_MEASURES) + 2),
+    ]
+    for name, cells in figures.items():
+        texts = [name, *map(cell_text, cells.values())]
+        lines.append(f"| {' | '.join(texts)} | {prices[name]['of stock']:.2f} | {prices[name]['peak MiB']:.0f} |")
+    return "\n".join(lines) + "\n"
 
 
 def _say_control(console: Any, cell: dict[str, Any]) -> None:

@@ -85,10 +85,13 @@ def test_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(figures["search"]) == 1 + 6 + 2
     control = "Attend-and-Excite, 16x16, scale 0.5"
     assert {"stock", control, "SynGen, 16x16, scale 0.5"} <= set(figures["report"]) == set(figures["costs"])
+    table = (tmp_path / "recipes.md").read_text().splitlines()
+    assert table[0] == "| condition | present | bound | all right | time, of stock | peak MiB |"
+    assert table[2].startswith("| stock | ") and len(table) == 2 + len(figures["report"])
     assert figures["costs"][control]["of stock"] > 0 and "positive control: Attend-and-Excite" in ran.output
     # A second run draws nothing anew.
     monkeypatch.setattr("sdattn_fast.evaluation.run.draw_batch", None)
-    monkeypatch.setattr(recipes, "costs", lambda *args: {})
+    monkeypatch.setattr(recipes, "costs", lambda *args: figures["costs"])
     assert CliRunner().invoke(app, [str(tmp_path), *options], catch_exceptions=False).exit_code == 0
     bad = CliRunner().invoke(app, [str(tmp_path), "--report", "1"])
     assert bad.exit_code == 2
