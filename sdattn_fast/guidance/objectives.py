@@ -104,7 +104,8 @@ class Presence(PhraseScore):
         Raises:
             ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
         """
-        maps, place = maps_of_tokens(seen, self.tokens, "phrases")
+        wanted = self.tokens if self.sharpness is None else (*seen.maps.tokens, *self.tokens)
+        maps, place = maps_of_tokens(seen, tuple(dict.fromkeys(wanted)), "phrases")
         sigma = 0.5
         if self.sharpness is not None:
             maps, place = _sharpened(maps, seen.maps.tokens, self.sharpness)

@@ -58,18 +58,17 @@ class PhraseScore(TokenScore):
 
 
 def maps_of_tokens(seen: Seen, tokens: Sequence[int], argument: str) -> tuple[Tensor, dict[int, int]]:
-    """(B, T, height, width), the mean over layers at the largest one's size; token -> its index among the T.
+    """(B, T, height, width) of these T tokens, the mean over layers at the largest one's size; token -> its index.
 
     Raises: ValueError where a token was not captured.
     """
-    place = {token: i for i, token in enumerate(seen.maps.tokens)}
-    if not len(seen.maps) or any(token not in place for token in tokens):
+    if not len(seen.maps) or not set(tokens) <= set(seen.maps.tokens):
         raise ValueError(
             f"{argument}: expected maps of tokens {tuple(tokens)}, got those of {seen.maps.tokens}; "
             "apply(..., capture=Capture(tokens=...)) keeps them"
         )
     size = max(((x.shape[-2], x.shape[-1]) for x in seen.maps.values()), key=lambda s: s[0] * s[1])
-    return seen.maps.upsample(size), place
+    return seen.maps.upsample(size, tokens), {token: i for i, token in enumerate(tokens)}
 
 
 def word_distributions(maps: Tensor, words: Sequence[Sequence[int]]) -> Tensor:

@@ -65,23 +65,28 @@ class Maps(Mapping[str, Tensor]):
     def __repr__(self) -> str:
         return f"Maps({ {name: tuple(x.shape) for name, x in self._by_layer.items()} })"
 
-    def upsample(self, size: tuple[int, int] | None = None) -> Tensor:
+    def upsample(self, size: tuple[int, int] | None = None, tokens: Sequence[int] | None = None) -> Tensor:
         """The mean over layers, each upsampled bicubically.
 
         Args:
             size: (height, width) of the result. None: that of the latent.
+            tokens: Indices of tokens whose maps to give, in this order. None: all of `self.tokens`.
 
         Returns:
             A (B, T, height, width) float32 tensor.
 
         Raises:
             TypeError: If `size` is not two ints.
-            ValueError: If nothing is captured yet, heads were kept apart, or a size is below 1.
+            ValueError: If nothing is captured yet, heads were kept apart, a size is below 1, or a token was not
+                captured.
         """
         size = self._checked(size)
+        if tokens is not None and not set(tokens) <= set(self.tokens):
+            raise ValueError(f"tokens: expected some of {self.tokens}, which were captured, got {tuple(tokens)}")
+        chosen = None if tokens is None else [self.tokens.index(token) for token in tokens]
         total: Tensor | float = 0.0
         for maps in self._by_layer.values():
-            total = total + _resized(maps, size)
+            total = total + _resized(maps if chosen is None else maps[:, chosen], size)
         assert isinstance(total, Tensor)
         return total / len(self._by_layer)
 
