@@ -57,7 +57,7 @@ class Recipe:
     presence: float = 0.0
     segregation: float = 0.0
     binding: float = 0.0
-    strength: float = 0.1
+    strength: float = 0.05
     normalize: bool = True
     sharpness: float | None = None
     until: float = 0.25
@@ -141,8 +141,8 @@ def _checked_targets(targets: Any, until: float) -> tuple[tuple[float, float], .
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "objects": Recipe(presence=1.0, segregation=1.0),
-        "binding": Recipe(binding=1.0),
+        "binding": Recipe(binding=1.0, strength=0.1),
         "both": Recipe(presence=1.0, segregation=1.0, binding=0.1),
-        "fast": Recipe(presence=1.0, segregation=1.0, until=0.15, corrections=2),
+        "fast": Recipe(presence=1.0, segregation=1.0, strength=0.1, until=0.15, corrections=2),
     }
 )
