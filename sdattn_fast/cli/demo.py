@@ -1,6 +1,6 @@
 """`sdattn-fast demo`: captions drawn by stock, with a recipe, and by Attend-and-Excite; maps, time and memory.
 
-Writes one self-contained HTML page and its PNGs. Everything runs offline on a CPU in about a minute.
+Writes one self-contained HTML page and its PNGs. Everything runs offline on a CPU, in one to two minutes.
 """
 
 from __future__ import annotations
