@@ -106,7 +106,7 @@ class _Contestants:
             "stock": self._by_stock, f"recipe {RECIPE!r}": self._by_recipe, self._peer.name: self._by_peer,
         }  # fmt: skip
         for draw in self._draw.values():  # what is compiled or loaded at first is nobody's time
-            draw(_captions()[0], 0, 2)
+            draw("an owl and a cat", 0, 2)
 
     def scene(self, prompt: str, seed: int, tick: Callable[[], None]) -> Scene:
         import numpy as np
@@ -156,9 +156,10 @@ class _Contestants:
     def _by_peer(self, prompt: str, seed: int, steps: int) -> Any:
         from PIL import Image
 
+        from ..guidance.phrases import find_phrases
         from ..guidance.recipe_guide import objects_of
 
-        objects = objects_of(prompt, self.pipe.tokenizer)
+        objects = objects_of(find_phrases(prompt, self.pipe.tokenizer))
         return Image.fromarray(self._peer.draw(self.pipe, [prompt], [objects], [_generator(seed)], GUIDANCE, steps)[0])
 
 

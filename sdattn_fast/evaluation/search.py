@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,11 @@ STRENGTHS = (0.05, 0.1, 0.2)  # of recipes, normalized
 SCALES, RESOLUTIONS = (2.0, 8.0, 20.0), (16, 8)  # of peers
 
 _STOCK = Condition(STOCK, STOCK)
-# Kind -> the weights of presence, segregation and binding, and the measures whose mean it is chosen by.
-_RECIPES: Mapping[str, tuple[tuple[float, float, float], tuple[str, ...]]] = {
-    "objects": ((1.0, 1.0, 0.0), ("present",)),
-    "binding": ((0.0, 0.0, 1.0), ("bound",)),
-    "both": ((1.0, 1.0, 0.1), ("present", "bound")),
+# The recipe whose weights are searched with -> the measures whose mean it is chosen by.
+_RECIPES: Mapping[str, tuple[str, ...]] = {
+    "objects": ("present",),
+    "binding": ("bound",),
+    "both": ("present", "bound"),
 }
 
 
@@ -57,12 +57,12 @@ def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:
     Raises: as `Recipe`.
     """
     kinds = []
-    for kind, (weights, measures) in _RECIPES.items():
+    for kind, measures in _RECIPES.items():
         four, two = (
             [
                 recipe_condition(
                     f"{kind}, strength {strength:g}, {corrections} corrections",
-                    Recipe(*weights, strength=strength, until=share, corrections=corrections),
+                    replace(Recipe.named(kind), strength=strength, until=share, corrections=corrections),
                 )
                 for strength in strengths
             ]

@@ -72,9 +72,14 @@ def check_pipeline(pipe: Any) -> None:
     find_phrases("", tokenizer_of(pipe))
 
 
-def objects_of(prompt: str, tokenizer: Any) -> list[NounPhrase]:
-    """The noun phrases of a prompt that name objects, and not the picture itself."""
-    return _objects_among(find_phrases(prompt, tokenizer))
+def objects_of(phrases: Sequence[NounPhrase]) -> list[NounPhrase]:
+    """Of the noun phrases of a prompt, those that name objects, and not the picture itself."""
+
+    def names_an_object(noun: str) -> bool:
+        of_the_picture = noun in _OF_THE_PICTURE or noun.removesuffix("s") in _OF_THE_PICTURE
+        return not of_the_picture and not any(c.isdigit() for c in noun)  # 8k
+
+    return [phrase for phrase in phrases if names_an_object(phrase.head.text.lower())]
 
 
 class RecipeGuide:
@@ -132,7 +137,7 @@ class RecipeGuide:
         wanted = self.recipe.objects
         phrases = find_phrases(prompt, tokenizer)
         if wanted is None:
-            objects = _objects_among(phrases)
+            objects = objects_of(phrases)
         else:
             objects = _named(prompt, wanted, tokenizer)
         pairs = syntactic_pairs(tokenizer, prompt, phrases) if self.recipe.binding else []
@@ -221,14 +226,6 @@ class _Correcting:
         )  # fmt: skip
         correction.remove()  # the guide watches the UNet for all of them
         return correction
-
-
-def _objects_among(phrases: Sequence[NounPhrase]) -> list[NounPhrase]:
-    def names_an_object(noun: str) -> bool:
-        of_the_picture = noun in _OF_THE_PICTURE or noun.removesuffix("s") in _OF_THE_PICTURE
-        return not of_the_picture and not any(c.isdigit() for c in noun)  # 8k
-
-    return [phrase for phrase in phrases if names_an_object(phrase.head.text.lower())]
 
 
 def _named(prompt: str, wanted: Sequence[str], tokenizer: Any) -> list[NounPhrase]:

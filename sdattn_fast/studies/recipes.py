@@ -23,7 +23,7 @@ from ..evaluation.processes import draw_missing, process_state
 from ..evaluation.run import Evaluation
 from ..evaluation.search import RESOLUTIONS, SCALES, STRENGTHS, peer_kinds, recipe_kinds
 from ..evaluation.world_subjects import world_subject
-from ..lab.pipeline import load_pipeline
+from ..lab.pipeline import WORLDS, load_pipeline
 from ..measure.paired import cell_text, summary, summary_table
 
 _MEASURES = ("present", "bound", "all right")
@@ -51,8 +51,8 @@ def _recipes(
     for name, value, least in (("choose", choose, 1), ("report", report, 2)):
         if value < least:
             raise typer.BadParameter(f"expected at least {least}, got {value}", param_hint=f"--{name}")
-    if world not in ("objects", "shapes"):
-        raise typer.BadParameter(f"expected objects or shapes, got {world!r}", param_hint="--world")
+    if world not in WORLDS:
+        raise typer.BadParameter(f"expected {' or '.join(WORLDS)}, got {world!r}", param_hint="--world")
     state = process_state(cpu=True)
     console = Console(quiet=not state.is_main_process)
     pipe = load_pipeline(folder=model, world=world)

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from corrected_scores import corrected_scores
 
-import sdattn_fast
-from sdattn_fast import Capture
-from sdattn_fast.guidance import Binding, BindingPair, Correction, Seen, binding_loss, find_phrases, syntactic_pairs
+from sdattn_fast.guidance import Binding, BindingPair, Seen, binding_loss, find_phrases, syntactic_pairs
 from sdattn_fast.patching.maps import Maps
 
 PROMPT = "a red circle and a blue square"
@@ -89,22 +88,7 @@ def test_it_is_finite_where_upsampling_undershoots() -> None:
 
 def test_a_correction_raises_it(shapes: Any) -> None:
     binding = Binding(syntactic_pairs(shapes.tokenizer, PROMPT, find_phrases(PROMPT, shapes.tokenizer)))
-    scores = {}
-    for strength in (0.0, 0.02):
-        found: list[float] = []
-
-        def watched(seen: Seen, found: list[float] = found) -> torch.Tensor:
-            value = binding(seen)
-            found.append(value.item())
-            return value
-
-        with sdattn_fast.apply(shapes, capture=Capture()) as patch:
-            with Correction(patch, watched, steps=(0, 3), strength=strength) as correct:
-                shapes(
-                    PROMPT, num_inference_steps=4, output_type="latent", callback_on_step_end=correct,
-                    generator=torch.Generator().manual_seed(0),
-                )  # fmt: skip
-        scores[strength] = found
+    scores = {strength: corrected_scores(shapes, PROMPT, binding, strength) for strength in (0.0, 0.02)}
     assert len(scores[0.0]) == 3 and scores[0.0][0] == pytest.approx(scores[0.02][0], rel=1e-5)
     assert scores[0.02][2] > scores[0.0][2]
 

@@ -8,10 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from corrected_scores import corrected_scores
 
-import sdattn_fast
-from sdattn_fast import Capture
-from sdattn_fast.guidance import Correction, Seen, Segregation, find_phrases
+from sdattn_fast.guidance import Seen, Segregation, find_phrases
 from sdattn_fast.patching.maps import Maps
 
 TOKENS = (1, 2, 4, 5, 7)
@@ -71,22 +70,7 @@ def test_a_correction_raises_it() -> None:
     pipe.set_progress_bar_config(disable=True)
     prompt = "a red circle and a blue square"
     apart = Segregation(find_phrases(prompt, pipe.tokenizer))
-    scores = {}
-    for strength in (0.0, 0.05):
-        found: list[float] = []
-
-        def watched(seen: Seen, found: list[float] = found) -> torch.Tensor:
-            value = apart(seen)
-            found.append(value.item())
-            return value
-
-        with sdattn_fast.apply(pipe, capture=Capture()) as patch:
-            with Correction(patch, watched, steps=(0, 3), strength=strength) as correct:
-                pipe(
-                    prompt, num_inference_steps=4, output_type="latent", callback_on_step_end=correct,
-                    generator=torch.Generator().manual_seed(0),
-                )  # fmt: skip
-        scores[strength] = found
+    scores = {strength: corrected_scores(pipe, prompt, apart, strength) for strength in (0.0, 0.05)}
     assert scores[0.0][0] == pytest.approx(scores[0.05][0], rel=1e-5) and scores[0.05][2] > scores[0.0][2]
 
 
