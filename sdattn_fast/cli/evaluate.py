@@ -20,11 +20,11 @@ def evaluate(
         Path | None,
         typer.Option(
             help='File with one prompt per line, or {"prompt": ..., "words": [...]}, or GenEval\'s metadata; default: '
-            "held-out captions of the shapes world."
+            "captions of the lab's world that settings are not chosen on."
         ),
     ] = None,
     pictures: Annotated[
-        int, typer.Option(help="Number of captions of the shapes world.", callback=within(2, 10**5))
+        int, typer.Option(help="Number of captions of the lab's world.", callback=within(2, 10**5))
     ] = 512,
     folder: Annotated[Path, typer.Option(help="Output folder; run the same command again to resume.")] = Path(
         "evaluation"
