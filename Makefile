@@ -45,14 +45,13 @@ compile-matrix: .venv/installed $(TRITONS:%=build/triton-%)
 build/triton-%: .venv/installed
 	$(BIN)/python -m pip install --quiet --no-deps --target $@ triton==$*
 
-# What benchmarks/on_gpu.sh needs on a bare machine with a GPU: wheels, and the compiled modules for its Python and GPU.
-GPU_PYTHON ?= python3.12
+# What benchmarks/on_gpu.sh needs on a bare machine with a GPU: wheels, and the compiled modules for its GPU.
 GPU_ARCHITECTURE ?= 9.0
 gpu-bundle:
-	$(PYTHON) benchmarks/on_gpu/bundle.py --python $(GPU_PYTHON) --architecture $(GPU_ARCHITECTURE)
+	$(PYTHON) benchmarks/on_gpu/bundle.py --architecture $(GPU_ARCHITECTURE)
 
-# A wheel for this Python, in dist/, and that of the lab's weights, for all. The tag is what this machine's C library
-# allows; manylinux_2_28 comes from below.
+# A wheel for CPython 3.10 and all after it, in dist/, and that of the lab's weights. The tag is what this machine's C
+# library allows; manylinux_2_28 comes from below.
 wheel: export SDATTN_FAST_CUDA = auto
 wheel: .venv/installed
 	rm -rf build/wheel lab/build
@@ -62,13 +61,13 @@ wheel: .venv/installed
 	    { mkdir -p dist && cp build/wheel/*.whl dist; }
 	du -h dist/*.whl
 
-# manylinux_2_28 wheels for CPython 3.10 to 3.13, in Docker, from a clean clone: cibuildwheel copies the whole folder.
+# manylinux_2_28 wheels, in Docker, from a clean clone: cibuildwheel copies the whole folder.
 wheels-cu13: build/cibuildwheel
 	build/cibuildwheel/bin/cibuildwheel --platform linux --output-dir dist/cu13
 
 wheels-cu12: build/cibuildwheel
 	CIBW_MANYLINUX_X86_64_IMAGE=pytorch/manylinux2_28-builder:cuda12.8 CIBW_BEFORE_ALL=true \
-	CIBW_ENVIRONMENT="CUDA_HOME=/usr/local/cuda SDATTN_FAST_CUDA=1 SDATTN_FAST_LOCAL_VERSION=cu12" \
+	CIBW_ENVIRONMENT="CUDA_HOME=/usr/local/cuda SDATTN_FAST_CPU=1 SDATTN_FAST_CUDA=1 SDATTN_FAST_LOCAL_VERSION=cu12" \
 	    build/cibuildwheel/bin/cibuildwheel --platform linux --output-dir dist/cu12
 
 build/cibuildwheel:

@@ -1,11 +1,13 @@
 """What pyproject.toml cannot say: the two compiled modules, and where kernels/ goes.
 
-`sdattn_fast._core` is for CPUs, one translation unit per instruction set; `sdattn_fast._cuda` is built where nvcc is
-found (SDATTN_FAST_CUDA=1: or else fail; =0: never), for TORCH_CUDA_ARCH_LIST. What one build compiled, the next one
-finds in build/: an editable install, then a wheel, compile once.
+`sdattn_fast._core` is for CPUs, one translation unit per instruction set, and built where there is a C++ compiler
+(SDATTN_FAST_CPU=1: or else fail; =0: never); `sdattn_fast._cuda` is built where nvcc is found too (SDATTN_FAST_CUDA, in
+the same way), for TORCH_CUDA_ARCH_LIST. Without them the package is Python alone, and `sdattn-fast doctor` says what is
+missing. What one build compiled, the next one finds in build/: an editable install, then a wheel, compile once.
 
-No torch at build time, so build isolation works and one wheel per Python serves every torch. OpenMP is used where the
-compiler has it; at run time the core is loaded after torch and shares torch's own libgomp and its threads.
+No torch at build time, so build isolation works, and Python's limited API: one wheel serves every torch, and every
+CPython from 3.10 on. OpenMP is used where the compiler has it; at run time the core is loaded after torch and shares
+torch's own libgomp and its threads.
 """
 
 import os
@@ -22,17 +24,17 @@ ROOT = Path(__file__).resolve().parent
 sys.path[:] = [p for p in sys.path if Path(p or ".").resolve() != ROOT]
 
 import ninja  # noqa: E402
-import pybind11  # noqa: E402
 from ninja.ninja_syntax import Writer  # noqa: E402
 from setuptools import Extension, find_packages, setup  # noqa: E402
 from setuptools.command.build import build  # noqa: E402
 from setuptools.command.build_ext import build_ext  # noqa: E402
+from setuptools.command.build_py import build_py  # noqa: E402
 
 sys.path.insert(0, str(ROOT / "csrc"))
 import nvcc  # noqa: E402
 
 CPU, CUDA = "csrc/cpu", "csrc/cuda"
-CPU_SOURCES = ["csrc/bindings.cpp", f"{CPU}/attention.cpp", f"{CPU}/backward.cpp", f"{CPU}/isa_portable.cpp"]
+CPU_SOURCES = [f"{CPU}/{name}.cpp" for name in ("bindings", "attention", "backward", "isa_portable")]
 CUDA_SOURCES = [f"{CUDA}/bindings.cpp", *sorted(f"{CUDA}/{path.name}" for path in (ROOT / CUDA).glob("*.cu"))]
 FLAGS = ["-std=c++17", "-O3", "-g0", "-fvisibility=hidden", "-fno-math-errno", "-ffp-contract=fast"]
 FLAGS_OF = {}  # of one source, beside FLAGS
@@ -52,8 +54,29 @@ if platform.machine().lower() in ("x86_64", "amd64"):
 OBJECTS = Path("build", f"{sysconfig.get_platform()}-{''.join(platform.libc_ver())}")
 
 
+def why_nothing_is_compiled() -> str | None:
+    switch = os.environ.get("SDATTN_FAST_CPU") or "auto"
+    if switch not in ("0", "1", "auto"):
+        raise SystemExit(f"SDATTN_FAST_CPU: expected 0, 1 or auto, got {switch!r}")
+    if switch == "0":
+        return "SDATTN_FAST_CPU is 0"
+    compiler = shlex.split(os.environ.get("CXX") or sysconfig.get_config_var("CXX") or "c++")[0]
+    if sys.platform == "win32":
+        why = "its C++ is for GCC and Clang, and not for Windows"
+    elif sysconfig.get_config_var("Py_GIL_DISABLED"):
+        why = "a free-threaded CPython has no limited API"
+    elif not shutil.which(compiler):
+        why = f"there is no C++ compiler: {compiler} is not found, and CXX may name another"
+    else:
+        return None
+    if switch == "1":
+        raise SystemExit(f"SDATTN_FAST_CPU is 1, but {why}")
+    return why
+
+
+NOTHING_COMPILED = why_nothing_is_compiled()
 try:
-    CUDA_BUILD = nvcc.choose()
+    CUDA_BUILD = NOTHING_COMPILED or nvcc.choose()
 except (ValueError, nvcc.NvccMissing) as error:
     raise SystemExit(str(error)) from error
 
@@ -63,6 +86,13 @@ class BuildAnew(build):
 
     def run(self) -> None:
         shutil.rmtree(self.build_lib, ignore_errors=True)
+        super().run()
+
+
+class BuildPython(build_py):
+    def run(self) -> None:
+        if NOTHING_COMPILED:
+            print(f"sdattn_fast: nothing is compiled, the package is Python alone: {NOTHING_COMPILED}")
         super().run()
 
 
@@ -88,7 +118,7 @@ class BuildWithNinja(build_ext):
     def copy_extensions_to_source(self) -> None:
         # A new file each time: one that a running process has mapped is never written to. And none is left of a build
         # with CUDA under one without.
-        for old in (ROOT / "sdattn_fast").glob(f"*{sysconfig.get_config_var('EXT_SUFFIX')}"):
+        for old in (ROOT / "sdattn_fast").glob("*.so"):
             old.unlink()
         super().copy_extensions_to_source()
 
@@ -99,8 +129,7 @@ class BuildWithNinja(build_ext):
         plan.rule("link", "$linker -o $out $in $libraries", description="$out")
         openmp = self._accepted("-fopenmp")
         common = FLAGS + self._accepted("-fno-gnu-unique", "-Wno-psabi", "-Wno-uninitialized") + openmp
-        python = [f"-I{self._pybind11()}", f"-I{sysconfig.get_path('include')}"]
-        suffix = sysconfig.get_config_var("EXT_SUFFIX")
+        python = [f"-I{sysconfig.get_path('include')}"]
         modules = {}
         for extension in self.extensions:
             libraries = openmp if extension.name == "sdattn_fast._core" else []
@@ -110,13 +139,12 @@ class BuildWithNinja(build_ext):
                 if source.endswith(".cu"):
                     command, libraries = self._cuda()
                 elif source.endswith("bindings.cpp"):
-                    built = built.removesuffix(".o") + suffix.removesuffix(".so") + ".o"
                     command = [*self.compiler.compiler_so_cxx, *common, *python]
                 else:
                     command = [*self.compiler.compiler_so_cxx, *common, *FLAGS_OF.get(source, [])]
                 plan.build(built, "compile", source, variables={"compiler": shell([*command, "-MMD"])})
                 objects.append(built)
-            module = f"{OBJECTS.as_posix()}/{extension.name.removeprefix('sdattn_fast.')}{suffix}"
+            module = f"{OBJECTS.as_posix()}/{extension.name.removeprefix('sdattn_fast.')}.abi3.so"
             link = {"linker": shell([*self.compiler.linker_so_cxx, "-Wl,-s"]), "libraries": shell(libraries)}
             plan.build(module, "link", objects, variables=link)
             modules[extension.name] = Path(module)
@@ -129,16 +157,6 @@ class BuildWithNinja(build_ext):
         names = f'-DSDATTN_CUDA_ARCHITECTURES="{built_for.names}"'
         command = [str(tool.path), *NVCC_FLAGS, *small, *built_for.flags, names]
         return command, [str(tool.runtime), "-Wl,--exclude-libs,ALL", "-ldl", "-lrt", "-lpthread"]
-
-    def _pybind11(self) -> str:
-        """pybind11's headers, copied where the next build finds them unchanged, whatever environment it has."""
-        kept = OBJECTS / f"pybind11-{pybind11.__version__}"
-        if not (ROOT / kept).is_dir():
-            half = f"{ROOT / kept}-half"
-            shutil.rmtree(half, ignore_errors=True)
-            shutil.copytree(pybind11.get_include(), half)
-            os.replace(half, ROOT / kept)
-        return kept.as_posix()
 
     def _accepted(self, *flags: str) -> list[str]:
         """Those of the flags that this compiler and linker take."""
@@ -162,22 +180,19 @@ def shell(words: list[str]) -> str:
     return shlex.join(words).replace("$", "$$")
 
 
-core = Extension(
-    "sdattn_fast._core",
-    CPU_SOURCES,
-    # For the source distribution: everything, the CUDA sources of a machine without nvcc too.
-    depends=sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*.*") if p.suffix != ".pyc"),
-    language="c++",
-)
-cuda = [] if isinstance(CUDA_BUILD, str) else [Extension("sdattn_fast._cuda", CUDA_SOURCES, language="c++")]
+core = Extension("sdattn_fast._core", CPU_SOURCES, language="c++", py_limited_api=True)
+cuda = Extension("sdattn_fast._cuda", CUDA_SOURCES, language="c++", py_limited_api=True)
 
 # Wheels of two CUDA majors must not have one name: cu13 makes it 0.1.0+cu13.
 local = os.environ.get("SDATTN_FAST_LOCAL_VERSION")
 
 setup(
-    options={"egg_info": {"tag_build": f"+{local}"}} if local else {},
+    options={
+        "bdist_wheel": {"py_limited_api": "cp310"},
+        **({"egg_info": {"tag_build": f"+{local}"}} if local else {}),
+    },
     packages=[*find_packages(include=["sdattn_fast*"]), "sdattn_fast.kernels"],
     package_dir={"sdattn_fast": "sdattn_fast", "sdattn_fast.kernels": "kernels"},
-    ext_modules=[core, *cuda],
-    cmdclass={"build": BuildAnew, "build_ext": BuildWithNinja},
+    ext_modules=[] if NOTHING_COMPILED else [core] if isinstance(CUDA_BUILD, str) else [core, cuda],
+    cmdclass={"build": BuildAnew, "build_py": BuildPython, "build_ext": BuildWithNinja},
 )

@@ -1,4 +1,4 @@
-"""The wheels: what is in them, and that the kernels' may be repaired and runs where the checkout is not."""
+"""The wheels and the source distribution: what is in them, and that they run where the checkout is not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -17,6 +18,7 @@ from sdattn_fast import __version__
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTHING_NEW = "ninja: no work to do"
+PIP_WHEEL = (sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w")
 
 
 def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -26,7 +28,7 @@ def run(*command: object, **environment: str) -> subprocess.CompletedProcess[str
 
 def make_wheel(to: Path, of: Path = ROOT, **environment: str) -> tuple[Path, str]:
     """The wheel of a checkout, with what earlier builds compiled; and what the build said."""
-    made = run(sys.executable, "-m", "pip", "wheel", "-v", "--no-deps", "-w", to, of, **environment)
+    made = run(*PIP_WHEEL, to, of, **environment)
     assert made.returncode == 0, made.stdout[-4000:] + made.stderr[-4000:]
     (wheel,) = to.glob("*.whl")
     return wheel, made.stdout + made.stderr
@@ -52,6 +54,78 @@ def test_wheel_holds_all_that_is_needed(built):
     assert not [name for name in names if name.endswith(".safetensors")]
     with_cuda = "without CUDA code" not in said
     assert modules(wheel) == ({"_core", "_cuda"} if with_cuda else {"_core"})
+
+
+def test_one_wheel_for_all_pythons(built, tmp_path):
+    wheel, _ = built
+    assert "-cp310-abi3-" in wheel.name
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    found = sorted((tmp_path / "sdattn_fast").glob("*.so"))
+    assert {path.name.removesuffix(".abi3.so") for path in found} == modules(wheel)
+    audit = run(sys.executable, "-m", "abi3audit", "--strict", "--assume-minimum-abi3", "3.10", "--report", *found)
+    assert audit.returncode == 0, audit.stdout + audit.stderr
+    pythons = {shutil.which(f"python3.{minor}") for minor in range(10, 20)} - {None}
+    # A name on the PATH may be a shim of a version manager that has no such Python.
+    pythons = {sys.executable, *(python for python in pythons if run(python, "-c", "").returncode == 0)}
+    for python in sorted(pythons):
+        ran = run(python, "-c", LOADS, *found)
+        assert ran.returncode == 0, f"{python}: {ran.stderr}"
+
+
+# Without torch: two pixels whose Gaussian is 1 / e, and what bad arguments raise.
+LOADS = """
+import importlib.util, math, sys
+from array import array
+from pathlib import Path
+
+modules = {}
+for path in sys.argv[1:]:
+    name = Path(path).name.split(".")[0]
+    spec = importlib.util.spec_from_file_location(name, path)
+    modules[name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(modules[name])
+
+core = modules["_core"]
+features, values, out = (array("f", x) for x in ([0, math.sqrt(math.log2(math.e))], [1, 3], [0, 0]))
+core.cpu_gaussian_attention((2, 1, 1), *(x.buffer_info()[0] for x in (features, values, out)), 100.0, 1)
+assert abs(out[0] - (1 + 3 / math.e)) < 1e-5 and abs(out[1] - (3 + 1 / math.e)) < 1e-5, out
+assert core.cpu_info()["isa"] in core.cpu_info()["isas"].split()
+bad = [(TypeError,), (IndexError, (1, 1), 0), (TypeError, "sizes", 0), (TypeError, (1, 1, 1, 1, 1, "x"), 0)]
+for error, *arguments in bad:
+    try:
+        core.cpu_packed_bytes(*arguments)
+    except error:
+        continue
+    raise AssertionError(arguments)
+assert "_cuda" not in modules or modules["_cuda"].info()["runtime"] >= 12000
+"""
+
+
+def test_without_a_compiler_a_wheel_of_python_alone(tmp_path):
+    wheel, said = make_wheel(tmp_path, CXX="/nowhere/c++")
+    assert "py3-none-any" in wheel.name and not modules(wheel)
+    assert said.count("nothing is compiled, the package is Python alone: there is no C++ compiler: /nowhere/c++") == 1
+    refused = run(*PIP_WHEEL, tmp_path, ROOT, CXX="/nowhere/c++", SDATTN_FAST_CPU="1")
+    assert refused.returncode
+    assert "SDATTN_FAST_CPU is 1, but there is no C++ compiler" in refused.stdout + refused.stderr
+
+
+def test_the_source_distribution_is_the_repository(tmp_path):
+    listed = run("git", "-C", ROOT, "ls-files")
+    if listed.returncode:
+        pytest.skip("needs a checkout")
+    tracked = {name for name in listed.stdout.splitlines() if not name.startswith(".")}
+    # A copy: the command leaves a folder of its own beside the sources.
+    for name in tracked:
+        (tmp_path / "tree" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / "tree" / name)
+    made = run(sys.executable, "-m", "build", "--sdist", "-o", tmp_path, tmp_path / "tree")
+    assert made.returncode == 0, made.stderr[-4000:]
+    (archive,) = tmp_path.glob("*.tar.gz")
+    with tarfile.open(archive) as packed:
+        names = {member.name.split("/", 1)[1] for member in packed if member.isfile()}
+    made_by_setuptools = {name for name in names if name in ("PKG-INFO", "setup.cfg") or ".egg-info/" in name}
+    assert names - made_by_setuptools == tracked
 
 
 def test_wheel_of_the_lab_holds_all_weights(tmp_path):

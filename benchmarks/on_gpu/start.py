@@ -91,25 +91,24 @@ def parse() -> argparse.Namespace:
 
 def prepare_package(bundle: Path | None, state: Path) -> tuple[Path, str]:
     """Installs the bundle's wheels and links this tree's package with the bundle's compiled modules. Where there is no
-    bundle, or one of another Python or other sources, with those that an editable install left in the tree. Gives the
-    folder for sys.path and the commit."""
+    bundle, or one of other sources, with those that an editable install left in the tree. Gives the folder for sys.path
+    and the commit."""
     own = sorted((ROOT / "sdattn_fast").glob("*.so"))
     if bundle is None:
         return linked(ROOT, state / "package", own), commit()
     about = json.loads((bundle / "about.json").read_text())
-    made_for, here = about["python"].split(".")[:2], [str(number) for number in sys.version_info[:2]]
-    wrong = ""
-    if made_for != here:
-        wrong = f"it is for Python {'.'.join(made_for)}, and this is {'.'.join(here)}"
-    elif about.get("sources") != sources():
-        wrong = "it was compiled from other sources; `make gpu-bundle` makes it anew"
-    if wrong:
-        print(f"on_gpu.sh: the compiled modules of {bundle} are left out: {wrong}", file=sys.stderr)
-    wheels = sorted(map(str, (bundle / "wheels").glob("*.whl"))) if made_for == here else []
+    stale = about.get("sources") != sources()
+    if stale:
+        print(
+            f"on_gpu.sh: the compiled modules of {bundle} are left out: it was compiled from other sources; "
+            "`make gpu-bundle` makes it anew",
+            file=sys.stderr,
+        )
+    wheels = sorted(map(str, (bundle / "wheels").glob("*.whl")))
     if wheels and not (state / "site").is_dir():
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps", "--no-compile"]
         subprocess.run([*command, "--disable-pip-version-check", "--target", str(state / "site"), *wheels], check=True)
-    modules = own if wrong else sorted((bundle / "modules").glob("*.so"))
+    modules = own if stale else sorted((bundle / "modules").glob("*.so"))
     changed = "" if about.get("package") == python_sources() else ", changed since"
     return linked(ROOT, state / "package", modules), about["commit"] + changed
 

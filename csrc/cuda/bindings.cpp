@@ -1,21 +1,14 @@
 // Python's door to the CUDA kernels. Tensors arrive as addresses and strides; nothing here knows of torch.
 
-#include <pybind11/pybind11.h>
-
 #include <stdexcept>
 #include <string>
 
 #include "../tuples.h"
 #include "attention.h"
 
-namespace py = pybind11;
 using namespace sdattn;
+using namespace sdattn::python;
 using namespace sdattn::tuples;
-
-// The tests compile the kernels for a machine that is emulated, under a name of its own.
-#if !defined(SDATTN_MODULE)
-#define SDATTN_MODULE _cuda
-#endif
 
 namespace {
 
@@ -27,9 +20,9 @@ void raise_on(int error) {
 }
 
 // seed: of (1,) int64, or 0; it and whatever `rows` points to lie on the device.
-void attention(const py::tuple& sizes, int dtype, float scale, const py::tuple& query, const py::tuple& key,
-               const py::tuple& value, const py::tuple& out, const py::tuple& bias, int bias_dtype, int64_t maps,
-               int64_t bits, const py::tuple& rows, int64_t seed, int64_t max_content, int64_t max_drop, int64_t stream) {
+void attention(const Tuple& sizes, int dtype, float scale, const Tuple& query, const Tuple& key,
+               const Tuple& value, const Tuple& out, const Tuple& bias, int bias_dtype, int64_t maps,
+               int64_t bits, const Tuple& rows, int64_t seed, int64_t max_content, int64_t max_drop, int64_t stream) {
   cuda::Call call;
   Attention& a = call.attention;
   set_sizes(a, sizes, dtype);
@@ -48,18 +41,18 @@ void attention(const py::tuple& sizes, int dtype, float scale, const py::tuple& 
   call.max_drop = max_drop;
   int error;
   {
-    py::gil_scoped_release release;
+    WithoutLock unlocked;
     error = sdattn_cuda_attention(&call, pointer<void>(stream));
   }
   raise_on(error);
 }
 
 // (B, H, height, width, C)
-void smooth(const py::tuple& sizes, int dtype, int64_t x, int64_t out, int64_t where, int64_t weights, int64_t radius,
+void smooth(const Tuple& sizes, int dtype, int64_t x, int64_t out, int64_t where, int64_t weights, int64_t radius,
             int64_t stream) {
   cuda::Smoothing s;
   int64_t* size[] = {&s.B, &s.H, &s.height, &s.width, &s.C};
-  for (int i = 0; i < 5; ++i) *size[i] = sizes[i].cast<int64_t>();
+  for (int i = 0; i < 5; ++i) *size[i] = sizes.at<int64_t>(i);
   s.dtype = static_cast<DType>(dtype);
   s.x = pointer<void>(x);
   s.out = pointer<void>(out);
@@ -68,25 +61,27 @@ void smooth(const py::tuple& sizes, int dtype, int64_t x, int64_t out, int64_t w
   s.radius = radius;
   int error;
   {
-    py::gil_scoped_release release;
+    WithoutLock unlocked;
     error = sdattn_cuda_smooth(&s, pointer<void>(stream));
   }
   raise_on(error);
 }
 
-py::dict info() {
-  py::dict info;
-  info["runtime"] = sdattn_cuda_runtime_version();
-  info["driver"] = sdattn_cuda_driver_version();
-  info["architectures"] = sdattn_cuda_architectures();
-  return info;
+PyObject* info() {
+  return Py_BuildValue("{s:i,s:i,s:s}", "runtime", sdattn_cuda_runtime_version(), "driver", sdattn_cuda_driver_version(),
+                       "architectures", sdattn_cuda_architectures());
 }
+
+PyMethodDef methods[] = {method<attention>("attention"), method<smooth>("smooth"), method<info>("info"), {}};
+
+PyModuleDef module = {
+    PyModuleDef_HEAD_INIT,
+    "_cuda",
+    "The CUDA kernels of sdattn_fast. Addresses and strides in, nothing of torch; see sdattn_fast.backend.cuda.",
+    0,
+    methods,
+};
 
 }  // namespace
 
-PYBIND11_MODULE(SDATTN_MODULE, m) {
-  m.doc() = "The CUDA kernels of sdattn_fast. Addresses and strides in, nothing of torch; see sdattn_fast.backend.cuda.";
-  m.def("attention", &attention);
-  m.def("smooth", &smooth);
-  m.def("info", &info);
-}
+PyMODINIT_FUNC PyInit__cuda() { return PyModuleDef_Init(&module); }

@@ -37,13 +37,11 @@ def _load() -> tuple[Any, str | None]:
     try:
         from .. import _core  # type: ignore[attr-defined]
     except ImportError as error:
-        return (
-            None,
-            f"the compiled core is missing ({error}); build it with `pip install -e .` (needs a C++17 compiler)",
-        )
+        mend = "install sdattn-fast where there is a C++17 compiler (GCC or Clang)"
+        return None, f"the compiled core is missing ({error}); {mend}"
     wanted = os.environ.get("SDATTN_FAST_ISA")
     if wanted and not _core.cpu_set_isa(wanted):
-        have = ", ".join(_core.cpu_info()["isas"])
+        have = _core.cpu_info()["isas"]
         return None, f"SDATTN_FAST_ISA={wanted!r} is not available on this machine, which has: {have}"
     return _core, None
 
@@ -346,7 +344,10 @@ def gaussian_attention(features: Tensor, values: Tensor, cutoff: float) -> Tenso
 def info() -> dict[str, object]:
     """The instruction set in use ("isa"), those that this machine runs ("isas"), whether OpenMP is in ("openmp"), the
     compiler; empty where the core is missing."""
-    return {} if _core is None else _core.cpu_info()
+    if _core is None:
+        return {}
+    known = _core.cpu_info()
+    return {**known, "isas": known["isas"].split()}
 
 
 def set_isa(name: str) -> None:
