@@ -8,7 +8,10 @@ unexport PYTHONDONTWRITEBYTECODE
 export SDATTN_FAST_CUDA ?= $(if $(shell command -v nvidia-smi),auto,0)
 CUDA_CODE = "CUDA code: $(SDATTN_FAST_CUDA), for $(or $(TORCH_CUDA_ARCH_LIST),all)"
 
-.PHONY: demo test test-all lint docs bench compile-matrix gpu-bundle wheel wheels-cu12 wheels-cu13 clean
+# What pip may install: `make CONSTRAINTS=` takes the newest of everything.
+CONSTRAINTS ?= constraints.txt
+
+.PHONY: demo test test-all test-oldest lint docs bench compile-matrix gpu-bundle wheel wheels-cu12 wheels-cu13 sdist clean
 
 demo: .venv/installed
 	$(BIN)/sdattn-fast demo
@@ -24,11 +27,26 @@ test test-all: .venv/installed build/triton-3.6.0
 # Every case, and CUDA code for every architecture.
 test-all: export SDATTN_TEST_ALL = 1
 
+# The lowest versions that the metadata allows, on the oldest Python.
+OLDEST_PYTHON ?= python3.10
+test-oldest: build/oldest/installed
+	build/oldest/bin/pytest -n auto --dist loadfile --no-loadscope-reorder
+
+build/oldest/installed: pyproject.toml lab/pyproject.toml setup.py $(shell find csrc -type f ! -name '*.pyc')
+	$(OLDEST_PYTHON) -m venv build/oldest
+	build/oldest/bin/python -m pip install --quiet uv
+	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct \
+	    -e ".[dev]" -e ./lab
+	touch $@
+
 lint: .venv/installed
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-workflows .github/workflows/*.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.dependabot .github/dependabot.yml
+	$(BIN)/check-jsonschema --builtin-schema vendor.github-issue-forms .github/ISSUE_TEMPLATE/[!c]*.yml
 
 # The documentation as a site, in site/, warnings as errors. Not with --quiet, which drops warnings before they count.
 docs: .venv/installed
@@ -70,6 +88,11 @@ wheels-cu12: build/cibuildwheel
 	CIBW_ENVIRONMENT="CUDA_HOME=/usr/local/cuda SDATTN_FAST_CPU=1 SDATTN_FAST_CUDA=1 SDATTN_FAST_LOCAL_VERSION=cu12" \
 	    build/cibuildwheel/bin/cibuildwheel --platform linux --output-dir dist/cu12
 
+# The source distribution, and both distributions of the lab's weights.
+sdist: .venv/installed
+	$(BIN)/python -m build --sdist -o dist .
+	$(BIN)/python -m build -o dist ./lab
+
 build/cibuildwheel:
 	$(PYTHON) -m venv $@
 	$@/bin/pip install --quiet cibuildwheel==4.3.5
@@ -77,7 +100,7 @@ build/cibuildwheel:
 .venv/installed: pyproject.toml lab/pyproject.toml setup.py constraints.txt $(shell find csrc -type f ! -name '*.pyc')
 	$(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --upgrade pip
-	$(BIN)/python -m pip install --quiet --no-compile -c constraints.txt -e ".[dev]" -e ./lab
+	$(BIN)/python -m pip install --quiet --no-compile $(CONSTRAINTS:%=-c %) -e ".[dev]" -e ./lab
 	echo $(CUDA_CODE) >$@
 
 clean:

@@ -183,7 +183,7 @@ def shell(words: list[str]) -> str:
 core = Extension("sdattn_fast._core", CPU_SOURCES, language="c++", py_limited_api=True)
 cuda = Extension("sdattn_fast._cuda", CUDA_SOURCES, language="c++", py_limited_api=True)
 
-# Wheels of two CUDA majors must not have one name: cu13 makes it 0.1.0+cu13.
+# Wheels of two CUDA majors must not have one name: cu12 makes it 0.1.0+cu12.
 local = os.environ.get("SDATTN_FAST_LOCAL_VERSION")
 
 setup(
