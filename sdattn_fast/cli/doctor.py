@@ -1,8 +1,12 @@
-"""`sdattn-fast doctor`: what is here, what each backend can do, and how to mend what it cannot."""
+"""`sdattn-fast doctor`: what is here, what each backend can do, how to mend what it cannot, and what to do next.
+
+Its output goes into bug reports: versions and hardware, no path of a user.
+"""
 
 from __future__ import annotations
 
 import importlib.metadata
+import os
 import platform
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,9 +15,13 @@ import typer
 
 from .options import plain_console, within
 
-__all__ = ["backend_rows", "doctor", "processor_name"]
+__all__ = ["backend_rows", "doctor", "next_steps", "processor_name"]
 
-_PACKAGES = ("torch", "triton", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy")
+_PACKAGES = (
+    "torch", "triton", "diffusers", "transformers", "peft", "accelerate", "safetensors", "numpy", "sdattn-fast-lab",
+)  # fmt: skip
+# What changes which kernels run, and how.
+_VARIABLES = ("SDATTN_FAST_ISA", "TRITON_INTERPRET", "OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES")
 
 
 def doctor(
@@ -29,7 +37,7 @@ def doctor(
         int, typer.Option(help="Batch entries of that model, counting both guidance halves.", callback=within(1, 256))
     ] = 2,
 ) -> None:
-    """Show versions, devices, and whether each backend is available and, if not, how to fix it."""
+    """Show versions, devices, and whether each backend is available and, if not, how to fix it. For bug reports."""
     import torch
     from rich.table import Table
 
@@ -40,14 +48,17 @@ def doctor(
     ground = Table("what", "found", title=f"sdattn_fast {__version__}")
     ground.add_row("Python", f"{platform.python_version()} on {platform.system()} {platform.machine()}")
     for name in _PACKAGES:
-        ground.add_row(name, _version(name))
-    ground.add_row("CPU", f"{processor_name()}, {torch.get_num_threads()} threads")
+        ground.add_row(name, _version(name) or f"not installed (pip install {name})")
+    ground.add_row("CPU", f"{processor_name()}, torch uses {torch.get_num_threads()} of {os.cpu_count()} threads")
     for index in range(torch.cuda.device_count()):
-        ground.add_row(f"GPU {index}", torch.cuda.get_device_name(index))
+        ground.add_row(f"GPU {index}", _gpu(torch.cuda.get_device_properties(index)))
     if not torch.cuda.device_count():
         ground.add_row("GPU", "none that torch can see")
     for key, value in cpu.info().items():
         ground.add_row(f"core: {key}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value))
+    for name in _VARIABLES:
+        if name in os.environ:
+            ground.add_row(name, os.environ[name])
     console.print(ground)
 
     table = Table(
@@ -64,6 +75,26 @@ def doctor(
     console.print(gaps)
     if model is not None:
         _print_model(console, model, dtype, batch)
+    for step in next_steps():
+        console.print(f"Next: {step}", soft_wrap=True)
+
+
+def next_steps() -> list[str]:
+    """What would make sdattn_fast work, or work faster, on this machine; where nothing would, what to try."""
+    import torch
+
+    from ..backend import unavailable
+
+    steps = []
+    if torch.cuda.is_available() and unavailable("triton", torch.device("cuda")) is not None:
+        steps.append("fix the backend triton as the table says: no kernel of it serves the GPU now")
+    if unavailable("cpu") is not None:
+        steps.append("fix the backend cpu as the table says: on the CPU the plain torch reference runs now")
+    if _version("diffusers") is None or _version("transformers") is None:
+        steps.append("pip install 'sdattn-fast[diffusers]', which pipelines need")
+    if steps:
+        return steps
+    return ["try sdattn-fast demo (pictures) or sdattn-fast bench (speed); nothing is missing"]
 
 
 def backend_rows() -> list[tuple[str, str, str]]:
@@ -79,8 +110,15 @@ def backend_rows() -> list[tuple[str, str, str]]:
         for device in [torch.device("cuda", index) for index in range(count)] if several else [None]:
             reason = unavailable(name, device)
             label = name if device is None else f"{name} on GPU {device.index}"
-            rows.append((label, "yes" if reason is None else "no", reason or remark(name, device) or ""))
+            said = reason or remark(name, device) or ""
+            # An ImportError names the file of the package.
+            rows.append((label, "yes" if reason is None else "no", said.replace(str(Path.home()), "~")))
     return rows
+
+
+def _gpu(properties: Any) -> str:
+    capability = f"{properties.major}.{properties.minor}"
+    return f"{properties.name}, compute capability {capability}, {properties.total_memory / 2**30:.0f} GiB"
 
 
 def _print_model(console: Any, model: str, dtype: str, batch: int) -> None:
@@ -157,8 +195,8 @@ def processor_name() -> str:
     return platform.processor() or platform.machine()
 
 
-def _version(name: str) -> str:
+def _version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
-        return f"not installed (pip install {name})"
+        return None

@@ -54,6 +54,27 @@ def test_doctor_names_every_backend_and_why_not(run):
             assert " ".join(str(state).split()[:4]) in flat
 
 
+def test_doctor_is_fit_for_a_bug_report(run, monkeypatch):
+    from sdattn_fast import backend
+    from sdattn_fast.cli import doctor
+
+    monkeypatch.setenv("HOME", "/home/somebody")
+    monkeypatch.setenv("SDATTN_FAST_ISA", "portable")
+    broken = "cannot import '_core' from '/home/somebody/sdattn_fast/__init__.py'"
+    real = backend.unavailable
+    monkeypatch.setattr(
+        backend, "unavailable", lambda name, device=None: broken if name == "cpu" else real(name, device)
+    )
+    versions = {"torch": "2.6.0", "transformers": "4.48.0"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    code, out, _ = run("doctor")
+    assert code == 0 and "somebody" not in out and "portable" in out
+    last = out.strip().splitlines()[-2:]
+    assert last[0].startswith("Next: fix the backend cpu") and last[1].startswith("Next: pip install 'sdattn-fast[diff")
+    monkeypatch.undo()
+    assert doctor.next_steps()[0].startswith("try sdattn-fast demo")
+
+
 def test_doctor_asks_of_every_gpu(monkeypatch):
     from sdattn_fast import backend
     from sdattn_fast.cli.doctor import backend_rows
