@@ -297,6 +297,6 @@ def test_a_lora_is_trained_and_drawn_with(run, tmp_path):
 
 def test_one_side_of_a_picture_with_a_transformer():
     from sdattn_fast.cli.generate import _size_options
-    from tests.support.tiny_transformers import pixart_pipeline
+    from tiny_transformers import pixart_pipeline
 
     assert _size_options(pixart_pipeline(), 128, None) == {"height": 128, "width": 64}

@@ -11,7 +11,7 @@ from torch import Tensor
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, SalienceDropout
-from tests.support.tiny_transformers import (
+from tiny_transformers import (
     hunyuan,
     inputs_of,
     latte,

@@ -18,7 +18,7 @@ from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_
 from sdattn_fast.patching import model_kinds
 from sdattn_fast.patching.text_padding import padding_of_mask, padding_of_zeros
 from sdattn_fast.patching.text_tokens import text_tokens
-from tests.support.tiny_transformers import (
+from tiny_transformers import (
     hunyuan,
     hunyuan_controlnet,
     inputs_of,

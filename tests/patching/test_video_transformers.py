@@ -13,7 +13,7 @@ from torch import Tensor
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
-from tests.support.tiny_transformers import (
+from tiny_transformers import (
     chronoedit,
     latte,
     ltx,
