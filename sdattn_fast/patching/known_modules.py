@@ -11,8 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
 
-__all__ = ["is_hooked", "is_known", "unknown_class"]
+__all__ = ["any_global_hook", "is_hooked", "is_known", "unknown_class"]
 
 _TORCH = frozenset(
     {
@@ -52,6 +53,16 @@ def is_known(module: nn.Module) -> bool:
     # DataParallel's replicas have tensors where parameters were.
     others = module._buffers or any(isinstance(x, Tensor) for x in module.__dict__.values())
     return not is_hooked(module) and not others
+
+
+def any_global_hook() -> bool:
+    """Whether calling any module at all does more than its class's forward."""
+    return bool(
+        torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+        or torch_module._global_backward_hooks
+        or torch_module._global_backward_pre_hooks
+    )
 
 
 def is_hooked(module: nn.Module) -> bool:

@@ -28,13 +28,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
-from torch.nn.modules import module as torch_module
 
 from ..execute import Prepared
 from ..folded_layer import FoldedText, folds_alike
 from ..places import Known, looking_is_free, version_of
 from ..streams import MadeOn, capturing
-from .known_modules import is_hooked, is_known, unknown_class
+from .known_modules import any_global_hook, is_hooked, is_known, unknown_class
 
 if TYPE_CHECKING:
     from .bound import BoundLayer
@@ -277,7 +276,7 @@ class Weights:
     @classmethod
     def of(cls, *modules: Any) -> Weights | None:
         """None where what the modules compute cannot be told from parameters that can be watched."""
-        if torch_module._has_any_global_hook():
+        if any_global_hook():
             return None
         parameters: list[Tensor] = []
         state: list[Any] = []
@@ -306,7 +305,7 @@ class Weights:
 
     def still_of(self, *modules: Any) -> bool:
         """Whether they are these modules' now: as `same_as`, in a hurry where all are plain layers."""
-        if not _same_objects(self.modules, modules) or torch_module._has_any_global_hook():
+        if not _same_objects(self.modules, modules) or any_global_hook():
             return False
         for module in modules:
             if module is None:
