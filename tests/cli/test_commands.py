@@ -296,7 +296,8 @@ def test_a_lora_is_trained_and_drawn_with(run, tmp_path):
 
 
 def test_one_side_of_a_picture_with_a_transformer():
-    from sdattn_fast.cli.generate import _size_options
     from tiny_transformers import pixart_pipeline
+
+    from sdattn_fast.cli.generate import _size_options
 
     assert _size_options(pixart_pipeline(), 128, None) == {"height": 128, "width": 64}

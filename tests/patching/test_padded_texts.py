@@ -7,10 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-import sdattn_fast
-from sdattn_fast import Capture, Program, SalienceDropout
 from tiny_transformers import (
     hunyuan,
     inputs_of,
@@ -23,6 +19,10 @@ from tiny_transformers import (
     video_inputs_of,
     wan,
 )
+from torch import Tensor
+
+import sdattn_fast
+from sdattn_fast import Capture, Program, SalienceDropout
 
 DROPOUT = Program(dropout=SalienceDropout(0.5))
 PADDED = [(pixart, inputs_of), (sana, inputs_of), (wan, video_inputs_of)]

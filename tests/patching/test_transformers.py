@@ -11,13 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
-
-import sdattn_fast
-from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
-from sdattn_fast.patching import model_kinds
-from sdattn_fast.patching.text_padding import padding_of_mask, padding_of_zeros
-from sdattn_fast.patching.text_tokens import text_tokens
 from tiny_transformers import (
     hunyuan,
     hunyuan_controlnet,
@@ -28,6 +21,13 @@ from tiny_transformers import (
     sana,
     sana_pipeline,
 )
+from torch import Tensor
+
+import sdattn_fast
+from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
+from sdattn_fast.patching import model_kinds
+from sdattn_fast.patching.text_padding import padding_of_mask, padding_of_zeros
+from sdattn_fast.patching.text_tokens import text_tokens
 
 FULL = Program(dropout=SalienceDropout(0.3), refine=Refinement(sigma=0.8), renormalize="row")
 MASKED = [pixart, sana]

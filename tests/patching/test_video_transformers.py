@@ -9,10 +9,6 @@ from typing import Any
 import pytest
 import torch
 from diffusers.models.attention_processor import AttnProcessor2_0
-from torch import Tensor
-
-import sdattn_fast
-from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
 from tiny_transformers import (
     chronoedit,
     latte,
@@ -27,6 +23,10 @@ from tiny_transformers import (
     wan_pipeline,
     wan_vace,
 )  # fmt: skip
+from torch import Tensor
+
+import sdattn_fast
+from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
 
 FULL = Program(dropout=SalienceDropout(0.3), refine=Refinement(sigma=0.8), renormalize="row")
 FRAMES, GRID = 3, (4, 6)
