@@ -8,6 +8,7 @@ import warnings
 
 import pytest
 import torch
+from old_torch import compiles_whole
 from torch import library
 
 import sdattn_fast
@@ -157,6 +158,7 @@ def test_all_minus_infinity_and_nan_rows():
     assert out.isnan().any(-1).nonzero().tolist() == [[1, 1, 5]] and out[1, 1, 5].isnan().all()
 
 
+@compiles_whole
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_compiled_whole_gives_what_eager_gives(backend):
     query, key, value = _qkv()
@@ -178,6 +180,7 @@ def test_compiled_whole_gives_what_eager_gives(backend):
         query = query + 0.1
 
 
+@compiles_whole
 def test_programs_over_the_picture_trace_whole():
     query, key, value = _qkv()
     text, program = _text(), Program(SalienceDropout(0.2, "space"), Refinement(3, 0.3, 0.8, "space"), "content")

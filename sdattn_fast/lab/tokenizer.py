@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import string
 from collections.abc import Collection, Iterable
+from pathlib import Path
 from typing import Any
 
-__all__ = ["MAX_TOKENS", "byte_pair_tokenizer"]
+__all__ = ["MAX_TOKENS", "byte_pair_tokenizer", "write_vocabulary"]
 
 MAX_TOKENS = 77
 
@@ -41,3 +42,11 @@ def byte_pair_tokenizer(captions: Iterable[str], vocabulary: int, split: Collect
     pieces = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
     vocabulary_of = {p: i for i, p in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
     return CLIPTokenizer(vocab=vocabulary_of, merges=merges, model_max_length=MAX_TOKENS)  # type: ignore[arg-type]
+
+
+def write_vocabulary(folder: Path) -> None:
+    """vocab.json and merges.txt beside a saved tokenizer.json, which transformers 4 does not read."""
+    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))

@@ -25,6 +25,7 @@ from .objects.faults import Faults
 from .parts import build_clip, build_scheduler, build_text_encoder, build_unet, build_vae
 from .pipeline import load_clip, load_pipeline
 from .stages import text_state, train_clip, train_decoder, train_detector, train_unet, train_vae, trained_part
+from .tokenizer import write_vocabulary
 from .training_set import TrainingSet
 from .worlds import world_of
 
@@ -163,6 +164,8 @@ def _save(parts: dict[str, Any], tokenizer: Any, folder: Path, out: Path) -> Non
         # transformers 5 loads in the dtype that it reads here, and the UNet is loaded in float32.
         config.write_text(config.read_text().replace('dtype": "float16"', 'dtype": "float32"'))
     tokenizer.save_pretrained(out / "clip")
+    for saved in (out / "tokenizer", out / "clip"):
+        write_vocabulary(saved)
     side = {"height": 64, "width": 64}
     CLIPImageProcessor(
         do_resize=True, size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3

@@ -18,6 +18,7 @@ from given_decisions import (
     stored_relevance,
     through_autograd,
 )  # fmt: skip
+from old_torch import compiles_whole
 from torch import Tensor, library
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, semantic_attention
@@ -148,6 +149,7 @@ def test_captured_maps_alone_carry_gradients():
     _same(got, want)
 
 
+@compiles_whole
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_whole(backend):
     inputs = _small()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import sdattn_fast_lab
 import torch
 from safetensors import safe_open
-from transformers import CLIPModel, CLIPTextModel
+from transformers import CLIPModel, CLIPTextModel, CLIPTokenizer
 
 from sdattn_fast.lab import load_clip, load_pipeline
 from sdattn_fast.lab.detected_text import detected_text
@@ -20,6 +21,7 @@ from sdattn_fast.lab.objects.world import sample_scene as sample_objects
 from sdattn_fast.lab.pipeline import WORLDS, world_path
 from sdattn_fast.lab.shapes.detector import detect_background
 from sdattn_fast.lab.shapes.world import sample_scene as sample_shapes
+from sdattn_fast.lab.tokenizer import write_vocabulary
 
 
 @pytest.mark.parametrize("world, most", [("shapes", 16e6), ("objects", 24e6)])
@@ -34,6 +36,23 @@ def test_files(world, most):
             assert kinds <= {"F16", "I64"}, path
     index = json.loads((world_path(world) / "model_index.json").read_text())
     assert index["_class_name"] == "StableDiffusionPipeline"
+
+
+@pytest.mark.parametrize("part", ["tokenizer", "clip"])
+@pytest.mark.parametrize("world", WORLDS)
+def test_tokenizers_of_transformers_4_and_5_are_one(world, part, tmp_path):
+    """Version 4 reads vocab.json and merges.txt, version 5 tokenizer.json."""
+    shutil.copytree(world_path(world) / part, tmp_path, dirs_exist_ok=True)
+    for name in ("vocab.json", "merges.txt"):
+        (tmp_path / name).unlink()
+    write_vocabulary(tmp_path)
+    for name in ("vocab.json", "merges.txt"):
+        assert (tmp_path / name).read_text() == (world_path(world) / part / name).read_text()
+    vocabulary = json.loads((tmp_path / "vocab.json").read_text())
+    tokenizer = CLIPTokenizer.from_pretrained(world_path(world) / part)
+    for caption in ("a red star left of a blue circle", "two teddy bears, and a fire engine", "zebra's 12!"):
+        pieces = tokenizer.convert_ids_to_tokens(tokenizer(caption).input_ids)
+        assert [vocabulary[piece] for piece in pieces] == tokenizer(caption).input_ids
 
 
 @pytest.mark.parametrize("world", WORLDS)

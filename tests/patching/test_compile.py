@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import torch
 from chosen_cases import ALL
+from old_torch import compiles_whole
 from torch._dynamo.testing import CompileCounter
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout, SemanticAttnProcessor
 
+pytestmark = compiles_whole
 MID = "mid_block.attentions.0.transformer_blocks.0.attn2"
 
 
