@@ -11,7 +11,7 @@ CUDA_CODE = "CUDA code: $(SDATTN_FAST_CUDA), for $(or $(TORCH_CUDA_ARCH_LIST),al
 # What pip may install: `make CONSTRAINTS=` takes the newest of everything.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-all test-oldest lint docs bench compile-matrix gpu-bundle wheel wheels-cu12 wheels-cu13 sdist clean
+.PHONY: demo test test-all test-oldest test-aarch64 lint docs bench compile-matrix gpu-bundle wheel wheels-cu12 wheels-cu13 sdist clean
 
 demo: .venv/installed
 	$(BIN)/sdattn-fast demo
@@ -38,6 +38,13 @@ build/oldest/installed: pyproject.toml lab/pyproject.toml setup.py $(shell find 
 	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct \
 	    -e ".[dev]" -e ./lab
 	touch $@
+
+# The core's own tests for ARM, cross-compiled: needs Debian's g++-aarch64-linux-gnu and qemu-user.
+test-aarch64:
+	mkdir -p build
+	aarch64-linux-gnu-g++ -std=c++17 -O2 -fopenmp -ffp-contract=fast -fno-math-errno -Wno-psabi \
+	    csrc/tests/test_cpu_core.cpp $(addprefix csrc/cpu/,attention.cpp backward.cpp isa_portable.cpp) -o build/$@
+	qemu-aarch64 -L /usr/aarch64-linux-gnu build/$@
 
 lint: .venv/installed
 	$(BIN)/ruff check .

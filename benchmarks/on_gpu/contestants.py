@@ -7,6 +7,7 @@ they are for all the others. "sdpa-<name>" sets torch's backend at each call, ho
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -96,10 +97,10 @@ class _FixedProjection(nn.Module):
 
 def attend_and_excite() -> Any:
     """diffusers' own processor, with its store."""
-    from diffusers.pipelines.deprecated.stable_diffusion_attend_and_excite import (
-        pipeline_stable_diffusion_attend_and_excite as pipeline,
-    )
+    from diffusers import StableDiffusionAttendAndExcitePipeline
 
+    # The module has been moved: its name is asked of its class.
+    pipeline = sys.modules[StableDiffusionAttendAndExcitePipeline.__module__]
     return pipeline.AttendExciteAttnProcessor(pipeline.AttentionStore((16, 16)), "down")
 
 

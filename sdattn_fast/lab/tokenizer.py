@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import string
+import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import Any
@@ -35,18 +36,26 @@ def byte_pair_tokenizer(captions: Iterable[str], vocabulary: int, split: Collect
     )
     bpe.train_from_iterator([*(string.ascii_lowercase + string.digits + string.punctuation), *captions], trainer)
     learned = json.loads(bpe.to_str())["model"]
-    merges = [tuple(m) if isinstance(m, list) else tuple(m.split()) for m in learned["merges"]]
-    merges = [m for m in merges if "".join(m) not in {word + "</w>" for word in split}]
+    merges = [m for m in _pairs(learned["merges"]) if "".join(m) not in {word + "</w>" for word in split}]
     # The trainer numbers single characters in the order of a hash table, another one in every process.
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     pieces = [*alphabet, *(c + "</w>" for c in alphabet), *("".join(m) for m in merges)]
     vocabulary_of = {p: i for i, p in enumerate([*pieces, "<|startoftext|>", "<|endoftext|>"])}
-    return CLIPTokenizer(vocab=vocabulary_of, merges=merges, model_max_length=MAX_TOKENS)  # type: ignore[arg-type]
+    with tempfile.TemporaryDirectory() as folder:
+        _write(Path(folder), vocabulary_of, merges)
+        return CLIPTokenizer.from_pretrained(folder, model_max_length=MAX_TOKENS)
 
 
 def write_vocabulary(folder: Path) -> None:
     """vocab.json and merges.txt beside a saved tokenizer.json, which transformers 4 does not read."""
     model = json.loads((folder / "tokenizer.json").read_text())["model"]
-    (folder / "vocab.json").write_text(json.dumps(model["vocab"], ensure_ascii=False))
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]))
+    _write(folder, model["vocab"], _pairs(model["merges"]))
+
+
+def _pairs(merges: Iterable[str | list[str]]) -> list[tuple[str, ...]]:
+    return [tuple(m) if isinstance(m, list) else tuple(m.split()) for m in merges]
+
+
+def _write(folder: Path, vocabulary: dict[str, int], merges: Iterable[tuple[str, ...]]) -> None:
+    (folder / "vocab.json").write_text(json.dumps(vocabulary, ensure_ascii=False))
+    (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *map(" ".join, merges), ""]))

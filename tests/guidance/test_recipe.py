@@ -122,7 +122,7 @@ def test_presence_is_attend_and_excites() -> None:
         pipe(caption, num_inference_steps=10, output_type="latent", callback_on_step_end=after_a_step)
     torch.testing.assert_close(seen[0], torch.stack(strongest).detach(), atol=2e-4, rtol=2e-4)
     theirs = theirs - latents
-    assert theirs.abs().max() > 0.1
+    assert theirs.abs().max() > 0.01
     torch.testing.assert_close(ours[0], theirs, atol=2e-3 * theirs.abs().max().item(), rtol=1e-2)
 
 

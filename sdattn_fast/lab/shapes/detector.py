@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-from skimage import color, measure, morphology
+from skimage import color, measure
 
 from .world import BACKGROUNDS, COLOURS, SIDE
 
@@ -40,9 +40,8 @@ def detect(image: np.ndarray) -> list[ShapeDetection]:
     for index, colour in enumerate(names):
         if colour in BACKGROUNDS:
             continue
-        mask = morphology.remove_small_objects(classes == index, max_size=_SMALLEST_AREA - 1)
-        for region in measure.regionprops(measure.label(mask, connectivity=1)):
-            detections.append(_detection(region, colour))
+        regions = measure.regionprops(measure.label(classes == index, connectivity=1))
+        detections += [_detection(region, colour) for region in regions if region.area >= _SMALLEST_AREA]
     return sorted(detections, key=lambda d: d.centre)
 
 
