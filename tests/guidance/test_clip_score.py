@@ -58,7 +58,7 @@ def _another_end(folder: Path) -> None:
 
 
 def _no_tokenizer(folder: Path) -> None:
-    for path in folder.glob("tokenizer*"):
+    for path in (*folder.glob("tokenizer*"), folder / "vocab.json", folder / "merges.txt"):
         path.unlink()
 
 

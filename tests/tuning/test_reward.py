@@ -255,6 +255,8 @@ def test_a_stock_trial_that_was_interrupted_runs_again(tmp_path, monkeypatch, ki
         study.ask()
     else:
         with monkeypatch.context() as interrupted:
+            # A shell starts what it runs in the background with SIGINT ignored.
+            signal.signal(signal.SIGINT, signal.default_int_handler)
             interrupted.setattr(reward, "score", lambda which, pictures: signal.raise_signal(signal.SIGINT))
             with pytest.raises(KeyboardInterrupt):
                 tune(study, reward, SPACE, 2)
