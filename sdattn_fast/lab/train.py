@@ -16,8 +16,9 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
+from ..files import atomic_write
 from ..loading import quiet_loading
 from .loop import Schedule, is_first, load_average, say, write_tensors
 from .objects.detector import PictogramDetector, PixelNouns
@@ -163,6 +164,7 @@ def _save(parts: dict[str, Any], tokenizer: Any, folder: Path, out: Path) -> Non
     for config in (out / "text_encoder" / "config.json", out / "clip" / "config.json"):
         # transformers 5 loads in the dtype that it reads here, and the UNet is loaded in float32.
         config.write_text(config.read_text().replace('dtype": "float16"', 'dtype": "float32"'))
+    _name_as_transformers_4(out / "text_encoder" / "model.safetensors")
     tokenizer.save_pretrained(out / "clip")
     for saved in (out / "tokenizer", out / "clip"):
         write_vocabulary(saved)
@@ -170,6 +172,14 @@ def _save(parts: dict[str, Any], tokenizer: Any, folder: Path, out: Path) -> Non
     CLIPImageProcessor(
         do_resize=True, size=side, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     ).save_pretrained(out / "clip")
+
+
+def _name_as_transformers_4(weights: Path) -> None:
+    """Version 5 reads these names too; version 4 takes unread weights for a warning, and draws with random ones."""
+    tensors = load_file(weights)
+    with atomic_write(weights) as temporary:
+        prefixed = {name if name.startswith("text_model.") else f"text_model.{name}": t for name, t in tensors.items()}
+        save_file(prefixed, temporary, metadata={"format": "pt"})
 
 
 if __name__ == "__main__":

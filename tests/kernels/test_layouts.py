@@ -11,6 +11,8 @@ import pytest
 triton = pytest.importorskip("triton")
 if os.environ.get("TRITON_INTERPRET") == "1":
     pytest.skip("the interpreter compiles nothing", allow_module_level=True)
+if triton.__version__.startswith("3.2."):
+    pytest.skip("its sources are described in another way: compile_matrix.py compiles them", allow_module_level=True)
 
 import fake_gpu  # noqa: E402
 from compiled_kernels import Case, _source, rows_call  # noqa: E402
