@@ -226,7 +226,9 @@ class Correction:
         inputs, _ = self._next_inputs(pipe, latents, timestep)
         with torch.enable_grad():
             x = inputs.pop("sample").detach().requires_grad_()
-            seen = run(self.patch, x, inputs.pop("timestep"), inputs.pop("encoder_hidden_states"), **inputs)
+            t, text = inputs.pop("timestep"), inputs.pop("encoder_hidden_states")
+            maps_alone = not getattr(self.score, "needs_prediction", True)
+            seen = run(self.patch, x, t, text, maps_alone=maps_alone, **inputs)
             by_picture = bool(self.targets) or not self.normalize
             scores = self.score.by_picture(seen) if by_picture else self.score(seen)  # type: ignore[attr-defined]
             if not isinstance(scores, Tensor):

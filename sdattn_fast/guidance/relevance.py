@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..patching.early_end import MapsComplete
 from ..patching.install import install
 from ..patching.layers import Layer, heads_of_layers, select_layers
 from ..patching.maps import Maps
@@ -38,7 +39,8 @@ class Seen:
     """What a score sees: the UNet's prediction, as part of the graph.
 
     Attributes:
-        prediction: (B, C, height, width) tensor, the UNet's output.
+        prediction: (B, C, height, width) tensor, the UNet's output. None for a score that says it does not need it, by
+            an attribute ``needs_prediction = False``: the UNet may then stop after the last captured layer.
         latents: (B, C, height, width) tensor, its input.
         t: The timestep.
         maps: The maps of the captured layers, mean over heads; empty if the patch has no `capture`.
@@ -142,17 +144,22 @@ def check_gradients_may_be(what: str) -> None:
         )
 
 
-def run(patch: Patch, latents: Tensor, t: Any, text: Tensor, **inputs: Any) -> Seen:
-    """One forward with gradients on, beside those of a pipeline: its maps do not enter the run's mean.
+def run(patch: Patch, latents: Tensor, t: Any, text: Tensor, *, maps_alone: bool = False, **inputs: Any) -> Seen:
+    """One forward with gradients on, beside those of a pipeline: its maps do not enter the run's mean. maps_alone: no
+    prediction is needed.
 
     Raises: RuntimeError for a model whose weights were made in torch.inference_mode.
     """
     unet = patch.unet
     assert unet is not None
     latents, t, text, inputs = _outside_inference_mode((latents, t, text, inputs))
-    with torch.enable_grad(), patch.aside():
+    out: Tensor | None = None
+    with torch.enable_grad(), patch.aside() as call:
+        call.ends_with_maps = maps_alone and patch.may_end_early(inputs)
         try:
             out = unet(latents, t, encoder_hidden_states=text, return_dict=False, **inputs)[0]
+        except MapsComplete:
+            pass
         except RuntimeError as error:
             if "Inference tensors" not in str(error):
                 raise
@@ -161,7 +168,8 @@ def run(patch: Patch, latents: Tensor, t: Any, text: Tensor, **inputs: Any) -> S
                 "replace them by clones"
             ) from error
         maps = patch.maps if patch.captures else Maps({}, (), None)
-    return Seen(out, latents, t, maps)
+    # Not typed as optional, or every score would have to ask; those that read it always have one.
+    return Seen(None if maps_alone else out, latents, t, maps)  # type: ignore[arg-type]
 
 
 def _outside_inference_mode(x: Any) -> Any:

@@ -22,6 +22,8 @@ LEAST = 1e-6
 class TokenScore(ABC):
     """A score of word maps that has a number for each picture."""
 
+    needs_prediction = False
+
     def __call__(self, seen: Seen) -> Tensor:
         """The score of a prediction.
 

@@ -188,11 +188,11 @@ class _ModelHook:
         self.begun = True
 
     def end(self, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """After the forward. output: None where it was broken off."""
+        """After the forward. output: None where it was broken off, or ended with its maps."""
         self.begun = False
         patch, states = self.patch, self.model.states
         state, call = states.current, patch._calls.current
-        if patch._keeper is not None and output is not None:
+        if patch._keeper is not None and (output is not None or call.ends_with_maps):
             patch._keeper.end(call, state.text, state.layers)
         if patch._wants_forwards and not call.aside and self.model is patch._models[0]:
             call.keep_forward(self.model.inputs(args, kwargs), output, state.text)

@@ -34,13 +34,14 @@ class Call:
     pipe: whose call it is, None for a loop's. explicit: it ends where somebody says so, and not where timesteps turn.
     biases: whose -> {layer name: (B or 1, 1, M, N)}, added to the logits of the layer's forwards; each takes back its
     own. gate: as `apply` takes it, in place of the patch's. aside: its forwards are beside those of the picture.
+    ends_with_maps: they are made for their maps alone (`early_end`).
     """
 
     def __init__(self, pipe: Any = None, *, explicit: bool = False, aside: bool = False) -> None:
         self.pipe = pipe
         self.explicit = explicit or pipe is not None
         self.aside = aside
-        self.over = False
+        self.over = self.ends_with_maps = False
         self.encoded: list[Encoded] = []  # the newest first
         self.steps = Steps()
         self.maps = MapSums()

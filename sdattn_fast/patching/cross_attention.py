@@ -16,6 +16,7 @@ from ..folded_layer import FoldedText, call_folded, may_sum_heads
 from ..graphs import in_graph
 from ..streams import capturing
 from .bound import Moment, bind
+from .early_end import keep_maps
 from .fold import choose_fold, fold_refusal, fold_text, shape_of
 from .frames import by_frames
 from .keys_values import kept_key_value
@@ -151,7 +152,7 @@ def _of_entries(
     if maps is not None and layer is not None:
         if padding is not None and prepared.capture is not None and prepared.capture.tokens is None:
             maps = maps[..., : padding.content, :]
-        layer.captured = (maps, prepared.home.side.active, grid)
+        keep_maps(layer, (maps, prepared.home.side.active, grid))
     if folded is None or not folded.summed:
         out = project_out(attn, out, x if query is None else query, add_image)
     if graph is not None and layer is not None:
@@ -181,7 +182,7 @@ def _as_before(
     except KernelRefused:
         return None, query
     if maps is not None:
-        layer.captured = (maps, bound.call.prepared.home.side.active, moment.grid)
+        keep_maps(layer, (maps, bound.call.prepared.home.side.active, moment.grid))
     if folded is None or not folded.summed:
         out = project_out(attn, out, x if query is None else query, add_image)
     return out, query

@@ -69,6 +69,7 @@ class MapKeeper:
         for layer in layers:
             layer.captured = None
             layer.captures = now and layer.name in names
+            layer.ends_forward = layer.captures and call.ends_with_maps
 
     def end(self, call: Call, text: TextState, layers: Sequence[Layer]) -> None:
         """After a model's forward: its maps are the call's."""

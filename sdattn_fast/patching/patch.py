@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from .before_forward import before_forward, rows_of
 from .call import Call, Calls
+from .early_end import may_end_early
 from .graph_text import GraphText
 from .layers import Layer, watch_grids
 from .map_keeper import MapKeeper, key_layers
@@ -109,6 +110,10 @@ class Patch:
         """Raises: ValueError of a model that guidance does not know how to call."""
         for model in self._models[:1]:
             model.check_guided()
+
+    def may_end_early(self, inputs: Mapping[str, Any]) -> bool:
+        """As `early_end.may_end_early`, of the UNet."""
+        return bool(self._models) and may_end_early(self._models[0], inputs)
 
     @property
     def pipe(self) -> Any:

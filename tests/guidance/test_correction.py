@@ -257,3 +257,63 @@ def test_a_score_that_gives_no_tensor(pipe, gives) -> None:
         pytest.raises(TypeError, match="score: expected one that gives a tensor"),
     ):
         pipe("a red circle", num_inference_steps=2, callback_on_step_end=correct)
+
+
+class Whole(Presence):
+    """As `Presence`, of a forward to its end."""
+
+    needs_prediction = True
+
+
+def corrected_with(pipe: Any, score: Any, **given: Any) -> tuple[torch.Tensor, int]:
+    """The latents after one correction, by maps of the way down, and how often the UNet's last layer ran."""
+    ran: list[None] = []
+    watching = pipe.unet.conv_out.register_forward_hook(lambda *of_call: ran.append(None))
+    try:
+        with sdattn_fast.apply(pipe, FULL, capture=Capture(layers="down_blocks.1.*")) as patch:
+            with Correction(patch, score, steps=(1, 2)) as correct:
+                latents = draw(pipe, correct, **given)
+    finally:
+        watching.remove()
+    return latents, len(ran)
+
+
+def test_a_forward_for_maps_alone_ends_with_them(pipe) -> None:
+    early, ran_early = corrected_with(pipe, Presence(PHRASES))
+    whole, ran_whole = corrected_with(pipe, Whole(PHRASES))
+    assert torch.equal(early, whole)
+    assert (ran_early, ran_whole) == (4, 5)
+
+
+def hooked(pipe: Any) -> Any:
+    from accelerate.hooks import ModelHook, add_hook_to_module, remove_hook_from_module
+
+    add_hook_to_module(pipe.unet.mid_block, ModelHook())
+    return lambda: remove_hook_from_module(pipe.unet.mid_block)
+
+
+def checkpointed(pipe: Any) -> Any:
+    pipe.unet.enable_gradient_checkpointing()
+    return pipe.unet.disable_gradient_checkpointing
+
+
+def compiled(pipe: Any) -> Any:
+    pipe.unet.compile()
+    return lambda: setattr(pipe.unet, "_compiled_call_impl", None)
+
+
+def scales_loras(pipe: Any) -> Any:
+    return lambda: None
+
+
+@pytest.mark.parametrize("waits", [hooked, checkpointed, compiled, scales_loras])
+def test_a_forward_whose_end_something_waits_for_runs_to_its_end(pipe, waits) -> None:
+    inputs = {"cross_attention_kwargs": {"scale": 0.5}} if waits is scales_loras else {}
+    with sdattn_fast.apply(pipe, FULL) as patch:
+        assert patch.may_end_early({})
+    undo = waits(pipe)
+    try:
+        with sdattn_fast.apply(pipe, FULL) as patch:
+            assert not patch.may_end_early(inputs)
+    finally:
+        undo()

@@ -1,0 +1,41 @@
+"""A forward that is made for its maps alone ends once they are there: no block after the last captured layer runs.
+
+In SD 1.5 the 16x16 layers end after a bit more than half of the UNet's arithmetic, and a score of maps has no gradient
+from what follows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .compiled import is_compiled
+from .layers import Layer
+from .map_sums import LayerMaps
+from .patched_model import PatchedModel
+
+__all__ = ["MapsComplete", "keep_maps", "may_end_early"]
+
+
+class MapsComplete(Exception):
+    """All captured layers of a forward ran. No BaseException: for those torch calls no hook after the forward."""
+
+
+def keep_maps(layer: Layer, maps: LayerMaps) -> None:
+    """A captured layer has maps. Raises: MapsComplete, after the last ones of a forward that is made for them alone."""
+    layer.captured = maps
+    if layer.ends_forward:
+        assert layer.states is not None
+        if all(one.captured is not None for one in layer.states.current.layers if one.captures):
+            raise MapsComplete
+
+
+def may_end_early(model: PatchedModel, inputs: Mapping[str, Any]) -> bool:
+    """Whether a forward with these inputs may be broken off: no graph is made of it, and nothing waits for its end, as
+    offloading, gradient checkpointing and diffusers before 0.38, which scales LoRAs back there."""
+    module, scales = model.module, (inputs.get("cross_attention_kwargs") or {}).get("scale", 1.0) != 1.0
+    if scales or model.outer is not module or module._compiled_call_impl is not None:
+        return False
+    if model.compiled_inside or is_compiled(model.around) or getattr(module, "is_gradient_checkpointing", False):
+        return False
+    return not any(hasattr(one, "_hf_hook") or hasattr(one, "_diffusers_hook") for one in module.modules())
