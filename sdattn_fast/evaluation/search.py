@@ -52,26 +52,27 @@ class Kind:
 
 def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:
     """Normalized recipes of each kind, at each strength (root mean square of a change), with four corrections in the
-    first quarter of the steps or two in the first 15 %. The fast ones are the latter of "objects".
+    first quarter of the steps or two in the first 15 %; and the fast one, "objects" with one in the first 10 %.
 
     Raises: as `Recipe`.
     """
-    kinds = []
-    for kind, measures in _RECIPES.items():
-        four, two = (
-            [
-                recipe_condition(
-                    f"{kind}, strength {strength:g}, {corrections} corrections",
-                    replace(Recipe.named(kind), strength=strength, until=share, corrections=corrections),
-                )
-                for strength in strengths
-            ]
-            for share, corrections in ((0.25, 4), (0.15, 2))
-        )
-        kinds.append(Kind(f"recipe, {kind}", [*four, *two], measures))
-        if kind == "objects":
-            kinds.append(Kind("recipe, fast", two, measures))
-    return kinds
+
+    def tried(kind: str, share: float, corrections: int) -> list[Condition]:
+        recipes = [
+            replace(Recipe.named(kind), strength=strength, until=share, corrections=corrections)
+            for strength in strengths
+        ]
+        plural = "s" if corrections > 1 else ""
+        return [
+            recipe_condition(f"{kind}, strength {one.strength:g}, {corrections} correction{plural}", one)
+            for one in recipes
+        ]
+
+    kinds = [
+        Kind(f"recipe, {kind}", [*tried(kind, 0.25, 4), *tried(kind, 0.15, 2)], measures)
+        for kind, measures in _RECIPES.items()
+    ]
+    return [*kinds, Kind("recipe, fast", tried("objects", 0.1, 1), _RECIPES["objects"])]
 
 
 def peer_kinds(scales: Sequence[float] = SCALES, resolutions: Sequence[int] = RESOLUTIONS) -> list[Kind]:

@@ -38,16 +38,16 @@ def test_what_is_searched() -> None:
 
 
 def test_the_best_of_each_kind_is_chosen() -> None:
-    objects, fast, binding, both = recipe_kinds((0.1, 0.2))
+    objects, binding, both, fast = recipe_kinds((0.1, 0.2))
     peer = peer_kinds((1.0, 2.0), (16,))[0]
     conditions = [c for kind in (objects, fast, binding, both, peer) for c in kind.conditions]
     results = {name: rows(0.5, 0.4) for name in ("stock", *(c.name for c in conditions))}
     results["objects, strength 0.2, 4 corrections"] = rows(0.7, 0.1)
-    results["objects, strength 0.1, 2 corrections"] = rows(0.6, 0.9)
+    results["objects, strength 0.1, 1 correction"] = rows(0.6, 0.9)
     results["binding, strength 0.1, 4 corrections"] = rows(0.9, 0.39)
     results["both, strength 0.1, 2 corrections"] = rows(0.45, 0.52)
     assert objects.best(results).name == "objects, strength 0.2, 4 corrections"
-    assert fast.best(results).name == "objects, strength 0.1, 2 corrections"
+    assert fast.best(results).name == "objects, strength 0.1, 1 correction"
     assert binding.best(results).name == "stock"
     assert both.best(results).name == "both, strength 0.1, 2 corrections"
     # A peer is reported where it harms, too.
