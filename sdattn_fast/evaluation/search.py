@@ -53,8 +53,8 @@ class Kind:
 
 def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:
     """Normalized recipes of each kind, at each strength (root mean square of a change), with eight corrections in
-    the first 45 % of the steps, four in the first quarter or two in the first 15 %; and the fast one, "objects" with one
-    in the first 10 %.
+    the first 45 % of the steps, four in the first quarter or two in the first 15 %; and the fast one, "objects" with
+    one in the first 10 %.
 
     Raises: as `Recipe`.
     """
