@@ -62,4 +62,18 @@ inline RowProgram row_program(const Tuple& rows) {
   return p;
 }
 
+// What a call's forward and its backward both read. bits: written by the one, read by the other.
+inline void set_inputs(Attention& a, const Tuple& sizes, int dtype, float scale, const Tuple& query, const Tuple& key,
+                       const Tuple& value, const Tuple& bias, int bias_dtype, int64_t bits, const Tuple& rows) {
+  set_sizes(a, sizes, dtype);
+  a.scale = scale;
+  a.query = tensor(query);
+  a.key = tensor(key);
+  a.value = tensor(value);
+  a.bias = tensor(bias);
+  a.bias_dtype = static_cast<DType>(bias_dtype);
+  a.bits = pointer<int32_t>(bits);
+  a.program = row_program(rows);
+}
+
 }  // namespace sdattn::tuples

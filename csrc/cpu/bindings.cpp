@@ -19,36 +19,32 @@ void raise_on(cpu::Error error) {
   if (error == cpu::out_of_memory) throw std::bad_alloc();
 }
 
+template <class Work>
+void without_lock(Work work) {
+  cpu::Error error;
+  {
+    WithoutLock unlocked;
+    error = work();
+  }
+  raise_on(error);
+}
+
 void cpu_attention(const Tuple& sizes, int dtype, float scale, const Tuple& query, const Tuple& key,
                    const Tuple& value, const Tuple& out, const Tuple& bias, int bias_dtype, int64_t maps,
                    int64_t bits, const Tuple& rows, int64_t packed, int64_t out_bias, const Tuple& picture,
                    int threads) {
   Attention a;
-  set_sizes(a, sizes, dtype);
-  a.scale = scale;
+  set_inputs(a, sizes, dtype, scale, query, key, value, bias, bias_dtype, bits, rows);
+  a.out = tensor(out);
+  a.maps = pointer<float>(maps);
   a.packed = pointer<void>(packed);
   a.out_bias = pointer<float>(out_bias);
-  a.query = tensor(query);
-  a.key = tensor(key);
-  a.value = tensor(value);
-  a.out = tensor(out);
-  a.bias = tensor(bias);
-  a.bias_dtype = static_cast<DType>(bias_dtype);
-  a.maps = pointer<float>(maps);
-  a.bits = pointer<int32_t>(bits);
-
-  a.program = row_program(rows);
   PictureProgram over;
   if (!picture.empty()) {
     over = picture_program(picture);
     a.picture = &over;
   }
-  cpu::Error error;
-  {
-    WithoutLock unlocked;
-    error = cpu::attention(a, threads);
-  }
-  raise_on(error);
+  without_lock([&] { return cpu::attention(a, threads); });
 }
 
 // grads: of query, key, value, gate, the bias of tokens, the bias. relevance: to, tokens, how many, heads.
@@ -57,16 +53,7 @@ void cpu_backward(const Tuple& sizes, int dtype, float scale, const Tuple& query
                   const Tuple& grad_out, int64_t grad_maps, const Tuple& grads, const Tuple& relevance,
                   int threads) {
   cpu::Backward w;
-  Attention& a = w.forward;
-  set_sizes(a, sizes, dtype);
-  a.scale = scale;
-  a.query = tensor(query);
-  a.key = tensor(key);
-  a.value = tensor(value);
-  a.bias = tensor(bias);
-  a.bias_dtype = static_cast<DType>(bias_dtype);
-  a.bits = pointer<int32_t>(bits);
-  a.program = row_program(rows);
+  set_inputs(w.forward, sizes, dtype, scale, query, key, value, bias, bias_dtype, bits, rows);
   w.grad_out = tensor(grad_out);
   w.grad_maps = pointer<float>(grad_maps);
   w.grad_query = tensor(grads.at<Tuple>(0));
@@ -79,12 +66,7 @@ void cpu_backward(const Tuple& sizes, int dtype, float scale, const Tuple& query
   w.relevance_tokens = pointer<int32_t>(relevance.at<int64_t>(1));
   w.relevance_count = relevance.at<int64_t>(2);
   w.relevance_heads = pointer<uint8_t>(relevance.at<int64_t>(3));
-  cpu::Error error;
-  {
-    WithoutLock unlocked;
-    error = cpu::backward(w, threads);
-  }
-  raise_on(error);
+  without_lock([&] { return cpu::backward(w, threads); });
 }
 
 int64_t cpu_packed_bytes(const Tuple& sizes, int dtype) {
@@ -100,12 +82,7 @@ void cpu_pack(const Tuple& sizes, int dtype, const Tuple& key, const Tuple& valu
   a.key = tensor(key);
   a.value = tensor(value);
   a.program.content = pointer<uint8_t>(content);
-  cpu::Error error;
-  {
-    WithoutLock unlocked;
-    error = cpu::pack(a, threads, pointer<void>(to));
-  }
-  raise_on(error);
+  without_lock([&] { return cpu::pack(a, threads, pointer<void>(to)); });
 }
 
 void cpu_smooth(const Tuple& sizes, int dtype, int64_t x, int64_t out, int64_t where, int64_t weights, int64_t radius,
@@ -120,12 +97,7 @@ void cpu_smooth(const Tuple& sizes, int dtype, int64_t x, int64_t out, int64_t w
   s.weights = pointer<float>(weights);
   s.radius = radius;
   s.times = times;
-  cpu::Error error;
-  {
-    WithoutLock unlocked;
-    error = cpu::smooth(s, threads);
-  }
-  raise_on(error);
+  without_lock([&] { return cpu::smooth(s, threads); });
 }
 
 // (P, d, L)
@@ -138,12 +110,7 @@ void cpu_gaussian_attention(const Tuple& sizes, int64_t features, int64_t values
   g.values = pointer<float>(values);
   g.out = pointer<float>(out);
   g.cutoff = cutoff;
-  cpu::Error error;
-  {
-    WithoutLock unlocked;
-    error = cpu::gaussian_attention(g, threads);
-  }
-  raise_on(error);
+  without_lock([&] { return cpu::gaussian_attention(g, threads); });
 }
 
 bool cpu_set_isa(const char* name) { return cpu::set_isa(name); }
@@ -151,7 +118,9 @@ bool cpu_set_isa(const char* name) { return cpu::set_isa(name); }
 // isas: their names, between spaces.
 PyObject* cpu_info() {
   std::string isas;
-  for (const char* const* name = cpu::available_isas(); *name; ++name) isas += (isas.empty() ? "" : " ") + std::string(*name);
+  for (const char* const* name = cpu::available_isas(); *name; ++name) {
+    isas += (isas.empty() ? "" : " ") + std::string(*name);
+  }
 #if defined(__x86_64__) && defined(__GNUC__)
   const char* vendor = __builtin_cpu_is("amd") ? "amd" : __builtin_cpu_is("intel") ? "intel" : "other";
 #else

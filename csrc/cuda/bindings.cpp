@@ -25,17 +25,9 @@ void attention(const Tuple& sizes, int dtype, float scale, const Tuple& query, c
                int64_t bits, const Tuple& rows, int64_t seed, int64_t max_content, int64_t max_drop, int64_t stream) {
   cuda::Call call;
   Attention& a = call.attention;
-  set_sizes(a, sizes, dtype);
-  a.scale = scale;
-  a.query = tensor(query);
-  a.key = tensor(key);
-  a.value = tensor(value);
+  set_inputs(a, sizes, dtype, scale, query, key, value, bias, bias_dtype, bits, rows);
   a.out = tensor(out);
-  a.bias = tensor(bias);
-  a.bias_dtype = static_cast<DType>(bias_dtype);
   a.maps = pointer<float>(maps);
-  a.bits = pointer<int32_t>(bits);
-  a.program = row_program(rows);
   call.seed = pointer<int64_t>(seed);
   call.max_content = max_content;
   call.max_drop = max_drop;
