@@ -17,7 +17,7 @@ __all__ = ["RESOLUTIONS", "SCALES", "STRENGTHS", "Kind", "peer_kinds", "recipe_k
 STRENGTHS = (0.05, 0.1, 0.2)  # of recipes, normalized
 SCALES, RESOLUTIONS = (2.0, 8.0, 20.0), (16, 8)  # of peers
 
-_SCHEDULES = ((0.45, 8), (0.25, 4), (0.15, 2))  # the share of the steps, and how many corrections in it
+_SCHEDULES = ((0.25, 4), (0.15, 2))  # the share of the steps, and how many corrections in it
 _STOCK = Condition(STOCK, STOCK)
 # The recipe whose weights are searched with -> the measures whose mean it is chosen by.
 _RECIPES: Mapping[str, tuple[str, ...]] = {
@@ -52,9 +52,8 @@ class Kind:
 
 
 def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:
-    """Normalized recipes of each kind, at each strength (root mean square of a change), with eight corrections in
-    the first 45 % of the steps, four in the first quarter or two in the first 15 %; and the fast one, "objects" with
-    one in the first 10 %.
+    """Normalized recipes of each kind, at each strength (root mean square of a change), with four corrections in the
+    first quarter of the steps or two in the first 15 %; and the fast one, "objects" with one in the first 10 %.
 
     Raises: as `Recipe`.
     """

@@ -27,7 +27,7 @@ def test_what_is_searched() -> None:
         recipes = [c.patch["recipe"] for c in kinds[f"recipe, {name}"]]
         assert {(r.presence > 0, r.segregation > 0, r.binding > 0) for r in recipes} == {expected}
         assert {(r.strength, r.until, r.corrections) for r in recipes} == {
-            (strength, *acting) for strength in (0.1, 0.2) for acting in ((0.45, 8), (0.25, 4), (0.15, 2))
+            (strength, *acting) for strength in (0.1, 0.2) for acting in ((0.25, 4), (0.15, 2))
         }
     fast = [c.patch["recipe"] for c in kinds["recipe, fast"]]
     assert {(r.presence, r.segregation, r.binding, r.until, r.corrections) for r in fast} == {(1, 1, 0, 0.1, 1)}
@@ -82,7 +82,7 @@ def test_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert ran.exit_code == 0
     figures = json.loads((tmp_path / "recipes.json").read_text())
     assert set(figures) == {"chosen", "search", "report", "costs"} and len(figures["chosen"]) == 6
-    assert len(figures["search"]) == 1 + 10 + 2
+    assert len(figures["search"]) == 1 + 7 + 2
     control = "Attend-and-Excite, 16x16, scale 0.5"
     assert {"stock", control, "SynGen, 16x16, scale 0.5"} <= set(figures["report"]) == set(figures["costs"])
     table = (tmp_path / "recipes.md").read_text().splitlines()
