@@ -286,5 +286,6 @@ def calibrated_threshold(present: Sequence[float] | Tensor, absent: Sequence[flo
             raise ValueError(f"{name}: expected at least one finite score, got {x.tolist()!r}")
     scores = torch.cat([there, missing]).unique()
     cuts = torch.cat([scores[:1] - 1e-6, (scores[1:] + scores[:-1]) / 2, scores[-1:] + 1e-6])
-    accuracy = (there >= cuts[:, None]).double().mean(1) + (missing < cuts[:, None]).double().mean(1)
+    lost, refused = (torch.searchsorted(x.sort().values, cuts).double() / len(x) for x in (there, missing))
+    accuracy = refused - lost
     return float(cuts[int(accuracy.argmax())])

@@ -143,6 +143,6 @@ RECIPES: Mapping[str, Recipe] = MappingProxyType(
         "objects": Recipe(presence=1.0, segregation=1.0),
         "binding": Recipe(binding=1.0, strength=0.1),
         "both": Recipe(presence=1.0, segregation=1.0, binding=0.1),
-        "fast": Recipe(presence=1.0, segregation=1.0, strength=0.1, until=0.15, corrections=2),
+        "fast": Recipe(presence=1.0, segregation=1.0, strength=0.1, until=0.1, corrections=1),
     }
 )

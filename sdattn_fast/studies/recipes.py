@@ -28,6 +28,7 @@ from ..measure.paired import cell_text, summary, summary_table
 
 _MEASURES = ("present", "bound", "all right")
 _CONTROL = "Attend-and-Excite"
+_PEERS = (_CONTROL, "SynGen")
 
 
 def _recipes(
@@ -88,13 +89,17 @@ def _recipes(
         return
     _say_control(console, report_figures[best[_CONTROL].name]["present"])
     prices = costs(pipe, reported.subject, reported.conditions, inputs)
-    table = _markdown_table(report_figures, prices)
+    peers = {
+        best[name].name: summary(reported.results(), _MEASURES, best[name].name) for name in _PEERS if name in best
+    }
+    table = _markdown_table(report_figures, prices) + "".join(_compared_with(*peer) for peer in peers.items())
     console.print(table, soft_wrap=True)
     (folder / "recipes.md").write_text(table)
     figures = {
         "chosen": {name: asdict(condition) for name, condition in best.items()},
         "search": search_figures,
         "report": report_figures,
+        "compared with peers": peers,
         "costs": prices,
     }
     (folder / "recipes.json").write_text(json.dumps(figures, indent=1, default=str) + "\n")
@@ -109,6 +114,17 @@ def _markdown_table(figures: dict[str, Any], prices: dict[str, Any]) -> str:
         texts = [name, *map(cell_text, cells.values())]
         lines.append(f"| {' | '.join(texts)} | {prices[name]['of stock']:.2f} | {prices[name]['peak MiB']:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def _compared_with(peer: str, figures: dict[str, Any]) -> str:
+    """A table of every condition but stock and the peer: its differences to the peer's."""
+    rows = [
+        f"| {name} | {' | '.join(map(cell_text, cells.values()))} |\n"
+        for name, cells in figures.items()
+        if name not in (STOCK, peer)
+    ]
+    head = f"\n| compared with {peer} | {' | '.join(_MEASURES)} |\n|{' --- |' * (len(_MEASURES) + 1)}\n"
+    return head + "".join(rows) if rows else ""
 
 
 def _say_control(console: Any, cell: dict[str, Any]) -> None:

@@ -81,13 +81,21 @@ def test_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = CliRunner().invoke(app, [str(tmp_path), *options], catch_exceptions=False)
     assert ran.exit_code == 0
     figures = json.loads((tmp_path / "recipes.json").read_text())
-    assert set(figures) == {"chosen", "search", "report", "costs"} and len(figures["chosen"]) == 6
+    assert (
+        set(figures) == {"chosen", "search", "report", "compared with peers", "costs"} and len(figures["chosen"]) == 6
+    )
     assert len(figures["search"]) == 1 + 7 + 2
     control = "Attend-and-Excite, 16x16, scale 0.5"
     assert {"stock", control, "SynGen, 16x16, scale 0.5"} <= set(figures["report"]) == set(figures["costs"])
     table = (tmp_path / "recipes.md").read_text().splitlines()
     assert table[0] == "| condition | present | bound | all right | time, of stock | peak MiB |"
-    assert table[2].startswith("| stock | ") and len(table) == 2 + len(figures["report"])
+    count = len(figures["report"])
+    assert table[2].startswith("| stock | ") and len(table) == 2 + count + 2 * (3 + count - 2)
+    assert table[2 + count + 1] == f"| compared with {control} | present | bound | all right |"
+    against = figures["compared with peers"][control]
+    assert against[control]["present"].keys() == {"captions", "mean"}
+    difference = figures["report"][control]["present"]["mean"] - against["stock"]["present"]["mean"]
+    assert against["stock"]["present"]["difference"] == pytest.approx(-difference)
     assert figures["costs"][control]["of stock"] > 0 and "positive control: Attend-and-Excite" in ran.output
     # A second run draws nothing anew.
     monkeypatch.setattr("sdattn_fast.evaluation.run.draw_batch", None)

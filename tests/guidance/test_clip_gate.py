@@ -150,6 +150,9 @@ def test_calibration_is_the_best_threshold() -> None:
     balanced = lambda cut: np.mean([x >= cut for x in there]) + np.mean([x < cut for x in missing])  # noqa: E731
     assert all(balanced(best) >= balanced(cut) for cut in np.linspace(-0.1, 0.7, 801))
     assert calibrated_threshold([1.0], [0.0]) == 0.5
+    # Every phrase against every picture of an evaluation: memory must not grow with the square of that.
+    many = torch.rand(200_000, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    assert calibrated_threshold(many + 1.0, many) == pytest.approx(1.0, abs=1e-4)
     for bad in ([], [float("nan")]):
         with pytest.raises(ValueError, match="present: expected at least one finite score"):
             calibrated_threshold(bad, [0.1])
