@@ -71,6 +71,7 @@ def evaluate(
     from ..evaluation.processes import draw_missing, process_state
     from ..evaluation.report import write_report
     from ..evaluation.run import Evaluation
+    from ..evaluation.threshold import gate_threshold
     from ..files import ProgramFile, load_heads
     from ..lab.pipeline import WORLDS
     from ..loading import checked_device
@@ -110,7 +111,7 @@ def evaluate(
     )
     with report_truncation(tokenizer_of(pipe), subject.prompts, console):
         if threshold is None and any("threshold" in c.needs for c in every):
-            threshold = _calibrated(folder, state, pipe, subject, scorer, model if read is None else None)
+            threshold = gate_threshold(folder, state, pipe, subject, scorer, model if read is None else None)
             console.print(f"the CLIP gate's threshold, calibrated: {threshold:.4f}")
         inputs = ConditionInputs(
             (), (), (), (), subject.steps, scorer=scorer, threshold=threshold, heads=chosen, tuned=program
@@ -192,32 +193,6 @@ def _subject(
         if spatial:
             judges.append(Spatial(finds, texts))
     return subject
-
-
-def _calibrated(folder: Path, state: Any, pipe: Any, subject: Any, scorer: Any, world: str | None) -> float:
-    """The threshold between a picture's own phrases and those of other prompts, on stock pictures of the first prompts,
-    or of captions of the world that are not reported on; kept in the folder, so that all processes and later calls have
-    the same."""
-    from ..evaluation.world_subjects import world_subject
-    from ..files import read_json, write_json
-    from ..guidance.clip_gate import calibrate
-    from ..patching.words import tokenizer_of
-
-    path = folder / "threshold.json"
-    with state.main_process_first():
-        if not path.exists():
-            calibrated_on = subject if world is None else world_subject(world, 32, scorer, choosing=True)
-            count = min(32, len(calibrated_on.prompts))
-            texts = [[p.text for p in calibrated_on.phrases(i, tokenizer_of(pipe))[1]] for i in range(count)]
-            threshold = calibrate(
-                pipe, scorer, calibrated_on.prompts[:count], texts, num_inference_steps=subject.steps,
-                guidance_scale=subject.guidance,
-            )  # fmt: skip
-            write_json(path, "sdattn-fast threshold", {"threshold": threshold})
-    stored = read_json(path, "sdattn-fast threshold").get("threshold")
-    if isinstance(stored, bool) or not isinstance(stored, (int, float)) or not -1 <= stored <= 1:
-        raise ValueError(f"{path}: expected a threshold, a cosine, got {stored!r}; remove the file to calibrate anew")
-    return float(stored)
 
 
 def _show(console: Any, content: dict[str, Any]) -> None:

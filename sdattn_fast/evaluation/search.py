@@ -1,4 +1,4 @@
-"""Settings of recipes and of peers: which are tried on some captions, and which is the best of its kind."""
+"""Settings of techniques, recipes and peers: which are tried on some captions, and which is the best of its kind."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ from typing import Any
 import numpy as np
 
 from ..guidance.recipe import Recipe
+from ..program import Program, Refinement, SalienceDropout
 from .conditions import STOCK, Condition, recipe_condition
 from .peers import AttendAndExcite, Peer, SynGen
 
-__all__ = ["RESOLUTIONS", "SCALES", "STRENGTHS", "Kind", "peer_kinds", "recipe_kinds"]
+__all__ = ["RESOLUTIONS", "SCALES", "STRENGTHS", "Kind", "peer_kinds", "recipe_kinds", "technique_kinds"]
 
 STRENGTHS = (0.05, 0.1, 0.2)  # of recipes, normalized
 SCALES, RESOLUTIONS = (2.0, 8.0, 20.0), (16, 8)  # of peers
@@ -49,6 +50,50 @@ class Kind:
         if not candidates:
             raise ValueError(f"results: expected those of a condition of {self.name!r}, got none")
         return max(candidates, key=lambda c: _mean(results[c.name], self.measures))
+
+
+def technique_kinds() -> list[Kind]:
+    """The techniques alone, each at several settings, but selective maps, which change no picture."""
+    clip, measures = ("scorer", "threshold"), ("present", "bound")
+
+    def programs(name: str, programs: Mapping[str, Program]) -> list[Condition]:
+        return [Condition(f"{name}, {setting}", name, program=program) for setting, program in programs.items()]
+
+    dropout = {
+        f"{mode} {ratio:g}": Program(SalienceDropout(ratio, mode=mode), renormalize="content")
+        for mode in ("topk", "random")
+        for ratio in (0.05, 0.1, 0.2)
+    }
+    nms = {
+        f"axis {axis}, threshold {threshold:g}": Program(
+            refine=Refinement(threshold=threshold, axis=axis), renormalize="content"
+        )
+        for axis in ("token", "space")
+        for threshold in (0.1, 0.3, 0.7)
+    }
+    corrections = [
+        Condition(f"GradCAM, {how} {strength:g}", "GradCAM", correct={"how": how, "strength": strength})
+        for how, strengths in (("gradient", (0.02, 0.05, 0.1)), ("reweight", (0.5, 1.0)))
+        for strength in strengths
+    ]
+    kinds = {
+        "semantic gate": [
+            Condition(f"gate, {mode}", "semantic gate", clip, gate={"how": mode})
+            for mode in ("hard", "soft", "amplify")
+        ],
+        "phrase fusion": [
+            Condition(f"phrases, {fuse}", "phrase fusion", fuse=fuse) for fuse in ("all", "adjective-noun")
+        ],
+        "head selection": [
+            Condition("heads, others zero", "head selection", ("heads",), patch={"inactive_heads": "zero"})
+        ],
+        "salience dropout": programs("salience dropout", dropout),
+        "NMS with smoothing": programs("NMS with smoothing", nms),
+        "GradCAM": corrections,
+        "structure refinement": [Condition("structure", "structure refinement", structure=True)],
+        "CLIP-rewarded tuning": [Condition("tuned", "CLIP-rewarded tuning", ("tuned",), tuned=True)],
+    }
+    return [Kind(name, conditions, measures, or_stock=False) for name, conditions in kinds.items()]
 
 
 def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:

@@ -17,16 +17,12 @@ from typing import Annotated, Any
 
 import typer
 
-from ..evaluation.conditions import STOCK, Condition, ConditionInputs
+from ..evaluation.conditions import STOCK
 from ..evaluation.cost import costs
-from ..evaluation.processes import draw_missing, process_state
-from ..evaluation.run import Evaluation
 from ..evaluation.search import RESOLUTIONS, SCALES, STRENGTHS, peer_kinds, recipe_kinds
-from ..evaluation.world_subjects import world_subject
-from ..lab.pipeline import WORLDS, load_pipeline
-from ..measure.paired import cell_text, summary, summary_table
+from ..measure.paired import cell_text, summary
+from .choosing import MEASURES, Choosing, check_counts, differences_table
 
-_MEASURES = ("present", "bound", "all right")
 _CONTROL = "Attend-and-Excite"
 _PEERS = (_CONTROL, "SynGen")
 
@@ -47,54 +43,23 @@ def _recipes(
     control_only: Annotated[bool, typer.Option(help="Search and report Attend-and-Excite alone.")] = False,
 ) -> None:
     """Search recipes and peers on some captions, compare the best of each kind with stock on others."""
-    from rich.console import Console
-
-    for name, value, least in (("choose", choose, 1), ("report", report, 2)):
-        if value < least:
-            raise typer.BadParameter(f"expected at least {least}, got {value}", param_hint=f"--{name}")
-    if world not in WORLDS:
-        raise typer.BadParameter(f"expected {' or '.join(WORLDS)}, got {world!r}", param_hint="--world")
-    state = process_state(cpu=True)
-    console = Console(quiet=not state.is_main_process)
-    pipe = load_pipeline(folder=model, world=world)
-    pipe.set_progress_bar_config(disable=True)
-    inputs = ConditionInputs((), (), (), (), 0)
-
-    def evaluated(what: str, conditions: list[Condition], count: int) -> tuple[Evaluation, Any]:
-        """Of stock and of these; and what it gave, as figures, which are also shown."""
-        conditions = list({c.name: c for c in [Condition(STOCK, STOCK), *conditions]}.values())
-        subject = world_subject(world, count, choosing=what == "choose", folder=model)
-        with state.main_process_first():
-            evaluation = Evaluation(
-                folder / what, pipe, subject, conditions, inputs, world if model is None else str(model), batch=8
-            )
-        draw_missing(evaluation, state, console)
-        figures = summary(evaluation.results(), _MEASURES, STOCK)
-        console.print(summary_table(figures, f"{count} captions to {what} on", "condition"))
-        for left_out, why in evaluation.left_out.items():
-            console.print(f"left out {left_out}: {why}")
-        return evaluation, figures
-
+    check_counts(world, choose, report)
     kinds = peer_kinds(scale or SCALES, resolution or RESOLUTIONS)
     if control_only:
         kinds = [kind for kind in kinds if kind.name == _CONTROL]
     else:
         kinds = [*recipe_kinds(strength or STRENGTHS), *kinds]
-    searched, search_figures = evaluated("choose", [c for kind in kinds for c in kind.conditions], choose)
-    best = {kind.name: kind.best(searched.results()) for kind in kinds}
-    for name, condition in best.items():
-        console.print(f"{name}: {condition.name}")
-    reported, report_figures = evaluated("report", list(best.values()), report)
-    if not state.is_main_process:
+    study = Choosing(folder, world, model)
+    best, search_figures = study.best(kinds, choose)
+    reported, report_figures = study.evaluated("report", list(best.values()), report)
+    if not study.state.is_main_process:
         return
-    _say_control(console, report_figures[best[_CONTROL].name]["present"])
-    prices = costs(pipe, reported.subject, reported.conditions, inputs)
-    peers = {
-        best[name].name: summary(reported.results(), _MEASURES, best[name].name) for name in _PEERS if name in best
-    }
-    table = _markdown_table(report_figures, prices) + "".join(_compared_with(*peer) for peer in peers.items())
-    console.print(table, soft_wrap=True)
-    (folder / "recipes.md").write_text(table)
+    _say_control(study.console, report_figures[best[_CONTROL].name]["present"])
+    prices = costs(study.pipe, reported.subject, reported.conditions, study.inputs)
+    peers = {best[name].name: summary(reported.results(), MEASURES, best[name].name) for name in _PEERS if name in best}
+    tables = differences_table(report_figures, prices) + "".join(_compared_with(*peer) for peer in peers.items())
+    study.console.print(tables, soft_wrap=True)
+    (folder / "recipes.md").write_text(tables)
     figures = {
         "chosen": {name: asdict(condition) for name, condition in best.items()},
         "search": search_figures,
@@ -105,17 +70,6 @@ def _recipes(
     (folder / "recipes.json").write_text(json.dumps(figures, indent=1, default=str) + "\n")
 
 
-def _markdown_table(figures: dict[str, Any], prices: dict[str, Any]) -> str:
-    lines = [
-        f"| condition | {' | '.join(_MEASURES)} | time, of stock | peak MiB |",
-        "| --- |" + " --- |" * (len(_MEASURES) + 2),
-    ]
-    for name, cells in figures.items():
-        texts = [name, *map(cell_text, cells.values())]
-        lines.append(f"| {' | '.join(texts)} | {prices[name]['of stock']:.2f} | {prices[name]['peak MiB']:.0f} |")
-    return "\n".join(lines) + "\n"
-
-
 def _compared_with(peer: str, figures: dict[str, Any]) -> str:
     """A table of every condition but stock and the peer: its differences to the peer's."""
     rows = [
@@ -123,7 +77,7 @@ def _compared_with(peer: str, figures: dict[str, Any]) -> str:
         for name, cells in figures.items()
         if name not in (STOCK, peer)
     ]
-    head = f"\n| compared with {peer} | {' | '.join(_MEASURES)} |\n|{' --- |' * (len(_MEASURES) + 1)}\n"
+    head = f"\n| compared with {peer} | {' | '.join(MEASURES)} |\n|{' --- |' * (len(MEASURES) + 1)}\n"
     return head + "".join(rows) if rows else ""
 
 

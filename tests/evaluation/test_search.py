@@ -1,4 +1,4 @@
-"""Recipes: which are searched, which is chosen, and the study from its search to its figures."""
+"""Techniques and recipes: which are searched, which is chosen, and the studies from search to figures."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from sdattn_fast.evaluation.conditions import conditions
 from sdattn_fast.evaluation.peers import AttendAndExcite, SynGen
-from sdattn_fast.evaluation.search import RESOLUTIONS, SCALES, peer_kinds, recipe_kinds
+from sdattn_fast.evaluation.search import RESOLUTIONS, SCALES, peer_kinds, recipe_kinds, technique_kinds
 
 
 def rows(present: float, bound: float) -> list[dict[str, float]]:
@@ -59,12 +60,11 @@ def test_the_best_of_each_kind_is_chosen() -> None:
         peer.best({"stock": rows(0.9, 0.9)})
 
 
-def test_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A study of the shapes world is short."""
     pytest.importorskip("sdattn_fast_lab")
-    import typer
-
     from sdattn_fast.evaluation import subjects
-    from sdattn_fast.studies import recipes
 
     made = subjects.ShapesWorld.__init__
 
@@ -73,8 +73,15 @@ def test_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps = 3
 
     monkeypatch.setattr(subjects.ShapesWorld, "__init__", with_few_steps)
-    monkeypatch.setattr(recipes, "costs", functools.partial(recipes.costs, count=1, rounds=1))
     monkeypatch.setenv("COLUMNS", "200")
+
+
+def test_the_study(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from sdattn_fast.studies import recipes
+
+    monkeypatch.setattr(recipes, "costs", functools.partial(recipes.costs, count=1, rounds=1))
     app = typer.Typer()
     app.command()(recipes._recipes)
     options = "--world shapes --choose 1 --report 2 --strength 0.1 --scale 0.5 --resolution 16".split()
@@ -103,3 +110,35 @@ def test_the_study(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert CliRunner().invoke(app, [str(tmp_path), *options], catch_exceptions=False).exit_code == 0
     bad = CliRunner().invoke(app, [str(tmp_path), "--report", "1"])
     assert bad.exit_code == 2
+
+
+def test_techniques_are_searched_alone() -> None:
+    kinds = {kind.name: kind for kind in technique_kinds()}
+    names = {c.technique for c in conditions()} - {"stock", "pair", "sketch", "recipe", "peer", "selective maps"}
+    assert set(kinds) == names
+    every = [c for kind in kinds.values() for c in kind.conditions]
+    assert len({c.name for c in every}) == len(every)
+    for name, kind in kinds.items():
+        assert {c.technique for c in kind.conditions} == {name}
+        # A technique that harms is reported, too.
+        assert kind.best({c.name: rows(0.1, 0.1) for c in kind.conditions}) is kind.conditions[0]
+
+
+def test_the_study_of_techniques(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import typer
+
+    from sdattn_fast.studies import techniques
+
+    monkeypatch.setattr(techniques, "costs", functools.partial(techniques.costs, count=1, rounds=1))
+    monkeypatch.setattr(techniques, "gate_threshold", lambda *args: 0.1)
+    app = typer.Typer()
+    app.command()(techniques._techniques)
+    options = "--world shapes --choose 1 --report 2 --heads docs/shapes/chosen-heads.json".split()
+    ran = CliRunner().invoke(app, [str(tmp_path), *options], catch_exceptions=False)
+    assert ran.exit_code == 0
+    figures = json.loads((tmp_path / "techniques.json").read_text())
+    assert set(figures["chosen"]) == {kind.name for kind in technique_kinds()} - {"CLIP-rewarded tuning"}
+    assert (
+        set(figures["report"]) == set(figures["costs"]) == {"stock"} | {c["name"] for c in figures["chosen"].values()}
+    )
+    assert len((tmp_path / "techniques.md").read_text().splitlines()) == 2 + len(figures["report"])

@@ -1,0 +1,82 @@
+"""What the studies of recipes and of techniques share: settings are chosen on some captions of a world, and the best of
+each kind is reported on others, from the same noise. What is drawn is kept: a run that was stopped goes on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import typer
+
+from ..evaluation.conditions import STOCK, Condition, ConditionInputs
+from ..evaluation.processes import draw_missing, process_state
+from ..evaluation.run import Evaluation
+from ..evaluation.search import Kind
+from ..evaluation.world_subjects import world_subject
+from ..lab.pipeline import WORLDS, load_pipeline
+from ..measure.paired import cell_text, summary, summary_table
+
+__all__ = ["MEASURES", "Choosing", "check_counts", "differences_table"]
+
+MEASURES = ("present", "bound", "all right")
+
+
+class Choosing:
+    """One study, in a folder. model: a pipeline's folder; None: the world's own. inputs: of its conditions."""
+
+    def __init__(self, folder: Path, world: str, model: Path | None) -> None:
+        from rich.console import Console
+
+        self.folder, self.world, self.model = folder, world, model
+        self.state = process_state(cpu=True)
+        self.console = Console(quiet=not self.state.is_main_process)
+        self.pipe = load_pipeline(folder=model, world=world)
+        self.pipe.set_progress_bar_config(disable=True)
+        self.inputs = ConditionInputs((), (), (), (), 0)
+
+    def best(self, kinds: Sequence[Kind], count: int) -> tuple[dict[str, Condition], dict[str, Any]]:
+        """The best condition of each kind, by its name, on captions to choose on; and the figures of all."""
+        searched, figures = self.evaluated("choose", [c for kind in kinds for c in kind.conditions], count)
+        best = {kind.name: kind.best(searched.results()) for kind in kinds}
+        for name, condition in best.items():
+            self.console.print(f"{name}: {condition.name}")
+        return best, figures
+
+    def evaluated(self, what: str, conditions: Sequence[Condition], count: int) -> tuple[Evaluation, dict[str, Any]]:
+        """Of stock and of these, on so many captions; and what it gave, as figures, which are also shown.
+
+        what: "choose" or "report", which captions.
+        """
+        conditions = list({c.name: c for c in [Condition(STOCK, STOCK), *conditions]}.values())
+        subject = world_subject(self.world, count, choosing=what == "choose", folder=self.model)
+        model = self.world if self.model is None else str(self.model)
+        with self.state.main_process_first():
+            evaluation = Evaluation(self.folder / what, self.pipe, subject, conditions, self.inputs, model, batch=8)
+        draw_missing(evaluation, self.state, self.console)
+        figures = summary(evaluation.results(), MEASURES, STOCK)
+        self.console.print(summary_table(figures, f"{count} captions to {what} on", "condition"))
+        for left_out, why in evaluation.left_out.items():
+            self.console.print(f"left out {left_out}: {why}")
+        return evaluation, figures
+
+
+def check_counts(world: str, choose: int, report: int) -> None:
+    """Raises: typer.BadParameter for a world that is none, or too few captions to choose or report on."""
+    for name, value, least in (("choose", choose, 1), ("report", report, 2)):
+        if value < least:
+            raise typer.BadParameter(f"expected at least {least}, got {value}", param_hint=f"--{name}")
+    if world not in WORLDS:
+        raise typer.BadParameter(f"expected {' or '.join(WORLDS)}, got {world!r}", param_hint="--world")
+
+
+def differences_table(figures: dict[str, Any], prices: dict[str, Any]) -> str:
+    """Of `summary`, with what `costs` gave, as Markdown."""
+    lines = [
+        f"| condition | {' | '.join(MEASURES)} | time, of stock | peak MiB |",
+        "| --- |" + " --- |" * (len(MEASURES) + 2),
+    ]
+    for name, cells in figures.items():
+        texts = [name, *map(cell_text, cells.values())]
+        lines.append(f"| {' | '.join(texts)} | {prices[name]['of stock']:.2f} | {prices[name]['peak MiB']:.0f} |")
+    return "\n".join(lines) + "\n"

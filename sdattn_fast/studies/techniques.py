@@ -1,0 +1,75 @@
+"""Each technique alone, at its best setting: `python -m sdattn_fast.studies.techniques FOLDER`.
+
+Every technique draws captions to choose on, at several settings; the best of each draws other captions, beside stock,
+from the same noise. Selective maps change no picture, and are left out. What is drawn is kept in the folder: a run that
+was stopped goes on. With torchrun, processes share the work.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ..evaluation.cost import costs
+from ..evaluation.search import technique_kinds
+from ..evaluation.threshold import gate_threshold
+from ..evaluation.world_subjects import world_subject
+from ..files import ProgramFile, load_heads
+from ..guidance.clip_score import ClipScorer
+from ..lab.pipeline import world_path
+from .choosing import Choosing, check_counts, differences_table
+
+
+def _techniques(
+    folder: Annotated[Path, typer.Argument(help="Where pictures and figures are kept.")],
+    world: Annotated[str, typer.Option(help="objects or shapes.")] = "objects",
+    choose: Annotated[int, typer.Option(help="How many captions settings are chosen on.")] = 64,
+    report: Annotated[int, typer.Option(help="How many other captions the best are compared on.")] = 512,
+    heads: Annotated[
+        Path | None, typer.Option(help="File of `sdattn-fast heads`; without it, head selection is left out.")
+    ] = None,
+    tuned: Annotated[
+        Path | None, typer.Option(help="Program of `sdattn-fast tune`; without it, tuning is left out.")
+    ] = None,
+) -> None:
+    """Choose settings of the techniques on some captions, compare each technique with stock on others."""
+    check_counts(world, choose, report)
+    study = Choosing(folder, world, None)
+    scorer = ClipScorer.load(str(world_path(world) / "clip"))
+    subject = world_subject(world, choose, scorer, choosing=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    study.inputs = replace(
+        study.inputs,
+        scorer=scorer,
+        threshold=gate_threshold(folder, study.state, study.pipe, subject, scorer, world),
+        heads=None if heads is None else load_heads(heads)[0],
+        tuned=None if tuned is None else ProgramFile.load(tuned),
+    )
+    kinds = [kind for kind in technique_kinds() if all(_known(study, c.needs) for c in kind.conditions)]
+    best, search_figures = study.best(kinds, choose)
+    reported, report_figures = study.evaluated("report", list(best.values()), report)
+    if not study.state.is_main_process:
+        return
+    prices = costs(study.pipe, reported.subject, reported.conditions, study.inputs)
+    table = differences_table(report_figures, prices)
+    study.console.print(table, soft_wrap=True)
+    (folder / "techniques.md").write_text(table)
+    figures = {
+        "chosen": {name: asdict(condition) for name, condition in best.items()},
+        "search": search_figures,
+        "report": report_figures,
+        "costs": prices,
+    }
+    (folder / "techniques.json").write_text(json.dumps(figures, indent=1, default=str) + "\n")
+
+
+def _known(study: Choosing, needs: tuple[str, ...]) -> bool:
+    return all(getattr(study.inputs, name) is not None for name in needs)
+
+
+if __name__ == "__main__":
+    typer.run(_techniques)
