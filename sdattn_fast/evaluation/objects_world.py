@@ -44,6 +44,10 @@ class ObjectsWorld:
         phrases = find_phrases(self.prompts[index], tokenizer)
         return phrases, object_phrases(self.scenes[index], phrases)
 
+    def masks(self, index: int, picture: np.ndarray) -> list[np.ndarray | None]:
+        """Of each noun of a prompt, the mask of all that the detector finds of it in a picture, None for nothing."""
+        return _masks(self.scenes[index], self.detector([picture])[0])
+
     def measure(
         self, indices: Sequence[int], pictures: Sequence[np.ndarray], maps: Sequence[Sequence[np.ndarray] | None]
     ) -> list[dict[str, float]]:
@@ -83,11 +87,14 @@ def _fit(
 ) -> tuple[float, float]:
     """Means over the nouns that are there: intersection over union, and whether the strongest pixel lies within."""
     overlaps, hits = [], []
-    for item, heat in zip(scene.named, maps or (), strict=maps is not None):
-        masks = [d.mask for d in detections if d.noun == item.noun]
-        if masks:
-            there = np.logical_or.reduce(masks)
+    for there, heat in zip(_masks(scene, detections), maps or (), strict=maps is not None):
+        if there is not None:
             strong = heat > (heat.min() + heat.max()) / 2
             overlaps.append((strong & there).sum() / (strong | there).sum())
             hits.append(bool(there.flat[int(heat.argmax())]))
     return (float(np.mean(overlaps)), float(np.mean(hits))) if hits else (float("nan"), float("nan"))
+
+
+def _masks(scene: ObjectsScene, detections: Sequence[PictogramDetection]) -> list[np.ndarray | None]:
+    of_nouns = ([d.mask for d in detections if d.noun == item.noun] for item in scene.named)
+    return [np.logical_or.reduce(masks) if masks else None for masks in of_nouns]

@@ -67,6 +67,16 @@ class ShapesWorld:
         assert len(objects) == len(scene.objects), scene.caption
         return phrases, objects
 
+    def masks(self, index: int, picture: np.ndarray) -> list[np.ndarray | None]:
+        """Of each object of a prompt, its mask in a picture, None where the detector does not find it."""
+        from ..lab.shapes.detector import detect
+
+        detections = detect(picture)
+        return [
+            next((d.mask for d in detections if (d.colour, d.shape) == (wanted.colour, wanted.shape)), None)
+            for wanted in self.scenes[index].objects
+        ]
+
     def measure(
         self, indices: Sequence[int], pictures: Sequence[np.ndarray], maps: Sequence[Sequence[np.ndarray] | None]
     ) -> list[dict[str, float]]:

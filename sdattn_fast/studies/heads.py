@@ -1,25 +1,27 @@
 """Which heads find the objects, and does it help to run the program there alone? `python -m sdattn_fast.studies.heads`.
 
-The heads of the shapes pipeline are ranked on captions of pairs seen in training, by the detector's masks and by CLIP
-alone, and both choices are measured on held-out captions: effective attention (the gain in mean mask IoU of the chosen
-heads' map over all heads' map) with a paired bootstrap over pictures, and, with the other heads plain or zero, whether
-the caption's objects are there. Each batch of pictures is kept as it is done.
+The heads of a world's pipeline are ranked on captions to choose on, by the detector's masks and by CLIP alone, and both
+choices are measured on captions to report on: effective attention (the gain in mean mask IoU of the chosen heads' map
+over all heads' map) with a paired bootstrap over pictures, for the best head, the number that gives the best map, and a
+quarter of them; and, with the other heads plain or zero, whether the caption's objects are there. Each batch of
+pictures is kept as it is done.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from ..lab.pipeline import GUIDANCE, STEPS, draw_scenes, load_pipeline, shapes_path
-from ..lab.shapes.captions import held_out_scenes, phrases_of, selection_captions, words_of_objects
-from ..lab.shapes.judge import judge_picture, shapes_truth
+from ..evaluation.world_subjects import world_subject
+from ..guidance.phrases import head_words
+from ..lab.pipeline import WORLDS, draw_scenes, load_pipeline, world_path
 from ..measure.paired import interval
+from ..patching.words import tokenizer_of, words_of
 
 _BATCH = 32
 
@@ -33,8 +35,9 @@ def _gain(chosen: np.ndarray, whole: np.ndarray) -> float:
 
 
 def _run(
+    world: Annotated[str, typer.Option(help="objects or shapes.")] = "shapes",
     selection: Annotated[int, typer.Option(help="Captions to rank on.")] = 96,
-    pictures: Annotated[int, typer.Option(help="Held-out captions to report on.")] = 256,
+    pictures: Annotated[int, typer.Option(help="Other captions, to report on.")] = 256,
     folder: Annotated[Path, typer.Option(help="Where everything is kept.")] = Path("runs/heads"),
 ) -> None:
     """Rank heads on one set of captions, report on another."""
@@ -42,40 +45,40 @@ def _run(
     from scipy.stats import spearmanr
 
     from ..guidance.clip_score import ClipScorer
-    from ..tuning import clip_score, effective_attention, iou_score, observe, rank_heads
+    from ..tuning import clip_score, effective_attention, iou_score, rank_heads
 
+    if world not in WORLDS:
+        raise typer.BadParameter(f"expected {' or '.join(WORLDS)}, got {world!r}", param_hint="--world")
     for name, value in (("--selection", selection), ("--pictures", pictures)):
         if value < 2:
             raise typer.BadParameter(f"expected at least 2, got {value}", param_hint=name)
     console = Console()
     folder.mkdir(parents=True, exist_ok=True)
-    pipe, clip = load_pipeline(), ClipScorer.load(shapes_path() / "clip")
+    pipe, clip = load_pipeline(world=world), ClipScorer.load(str(world_path(world) / "clip"))
     pipe.set_progress_bar_config(disable=True)
-    call_kwargs: dict[str, Any] = {"num_inference_steps": STEPS, "guidance_scale": GUIDANCE}
 
-    captions = selection_captions(selection)
-    seen = list(observe(pipe, captions, [words_of_objects(c) for c in captions], batch=_BATCH, **call_kwargs))
-    truth = iou_score(shapes_truth(captions))
-    by_clip = clip_score(clip, lambda observation: phrases_of(captions[observation.prompt])[: len(observation.words)])
+    chosen_on = world_subject(world, selection, clip, choosing=True)
+    seen = _observed(pipe, chosen_on)
+    tokenizer = tokenizer_of(pipe)
+    by_clip = clip_score(clip, lambda x: [p.text for p in chosen_on.phrases(x.prompt, tokenizer)[1]][: len(x.words)])
     rankings = {
-        "mask IoU": rank_heads(seen, truth, "mask IoU"),
+        "mask IoU": rank_heads(seen, iou_score(_truth(chosen_on)), "mask IoU"),
         "CLIP of masked pictures": rank_heads(seen, by_clip, "CLIP of masked pictures"),
     }
     agreement = spearmanr(*(list(r.scores.values()) for r in rankings.values())).statistic
     console.print(f"Spearman's correlation of the two rankings: {agreement:.2f}")
 
-    scenes = held_out_scenes(pictures)
-    captions = [s.caption for s in scenes]
-    held_out = list(observe(pipe, captions, [words_of_objects(c) for c in captions], batch=_BATCH, **call_kwargs))
-    truth = iou_score(shapes_truth(captions))
+    reported = world_subject(world, pictures, clip)
+    held_out, truth = _observed(pipe, reported), iou_score(_truth(reported))
     report: dict[str, Any] = {
-        "selection": selection, "pictures": pictures, "steps": STEPS, "guidance": GUIDANCE, "spearman": agreement,
+        "world": world, "selection": selection, "pictures": pictures, "steps": reported.steps,
+        "guidance": reported.guidance, "spearman": agreement,
     }  # fmt: skip
     for name, ranking in rankings.items():
         stem = name.split()[0].lower()
         ranking.save(folder / f"{stem}.json")
         ranking.draw(folder / f"{stem}.png")
-        for count in sorted({1, ranking.count}):
+        for count in sorted({1, ranking.count, round(len(ranking.scores) / 4)}):
             scores = effective_attention(held_out, ranking.best(count), truth)
             known = ~scores["all"].isnan()
             chosen, whole = (scores[k][known].double().numpy() for k in ("chosen", "all"))
@@ -91,8 +94,25 @@ def _run(
             }  # fmt: skip
             figures = f"mean IoU {chosen.mean():.3f}, of all heads {whole.mean():.3f}: {_percent(gain)}"
             console.print(f"{name}, best {count} of {len(ranking.scores)}: {figures}, {known.sum()} objects")
-    report["pictures drawn"] = _effect(pipe, scenes, rankings["mask IoU"].best(), folder, selection, console)
+    report["pictures drawn"] = _effect(pipe, reported, rankings["mask IoU"].best(), folder, selection, console)
     (folder / "summary.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def _observed(pipe: Any, subject: Any) -> list[Any]:
+    """The subject's prompts drawn with stock attention, with the maps of its objects' words."""
+    from ..tuning import observe
+
+    tokenizer = tokenizer_of(pipe)
+    words = [
+        head_words(subject.phrases(i, tokenizer)[1], words_of(tokenizer, prompt))
+        for i, prompt in enumerate(subject.prompts)
+    ]
+    options = {"num_inference_steps": subject.steps, "guidance_scale": subject.guidance}
+    return list(observe(pipe, subject.prompts, words, batch=_BATCH, **options))
+
+
+def _truth(subject: Any) -> Callable[[Any], list[np.ndarray | None]]:
+    return lambda x: subject.masks(x.prompt, np.asarray(x.picture))[: len(x.words)]  # type: ignore[no-any-return]
 
 
 def _conditions(heads: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:
@@ -110,21 +130,24 @@ def _conditions(heads: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]
 
 
 def _effect(
-    pipe: Any, scenes: Sequence[Any], heads: Mapping[str, Any], folder: Path, selection: int, console: Any
+    pipe: Any, subject: Any, heads: Mapping[str, Any], folder: Path, selection: int, console: Any
 ) -> dict[str, Any]:
     """What the detector says of the pictures under each condition, against stock."""
     from .. import apply
 
     rows: dict[str, list[tuple[float, float, float]]] = {name: [] for name in _conditions(heads)}
-    for start in range(0, len(scenes), _BATCH):
-        part = scenes[start : start + _BATCH]
+    for start in range(0, len(subject.scenes), _BATCH):
+        part = range(start, min(start + _BATCH, len(subject.scenes)))
         for name, keywords in _conditions(heads).items():
             path = folder / f"{selection} {start}-{len(part)} {name}.json"
             if not path.exists():
                 with apply(pipe, **keywords):
-                    images = draw_scenes(pipe, part, first=start)
-                judged = [judge_picture(s, x) for s, x in zip(part, images, strict=True)]
-                path.write_text(json.dumps([(j.present, j.bound, float(j.right)) for j in judged]))
+                    images = draw_scenes(
+                        pipe, [subject.scenes[i] for i in part], first=start, guidance=subject.guidance,
+                        steps=subject.steps,
+                    )  # fmt: skip
+                judged = subject.measure(part, list(images), [None] * len(part))
+                path.write_text(json.dumps([(j["present"], j["bound"], j["all right"]) for j in judged]))
             rows[name] += [tuple(row) for row in json.loads(path.read_text())]
     return _compared(rows, console)
 

@@ -208,3 +208,44 @@ def test_captions_of_the_world_are_understood():
     assert words_of_objects("a red star, a blue circle and a pink star") == ["star", "circle", "star (2)"]
     assert not set(selection_captions(64)) & set(held_out_captions(64))
     assert bound_objects(["a red circle and a blue star"], [np.full((64, 64, 3), 128, np.uint8)])[0] == 0
+
+
+@pytest.mark.parametrize("world", ["shapes", "objects"])
+def test_masks_of_true_scenes_are_the_objects(world):
+    from sdattn_fast.evaluation.world_subjects import world_subject
+
+    subject = world_subject(world, 6, choosing=True)
+    for i, scene in enumerate(subject.scenes):
+        masks = subject.masks(i, scene.image)
+        true = (
+            [o.mask for o in scene.objects]
+            if world == "shapes"
+            else [np.logical_or.reduce([o.mask for o in scene.objects if o.noun == n.noun]) for n in scene.named]
+        )
+        assert len(masks) == len(true)
+        for mask, there in zip(masks, true, strict=True):
+            assert mask is not None and (mask & there).sum() > 0.8 * (mask | there).sum()
+        assert all(mask is None for mask in subject.masks(i, np.full((64, 64, 3), 128, np.uint8)))
+
+
+def test_the_study(tmp_path, monkeypatch):
+    import typer
+    from typer.testing import CliRunner
+
+    from sdattn_fast.evaluation.world_subjects import world_subject
+    from sdattn_fast.studies import heads
+
+    def with_few_steps(*args, **how):
+        subject = world_subject(*args, **how)
+        subject.steps = 3
+        return subject
+
+    monkeypatch.setattr(heads, "world_subject", with_few_steps)
+    app = typer.Typer()
+    app.command()(heads._run)
+    options = "--world objects --selection 2 --pictures 2".split()
+    assert CliRunner().invoke(app, ["--folder", str(tmp_path), *options], catch_exceptions=False).exit_code == 0
+    report = json.loads((tmp_path / "summary.json").read_text())
+    assert {"mask IoU, best 1", "mask IoU, best 7"} <= set(report)  # a quarter of 28
+    assert set(report["pictures drawn"]) == set(heads._conditions({}))
+    assert sum(map(len, load_heads(tmp_path / "mask.json")[0].values())) >= 1
