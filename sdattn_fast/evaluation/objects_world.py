@@ -44,6 +44,10 @@ class ObjectsWorld:
         phrases = find_phrases(self.prompts[index], tokenizer)
         return phrases, object_phrases(self.scenes[index], phrases)
 
+    def texts(self, index: int) -> list[str]:
+        """Of each noun of a prompt, its phrase, for CLIP."""
+        return [phrase.text for phrase in self.scenes[index].phrases if phrase.objects]
+
     def masks(self, index: int, picture: np.ndarray) -> list[np.ndarray | None]:
         """Of each noun of a prompt, the mask of all that the detector finds of it in a picture, None for nothing."""
         return _masks(self.scenes[index], self.detector([picture])[0])

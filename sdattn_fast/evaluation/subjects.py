@@ -67,6 +67,12 @@ class ShapesWorld:
         assert len(objects) == len(scene.objects), scene.caption
         return phrases, objects
 
+    def texts(self, index: int) -> list[str]:
+        """Of each object of a prompt, its colour and shape in words, for CLIP."""
+        from ..lab.shapes.captions import phrases_of
+
+        return phrases_of(self.prompts[index])
+
     def masks(self, index: int, picture: np.ndarray) -> list[np.ndarray | None]:
         """Of each object of a prompt, its mask in a picture, None where the detector does not find it."""
         from ..lab.shapes.detector import detect

@@ -59,8 +59,7 @@ def _run(
 
     chosen_on = world_subject(world, selection, clip, choosing=True)
     seen = _observed(pipe, chosen_on)
-    tokenizer = tokenizer_of(pipe)
-    by_clip = clip_score(clip, lambda x: [p.text for p in chosen_on.phrases(x.prompt, tokenizer)[1]][: len(x.words)])
+    by_clip = clip_score(clip, lambda x: chosen_on.texts(x.prompt)[: len(x.words)])
     rankings = {
         "mask IoU": rank_heads(seen, iou_score(_truth(chosen_on)), "mask IoU"),
         "CLIP of masked pictures": rank_heads(seen, by_clip, "CLIP of masked pictures"),

@@ -222,7 +222,7 @@ def test_masks_of_true_scenes_are_the_objects(world):
             if world == "shapes"
             else [np.logical_or.reduce([o.mask for o in scene.objects if o.noun == n.noun]) for n in scene.named]
         )
-        assert len(masks) == len(true)
+        assert len(masks) == len(true) == len(subject.texts(i))
         for mask, there in zip(masks, true, strict=True):
             assert mask is not None and (mask & there).sum() > 0.8 * (mask | there).sum()
         assert all(mask is None for mask in subject.masks(i, np.full((64, 64, 3), 128, np.uint8)))
