@@ -43,7 +43,8 @@ class Correction:
 
     Args:
         patch: A patch of a pipeline; `Presence` needs one with `capture`.
-        score: Takes a `Seen` and returns the scalar tensor that is to grow.
+        score: Takes a `Seen` and returns the scalar tensor that is to grow. If it says ``needs_prediction = False``, as
+            `Presence`, `Segregation` and `Binding` do, the UNet may stop after the last captured layer.
         how: "gradient" adds ``strength * g`` to the latents, g the score's gradient with a root mean square of 1.
             "reweight" multiplies the tokens' attention in the next step by ``1 - strength + strength * r / mean(r)``, r
             their relevance by `gradcam`, and normalizes the rows again. "scale" multiplies the latents by ``1 +
