@@ -75,13 +75,9 @@ class ShapesWorld:
 
     def masks(self, index: int, picture: np.ndarray) -> list[np.ndarray | None]:
         """Of each object of a prompt, its mask in a picture, None where the detector does not find it."""
-        from ..lab.shapes.detector import detect
+        from ..lab.shapes.judge import object_masks
 
-        detections = detect(picture)
-        return [
-            next((d.mask for d in detections if (d.colour, d.shape) == (wanted.colour, wanted.shape)), None)
-            for wanted in self.scenes[index].objects
-        ]
+        return object_masks(self.prompts[index], picture)
 
     def measure(
         self, indices: Sequence[int], pictures: Sequence[np.ndarray], maps: Sequence[Sequence[np.ndarray] | None]

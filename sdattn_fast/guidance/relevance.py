@@ -155,7 +155,7 @@ def run(patch: Patch, latents: Tensor, t: Any, text: Tensor, *, maps_alone: bool
     latents, t, text, inputs = _outside_inference_mode((latents, t, text, inputs))
     out: Tensor | None = None
     with torch.enable_grad(), patch.aside() as call:
-        call.ends_with_maps = maps_alone and patch.may_end_early(inputs)
+        call.ends_with_maps = maps_alone and patch.may_end_early()
         try:
             out = unet(latents, t, encoder_hidden_states=text, return_dict=False, **inputs)[0]
         except MapsComplete:

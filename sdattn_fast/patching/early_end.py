@@ -6,9 +6,6 @@ from what follows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
 from .compiled import is_compiled
 from .layers import Layer
 from .map_sums import LayerMaps
@@ -30,11 +27,11 @@ def keep_maps(layer: Layer, maps: LayerMaps) -> None:
             raise MapsComplete
 
 
-def may_end_early(model: PatchedModel, inputs: Mapping[str, Any]) -> bool:
-    """Whether a forward with these inputs may be broken off: no graph is made of it, and nothing waits for its end, as
-    offloading, gradient checkpointing and diffusers before 0.38, which scales LoRAs back there."""
-    module, scales = model.module, (inputs.get("cross_attention_kwargs") or {}).get("scale", 1.0) != 1.0
-    if scales or model.outer is not module or module._compiled_call_impl is not None:
+def may_end_early(model: PatchedModel) -> bool:
+    """Whether a forward may be broken off: no graph is made of it, and nothing waits for its end, as offloading and
+    gradient checkpointing do. diffusers scales LoRAs back even so."""
+    module = model.module
+    if model.outer is not module or module._compiled_call_impl is not None:
         return False
     if model.compiled_inside or is_compiled(model.around) or getattr(module, "is_gradient_checkpointing", False):
         return False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -111,9 +111,9 @@ class Patch:
         for model in self._models[:1]:
             model.check_guided()
 
-    def may_end_early(self, inputs: Mapping[str, Any]) -> bool:
+    def may_end_early(self) -> bool:
         """As `early_end.may_end_early`, of the UNet."""
-        return bool(self._models) and may_end_early(self._models[0], inputs)
+        return bool(self._models) and may_end_early(self._models[0])
 
     @property
     def pipe(self) -> Any:

@@ -302,18 +302,28 @@ def compiled(pipe: Any) -> Any:
     return lambda: setattr(pipe.unet, "_compiled_call_impl", None)
 
 
-def scales_loras(pipe: Any) -> Any:
-    return lambda: None
-
-
-@pytest.mark.parametrize("waits", [hooked, checkpointed, compiled, scales_loras])
+@pytest.mark.parametrize("waits", [hooked, checkpointed, compiled])
 def test_a_forward_whose_end_something_waits_for_runs_to_its_end(pipe, waits) -> None:
-    inputs = {"cross_attention_kwargs": {"scale": 0.5}} if waits is scales_loras else {}
     with sdattn_fast.apply(pipe, FULL) as patch:
-        assert patch.may_end_early({})
+        assert patch.may_end_early()
     undo = waits(pipe)
     try:
         with sdattn_fast.apply(pipe, FULL) as patch:
-            assert not patch.may_end_early(inputs)
+            assert not patch.may_end_early()
     finally:
         undo()
+
+
+def test_a_forward_that_ends_early_scales_loras_back(pipe) -> None:
+    peft = pytest.importorskip("peft")
+    torch.manual_seed(0)
+    pipe.unet.add_adapter(peft.LoraConfig(r=2, target_modules=["to_q", "to_k"], init_lora_weights=False))
+    try:
+        how = {"cross_attention_kwargs": {"scale": 0.5}}
+        early, ran = corrected_with(pipe, Presence(PHRASES), **how)
+        whole, _ = corrected_with(pipe, Whole(PHRASES), **how)
+        assert ran == 4 and torch.equal(early, whole)
+        scales = {x for m in pipe.unet.modules() for x in getattr(m, "scaling", {}).values()}
+        assert scales == {4.0}  # alpha 8, rank 2
+    finally:
+        pipe.unet.unload_lora()

@@ -13,7 +13,7 @@ from .captions import objects_of
 from .detector import ShapeDetection, detect, detect_background
 from .world import ShapesScene
 
-__all__ = ["ShapesJudgement", "bound_objects", "judge_picture", "judgement_table", "shapes_truth"]
+__all__ = ["ShapesJudgement", "bound_objects", "judge_picture", "judgement_table", "object_masks", "shapes_truth"]
 
 
 @dataclass(frozen=True)
@@ -69,13 +69,15 @@ def shapes_truth(captions: Sequence[str]) -> Callable[[Any], list[np.ndarray | N
     """For `iou_score`: the detector's masks of a drawn picture, None for an object that it does not find."""
 
     def truth(observation: Any) -> list[np.ndarray | None]:
-        detections = detect(np.asarray(observation.picture))
-        masks: list[np.ndarray | None] = []
-        for colour, shape in objects_of(captions[observation.prompt])[: len(observation.words)]:
-            masks.append(next((d.mask for d in detections if (d.colour, d.shape) == (colour, shape)), None))
-        return masks
+        return object_masks(captions[observation.prompt], np.asarray(observation.picture))[: len(observation.words)]
 
     return truth
+
+
+def object_masks(caption: str, picture: np.ndarray) -> list[np.ndarray | None]:
+    """Of each object of a caption, its mask in a picture (height, width, 3) uint8, None where it is not found."""
+    detections = detect(picture)
+    return [next((d.mask for d in detections if (d.colour, d.shape) == wanted), None) for wanted in objects_of(caption)]
 
 
 def bound_objects(captions: Sequence[str], pictures: Sequence[Any]) -> np.ndarray:
