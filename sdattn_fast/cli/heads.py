@@ -22,13 +22,13 @@ def heads(
     prompts: Annotated[
         Path | None,
         typer.Option(
-            help='File with one prompt per line, or {"prompt": ..., "words": [...]}; default: captions of the shapes '
+            help='File with one prompt per line, or {"prompt": ..., "words": [...]}; default: captions of the lab\'s '
             "world."
         ),
     ] = None,
     score: Annotated[
         str,
-        typer.Option(help="masks: by masks of the shapes world's detector; clip: by CLIP on masked pictures; auto."),
+        typer.Option(help="masks: by masks of the lab's detector; clip: by CLIP on masked pictures; auto."),
     ] = "auto",
     clip: Annotated[
         str | None, typer.Option(help="Folder or hub ID of a CLIP model; default: the pipeline's own.")
@@ -53,7 +53,10 @@ def heads(
     """Rank every head by how well its word maps find the objects in the pictures."""
     from rich.progress import Progress
 
-    from ..lab.shapes.captions import objects_of, selection_captions, words_of_objects
+    from ..evaluation.world_subjects import masks_of, words_of_objects, world_subject
+    from ..lab.pipeline import WORLDS
+    from ..lab.shapes.captions import objects_of
+    from ..lab.shapes.captions import words_of_objects as words_of_shapes
     from ..lab.shapes.judge import shapes_truth
     from ..patching.words import tokenizer_of, words_of
     from ..prompts import Prompt, read_prompts, report_truncation, words_to_find
@@ -65,33 +68,40 @@ def heads(
     if out.suffix.lower() == ".png":
         raise typer.BadParameter(f"expected a name such as heads.json, got {out}, the plot's", param_hint="--out")
     check_out_file(out)
-    shapes = model == "shapes"
-    if prompts is None and not shapes:
+    if prompts is None and model not in WORLDS:
         raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint="--prompts")
-    chosen_prompts = read_prompts(prompts) if prompts else [Prompt(caption) for caption in selection_captions(32)]
-    by_masks = score == "masks" or (score == "auto" and shapes)
+    subject, chosen_prompts = None, [] if prompts is None else read_prompts(prompts)
+    if prompts is None:
+        subject = world_subject(model, 32, choosing=True)
+        chosen_prompts = [Prompt(caption) for caption in subject.prompts]
+    shapes = model == "shapes"
+    by_masks = score == "masks" or (score == "auto" and (shapes or subject is not None))
     if by_masks and clip is not None:
         raise typer.BadParameter("scores are of masks, which need no CLIP; say --score clip", param_hint="--clip")
-    if by_masks and not any(objects_of(p.text) for p in chosen_prompts):
+    if by_masks and subject is None and not any(objects_of(p.text) for p in chosen_prompts):
         raise typer.BadParameter("expected captions of the shapes world, such as 'a red circle', for masks",
                                  param_hint="--prompts")  # fmt: skip
     console = plain_console()
     pipe = pipeline_of(model, device, dtype)
     pipe.set_progress_bar_config(disable=True)
     texts = [p.text for p in chosen_prompts]
-    words = [
-        words_of_objects(p.text)
-        if by_masks or (shapes and p.words is None and objects_of(p.text))
-        else words_to_find(p, list(words_of(tokenizer_of(pipe), p.text)))
-        for p in chosen_prompts
-    ]  # fmt: skip
+    if subject is not None:
+        words = words_of_objects(subject, tokenizer_of(pipe))
+    else:
+        words = [
+            words_of_shapes(p.text)
+            if by_masks or (shapes and p.words is None and objects_of(p.text))
+            else words_to_find(p, list(words_of(tokenizer_of(pipe), p.text)))
+            for p in chosen_prompts
+        ]
     if not any(words):
         raise typer.BadParameter("expected words that name something in at least one prompt", param_hint="--prompts")
     options = sampling_options(model, num_inference_steps, guidance_scale)
     if by_masks:
-        judge, measure = iou_score(shapes_truth(texts)), "mask IoU"
+        judge, measure = iou_score(shapes_truth(texts) if subject is None else masks_of(subject)), "mask IoU"
     else:
-        judge, measure = clip_score(clip_of(model, clip, pipe.device), _texts_of(texts)), "CLIP of masked pictures"
+        asked = _texts_of(texts) if subject is None else lambda x: subject.texts(x.prompt)[: len(x.words)]
+        judge, measure = clip_score(clip_of(model, clip, pipe.device), asked), "CLIP of masked pictures"
 
     seen = []
     with (

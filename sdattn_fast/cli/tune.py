@@ -17,11 +17,11 @@ def tune(
     model: Model = "shapes",
     prompts: Annotated[
         Path | None,
-        typer.Option(help="File with one prompt per line, to choose on; default: captions of the shapes world."),
+        typer.Option(help="File with one prompt per line, to choose on; default: captions of the lab's world."),
     ] = None,
     report_prompts: Annotated[
         Path | None,
-        typer.Option(help="File with other prompts, to report on; default: held-out captions of the shapes world."),
+        typer.Option(help="File with other prompts, to report on; default: held-out captions of the lab's world."),
     ] = None,
     trials: Annotated[int, typer.Option(help="Number of trials, over all workers.", callback=within(1, 10**6))] = 60,
     storage: Annotated[
@@ -36,16 +36,17 @@ def tune(
         str | None, typer.Option(help="Folder or hub ID of a CLIP model; default: the pipeline's own.")
     ] = None,
     judge: Annotated[
-        str | None, typer.Option(help="Another CLIP model that judges the best trials; for shapes, the detector does.")
+        str | None,
+        typer.Option(help="Another CLIP model that judges the best trials; for the lab's, the detector does."),
     ] = None,
     temperature: Annotated[
         float, typer.Option(help="Temperature of the reward, sigmoid(cosine / temperature).")
     ] = 0.25,
     pictures: Annotated[
-        int, typer.Option(help="Number of captions of the shapes world to choose on.", callback=within(1, 10**5))
+        int, typer.Option(help="Number of captions of the lab's world to choose on.", callback=within(1, 10**5))
     ] = 24,
     report_pictures: Annotated[
-        int, typer.Option(help="Number of captions of the shapes world to report on.", callback=within(1, 10**5))
+        int, typer.Option(help="Number of captions of the lab's world to report on.", callback=within(1, 10**5))
     ] = 64,
     seeds: Annotated[int, typer.Option(help="Pictures per prompt.", callback=within(1, 1000))] = 1,
     seed: Annotated[
@@ -74,7 +75,9 @@ def tune(
 ) -> None:
     """Tune a program by CLIP reward. Run it again to resume, on several machines to be faster."""
 
+    from ..evaluation.world_subjects import bound_objects_of, world_subject
     from ..files import write_json
+    from ..lab.pipeline import WORLDS
     from ..patching.words import tokenizer_of
     from ..prompts import read_prompts, report_truncation
     from ..tuning import HeadRanking
@@ -85,18 +88,22 @@ def tune(
     from .heads import clip_of, clip_source
 
     check_out_folder(out)
-    shapes = model == "shapes"
     for name, path in (("--prompts", prompts), ("--report-prompts", report_prompts)):
-        if path is None and not shapes:
+        if path is None and model not in WORLDS:
             raise typer.BadParameter("expected a file of prompts for a model of your own", param_hint=name)
-    from ..lab.shapes.captions import held_out_captions, objects_of, selection_captions
+    from ..lab.shapes.captions import objects_of
     from ..lab.shapes.judge import bound_objects
 
-    chosen_on = [p.text for p in read_prompts(prompts)] if prompts else selection_captions(pictures)
+    subjects = [
+        world_subject(model, count, choosing=choosing)
+        for path, count, choosing in ((prompts, pictures, True), (report_prompts, report_pictures, False))
+        if path is None
+    ]
+    chosen_on = [p.text for p in read_prompts(prompts)] if prompts else list(subjects[0].prompts)
     reported = (
         [p.text for p in read_prompts(report_prompts, "report-prompts")]
         if report_prompts
-        else held_out_captions(report_pictures)
+        else list(subjects[-1].prompts)
     )
     both = set(chosen_on) & set(reported)
     if both:
@@ -119,8 +126,10 @@ def tune(
             raise typer.BadParameter("expected another CLIP than the one tuned for", param_hint="--judge")
         second = clip_of(model, judge, pipe.device)
         judged_by, judging = f"CLIP {judge}", lambda texts, drawn: second.similarity(drawn, texts).double().numpy()
-    elif shapes and all(map(objects_of, [*chosen_on, *reported])):
+    elif model == "shapes" and all(map(objects_of, [*chosen_on, *reported])):
         judged_by, judging = "detector: objects bound", bound_objects
+    elif len(subjects) == 2:
+        judged_by, judging = "detector: objects bound", bound_objects_of(*subjects)
 
     opened = open_study(
         storage or out / "study.db", reward, searched, name=study, model=model, ranking=ranking, heartbeat=heartbeat

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from ..guidance.clip_score import ClipScorer
-from ..lab.pipeline import world_path
+import numpy as np
 
-__all__ = ["world_subject"]
+from ..guidance.clip_score import ClipScorer
+from ..guidance.phrases import head_words
+from ..lab.pipeline import world_path
+from ..patching.words import words_of
+
+__all__ = ["bound_objects_of", "masks_of", "words_of_objects", "world_subject"]
 
 
 def world_subject(
@@ -35,3 +40,37 @@ def world_subject(
 
     scenes = selection_scenes(count) if choosing else report_scenes(count)
     return ObjectsWorld(scenes, PictogramDetector.load(folder), scorer)
+
+
+def words_of_objects(subject: Any, tokenizer: Any) -> list[list[str]]:
+    """Of each prompt the words of its objects, as `Maps.per_word` calls them."""
+    return [
+        head_words(subject.phrases(i, tokenizer)[1], words_of(tokenizer, prompt))
+        for i, prompt in enumerate(subject.prompts)
+    ]
+
+
+def masks_of(subject: Any) -> Callable[[Any], list[np.ndarray | None]]:
+    """For `iou_score`: the masks of an observation's objects, by the world's detector."""
+
+    def masks(observation: Any) -> list[np.ndarray | None]:
+        found: list[np.ndarray | None] = subject.masks(observation.prompt, np.asarray(observation.picture))
+        return found[: len(observation.words)]
+
+    return masks
+
+
+def bound_objects_of(*subjects: Any) -> Callable[[Sequence[str], Sequence[Any]], np.ndarray]:
+    """A judge of pictures of these subjects' prompts: the share of each one's objects that are there, in their colours.
+
+    Raises: KeyError for a prompt of none of them.
+    """
+    places = {prompt: (subject, i) for subject in subjects for i, prompt in enumerate(subject.prompts)}
+
+    def judge(prompts: Sequence[str], pictures: Sequence[Any]) -> np.ndarray:
+        rows = []
+        for (subject, i), picture in zip((places[prompt] for prompt in prompts), pictures, strict=True):
+            rows += subject.measure([i], [np.asarray(picture)], [None])
+        return np.array([row["bound"] for row in rows])
+
+    return judge

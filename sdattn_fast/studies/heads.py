@@ -10,18 +10,17 @@ pictures is kept as it is done.
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import numpy as np
 import typer
 
-from ..evaluation.world_subjects import world_subject
-from ..guidance.phrases import head_words
+from ..evaluation.world_subjects import masks_of, words_of_objects, world_subject
 from ..lab.pipeline import WORLDS, draw_scenes, load_pipeline, world_path
 from ..measure.paired import interval
-from ..patching.words import tokenizer_of, words_of
+from ..patching.words import tokenizer_of
 
 _BATCH = 32
 
@@ -61,14 +60,14 @@ def _run(
     seen = _observed(pipe, chosen_on)
     by_clip = clip_score(clip, lambda x: chosen_on.texts(x.prompt)[: len(x.words)])
     rankings = {
-        "mask IoU": rank_heads(seen, iou_score(_truth(chosen_on)), "mask IoU"),
+        "mask IoU": rank_heads(seen, iou_score(masks_of(chosen_on)), "mask IoU"),
         "CLIP of masked pictures": rank_heads(seen, by_clip, "CLIP of masked pictures"),
     }
     agreement = spearmanr(*(list(r.scores.values()) for r in rankings.values())).statistic
     console.print(f"Spearman's correlation of the two rankings: {agreement:.2f}")
 
     reported = world_subject(world, pictures, clip)
-    held_out, truth = _observed(pipe, reported), iou_score(_truth(reported))
+    held_out, truth = _observed(pipe, reported), iou_score(masks_of(reported))
     report: dict[str, Any] = {
         "world": world, "selection": selection, "pictures": pictures, "steps": reported.steps,
         "guidance": reported.guidance, "spearman": agreement,
@@ -101,17 +100,9 @@ def _observed(pipe: Any, subject: Any) -> list[Any]:
     """The subject's prompts drawn with stock attention, with the maps of its objects' words."""
     from ..tuning import observe
 
-    tokenizer = tokenizer_of(pipe)
-    words = [
-        head_words(subject.phrases(i, tokenizer)[1], words_of(tokenizer, prompt))
-        for i, prompt in enumerate(subject.prompts)
-    ]
+    words = words_of_objects(subject, tokenizer_of(pipe))
     options = {"num_inference_steps": subject.steps, "guidance_scale": subject.guidance}
     return list(observe(pipe, subject.prompts, words, batch=_BATCH, **options))
-
-
-def _truth(subject: Any) -> Callable[[Any], list[np.ndarray | None]]:
-    return lambda x: subject.masks(x.prompt, np.asarray(x.picture))[: len(x.words)]  # type: ignore[no-any-return]
 
 
 def _conditions(heads: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]:

@@ -1,4 +1,4 @@
-"""`sdattn-fast heads` and `tune` on the shapes pipeline, few steps; what they write goes into `generate`."""
+"""`sdattn-fast heads` and `tune` on the lab's pipelines, few steps; what they write goes into `generate`."""
 
 from __future__ import annotations
 
@@ -109,6 +109,20 @@ def test_tune_writes_a_program_that_generate_takes(run, folder):
     code, out, err = run("generate", "--prompt", "a red star", "--program", folder / "program.json", "--steps", "1",
                          "--out", folder / "picture.png")  # fmt: skip
     assert code == 0 and Image.open(folder / "picture.png").size == (64, 64), err
+
+
+def test_the_objects_world_has_captions_and_a_detector_too(run, tmp_path):
+    ranking = tmp_path / "heads.json"
+    code, _, err = run("heads", "--model", "objects", "--steps", "1", "--batch", "16", "--out", ranking)
+    assert code == 0, err
+    heads, notes = load_heads(ranking)
+    assert len(heads) == 7 and notes["measure"] == "mask IoU"
+    code, _, err = run(
+        "tune", "--model", "objects", "--steps", "1", "--pictures", "2", "--report-pictures", "2", "--trials", "1",
+        "--out", tmp_path, "--heads", ranking,
+    )  # fmt: skip
+    assert code == 0, err
+    assert ProgramFile.load(tmp_path / "program.json").notes["judged by"] == "detector: objects bound"
 
 
 @pytest.mark.parametrize(

@@ -68,3 +68,15 @@ def test_phrases_that_are_missing_are_said(tokenizer, world):
     scene = world.scenes[0]
     with pytest.raises(ValueError, match=r"^found: expected the noun phrases of '.*', got \['"):
         object_phrases(scene, find_phrases(scene.caption, tokenizer)[1:])
+
+
+def test_a_prompts_picture_is_judged_by_its_own_scene():
+    from sdattn_fast.evaluation.world_subjects import bound_objects_of, world_subject
+
+    chosen, reported = world_subject("objects", 3, choosing=True), world_subject("objects", 3)
+    judge = bound_objects_of(chosen, reported)
+    prompts = [reported.prompts[2], chosen.prompts[0], chosen.prompts[0]]
+    pictures = [reported.scenes[2].image, chosen.scenes[0].image, np.full((64, 64, 3), 128, np.uint8)]
+    assert judge(prompts, pictures).tolist() == [1.0, 1.0, 0.0]
+    with pytest.raises(KeyError):
+        judge(["a dog"], pictures[:1])
