@@ -65,6 +65,8 @@ class Binding(TokenScore):
     Source: SynGen, Rassin et al. 2023, arXiv 2306.08877.
     """
 
+    needs_prediction = False
+
     def __init__(self, pairs: Sequence[BindingPair] | Sequence[Sequence[BindingPair]]) -> None:
         by_picture = bool(pairs) and all(isinstance(some, Sequence) for some in pairs)
         self.pairs: list[list[BindingPair]] = [list(some) for some in (pairs if by_picture else [pairs])]  # type: ignore[arg-type]

@@ -72,6 +72,8 @@ class Presence(PhraseScore):
     Source: Attend-and-Excite, Chefer et al. 2023, equations 1 and 2, arXiv 2301.13826, where 1 minus this is the loss.
     """
 
+    needs_prediction = False
+
     def __init__(self, phrases: Sequence[Any], *, weakest: bool = True, sharpness: float | None = None) -> None:
         super().__init__(phrases)
         if sharpness is not None and finite_number("sharpness", sharpness) <= 0.0:

@@ -183,6 +183,8 @@ class _Words:
 
 
 class _WeightedSum(TokenScore):
+    needs_prediction = False  # nor do those that it is of
+
     def __init__(self, weighted: Sequence[tuple[float, TokenScore]]) -> None:
         self.weighted = weighted
 

@@ -39,6 +39,8 @@ class Segregation(PhraseScore):
     Source: A-STAR, Agarwal et al. 2023, section 3.2, arXiv 2306.14544.
     """
 
+    needs_prediction = False
+
     def by_picture(self, seen: Seen) -> Tensor:
         """The score of each picture.
 

@@ -20,9 +20,16 @@ LEAST = 1e-6
 
 
 class TokenScore(ABC):
-    """A score of word maps that has a number for each picture."""
+    """A score of word maps that has a number for each picture.
 
-    needs_prediction = False
+    needs_prediction: as `Seen` says. A subclass may read the prediction, unless it says for itself that it does not.
+    """
+
+    needs_prediction = True
+
+    def __init_subclass__(cls, **how: Any) -> None:
+        super().__init_subclass__(**how)
+        cls.needs_prediction = cls.__dict__.get("needs_prediction", True)
 
     def __call__(self, seen: Seen) -> Tensor:
         """The score of a prediction.

@@ -6,7 +6,12 @@ from what follows.
 
 from __future__ import annotations
 
+from collections.abc import Set
+
+from torch import nn
+
 from .compiled import is_compiled
+from .known_modules import any_global_hook
 from .layers import Layer
 from .map_sums import LayerMaps
 from .patched_model import PatchedModel
@@ -27,12 +32,20 @@ def keep_maps(layer: Layer, maps: LayerMaps) -> None:
             raise MapsComplete
 
 
-def may_end_early(model: PatchedModel) -> bool:
-    """Whether a forward may be broken off: no graph is made of it, and nothing waits for its end, as offloading and
-    gradient checkpointing do. diffusers scales LoRAs back even so."""
+def may_end_early(model: PatchedModel, hooks: Set[int]) -> bool:
+    """Whether a forward may be broken off: no graph is made of it, and nothing waits for its end, as offloading,
+    gradient checkpointing and hooks do. diffusers scales LoRAs back even so. hooks: identifiers of the patch's own."""
     module = model.module
     if model.outer is not module or module._compiled_call_impl is not None:
+        return False
+    if any_global_hook() or any(one._forward_hooks.keys() - hooks or _is_wrapped(one) for one in model.around):
         return False
     if model.compiled_inside or is_compiled(model.around) or getattr(module, "is_gradient_checkpointing", False):
         return False
     return not any(hasattr(one, "_hf_hook") or hasattr(one, "_diffusers_hook") for one in module.modules())
+
+
+def _is_wrapped(module: nn.Module) -> bool:
+    """Whether its forward is another than its class's. accelerate leaves its class's own where it takes a hook off."""
+    forward = vars(module).get("forward")
+    return forward is not None and getattr(forward, "__func__", None) is not type(module).forward

@@ -74,6 +74,7 @@ class MapKeeper:
     def end(self, call: Call, text: TextState, layers: Sequence[Layer]) -> None:
         """After a model's forward: its maps are the call's."""
         for layer in layers:
+            layer.ends_forward = False  # of this forward alone: a layer may be called by itself, or again in a backward
             if layer.captured is not None:
                 maps, active, grid = layer.captured
                 call.maps.latest[layer.name] = maps, text.pictures(active), grid

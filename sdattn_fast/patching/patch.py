@@ -113,7 +113,8 @@ class Patch:
 
     def may_end_early(self) -> bool:
         """As `early_end.may_end_early`, of the UNet."""
-        return bool(self._models) and may_end_early(self._models[0])
+        mine = {handle.id for handle in self._handles if hasattr(handle, "id")}
+        return bool(self._models) and may_end_early(self._models[0], mine)
 
     @property
     def pipe(self) -> Any:

@@ -92,7 +92,7 @@ def _run(
             }  # fmt: skip
             figures = f"mean IoU {chosen.mean():.3f}, of all heads {whole.mean():.3f}: {_percent(gain)}"
             console.print(f"{name}, best {count} of {len(ranking.scores)}: {figures}, {known.sum()} objects")
-    report["pictures drawn"] = _effect(pipe, reported, rankings["mask IoU"].best(), folder, selection, console)
+    report["pictures drawn"] = _effect(pipe, world, reported, rankings["mask IoU"].best(), folder, selection, console)
     (folder / "summary.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
@@ -120,7 +120,7 @@ def _conditions(heads: Mapping[str, Sequence[int]]) -> dict[str, dict[str, Any]]
 
 
 def _effect(
-    pipe: Any, subject: Any, heads: Mapping[str, Any], folder: Path, selection: int, console: Any
+    pipe: Any, world: str, subject: Any, heads: Mapping[str, Any], folder: Path, selection: int, console: Any
 ) -> dict[str, Any]:
     """What the detector says of the pictures under each condition, against stock."""
     from .. import apply
@@ -129,7 +129,7 @@ def _effect(
     for start in range(0, len(subject.scenes), _BATCH):
         part = range(start, min(start + _BATCH, len(subject.scenes)))
         for name, keywords in _conditions(heads).items():
-            path = folder / f"{selection} {start}-{len(part)} {name}.json"
+            path = folder / f"{world} {selection} {start}-{len(part)} {name}.json"
             if not path.exists():
                 with apply(pipe, **keywords):
                     images = draw_scenes(

@@ -30,14 +30,22 @@ def _techniques(
     choose: Annotated[int, typer.Option(help="How many captions settings are chosen on.")] = 64,
     report: Annotated[int, typer.Option(help="How many other captions the best are compared on.")] = 512,
     heads: Annotated[
-        Path | None, typer.Option(help="File of `sdattn-fast heads`; without it, head selection is left out.")
+        Path | None,
+        typer.Option(
+            help="File of `sdattn-fast heads`; without it, head selection is left out.", exists=True, dir_okay=False
+        ),
     ] = None,
     tuned: Annotated[
-        Path | None, typer.Option(help="Program of `sdattn-fast tune`; without it, tuning is left out.")
+        Path | None,
+        typer.Option(
+            help="Program of `sdattn-fast tune`; without it, tuning is left out.", exists=True, dir_okay=False
+        ),
     ] = None,
 ) -> None:
     """Choose settings of the techniques on some captions, compare each technique with stock on others."""
     check_counts(world, choose, report)
+    chosen_heads = None if heads is None else load_heads(heads)[0]
+    program = None if tuned is None else ProgramFile.load(tuned)
     study = Choosing(folder, world, None)
     scorer = ClipScorer.load(str(world_path(world) / "clip"))
     subject = world_subject(world, choose, scorer, choosing=True)
@@ -46,8 +54,8 @@ def _techniques(
         study.inputs,
         scorer=scorer,
         threshold=gate_threshold(folder, study.state, study.pipe, subject, scorer, world),
-        heads=None if heads is None else load_heads(heads)[0],
-        tuned=None if tuned is None else ProgramFile.load(tuned),
+        heads=chosen_heads,
+        tuned=program,
     )
     kinds = [kind for kind in technique_kinds() if all(_known(study, c.needs) for c in kind.conditions)]
     best, search_figures = study.best(kinds, choose)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import pytest
@@ -9,10 +10,12 @@ import torch
 
 import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
+from sdattn_fast.guidance.binding import Binding
 from sdattn_fast.guidance.correction import Correction, _by_entry
 from sdattn_fast.guidance.objectives import Presence
 from sdattn_fast.guidance.phrases import NounPhrase, Word, find_phrases
 from sdattn_fast.guidance.relevance import run
+from sdattn_fast.guidance.segregation import Segregation
 
 CAPTION = "a large red circle and a small blue square on a gray background"
 PHRASES = [(3, 4), (8, 9)]
@@ -302,7 +305,17 @@ def compiled(pipe: Any) -> Any:
     return lambda: setattr(pipe.unet, "_compiled_call_impl", None)
 
 
-@pytest.mark.parametrize("waits", [hooked, checkpointed, compiled])
+def undone_by_a_hook(pipe: Any) -> Any:
+    return pipe.unet.down_blocks[1].register_forward_hook(lambda *of_call: None).remove
+
+
+def wrapped(pipe: Any) -> Any:
+    block = pipe.unet.mid_block
+    block.forward = functools.partial(block.forward)
+    return lambda: delattr(block, "forward")
+
+
+@pytest.mark.parametrize("waits", [hooked, checkpointed, compiled, undone_by_a_hook, wrapped])
 def test_a_forward_whose_end_something_waits_for_runs_to_its_end(pipe, waits) -> None:
     with sdattn_fast.apply(pipe, FULL) as patch:
         assert patch.may_end_early()
@@ -327,3 +340,28 @@ def test_a_forward_that_ends_early_scales_loras_back(pipe) -> None:
         assert scales == {4.0}  # alpha 8, rank 2
     finally:
         pipe.unet.unload_lora()
+
+
+def test_only_the_forward_of_a_correction_ends_early(pipe) -> None:
+    """A layer that is called by itself afterwards runs as ever."""
+    attn = pipe.unet.down_blocks[1].attentions[0].transformer_blocks[0].attn2
+    x, text = torch.randn(1, 64, attn.to_q.in_features), torch.randn(1, 77, attn.to_k.in_features)
+    with sdattn_fast.apply(pipe, capture=Capture(layers="down_blocks.1.*")) as patch:
+        with Correction(patch, Presence(PHRASES), steps=(0, 1)) as correct:
+
+            def after(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+                kept = correct(pipe, step, t, kept)
+                if step == 0:  # after the forward of the prompt alone
+                    assert attn(x, text).shape == x.shape
+                return kept
+
+            draw(pipe, after)
+
+
+def test_a_score_of_ones_own_may_read_the_prediction(pipe) -> None:
+    class Mine(Presence):
+        def by_picture(self, seen: Any) -> torch.Tensor:
+            return super().by_picture(seen) - 1e-3 * seen.prediction.square().mean((1, 2, 3))
+
+    assert corrected_with(pipe, Mine(PHRASES))[1] == 5
+    assert not any(kind.needs_prediction for kind in (Presence, Segregation, Binding))
