@@ -10,6 +10,7 @@ from typing import Any
 import typer
 
 from ..evaluation.conditions import STOCK, Condition, ConditionInputs
+from ..evaluation.cost import costs
 from ..evaluation.processes import draw_missing, process_state
 from ..evaluation.run import Evaluation
 from ..evaluation.search import Kind
@@ -17,7 +18,7 @@ from ..evaluation.world_subjects import world_subject
 from ..lab.pipeline import WORLDS, load_pipeline
 from ..measure.paired import cell_text, summary, summary_table
 
-__all__ = ["MEASURES", "Choosing", "check_counts", "differences_table"]
+__all__ = ["MEASURES", "Choosing", "check_counts", "differences_table", "prices"]
 
 MEASURES = ("present", "bound", "all right")
 
@@ -70,7 +71,12 @@ def check_counts(world: str, choose: int, report: int) -> None:
         raise typer.BadParameter(f"expected {' or '.join(WORLDS)}, got {world!r}", param_hint="--world")
 
 
-def differences_table(figures: dict[str, Any], prices: dict[str, Any]) -> str:
+def prices(study: Choosing, reported: Evaluation) -> dict[str, dict[str, float]]:
+    """What each condition that was reported costs, by more rounds than an evaluation takes: there are few of them."""
+    return costs(study.pipe, reported.subject, reported.conditions, study.inputs, rounds=9)
+
+
+def differences_table(figures: dict[str, Any], costs: dict[str, Any]) -> str:
     """Of `summary`, with what `costs` gave, as Markdown."""
     lines = [
         f"| condition | {' | '.join(MEASURES)} | time, of stock | peak MiB |",
@@ -78,5 +84,5 @@ def differences_table(figures: dict[str, Any], prices: dict[str, Any]) -> str:
     ]
     for name, cells in figures.items():
         texts = [name, *map(cell_text, cells.values())]
-        lines.append(f"| {' | '.join(texts)} | {prices[name]['of stock']:.2f} | {prices[name]['peak MiB']:.0f} |")
+        lines.append(f"| {' | '.join(texts)} | {costs[name]['of stock']:.2f} | {costs[name]['peak MiB']:.0f} |")
     return "\n".join(lines) + "\n"

@@ -18,10 +18,9 @@ from typing import Annotated, Any
 import typer
 
 from ..evaluation.conditions import STOCK
-from ..evaluation.cost import costs
 from ..evaluation.search import RESOLUTIONS, SCALES, STRENGTHS, peer_kinds, recipe_kinds
 from ..measure.paired import cell_text, summary
-from .choosing import MEASURES, Choosing, check_counts, differences_table
+from .choosing import MEASURES, Choosing, check_counts, differences_table, prices
 
 _CONTROL = "Attend-and-Excite"
 _PEERS = (_CONTROL, "SynGen")
@@ -55,9 +54,9 @@ def _recipes(
     if not study.state.is_main_process:
         return
     _say_control(study.console, report_figures[best[_CONTROL].name]["present"])
-    prices = costs(study.pipe, reported.subject, reported.conditions, study.inputs)
+    costs = prices(study, reported)
     peers = {best[name].name: summary(reported.results(), MEASURES, best[name].name) for name in _PEERS if name in best}
-    tables = differences_table(report_figures, prices) + "".join(_compared_with(*peer) for peer in peers.items())
+    tables = differences_table(report_figures, costs) + "".join(_compared_with(*peer) for peer in peers.items())
     study.console.print(tables, soft_wrap=True)
     (folder / "recipes.md").write_text(tables)
     figures = {
@@ -65,7 +64,7 @@ def _recipes(
         "search": search_figures,
         "report": report_figures,
         "compared with peers": peers,
-        "costs": prices,
+        "costs": costs,
     }
     (folder / "recipes.json").write_text(json.dumps(figures, indent=1, default=str) + "\n")
 

@@ -14,14 +14,13 @@ from typing import Annotated
 
 import typer
 
-from ..evaluation.cost import costs
 from ..evaluation.search import technique_kinds
 from ..evaluation.threshold import gate_threshold
 from ..evaluation.world_subjects import world_subject
 from ..files import ProgramFile, load_heads
 from ..guidance.clip_score import ClipScorer
 from ..lab.pipeline import world_path
-from .choosing import Choosing, check_counts, differences_table
+from .choosing import Choosing, check_counts, differences_table, prices
 
 
 def _techniques(
@@ -62,15 +61,15 @@ def _techniques(
     reported, report_figures = study.evaluated("report", list(best.values()), report)
     if not study.state.is_main_process:
         return
-    prices = costs(study.pipe, reported.subject, reported.conditions, study.inputs)
-    table = differences_table(report_figures, prices)
+    costs = prices(study, reported)
+    table = differences_table(report_figures, costs)
     study.console.print(table, soft_wrap=True)
     (folder / "techniques.md").write_text(table)
     figures = {
         "chosen": {name: asdict(condition) for name, condition in best.items()},
         "search": search_figures,
         "report": report_figures,
-        "costs": prices,
+        "costs": costs,
     }
     (folder / "techniques.json").write_text(json.dumps(figures, indent=1, default=str) + "\n")
 

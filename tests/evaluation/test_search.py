@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -65,6 +64,8 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
     """A study of the shapes world is short."""
     pytest.importorskip("sdattn_fast_lab")
     from sdattn_fast.evaluation import subjects
+    from sdattn_fast.evaluation.cost import costs
+    from sdattn_fast.studies import choosing
 
     made = subjects.ShapesWorld.__init__
 
@@ -73,6 +74,7 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps = 3
 
     monkeypatch.setattr(subjects.ShapesWorld, "__init__", with_few_steps)
+    monkeypatch.setattr(choosing, "costs", lambda *args, rounds: costs(*args, count=1, rounds=1))
     monkeypatch.setenv("COLUMNS", "200")
 
 
@@ -81,7 +83,6 @@ def test_the_study(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     from sdattn_fast.studies import recipes
 
-    monkeypatch.setattr(recipes, "costs", functools.partial(recipes.costs, count=1, rounds=1))
     app = typer.Typer()
     app.command()(recipes._recipes)
     options = "--world shapes --choose 1 --report 2 --strength 0.1 --scale 0.5 --resolution 16".split()
@@ -106,7 +107,7 @@ def test_the_study(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert figures["costs"][control]["of stock"] > 0 and "positive control: Attend-and-Excite" in ran.output
     # A second run draws nothing anew.
     monkeypatch.setattr("sdattn_fast.evaluation.run.draw_batch", None)
-    monkeypatch.setattr(recipes, "costs", lambda *args: figures["costs"])
+    monkeypatch.setattr(recipes, "prices", lambda *args: figures["costs"])
     assert CliRunner().invoke(app, [str(tmp_path), *options], catch_exceptions=False).exit_code == 0
     bad = CliRunner().invoke(app, [str(tmp_path), "--report", "1"])
     assert bad.exit_code == 2
@@ -129,7 +130,6 @@ def test_the_study_of_techniques(few_steps: None, tmp_path: Path, monkeypatch: p
 
     from sdattn_fast.studies import techniques
 
-    monkeypatch.setattr(techniques, "costs", functools.partial(techniques.costs, count=1, rounds=1))
     monkeypatch.setattr(techniques, "gate_threshold", lambda *args: 0.1)
     app = typer.Typer()
     app.command()(techniques._techniques)
