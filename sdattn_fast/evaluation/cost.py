@@ -28,9 +28,9 @@ def costs(
     rounds: int = 5,
     tell: Callable[[str], None] = lambda text: None,
 ) -> dict[str, dict[str, float]]:
-    """Condition -> "ms a step" of one picture, a median over rounds in which conditions take turns; "of stock", the
-    median of its ratios to stock's time in the same round; "peak MiB", what its tensors take at the most beside the
-    weights, for the first picture.
+    """Condition -> "ms a step" of one picture, a median over rounds and `count` pictures, each of which all conditions
+    draw one after the other; "of stock", the median of its ratios to stock's time for the same picture in the same
+    round; "peak MiB", what its tensors take at the most beside the weights, for the first picture.
 
     tell: called after each round.
 
@@ -41,14 +41,15 @@ def costs(
     part_inputs = [inputs_for(subject, part, pipe, inputs) for part in parts]
     times: dict[str, list[float]] = {c.name: [] for c in conditions}
     for turn in range(rounds + 1):
-        for condition in conditions:
-            _wait(pipe)
-            start = time.perf_counter()
-            for inputs_of_part, part in zip(part_inputs, parts, strict=True):
+        # In turns as short as can be: the speed of a machine that others use drifts within seconds.
+        for inputs_of_part, part in zip(part_inputs, parts, strict=True):
+            for condition in conditions:
+                _wait(pipe)
+                start = time.perf_counter()
                 _draw(pipe, condition, inputs_of_part, subject, part)
-            _wait(pipe)
-            if turn:  # the first of each warms up
-                times[condition.name].append((time.perf_counter() - start) / len(parts))
+                _wait(pipe)
+                if turn:  # the first of each warms up
+                    times[condition.name].append(time.perf_counter() - start)
         tell(f"time: {turn} of {rounds} rounds" if turn else "time: warmed up")
     table = {}
     for condition in conditions:

@@ -73,7 +73,7 @@ def check_counts(world: str, choose: int, report: int) -> None:
 
 def prices(study: Choosing, reported: Evaluation) -> dict[str, dict[str, float]]:
     """What each condition that was reported costs, by more rounds than an evaluation takes: there are few of them."""
-    return costs(study.pipe, reported.subject, reported.conditions, study.inputs, rounds=9)
+    return costs(study.pipe, reported.subject, reported.conditions, study.inputs, rounds=7)
 
 
 def differences_table(figures: dict[str, Any], costs: dict[str, Any]) -> str:
