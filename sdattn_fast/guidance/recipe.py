@@ -20,8 +20,8 @@ class Recipe:
     score of the attention to them: `presence` times `Presence` plus `segregation` times `Segregation` plus `binding`
     times `Binding`.
 
-    On our small test model "objects" raised the share of objects drawn from 0.757 by 0.087 for 1.30 of the time, and
-    "fast" by 0.031 for 1.05; Attend-and-Excite of diffusers raised it by 0.060 for 3.26 (docs/objects.md).
+    On our small test model "objects" raised the share of objects drawn from 0.757 by 0.087 for 1.33 of the time, and
+    "fast" by 0.031 for 1.11; Attend-and-Excite of diffusers raised it by 0.060 for 2.65 (docs/objects.md).
 
     Args:
         presence: Weight of `Presence` of the objects, >= 0: each is to be attended to somewhere.
