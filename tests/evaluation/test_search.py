@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -59,12 +60,19 @@ def test_the_best_of_each_kind_is_chosen() -> None:
         peer.best({"stock": rows(0.9, 0.9)})
 
 
+@pytest.fixture(scope="module")
+def pipeline() -> Any:
+    """`load_pipeline` of a pipeline that is loaded once."""
+    from sdattn_fast.lab.pipeline import load_pipeline
+
+    return functools.cache(load_pipeline)
+
+
 @pytest.fixture
-def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+def few_steps(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """A study of the shapes world is short."""
     pytest.importorskip("sdattn_fast_lab")
     from sdattn_fast.evaluation import subjects
-    from sdattn_fast.evaluation.cost import costs
     from sdattn_fast.studies import choosing
 
     made = subjects.ShapesWorld.__init__
@@ -74,7 +82,14 @@ def few_steps(monkeypatch: pytest.MonkeyPatch) -> None:
         self.steps = 3
 
     monkeypatch.setattr(subjects.ShapesWorld, "__init__", with_few_steps)
-    monkeypatch.setattr(choosing, "costs", lambda *args, rounds: costs(*args, count=1, rounds=1))
+    monkeypatch.setattr(choosing, "load_pipeline", pipeline)
+
+    def costs(
+        pipe: Any, subject: Any, conditions: Any, inputs: Any, rounds: int
+    ) -> Any:  # test_run.py has the true ones
+        return {c.name: {"ms a step": 1.0, "of stock": 1.25, "peak MiB": 3.0} for c in conditions}
+
+    monkeypatch.setattr(choosing, "costs", costs)
     monkeypatch.setenv("COLUMNS", "200")
 
 
@@ -104,7 +119,7 @@ def test_the_study(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert against[control]["present"].keys() == {"captions", "mean"}
     difference = figures["report"][control]["present"]["mean"] - against["stock"]["present"]["mean"]
     assert against["stock"]["present"]["difference"] == pytest.approx(-difference)
-    assert figures["costs"][control]["of stock"] > 0 and "positive control: Attend-and-Excite" in ran.output
+    assert table[3].endswith(" | 1.25 | 3 |") and "positive control: Attend-and-Excite" in ran.output
     # A second run draws nothing anew.
     monkeypatch.setattr("sdattn_fast.evaluation.run.draw_batch", None)
     monkeypatch.setattr(recipes, "prices", lambda *args: figures["costs"])
