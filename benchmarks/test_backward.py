@@ -5,8 +5,6 @@ Paired: each round runs all of them in turn. No test asserts a time; `extra_info
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import pytest
@@ -16,6 +14,7 @@ from torch import Tensor
 
 from sdattn_fast import Program, Refinement, SalienceDropout, semantic_attention
 from sdattn_fast.backend import cpu
+from sdattn_fast.measure.timing import alternate
 
 pytestmark = pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
 
@@ -42,20 +41,6 @@ def _text(content: int) -> dict[str, Tensor]:
     return {"gate": gate, "phrases": phrases} | ({} if content == TOKENS else {"protected": protected})
 
 
-def _paired(calls: dict[str, Callable[[], object]], seconds: float = 2.0) -> dict[str, float]:
-    """Median seconds of each call, taken in turn."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(next(iter(times.values()))) < 5:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 def _both_ways(function: Callable[..., Tensor], inputs: list[Tensor], grad: Tensor) -> Callable[[], object]:
     return lambda: torch.autograd.grad(function(*inputs), inputs, grad)
 
@@ -68,7 +53,7 @@ def test_forward_and_backward_against_sdpa(benchmark, shape, dtype):
     calls = {"sdpa": _both_ways(F.scaled_dot_product_attention, inputs, grad)}
     for n, text in texts.items():
         calls[f"{n}_content"] = _both_ways(lambda *x, text=text: semantic_attention(*x, FULL, **text), inputs, grad)
-    medians = _paired(calls)
+    medians = alternate(calls, seconds=2.0 / len(calls))
     benchmark.extra_info["sdpa_ms"] = round(medians["sdpa"] * 1e3, 3)
     for name in list(calls)[1:]:
         benchmark.extra_info[f"{name}_ratio"] = round(medians[name] / medians["sdpa"], 3)
@@ -84,7 +69,7 @@ def test_forward_and_backward_against_the_compiled_reference(benchmark, shape):
         "reference": _both_ways(compiled, inputs, grad),
         "kernel": _both_ways(lambda *x: semantic_attention(*x, FULL, **text), inputs, grad),
     }
-    medians = _paired(calls)
+    medians = alternate(calls, seconds=2.0 / len(calls))
     benchmark.extra_info["compiled_reference_ms"] = round(medians["reference"] * 1e3, 3)
     benchmark.extra_info["kernel_ratio"] = round(medians["kernel"] / medians["reference"], 4)
     benchmark.pedantic(calls["kernel"], rounds=5, warmup_rounds=1)

@@ -8,14 +8,14 @@ call's tensors take at the most, over the weights. No test asserts a figure.
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+from sdattn_fast.measure.timing import alternate
 
 pytest.importorskip("diffusers")
 
@@ -83,13 +83,7 @@ def test_a_correction(benchmark, peak_mib, dtype):
     if dtype == torch.float32:
         gradient = plain()
         torch.testing.assert_close(ours(True), gradient, rtol=1e-2, atol=1e-2 * float(gradient.abs().max()))
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(5):
-        for way, call in ways.items():
-            start = time.perf_counter()
-            call()
-            times[way].append(time.perf_counter() - start)
-    medians = {way: statistics.median(taken) for way, taken in times.items()}
+    medians = alternate(ways, seconds=0)
     benchmark.extra_info["rows"] = {
         way: {
             "ms": round(1e3 * medians[way]),

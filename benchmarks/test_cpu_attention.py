@@ -7,8 +7,6 @@ Run one instruction set with SDATTN_FAST_ISA=avx2 (or avx512, portable).
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import pytest
@@ -17,6 +15,7 @@ import torch.nn.functional as F
 
 from sdattn_fast import Program, Refinement, SalienceDropout
 from sdattn_fast.backend import cpu
+from sdattn_fast.measure.timing import alternate
 from sdattn_fast.plan import RowPlan, TokenSide, make_plan
 from sdattn_fast.reference import reference_attention
 
@@ -45,20 +44,6 @@ def _side(h: int, content: int) -> TokenSide:
     )
 
 
-def _paired(calls: dict[str, Callable[[], object]], seconds: float = 2.0) -> dict[str, float]:
-    """Median seconds of each call, taken in turn."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        call()
-    end = time.perf_counter() + seconds
-    while time.perf_counter() < end or len(times["sdpa"]) < 5:
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", SHAPES)
 def test_program_against_sdpa(benchmark, shape, dtype):
@@ -73,7 +58,7 @@ def test_program_against_sdpa(benchmark, shape, dtype):
     calls = {"sdpa": lambda: F.scaled_dot_product_attention(query, key, value)}
     calls["empty"] = kernel(make_plan(Program(), _side(h, 15)).rows)
     calls |= {name: kernel(rows) for name, rows in plans.items()}
-    medians = _paired(calls)
+    medians = alternate(calls, seconds=2.0 / len(calls))
     benchmark.extra_info["sdpa_ms"] = round(medians["sdpa"] * 1e3, 3)
     for name in list(calls)[1:]:
         benchmark.extra_info[f"{name}_ratio"] = round(medians[name] / medians["sdpa"], 3)
@@ -92,7 +77,7 @@ def test_program_against_compiled_reference(benchmark, shape):
         return compiled(query, key, value, FULL, gate=side.gate, phrases=side.phrases, protected=side.protected)
 
     calls = {"sdpa": reference, "kernel": lambda: cpu.attention(query, key, value, None, d**-0.5, rows)}
-    medians = _paired(calls)
+    medians = alternate(calls, seconds=2.0 / len(calls))
     benchmark.extra_info["compiled_reference_ms"] = round(medians["sdpa"] * 1e3, 3)
     benchmark.extra_info["kernel_ratio"] = round(medians["kernel"] / medians["sdpa"], 4)
     benchmark.pedantic(calls["kernel"], rounds=5, warmup_rounds=1)
@@ -111,7 +96,7 @@ def test_any_k(benchmark, tokens, ratio):
         "empty": lambda: cpu.attention(query, key, value, None, 40**-0.5, none),
         "kernel": lambda: cpu.attention(query, key, value, None, 40**-0.5, rows),
     }
-    medians = _paired(calls)
+    medians = alternate(calls, seconds=2.0 / len(calls))
     benchmark.extra_info["k"] = rows.max_drop
     benchmark.extra_info["kernel_ratio"] = round(medians["kernel"] / medians["sdpa"], 3)
     benchmark.extra_info["of_empty"] = round(medians["kernel"] / medians["empty"], 3)

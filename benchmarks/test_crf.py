@@ -7,8 +7,6 @@ pydensecrf2`), whose marginals are compared with the exact ones as well. Taken i
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 
 import numpy as np
@@ -17,6 +15,7 @@ import torch
 
 from sdattn_fast.backend import cpu
 from sdattn_fast.guidance.crf import PairwiseBilateral, PairwiseGaussian, dense_crf
+from sdattn_fast.measure.timing import alternate
 
 pytestmark = pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
 
@@ -45,16 +44,6 @@ def _by_lattice(unary: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     return torch.from_numpy(np.array(crf.inference(ITERATIONS))).view(labels, height, width)
 
 
-def _paired(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, float]:
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(rounds):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    return {name: statistics.median(t) for name, t in times.items()}
-
-
 @pytest.mark.parametrize("height, width, labels", [(240, 320, 21), (128, 128, 5), (64, 64, 5)])
 def test_against_the_lattice(benchmark, height, width, labels):
     unary, image = _scene(height, width, labels)
@@ -64,7 +53,7 @@ def test_against_the_lattice(benchmark, height, width, labels):
         calls["lattice"] = lambda: _by_lattice(unary, image)
     except ImportError:
         lattice = None
-    medians = _paired(calls, rounds=3)
+    medians = alternate(calls, seconds=0, least=3)
     benchmark.extra_info.update({f"{name}_ms": round(t * 1e3) for name, t in medians.items()})
     if lattice is not None:
         exact = dense_crf(unary, image, PAIRWISE, iterations=ITERATIONS)
@@ -79,12 +68,12 @@ def test_quarter_side_against_float64(benchmark):
     exact = dense_crf(unary.double(), image, PAIRWISE, iterations=ITERATIONS)
     got = dense_crf(unary, image, PAIRWISE, iterations=ITERATIONS, backend="cpu")
     benchmark.extra_info["largest_error"] = f"{float((got - exact).abs().max()):.1e}"
-    medians = _paired(
+    medians = alternate(
         {
             name: lambda name=name: dense_crf(unary, image, PAIRWISE, iterations=2, backend=name)
             for name in ("cpu", "reference")
         },
-        rounds=5,
+        seconds=0,
     )
     benchmark.extra_info["kernel_over_plain_torch_ratio"] = round(medians["cpu"] / medians["reference"], 3)
     benchmark.pedantic(lambda: dense_crf(unary, image, PAIRWISE, backend="cpu"), rounds=3)

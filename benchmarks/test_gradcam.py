@@ -8,8 +8,6 @@ memory is what a call's tensors take at the most, over the weights. No test asse
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from sdattn_fast import Program, Refinement, SalienceDropout
+from sdattn_fast.measure.timing import alternate
 
 pytest.importorskip("diffusers")
 
@@ -86,13 +85,7 @@ def test_a_relevance_map(benchmark, peak_mib, layers):
     }
     for patched_map, stored_map in zip(patched_maps(Program()), stored(), strict=True):
         torch.testing.assert_close(patched_map, stored_map, rtol=1e-3, atol=1e-3 * float(stored_map.max()))
-    times: dict[str, list[float]] = {way: [] for way in ways}
-    for _ in range(5):
-        for way, call in ways.items():
-            start = time.perf_counter()
-            call()
-            times[way].append(time.perf_counter() - start)
-    medians = {way: statistics.median(taken) for way, taken in times.items()}
+    medians = alternate(ways, seconds=0)
     benchmark.extra_info["rows"] = {
         way: {
             "ms": round(1e3 * medians[way]),

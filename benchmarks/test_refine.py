@@ -6,15 +6,13 @@ Paired, 15 content tokens of 77, sigma 1. The reference keeps several maps of (B
 
 from __future__ import annotations
 
-import statistics
-import time
-
 import pytest
 import torch
 import torch.nn.functional as F
 
 from sdattn_fast import Program, Refinement, SalienceDropout, semantic_attention
 from sdattn_fast.backend import cpu
+from sdattn_fast.measure.timing import alternate
 
 pytestmark = pytest.mark.skipif(cpu.availability() is not None, reason=str(cpu.availability()))
 
@@ -41,13 +39,7 @@ def test_rounds(benchmark, axis, steps, shape):
         "cpu": lambda: semantic("cpu"),
         "reference": lambda: semantic("reference"),
     }
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(6):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            call()
-            times[name].append(time.perf_counter() - start)
-    medians = {name: statistics.median(t[1:]) for name, t in times.items()}
+    medians = alternate(calls, seconds=0)
     benchmark.extra_info["sdpa_ms"] = round(1e3 * medians["sdpa"], 3)
     benchmark.extra_info["share_of_sdpa_ratio"] = round(medians["cpu"] / medians["sdpa"], 3)
     benchmark.extra_info["share_of_reference_ratio"] = round(medians["cpu"] / medians["reference"], 4)

@@ -10,7 +10,7 @@ import numpy as np
 
 from ..guidance.recipe import Recipe
 from ..program import Program, Refinement, SalienceDropout
-from .conditions import STOCK, Condition, recipe_condition
+from .conditions import STOCK, Condition, conditions, recipe_condition
 from .peers import AttendAndExcite, Peer, SynGen
 
 __all__ = ["RESOLUTIONS", "SCALES", "STRENGTHS", "Kind", "peer_kinds", "recipe_kinds", "technique_kinds"]
@@ -54,11 +54,15 @@ class Kind:
 
 def technique_kinds() -> list[Kind]:
     """The techniques alone, each at several settings, but selective maps, which change no picture."""
-    clip, measures = ("scorer", "threshold"), ("present", "bound")
+    kinds: dict[str, list[Condition]] = {}
+    for condition in conditions():
+        if condition.technique not in ("selective maps", "pair", "sketch", "recipe", "peer", STOCK):
+            kinds.setdefault(condition.technique, []).append(condition)
 
     def programs(name: str, programs: Mapping[str, Program]) -> list[Condition]:
         return [Condition(f"{name}, {setting}", name, program=program) for setting, program in programs.items()]
 
+    # These have settings of their own to search.
     dropout = {
         f"{mode} {ratio:g}": Program(SalienceDropout(ratio, mode=mode), renormalize="content")
         for mode in ("topk", "random")
@@ -71,29 +75,14 @@ def technique_kinds() -> list[Kind]:
         for axis in ("token", "space")
         for threshold in (0.1, 0.3, 0.7)
     }
-    corrections = [
+    kinds["salience dropout"] = programs("salience dropout", dropout)
+    kinds["NMS with smoothing"] = programs("NMS with smoothing", nms)
+    kinds["GradCAM"] = [
         Condition(f"GradCAM, {how} {strength:g}", "GradCAM", correct={"how": how, "strength": strength})
         for how, strengths in (("gradient", (0.02, 0.05, 0.1)), ("reweight", (0.5, 1.0)))
         for strength in strengths
     ]
-    kinds = {
-        "semantic gate": [
-            Condition(f"gate, {mode}", "semantic gate", clip, gate={"how": mode})
-            for mode in ("hard", "soft", "amplify")
-        ],
-        "phrase fusion": [
-            Condition(f"phrases, {fuse}", "phrase fusion", fuse=fuse) for fuse in ("all", "adjective-noun")
-        ],
-        "head selection": [
-            Condition("heads, others zero", "head selection", ("heads",), patch={"inactive_heads": "zero"})
-        ],
-        "salience dropout": programs("salience dropout", dropout),
-        "NMS with smoothing": programs("NMS with smoothing", nms),
-        "GradCAM": corrections,
-        "structure refinement": [Condition("structure", "structure refinement", structure=True)],
-        "CLIP-rewarded tuning": [Condition("tuned", "CLIP-rewarded tuning", ("tuned",), tuned=True)],
-    }
-    return [Kind(name, conditions, measures, or_stock=False) for name, conditions in kinds.items()]
+    return [Kind(name, searched, ("present", "bound"), or_stock=False) for name, searched in kinds.items()]
 
 
 def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:

@@ -6,7 +6,8 @@ from what follows.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping, Set
+from typing import Any
 
 from torch import nn
 
@@ -40,9 +41,16 @@ def may_end_early(model: PatchedModel, hooks: Set[int]) -> bool:
         return False
     if any_global_hook() or any(one._forward_hooks.keys() - hooks or _is_wrapped(one) for one in model.around):
         return False
-    if model.compiled_inside or is_compiled(model.around) or getattr(module, "is_gradient_checkpointing", False):
+    if model.compiled_inside or is_compiled(model.around):
         return False
-    return not any(hasattr(one, "_hf_hook") or hasattr(one, "_diffusers_hook") for one in module.modules())
+    return not any(_waits(vars(one)) for one in module.modules())
+
+
+def _waits(attributes: Mapping[str, Any]) -> bool:
+    """Of a module: whether it is offloaded or checkpointed. Asked of every one before a correction, so in a hurry."""
+    return (
+        "_hf_hook" in attributes or "_diffusers_hook" in attributes or attributes.get("gradient_checkpointing", False)
+    )
 
 
 def _is_wrapped(module: nn.Module) -> bool:

@@ -3,7 +3,9 @@ each kind is reported on others, from the same noise. What is drawn is kept: a r
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,7 @@ from ..evaluation.world_subjects import world_subject
 from ..lab.pipeline import WORLDS, load_pipeline
 from ..measure.paired import cell_text, summary, summary_table
 
-__all__ = ["MEASURES", "Choosing", "check_counts", "differences_table", "prices"]
+__all__ = ["MEASURES", "Choosing", "check_counts", "differences_table", "keep_results", "prices"]
 
 MEASURES = ("present", "bound", "all right")
 
@@ -60,6 +62,20 @@ class Choosing:
         for left_out, why in evaluation.left_out.items():
             self.console.print(f"left out {left_out}: {why}")
         return evaluation, figures
+
+
+def keep_results(
+    study: Choosing,
+    name: str,
+    tables: str,
+    best: Mapping[str, Condition],
+    **figures: dict[str, Any],
+) -> None:
+    """Show the tables, and write them and all figures into the study's folder, as files of this name."""
+    study.console.print(tables, soft_wrap=True)
+    (study.folder / f"{name}.md").write_text(tables)
+    chosen = {kind: asdict(condition) for kind, condition in best.items()}
+    (study.folder / f"{name}.json").write_text(json.dumps({"chosen": chosen, **figures}, indent=1, default=str) + "\n")
 
 
 def check_counts(world: str, choose: int, report: int) -> None:

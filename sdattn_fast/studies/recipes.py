@@ -10,8 +10,6 @@ A world in which it does not help measures nothing. `--control-only` leaves out 
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -20,7 +18,7 @@ import typer
 from ..evaluation.conditions import STOCK
 from ..evaluation.search import RESOLUTIONS, SCALES, STRENGTHS, peer_kinds, recipe_kinds
 from ..measure.paired import cell_text, summary
-from .choosing import MEASURES, Choosing, check_counts, differences_table, prices
+from .choosing import MEASURES, Choosing, check_counts, differences_table, keep_results, prices
 
 _CONTROL = "Attend-and-Excite"
 _PEERS = (_CONTROL, "SynGen")
@@ -57,16 +55,8 @@ def _recipes(
     costs = prices(study, reported)
     peers = {best[name].name: summary(reported.results(), MEASURES, best[name].name) for name in _PEERS if name in best}
     tables = differences_table(report_figures, costs) + "".join(_compared_with(*peer) for peer in peers.items())
-    study.console.print(tables, soft_wrap=True)
-    (folder / "recipes.md").write_text(tables)
-    figures = {
-        "chosen": {name: asdict(condition) for name, condition in best.items()},
-        "search": search_figures,
-        "report": report_figures,
-        "compared with peers": peers,
-        "costs": costs,
-    }
-    (folder / "recipes.json").write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    figures = {"search": search_figures, "report": report_figures, "compared with peers": peers, "costs": costs}
+    keep_results(study, "recipes", tables, best, **figures)
 
 
 def _compared_with(peer: str, figures: dict[str, Any]) -> str:

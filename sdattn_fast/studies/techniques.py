@@ -7,8 +7,7 @@ was stopped goes on. With torchrun, processes share the work.
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -20,7 +19,7 @@ from ..evaluation.world_subjects import world_subject
 from ..files import ProgramFile, load_heads
 from ..guidance.clip_score import ClipScorer
 from ..lab.pipeline import world_path
-from .choosing import Choosing, check_counts, differences_table, prices
+from .choosing import Choosing, check_counts, differences_table, keep_results, prices
 
 
 def _techniques(
@@ -63,15 +62,7 @@ def _techniques(
         return
     costs = prices(study, reported)
     table = differences_table(report_figures, costs)
-    study.console.print(table, soft_wrap=True)
-    (folder / "techniques.md").write_text(table)
-    figures = {
-        "chosen": {name: asdict(condition) for name, condition in best.items()},
-        "search": search_figures,
-        "report": report_figures,
-        "costs": costs,
-    }
-    (folder / "techniques.json").write_text(json.dumps(figures, indent=1, default=str) + "\n")
+    keep_results(study, "techniques", table, best, search=search_figures, report=report_figures, costs=costs)
 
 
 def _known(study: Choosing, needs: tuple[str, ...]) -> bool:

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from sdattn_fast.cli import main
+from sdattn_fast.evaluation.world_subjects import world_subject
 from sdattn_fast.files import ProgramFile, load_heads
-from sdattn_fast.lab.shapes.captions import selection_captions
 from sdattn_fast.prompts import Prompt, read_prompts, words_to_find
 
 pytest.importorskip("optuna")
@@ -45,7 +45,7 @@ def _one_loading():
 
 def test_heads_by_masks(run, folder):
     captions = folder / "captions.txt"
-    captions.write_text("\n".join(selection_captions(16)))
+    captions.write_text("\n".join(world_subject("shapes", 16, choosing=True).prompts))
     code, out, err = run(
         "heads", "--prompts", captions, "--steps", "4", "--batch", "16", "--out", folder / "heads.json"
     )

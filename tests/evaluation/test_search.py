@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import typer
 from typer.testing import CliRunner
 
 from sdattn_fast.evaluation.conditions import conditions
@@ -60,6 +61,13 @@ def test_the_best_of_each_kind_is_chosen() -> None:
         peer.best({"stock": rows(0.9, 0.9)})
 
 
+def invoked(study: Any, folder: Path, *options: str) -> Any:
+    """The study's command line."""
+    app = typer.Typer()
+    app.command()(study)
+    return CliRunner().invoke(app, [str(folder), *options], catch_exceptions=False)
+
+
 @pytest.fixture(scope="module")
 def pipeline() -> Any:
     """`load_pipeline` of a pipeline that is loaded once."""
@@ -94,14 +102,10 @@ def few_steps(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_study(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import typer
-
     from sdattn_fast.studies import recipes
 
-    app = typer.Typer()
-    app.command()(recipes._recipes)
     options = "--world shapes --choose 1 --report 2 --strength 0.1 --scale 0.5 --resolution 16".split()
-    ran = CliRunner().invoke(app, [str(tmp_path), *options], catch_exceptions=False)
+    ran = invoked(recipes._recipes, tmp_path, *options)
     assert ran.exit_code == 0
     figures = json.loads((tmp_path / "recipes.json").read_text())
     assert (
@@ -123,8 +127,8 @@ def test_the_study(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     # A second run draws nothing anew.
     monkeypatch.setattr("sdattn_fast.evaluation.run.draw_batch", None)
     monkeypatch.setattr(recipes, "prices", lambda *args: figures["costs"])
-    assert CliRunner().invoke(app, [str(tmp_path), *options], catch_exceptions=False).exit_code == 0
-    bad = CliRunner().invoke(app, [str(tmp_path), "--report", "1"])
+    assert invoked(recipes._recipes, tmp_path, *options).exit_code == 0
+    bad = invoked(recipes._recipes, tmp_path, "--report", "1")
     assert bad.exit_code == 2
 
 
@@ -141,15 +145,11 @@ def test_techniques_are_searched_alone() -> None:
 
 
 def test_the_study_of_techniques(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import typer
-
     from sdattn_fast.studies import techniques
 
     monkeypatch.setattr(techniques, "gate_threshold", lambda *args: 0.1)
-    app = typer.Typer()
-    app.command()(techniques._techniques)
     options = "--world shapes --choose 1 --report 2 --heads docs/shapes/chosen-heads.json".split()
-    ran = CliRunner().invoke(app, [str(tmp_path), *options], catch_exceptions=False)
+    ran = invoked(techniques._techniques, tmp_path, *options)
     assert ran.exit_code == 0
     figures = json.loads((tmp_path / "techniques.json").read_text())
     assert set(figures["chosen"]) == {kind.name for kind in technique_kinds()} - {"CLIP-rewarded tuning"}

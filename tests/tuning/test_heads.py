@@ -10,9 +10,10 @@ import pytest
 import torch
 from PIL import Image
 
+from sdattn_fast.evaluation.world_subjects import world_subject
 from sdattn_fast.files import load_heads
 from sdattn_fast.guidance.clip_score import ClipScorer
-from sdattn_fast.lab.shapes.captions import held_out_captions, objects_of, selection_captions, words_of_objects
+from sdattn_fast.lab.shapes.captions import objects_of, words_of_objects
 from sdattn_fast.lab.shapes.judge import bound_objects
 from sdattn_fast.lab.shapes.world import sample_scene
 from sdattn_fast.tuning import (
@@ -206,14 +207,13 @@ def test_captions_of_the_world_are_understood():
         assert objects_of(scene.caption) == [(o.colour, o.shape) for o in scene.objects]
         assert bound_objects([scene.caption], [scene.image])[0] == 1.0
     assert words_of_objects("a red star, a blue circle and a pink star") == ["star", "circle", "star (2)"]
-    assert not set(selection_captions(64)) & set(held_out_captions(64))
+    chosen_on, reported = world_subject("shapes", 64, choosing=True), world_subject("shapes", 64)
+    assert not set(chosen_on.prompts) & set(reported.prompts)
     assert bound_objects(["a red circle and a blue star"], [np.full((64, 64, 3), 128, np.uint8)])[0] == 0
 
 
 @pytest.mark.parametrize("world", ["shapes", "objects"])
 def test_masks_of_true_scenes_are_the_objects(world):
-    from sdattn_fast.evaluation.world_subjects import world_subject
-
     subject = world_subject(world, 6, choosing=True)
     for i, scene in enumerate(subject.scenes):
         masks = subject.masks(i, scene.image)
@@ -232,7 +232,6 @@ def test_the_study(tmp_path, monkeypatch):
     import typer
     from typer.testing import CliRunner
 
-    from sdattn_fast.evaluation.world_subjects import world_subject
     from sdattn_fast.studies import heads
 
     def with_few_steps(*args, **how):

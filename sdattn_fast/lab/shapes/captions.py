@@ -6,10 +6,7 @@ import re
 
 from .world import COLOURS, SHAPES, ShapesScene, sample_scene
 
-__all__ = [
-    "HELD_OUT_SEED", "SELECTION_SEED", "held_out_captions", "held_out_scenes", "objects_of", "phrases_of",
-    "selection_captions", "words_of_objects",
-]  # fmt: skip
+__all__ = ["HELD_OUT_SEED", "SELECTION_SEED", "held_out_scenes", "objects_of", "phrases_of", "words_of_objects"]
 
 HELD_OUT_SEED = 50_000_000
 SELECTION_SEED = 60_000_000
@@ -30,16 +27,6 @@ def words_of_objects(caption: str) -> list[str]:
 def phrases_of(caption: str) -> list[str]:
     """ "a red circle" for each object."""
     return [f"a {colour} {shape}" for colour, shape in objects_of(caption)]
-
-
-def selection_captions(count: int) -> list[str]:
-    """Captions of pairs seen in training, to choose on; what is reported is measured on held-out ones."""
-    return [sample_scene(SELECTION_SEED + i, objects=1 + i % 3).caption for i in range(count)]
-
-
-def held_out_captions(count: int) -> list[str]:
-    """Captions of pairs that no training scene has, to report on."""
-    return [scene.caption for scene in held_out_scenes(count)]
 
 
 def held_out_scenes(count: int, held_out: bool = True, first: int = HELD_OUT_SEED) -> list[ShapesScene]:
