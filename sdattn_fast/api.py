@@ -62,7 +62,7 @@ def apply(
         heads: Indices of the active heads of every layer; or {name or pattern: indices}, where layers left out keep all
             heads; or the path of a file that `sdattn-fast heads` wrote. None: all heads.
         inactive_heads: "plain": inactive heads get plain attention. "zero": their output is zero, which ruined the
-            pictures of our small test model (docs/evaluation.md).
+            pictures of one of our test models and changed nothing on the other (docs/evaluation.md).
         gate: Tensor, bool or floating, finite and >= 0, of factors for the content tokens: 0 mutes a token, more than 1
             boosts it. Shape (N,) for all prompts, (P, N) for P prompts, (A, N) for the A active entries (prompts times
             images per prompt) or (B, N) for the UNet's whole batch; a gate for each head is (P, H, N), (A, H, N) or (B,

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -31,6 +31,7 @@ from .peers import Peer, peers
 from .sketches import RandomMasks
 
 __all__ = [
+    "CONTROL",
     "Callbacks",
     "Condition",
     "ConditionInputs",
@@ -41,6 +42,7 @@ __all__ = [
 ]
 
 STOCK = "stock"
+CONTROL = "control"
 
 
 @dataclass(frozen=True)
@@ -65,11 +67,11 @@ class ConditionInputs:
 
 @dataclass(frozen=True)
 class Condition:
-    """name: as the report calls it. technique: which of the nine, "pair", "sketch", "recipe" or "peer". needs: fields
-    of `ConditionInputs` that it cannot do without. program, patch: keywords of `apply`. gate, correct: of `ClipGate`
-    and `Correction`. fuse: of `phrase_ids`. structure: with `Structure`. tuned: the program is `ConditionInputs.tuned`.
-    sketch: "masks" on logits, or "unprotected". peer: what draws, in place of the pipeline; then all of the above but
-    the names is unused."""
+    """name: as the report calls it. technique: which of the nine, "control", "pair", "sketch", "recipe" or "peer".
+    needs: fields of `ConditionInputs` that it cannot do without. program, patch: keywords of `apply`. gate, correct: of
+    `ClipGate` and `Correction`. fuse: of `phrase_ids`. structure: with `Structure`. tuned: the program, guidance scale
+    and number of steps are those of `ConditionInputs.tuned`; "options": the last two alone. sketch: "masks" on logits,
+    or "unprotected". peer: what draws, in place of the pipeline; then all of the above but the names is unused."""
 
     name: str
     technique: str
@@ -80,7 +82,7 @@ class Condition:
     correct: Mapping[str, Any] | None = None
     fuse: str | None = None
     structure: bool = False
-    tuned: bool = False
+    tuned: bool | Literal["options"] = False
     sketch: str | None = None
     peer: Peer | None = None
 
@@ -119,6 +121,7 @@ def conditions() -> list[Condition]:
         Condition("structure", "structure refinement", structure=True),
         Condition("maps", "selective maps"),
         Condition("tuned", "CLIP-rewarded tuning", ("tuned",), tuned=True),
+        Condition("stock, tuned guidance", CONTROL, ("tuned",), tuned="options"),
         Condition("dropout + NMS", "pair", program=both),
         Condition("dropout + NMS, chosen heads", "pair", ("heads",), program=both),
         Condition("phrases + GradCAM", "pair", fuse="adjective-noun", correct=gradient),
@@ -196,7 +199,7 @@ class Callbacks:
 def _patch(condition: Condition, pipe: Any, inputs: ConditionInputs) -> Patch:
     keywords: dict[str, Any] = dict(condition.patch)
     program: Any = condition.program
-    if condition.tuned:
+    if condition.tuned is True:
         program = inputs.tuned
     if "heads" in condition.needs:
         keywords["heads"] = inputs.heads

@@ -152,8 +152,8 @@ def canny_edges(picture: Tensor, low: float = 0.2, high: float = 0.5, sigma: flo
 class Structure:
     """Structure refinement during sampling: `refine_latents` as a ``callback_on_step_end``.
 
-    On our small test model the words' maps fit their objects better with it, but fewer objects had their colours
-    (docs/evaluation.md). As a context manager it ends with `remove`.
+    On one of our test models the words' maps fit their objects better with it, but fewer objects had their colours; on
+    the other the objects did not change (docs/evaluation.md). As a context manager it ends with `remove`.
 
     Args:
         patch: A patch of a pipeline, with `capture`.

@@ -20,7 +20,7 @@ from ..evaluation.world_subjects import world_subject
 from ..lab.pipeline import WORLDS, load_pipeline
 from ..measure.paired import cell_text, summary, summary_table
 
-__all__ = ["MEASURES", "Choosing", "check_counts", "differences_table", "keep_results", "prices"]
+__all__ = ["MEASURES", "Choosing", "check_counts", "comparison_table", "differences_table", "keep_results", "prices"]
 
 MEASURES = ("present", "bound", "all right")
 
@@ -102,3 +102,14 @@ def differences_table(figures: dict[str, Any], costs: dict[str, Any]) -> str:
         texts = [name, *map(cell_text, cells.values())]
         lines.append(f"| {' | '.join(texts)} | {costs[name]['of stock']:.2f} | {costs[name]['peak MiB']:.0f} |")
     return "\n".join(lines) + "\n"
+
+
+def comparison_table(base: str, figures: dict[str, Any]) -> str:
+    """Of `summary`, as Markdown: every condition but stock and the base, its differences to the base."""
+    rows = [
+        f"| {name} | {' | '.join(map(cell_text, cells.values()))} |\n"
+        for name, cells in figures.items()
+        if name not in (STOCK, base)
+    ]
+    head = f"\n| compared with {base} | {' | '.join(MEASURES)} |\n|{' --- |' * (len(MEASURES) + 1)}\n"
+    return head + "".join(rows) if rows else ""

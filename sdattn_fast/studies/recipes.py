@@ -15,10 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
-from ..evaluation.conditions import STOCK
 from ..evaluation.search import RESOLUTIONS, SCALES, STRENGTHS, peer_kinds, recipe_kinds
-from ..measure.paired import cell_text, summary
-from .choosing import MEASURES, Choosing, check_counts, differences_table, keep_results, prices
+from ..measure.paired import summary
+from .choosing import MEASURES, Choosing, check_counts, comparison_table, differences_table, keep_results, prices
 
 _CONTROL = "Attend-and-Excite"
 _PEERS = (_CONTROL, "SynGen")
@@ -54,20 +53,9 @@ def _recipes(
     _say_control(study.console, report_figures[best[_CONTROL].name]["present"])
     costs = prices(study, reported)
     peers = {best[name].name: summary(reported.results(), MEASURES, best[name].name) for name in _PEERS if name in best}
-    tables = differences_table(report_figures, costs) + "".join(_compared_with(*peer) for peer in peers.items())
+    tables = differences_table(report_figures, costs) + "".join(comparison_table(*peer) for peer in peers.items())
     figures = {"search": search_figures, "report": report_figures, "compared with peers": peers, "costs": costs}
     keep_results(study, "recipes", tables, best, **figures)
-
-
-def _compared_with(peer: str, figures: dict[str, Any]) -> str:
-    """A table of every condition but stock and the peer: its differences to the peer's."""
-    rows = [
-        f"| {name} | {' | '.join(map(cell_text, cells.values()))} |\n"
-        for name, cells in figures.items()
-        if name not in (STOCK, peer)
-    ]
-    head = f"\n| compared with {peer} | {' | '.join(MEASURES)} |\n|{' --- |' * (len(MEASURES) + 1)}\n"
-    return head + "".join(rows) if rows else ""
 
 
 def _say_control(console: Any, cell: dict[str, Any]) -> None:

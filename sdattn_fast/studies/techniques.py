@@ -1,8 +1,8 @@
 """Each technique alone, at its best setting: `python -m sdattn_fast.studies.techniques FOLDER`.
 
 Every technique draws captions to choose on, at several settings; the best of each draws other captions, beside stock,
-from the same noise. Selective maps change no picture, and are left out. What is drawn is kept in the folder: a run that
-was stopped goes on. With torchrun, processes share the work.
+from the same noise. Selective maps change no picture, and are left out; a tuned program has stock at its guidance scale
+beside it. What is drawn is kept in the folder: a run that was stopped goes on. With torchrun, processes share the work.
 """
 
 from __future__ import annotations
@@ -13,13 +13,17 @@ from typing import Annotated
 
 import typer
 
+from ..evaluation.conditions import CONTROL, conditions
 from ..evaluation.search import technique_kinds
 from ..evaluation.threshold import gate_threshold
 from ..evaluation.world_subjects import world_subject
 from ..files import ProgramFile, load_heads
 from ..guidance.clip_score import ClipScorer
 from ..lab.pipeline import world_path
-from .choosing import Choosing, check_counts, differences_table, keep_results, prices
+from ..measure.paired import summary
+from .choosing import MEASURES, Choosing, check_counts, comparison_table, differences_table, keep_results, prices
+
+_TUNING = "CLIP-rewarded tuning"
 
 
 def _techniques(
@@ -57,12 +61,19 @@ def _techniques(
     )
     kinds = [kind for kind in technique_kinds() if all(_known(study, c.needs) for c in kind.conditions)]
     best, search_figures = study.best(kinds, choose)
-    reported, report_figures = study.evaluated("report", list(best.values()), report)
+    controls = [c for c in conditions() if c.technique == CONTROL and _known(study, c.needs)]
+    reported, report_figures = study.evaluated("report", [*best.values(), *controls], report)
     if not study.state.is_main_process:
         return
     costs = prices(study, reported)
-    table = differences_table(report_figures, costs)
-    keep_results(study, "techniques", table, best, search=search_figures, report=report_figures, costs=costs)
+    results = reported.results()
+    against = {
+        c.name: summary({name: results[name] for name in (c.name, best[_TUNING].name)}, MEASURES, c.name)
+        for c in controls
+    }
+    tables = differences_table(report_figures, costs) + "".join(comparison_table(*one) for one in against.items())
+    figures = {"search": search_figures, "report": report_figures, "compared with controls": against, "costs": costs}
+    keep_results(study, "techniques", tables, best, **figures)
 
 
 def _known(study: Choosing, needs: tuple[str, ...]) -> bool:

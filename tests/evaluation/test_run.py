@@ -17,7 +17,7 @@ pytest.importorskip("textblob")
 pytest.importorskip("kornia")
 
 from sdattn_fast import Program, SalienceDropout
-from sdattn_fast.evaluation.conditions import STOCK, Condition, ConditionInputs, conditions
+from sdattn_fast.evaluation.conditions import CONTROL, STOCK, Condition, ConditionInputs, conditions
 from sdattn_fast.evaluation.cost import costs
 from sdattn_fast.evaluation.peers import AttendAndExcite, InitialNoise, SynGen, peers
 from sdattn_fast.evaluation.report import verdict, write_report
@@ -65,7 +65,7 @@ def _named(*names: str) -> list[Condition]:
 
 def test_conditions_are_named_once_and_cover_the_nine() -> None:
     assert len(set(NAMES)) == len(NAMES) and NAMES[0] == STOCK
-    techniques = {c.technique for c in conditions()} - {STOCK, "pair", "sketch", "recipe", "peer"}
+    techniques = {c.technique for c in conditions()} - {STOCK, CONTROL, "pair", "sketch", "recipe", "peer"}
     assert techniques == {
         "semantic gate", "phrase fusion", "head selection", "salience dropout", "NMS with smoothing", "GradCAM",
         "structure refinement", "selective maps", "CLIP-rewarded tuning",
@@ -103,6 +103,20 @@ def test_every_condition_draws_and_leaves_no_trace(
     after = dict(pipe.unet.attn_processors)
     assert before.keys() == after.keys() and all(before[name] is after[name] for name in before)
     assert not pipe.unet._forward_hooks and not pipe.unet._forward_pre_hooks
+
+
+def test_the_control_of_tuning_has_its_options_and_not_its_program(
+    pipe: Any, world: ShapesWorld, inputs: ConditionInputs
+) -> None:
+    (control,) = [c for c in conditions() if c.technique == CONTROL]
+    batch_inputs = inputs_for(world, range(1), pipe, inputs)
+    (picture,), _ = draw_batch(pipe, control, batch_inputs, world, range(1))
+    assert inputs.tuned is not None and inputs.tuned.guidance_scale == 3.0
+    tuned = replace(inputs.tuned, program=Program())
+    (tuned_condition,) = _named("tuned")
+    (without,), _ = draw_batch(pipe, tuned_condition, replace(batch_inputs, tuned=tuned), world, range(1))
+    (other,), _ = draw_batch(pipe, tuned_condition, batch_inputs, world, range(1))
+    assert (picture == without).all() and (picture != other).any()
 
 
 def test_a_peer_draws_in_place_of_the_pipeline(
