@@ -32,6 +32,7 @@ from .sketches import RandomMasks
 
 __all__ = [
     "CONTROL",
+    "NOT_TECHNIQUES",
     "Callbacks",
     "Condition",
     "ConditionInputs",
@@ -43,6 +44,7 @@ __all__ = [
 
 STOCK = "stock"
 CONTROL = "control"
+NOT_TECHNIQUES = frozenset({STOCK, CONTROL, "pair", "sketch", "recipe", "peer"})  # what else `Condition.technique` says
 
 
 @dataclass(frozen=True)

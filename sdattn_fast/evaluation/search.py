@@ -10,7 +10,7 @@ import numpy as np
 
 from ..guidance.recipe import Recipe
 from ..program import Program, Refinement, SalienceDropout
-from .conditions import CONTROL, STOCK, Condition, conditions, recipe_condition
+from .conditions import NOT_TECHNIQUES, STOCK, Condition, conditions, recipe_condition
 from .peers import AttendAndExcite, Peer, SynGen
 
 __all__ = ["RESOLUTIONS", "SCALES", "STRENGTHS", "Kind", "peer_kinds", "recipe_kinds", "technique_kinds"]
@@ -56,7 +56,7 @@ def technique_kinds() -> list[Kind]:
     """The techniques alone, each at several settings, but selective maps, which change no picture."""
     kinds: dict[str, list[Condition]] = {}
     for condition in conditions():
-        if condition.technique not in ("selective maps", CONTROL, "pair", "sketch", "recipe", "peer", STOCK):
+        if condition.technique not in NOT_TECHNIQUES | {"selective maps"}:
             kinds.setdefault(condition.technique, []).append(condition)
 
     def programs(name: str, programs: Mapping[str, Program]) -> list[Condition]:

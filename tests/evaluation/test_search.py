@@ -11,7 +11,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from sdattn_fast.evaluation.conditions import conditions
+from sdattn_fast.evaluation.conditions import NOT_TECHNIQUES, conditions
 from sdattn_fast.evaluation.peers import AttendAndExcite, SynGen
 from sdattn_fast.evaluation.search import RESOLUTIONS, SCALES, peer_kinds, recipe_kinds, technique_kinds
 from sdattn_fast.files import ProgramFile
@@ -136,15 +136,7 @@ def test_the_study(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_techniques_are_searched_alone() -> None:
     kinds = {kind.name: kind for kind in technique_kinds()}
-    names = {c.technique for c in conditions()} - {
-        "stock",
-        "control",
-        "pair",
-        "sketch",
-        "recipe",
-        "peer",
-        "selective maps",
-    }
+    names = {c.technique for c in conditions()} - NOT_TECHNIQUES - {"selective maps"}
     assert set(kinds) == names
     every = [c for kind in kinds.values() for c in kind.conditions]
     assert len({c.name for c in every}) == len(every)
@@ -158,13 +150,32 @@ def test_the_study_of_techniques(few_steps: None, tmp_path: Path, monkeypatch: p
     from sdattn_fast.studies import techniques
 
     monkeypatch.setattr(techniques, "gate_threshold", lambda *args: 0.1)
+    options = "--world shapes --choose 1 --report 2 --heads docs/shapes/chosen-heads.json".split()
+    ran = invoked(techniques._techniques, tmp_path, *options)
+    assert ran.exit_code == 0
+    figures = json.loads((tmp_path / "techniques.json").read_text())
+    assert set(figures["chosen"]) == {kind.name for kind in technique_kinds()} - {"CLIP-rewarded tuning"}
+    assert (
+        set(figures["report"]) == set(figures["costs"]) == {"stock"} | {c["name"] for c in figures["chosen"].values()}
+    )
+    assert figures["compared with controls"] == {}
+    assert len((tmp_path / "techniques.md").read_text().splitlines()) == 2 + len(figures["report"])
+
+
+def test_the_study_of_a_tuned_program(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sdattn_fast.studies import techniques
+
+    # The kind that is tested, and another one.
+    kinds = [kind for kind in technique_kinds() if kind.name in ("CLIP-rewarded tuning", "phrase fusion")]
+    monkeypatch.setattr(techniques, "technique_kinds", lambda: kinds)
+    monkeypatch.setattr(techniques, "gate_threshold", lambda *args: 0.1)
     tuned = tmp_path / "tuned.json"
     ProgramFile(Program(), guidance_scale=2.0, num_inference_steps=2).save(tuned)
     options = f"--world shapes --choose 1 --report 2 --tuned {tuned}".split()
     ran = invoked(techniques._techniques, tmp_path, *options)
     assert ran.exit_code == 0
     figures = json.loads((tmp_path / "techniques.json").read_text())
-    assert set(figures["chosen"]) == {kind.name for kind in technique_kinds()} - {"head selection"}
+    assert set(figures["chosen"]) == {"CLIP-rewarded tuning", "phrase fusion"}
     control, reported = "stock, tuned guidance", {c["name"] for c in figures["chosen"].values()}
     assert set(figures["report"]) == set(figures["costs"]) == {"stock", control} | reported
     # The program is plain attention: what tuning changed is the guidance and the steps alone.
