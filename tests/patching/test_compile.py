@@ -69,7 +69,7 @@ def test_a_compiled_unet_compiles_nothing_for_another_prompt(how: str, build: An
         expected = [(draw(pipe, prompt), patch.maps[MID]) for prompt in PROMPTS]
         patch.update(gate=gate)
         expected.append((draw(pipe, PROMPTS[0]), patch.maps[MID]))
-    assert psnr(expected[-1][0], expected[0][0]) < 60
+    assert psnr(expected[-1][0], expected[0][0]) < 45
     torch._dynamo.reset()
     compiles = CompileCounter()
     if how == "wrapped":
@@ -84,8 +84,9 @@ def test_a_compiled_unet_compiles_nothing_for_another_prompt(how: str, build: An
         for prompt, (picture, maps) in zip((*PROMPTS, PROMPTS[0]), expected, strict=True):
             if maps is expected[-1][1]:
                 patch.update(gate=gate)
-            assert psnr(draw(pipe, prompt), picture) > 80
-            assert torch.allclose(patch.maps[MID], maps, atol=1e-4)
+            # Above 130 but where two probabilities are equal up to rounding: which one is dropped depends on the machine.
+            assert psnr(draw(pipe, prompt), picture) > 60
+            assert torch.allclose(patch.maps[MID], maps, atol=1e-3)
             # Of two blocks with different numbers of channels, each is compiled by itself.
             assert compiles.frame_count == (2 if how == "blocks" else 1)
         assert patch._models[0].text.cached.bytes() > 0
