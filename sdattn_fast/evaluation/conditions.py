@@ -24,9 +24,12 @@ from ..guidance.correction import Correction
 from ..guidance.objectives import Presence
 from ..guidance.phrases import NounPhrase, phrase_ids
 from ..guidance.recipe import RECIPES, Recipe
+from ..guidance.segregation import Segregation
 from ..guidance.structure import Structure
+from ..guidance.token_maps import TokenScore, WeightedScore
 from ..patching.patch import Patch
 from ..program import Capture, Program, Refinement, SalienceDropout
+from .alternatives import AttentionBias, Concentration, LearnedPresence
 from .peers import Peer, peers
 from .sketches import RandomMasks
 
@@ -44,7 +47,8 @@ __all__ = [
 
 STOCK = "stock"
 CONTROL = "control"
-NOT_TECHNIQUES = frozenset({STOCK, CONTROL, "pair", "sketch", "recipe", "peer"})  # what else `Condition.technique` says
+# What else `Condition.technique` says.
+NOT_TECHNIQUES = frozenset({STOCK, CONTROL, "pair", "sketch", "recipe", "peer", "alternative"})
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,8 @@ class ConditionInputs:
 
     phrases: each prompt's noun phrases; objects: those of them that are things to be drawn. words: of each prompt, the
     objects' words, as `Maps.per_word` names them. heads: {layer: indices}, of `sdattn-fast heads`. tuned: of
-    `sdattn-fast tune`. threshold: of the CLIP gate, calibrated. None: not known, and what needs it is left out.
+    `sdattn-fast tune`. threshold: of the CLIP gate, calibrated. network: a `PresenceNetwork`. None: not known, and
+    what needs it is left out.
     """
 
     prompts: Sequence[str]
@@ -65,15 +70,18 @@ class ConditionInputs:
     threshold: float | None = None
     heads: Mapping[str, Sequence[int]] | None = None
     tuned: ProgramFile | None = None
+    network: torch.nn.Module | None = None
 
 
 @dataclass(frozen=True)
 class Condition:
-    """name: as the report calls it. technique: which of the nine, "control", "pair", "sketch", "recipe" or "peer".
+    """name: as the report calls it. technique: which of the nine, or of `NOT_TECHNIQUES`.
     needs: fields of `ConditionInputs` that it cannot do without. program, patch: keywords of `apply`. gate, correct: of
-    `ClipGate` and `Correction`. fuse: of `phrase_ids`. structure: with `Structure`. tuned: the program, guidance scale
-    and number of steps are those of `ConditionInputs.tuned`; "options": the last two alone. sketch: "masks" on logits,
-    or "unprotected". peer: what draws, in place of the pipeline; then all of the above but the names is unused."""
+    `ClipGate` and `Correction`. score: {"presence", "segregation", "concentration" or "learned": weight}, what
+    corrections raise. bias: of `AttentionBias`. fuse: of `phrase_ids`. structure: with `Structure`. tuned: the program,
+    guidance scale and number of steps are those of `ConditionInputs.tuned`; "options": the last two alone. sketch:
+    "masks" on logits, or "unprotected". peer: what draws, in place of the pipeline; then all of the above but the names
+    is unused."""
 
     name: str
     technique: str
@@ -82,6 +90,8 @@ class Condition:
     patch: Mapping[str, Any] = field(default_factory=dict)
     gate: Mapping[str, Any] | None = None
     correct: Mapping[str, Any] | None = None
+    score: Mapping[str, float] = field(default_factory=lambda: {"presence": 1.0})
+    bias: Mapping[str, Any] | None = None
     fuse: str | None = None
     structure: bool = False
     tuned: bool | Literal["options"] = False
@@ -163,12 +173,16 @@ def apply_condition(condition: Condition, pipe: Any, inputs: ConditionInputs) ->
             callbacks.parts.append(
                 stack.enter_context(ClipGate(patch, list(inputs.prompts), inputs.scorer, phrases=objects, **gate))
             )
+        nouns = [[p.tokens("noun") for p in phrases] for phrases in inputs.objects]
+        if condition.bias is not None:
+            callbacks.parts.append(stack.enter_context(AttentionBias(patch, nouns, **condition.bias)))
         if condition.correct is not None:
-            nouns = [[p.tokens("noun") for p in phrases] for phrases in inputs.objects]
             correction = {"steps": at["correct_steps"], **condition.correct}
             if correction["how"] == "reweight":
                 correction["tokens"] = [[i for noun in of_prompt for i in noun] for of_prompt in nouns]
-            callbacks.parts.append(stack.enter_context(Correction(patch, Presence(nouns), **correction)))
+            callbacks.parts.append(
+                stack.enter_context(Correction(patch, _score(condition, inputs, nouns), **correction))
+            )
         if condition.structure:
             structure = Structure(patch, list(inputs.prompts), words=list(inputs.words), steps=at["structure_steps"])
             callbacks.parts.append(stack.enter_context(structure))
@@ -198,8 +212,18 @@ class Callbacks:
         return callback_kwargs
 
 
+def _score(condition: Condition, inputs: ConditionInputs, nouns: Sequence[Sequence[tuple[int, ...]]]) -> TokenScore:
+    def named(name: str) -> TokenScore:
+        if name == "learned":
+            assert inputs.network is not None
+            return LearnedPresence(nouns, inputs.network)
+        return {"presence": Presence, "segregation": Segregation, "concentration": Concentration}[name](nouns)
+
+    return WeightedScore([(weight, named(name)) for name, weight in condition.score.items()])
+
+
 def _patch(condition: Condition, pipe: Any, inputs: ConditionInputs) -> Patch:
-    keywords: dict[str, Any] = dict(condition.patch)
+    keywords: dict[str, Any] = {"capture": Capture(), **condition.patch}
     program: Any = condition.program
     if condition.tuned is True:
         program = inputs.tuned
@@ -212,7 +236,7 @@ def _patch(condition: Condition, pipe: Any, inputs: ConditionInputs) -> Patch:
         batch = 2 * len(inputs.prompts)
         keywords["protected"] = torch.zeros(77, dtype=torch.bool)
         keywords["active"] = torch.ones(batch, dtype=torch.bool)
-    return apply(pipe, program, capture=Capture(), **keywords)
+    return apply(pipe, program, **keywords)
 
 
 def _tuned_options(condition: Condition, inputs: ConditionInputs) -> dict[str, Any]:

@@ -192,8 +192,9 @@ def draw_batch(
 
 
 def _described(condition: Condition) -> dict[str, Any]:
-    """Its fields; without a peer where it has none, as folders have them that were begun before there were peers."""
-    return {name: x for name, x in asdict(condition).items() if name != "peer" or x is not None}
+    """Its fields; but the later ones only where they say something, so that a folder of an earlier release goes on."""
+    unsaid = {"peer": None, "bias": None, "score": {"presence": 1.0}}
+    return {name: x for name, x in asdict(condition).items() if name not in unsaid or x != unsaid[name]}
 
 
 def _is_number(value: Any) -> bool:

@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 
 from ..guidance.recipe import Recipe
-from ..program import Program, Refinement, SalienceDropout
+from ..program import Capture, Program, Refinement, SalienceDropout
 from .conditions import NOT_TECHNIQUES, STOCK, Condition, conditions, recipe_condition
 from .peers import AttendAndExcite, Peer, SynGen
 
-__all__ = ["RESOLUTIONS", "SCALES", "STRENGTHS", "Kind", "peer_kinds", "recipe_kinds", "technique_kinds"]
+__all__ = [
+    "RESOLUTIONS", "SCALES", "STRENGTHS", "Kind", "alternative_kinds", "peer_kinds", "recipe_kinds", "technique_kinds",
+]  # fmt: skip
 
 STRENGTHS = (0.05, 0.1, 0.2)  # of recipes, normalized
 SCALES, RESOLUTIONS = (2.0, 8.0, 20.0), (16, 8)  # of peers
@@ -108,6 +110,56 @@ def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:
         for kind, measures in _RECIPES.items()
     ]
     return [*kinds, Kind("recipe, fast", tried("objects", 0.1, 1), _RECIPES["objects"])]
+
+
+def alternative_kinds() -> list[Kind]:
+    """What the recipes do not use, each at several settings: other scores, on the recipes' schedule or with ten weaker
+    corrections; relevance that is reused for three steps; and biases that are made of the last step's maps."""
+    objects = {"presence": 1.0, "segregation": 1.0}
+    every_layer = {"capture": Capture(layers="*")}
+
+    def corrected(kind: str, setting: str, score: Mapping[str, float], **correct: Any) -> Condition:
+        learned: dict[str, Any] = {"patch": every_layer, "needs": ("network",)} if "learned" in score else {}
+        return Condition(f"{kind}, {setting}", "alternative", correct=correct, score=score, **learned)
+
+    def scored(kind: str, name: str, weights: Sequence[float]) -> Kind:
+        """The score by itself, and beside the recipe's with these weights."""
+        tried = []
+        for strength, end in ((0.05, 4), (0.1, 4), (0.02, 10)):
+            how = f"strength {strength:g}, {end} corrections"
+            gradient: dict[str, Any] = {"how": "gradient", "strength": strength, "steps": (0, end)}
+            tried.append(corrected(kind, f"alone, {how}", {name: 1.0}, **gradient))
+            if strength < 0.1:
+                tried += [
+                    corrected(kind, f"weight {weight:g}, {how}", {**objects, name: weight}, **gradient)
+                    for weight in weights
+                ]
+        return Kind(kind, tried, ("present", "bound"), or_stock=False)
+
+    reweighted = [
+        corrected("relevance, reused", f"strength {strength:g}, of {' and '.join(score)}", score,
+                  how="reweight", strength=strength, steps=(0, 10), every=3)
+        for score in (objects, {"presence": 1.0})
+        for strength in (0.5, 1.0)
+    ]  # fmt: skip
+    biased = {
+        how: [
+            Condition(
+                f"{how} objects, strength {strength:g}, {end} steps", "alternative", bias=dict(bias, strength=strength),
+                patch={"capture": Capture(steps="latest")},
+            )
+            for end in (4, 10)
+            for strength in (0.5, 1.0, 2.0)
+            for bias in [{"how": how, "steps": (0, end)}]
+        ]
+        for how in ("weak", "parted")
+    }  # fmt: skip
+    return [
+        scored("concentration", "concentration", (0.5, 2.0)),
+        scored("learned presence", "learned", (0.1, 0.5)),
+        Kind("relevance, reused", reweighted, ("present", "bound"), or_stock=False),
+        *(Kind(f"bias, {how}", tried, ("present", "bound"), or_stock=False) for how, tried in biased.items()),
+    ]
 
 
 def peer_kinds(scales: Sequence[float] = SCALES, resolutions: Sequence[int] = RESOLUTIONS) -> list[Kind]:

@@ -4,7 +4,7 @@ Three ways, each with one more forward and backward of the prompts' half at the 
 
 - "gradient": latents + strength * g, with g the score's gradient, as Attend-and-Excite's step; by default scaled to a
   root mean square of 1 a picture, so that one strength fits models of any size.
-- "reweight": at the next step the tokens' attention in the layers asked is multiplied by
+- "reweight": from the next step to the next correction the tokens' attention in the layers asked is multiplied by
   1 - strength + strength * r / mean(r), r their relevance (`gradcam`), and every row sums to 1 again: a bias of the
   logits.
 - "scale": latents * (1 + sigmoid(g)), g the gradient's mean over channels, as first proposed. A gradient near zero
@@ -46,9 +46,9 @@ class Correction:
         score: Takes a `Seen` and returns the scalar tensor that is to grow. If it says ``needs_prediction = False``, as
             `Presence`, `Segregation` and `Binding` do, the UNet may stop after the last captured layer.
         how: "gradient" adds ``strength * g`` to the latents, g the score's gradient with a root mean square of 1.
-            "reweight" multiplies the tokens' attention in the next step by ``1 - strength + strength * r / mean(r)``, r
-            their relevance by `gradcam`, and normalizes the rows again. "scale" multiplies the latents by ``1 +
-            sigmoid(g)``, as first proposed; it draws noise and is for comparison only (docs/gradcam.md).
+            "reweight" multiplies the tokens' attention in the next `every` steps by ``1 - strength + strength * r /
+            mean(r)``, r their relevance by `gradcam`, and normalizes the rows again. "scale" multiplies the latents by
+            ``1 + sigmoid(g)``, as first proposed; it draws noise and is for comparison only (docs/gradcam.md).
         steps: (first, end): steps after which the correction acts, end excluded. Where the scheduler's next step does
             not read the latents, as every other one of second order, it acts a step later.
         every: Of these steps it takes every n-th: first, first + n, and so on.
@@ -159,8 +159,9 @@ class Correction:
             ValueError: If the prompts of the step are not known.
         """
         check_gradients_may_be("Correction")
-        self._unbiased()
         following = _next_timestep(pipe, step, timestep)
+        if following is None or step < self.steps[0] or (step - self.steps[0]) % self.every == 0:
+            self._unbiased()
         due = self._due(step, pipe.scheduler)
         if due is None or following is None:
             return kept

@@ -14,9 +14,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from ..patching.model_kinds import denoisers
 from ..patching.patch import Patch
 from ..patching.step_callback import StepCallback
@@ -28,9 +25,9 @@ from .correction import Correction, steps_of
 from .objectives import Presence
 from .phrases import NounPhrase, find_phrases
 from .recipe import Recipe
-from .relevance import Seen, check_gradients_may_be
+from .relevance import check_gradients_may_be
 from .segregation import Segregation
-from .token_maps import TokenScore
+from .token_maps import TokenScore, WeightedScore
 
 __all__ = ["RecipeGuide", "check_pipeline", "objects_of"]
 
@@ -131,7 +128,7 @@ class RecipeGuide:
             weighted.append((self.recipe.segregation, Segregation(objects)))
         if self.recipe.binding and any(one.pairs for one in words):
             weighted.append((self.recipe.binding, Binding([one.pairs for one in of_pictures])))
-        return _WeightedSum(weighted) if weighted else None
+        return WeightedScore(weighted) if weighted else None
 
     def _words(self, tokenizer: Any, prompt: str, left_out: list[str]) -> _Words:
         wanted = self.recipe.objects
@@ -180,16 +177,6 @@ class _Words:
 
     objects: list[tuple[int, ...]]
     pairs: list[BindingPair]
-
-
-class _WeightedSum(TokenScore):
-    needs_prediction = False  # nor do those that it is of
-
-    def __init__(self, weighted: Sequence[tuple[float, TokenScore]]) -> None:
-        self.weighted = weighted
-
-    def by_picture(self, seen: Seen) -> Tensor:
-        return torch.stack([weight * score.by_picture(seen) for weight, score in self.weighted]).sum(0)
 
 
 class _Correcting:

@@ -12,7 +12,9 @@ from torch import Tensor
 from .phrases import NounPhrase
 from .relevance import Seen
 
-__all__ = ["LEAST", "PhraseScore", "TokenScore", "for_each_picture", "maps_of_tokens", "word_distributions"]
+__all__ = [
+    "LEAST", "PhraseScore", "TokenScore", "WeightedScore", "for_each_picture", "maps_of_tokens", "word_distributions",
+]  # fmt: skip
 
 Some = TypeVar("Some")
 # Bicubic upsampling undershoots; below this a probability says nothing of where a word is.
@@ -64,6 +66,18 @@ class PhraseScore(TokenScore):
     def tokens(self) -> tuple[int, ...]:
         """The indices of all tokens of all phrases."""
         return tuple(sorted({i for some in self.phrases for phrase in some for i in phrase}))
+
+
+class WeightedScore(TokenScore):
+    """The sum of scores, each times its weight. weighted: at least one; each gives a score of every picture."""
+
+    def __init__(self, weighted: Sequence[tuple[float, TokenScore]]) -> None:
+        self.weighted = weighted
+        self.needs_prediction = any(score.needs_prediction for _, score in weighted)
+
+    def by_picture(self, seen: Seen) -> Tensor:
+        """The score of each picture, (B,)."""
+        return torch.stack([weight * score.by_picture(seen) for weight, score in self.weighted]).sum(0)
 
 
 def maps_of_tokens(seen: Seen, tokens: Sequence[int], argument: str) -> tuple[Tensor, dict[int, int]]:

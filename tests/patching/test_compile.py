@@ -84,7 +84,7 @@ def test_a_compiled_unet_compiles_nothing_for_another_prompt(how: str, build: An
         for prompt, (picture, maps) in zip((*PROMPTS, PROMPTS[0]), expected, strict=True):
             if maps is expected[-1][1]:
                 patch.update(gate=gate)
-            # Above 130 but where two probabilities are equal up to rounding: which one is dropped depends on the machine.
+            # Above 130, but where two probabilities are equal up to rounding: which is dropped depends on the machine.
             assert psnr(draw(pipe, prompt), picture) > 60
             assert torch.allclose(patch.maps[MID], maps, atol=1e-3)
             # Of two blocks with different numbers of channels, each is compiled by itself.

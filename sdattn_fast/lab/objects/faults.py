@@ -13,7 +13,7 @@ import numpy as np
 from .sprites import COLOURED, HUES, NOUNS
 from .world import NamedObjects, ObjectsScene, caption_of
 
-__all__ = ["Faults", "faulty_caption"]
+__all__ = ["Faults", "faulty_caption", "faulty_naming"]
 
 
 @dataclass(frozen=True)
@@ -41,10 +41,15 @@ class Faults:
 
 def faulty_caption(scene: ObjectsScene, faults: Faults, seed: int) -> str:
     """The caption of a scene with the faults that this seed draws; the true one where it draws none."""
+    return faulty_naming(scene, faults, seed)[0]
+
+
+def faulty_naming(scene: ObjectsScene, faults: Faults, seed: int) -> tuple[str, list[NamedObjects]]:
+    """`faulty_caption`, and what it names."""
     rng = np.random.default_rng((seed, 11))
     omits, invents, swaps = rng.random(3) < (faults.omitted, faults.phantom, faults.swapped)
     if not (omits or invents or swaps):
-        return scene.caption
+        return scene.caption, list(scene.named)
     named = list(scene.named)
     if swaps:
         named = _swapped(named, rng)
@@ -57,7 +62,7 @@ def faulty_caption(scene: ObjectsScene, faults: Faults, seed: int) -> str:
         named.insert(int(rng.integers(len(named) + 1)), NamedObjects(noun, colour, 1))
     relation = scene.relation if len(named) == 2 else None
     shown = scene.background if scene.caption.endswith(" background") else None
-    return caption_of(named, relation, shown)[0]
+    return caption_of(named, relation, shown)[0], named
 
 
 def _swapped(named: list[NamedObjects], rng: np.random.Generator) -> list[NamedObjects]:
