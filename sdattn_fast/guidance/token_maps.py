@@ -9,11 +9,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from ..patching.maps import Maps
 from .phrases import NounPhrase
 from .relevance import Seen
 
 __all__ = [
-    "LEAST", "PhraseScore", "TokenScore", "WeightedScore", "for_each_picture", "maps_of_tokens", "word_distributions",
+    "LEAST", "PhraseScore", "TokenScore", "WeightedScore", "for_each_picture", "largest_size",
+    "maps_of_tokens", "word_distributions",
 ]  # fmt: skip
 
 Some = TypeVar("Some")
@@ -85,13 +87,19 @@ def maps_of_tokens(seen: Seen, tokens: Sequence[int], argument: str) -> tuple[Te
 
     Raises: ValueError where a token was not captured.
     """
-    if not len(seen.maps) or not set(tokens) <= set(seen.maps.tokens):
+    return seen.maps.upsample(largest_size(seen.maps, tokens, argument), tokens), {
+        token: i for i, token in enumerate(tokens)
+    }
+
+
+def largest_size(maps: Maps, tokens: Sequence[int], argument: str) -> tuple[int, int]:
+    """The (height, width) of the largest layer. Raises: ValueError where one of these tokens was not captured."""
+    if not len(maps) or not set(tokens) <= set(maps.tokens):
         raise ValueError(
-            f"{argument}: expected maps of tokens {tuple(tokens)}, got those of {seen.maps.tokens}; "
+            f"{argument}: expected maps of tokens {tuple(tokens)}, got those of {maps.tokens}; "
             "apply(..., capture=Capture(tokens=...)) keeps them"
         )
-    size = max(((x.shape[-2], x.shape[-1]) for x in seen.maps.values()), key=lambda s: s[0] * s[1])
-    return seen.maps.upsample(size, tokens), {token: i for i, token in enumerate(tokens)}
+    return max(((x.shape[-2], x.shape[-1]) for x in maps.values()), key=lambda s: s[0] * s[1])
 
 
 def word_distributions(maps: Tensor, words: Sequence[Sequence[int]]) -> Tensor:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
-from typer.testing import CliRunner
+from invoked import invoked
 
 from sdattn_fast.evaluation.conditions import NOT_TECHNIQUES, conditions
 from sdattn_fast.evaluation.peers import AttendAndExcite, SynGen
@@ -61,13 +60,6 @@ def test_the_best_of_each_kind_is_chosen() -> None:
     assert peer.best({"stock": rows(0.9, 0.9), peer.conditions[0].name: rows(0.1, 0.1)}) is peer.conditions[0]
     with pytest.raises(ValueError, match="results: expected those of a condition of 'Attend-and-Excite', got none"):
         peer.best({"stock": rows(0.9, 0.9)})
-
-
-def invoked(study: Any, folder: Path, *options: str) -> Any:
-    """The study's command line."""
-    app = typer.Typer()
-    app.command()(study)
-    return CliRunner().invoke(app, [str(folder), *options], catch_exceptions=False)
 
 
 @pytest.fixture(scope="module")

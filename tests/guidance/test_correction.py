@@ -252,6 +252,29 @@ def test_reweighting_takes_phrases_as_they_are() -> None:
     assert _by_entry([(3,), (7, 8)], 2) == ([[3], [7, 8]], [3, 7, 8])
 
 
+def test_relevance_is_reused_between_corrections(pipe) -> None:
+    """Made after steps 1 and 3, it acts in the two steps that follow, and in none after the picture's end."""
+    seen = []
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        with Correction(
+            patch, Presence(PHRASES), how="reweight", steps=(1, 4), every=2, strength=0.5, tokens=(4, 9)
+        ) as correct:
+
+            def watched(pipe: Any, step: int, t: Any, kept: dict[str, Any]) -> dict[str, Any]:
+                after = correct(pipe, step, t, kept)
+                seen.append(dict(patch.current_call.biases).get(correct))
+                return after
+
+            for steps in (7, 5):
+                pipe(CAPTION, num_inference_steps=steps, output_type="latent", callback_on_step_end=watched)
+    longer, shorter = seen[:7], seen[7:]
+    for made in (longer, shorter):
+        assert made[0] is None and made[1] is made[2] is not None and made[3] is not None
+        assert made[3] is not made[2]
+    assert longer[3] is longer[4] and longer[5:] == [None, None]
+    assert shorter[4] is None
+
+
 @pytest.mark.parametrize("gives", [None, 3.0])
 def test_a_score_that_gives_no_tensor(pipe, gives) -> None:
     with (

@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...guidance.relevance import Seen
-from ...guidance.token_maps import PhraseScore, for_each_picture
+from ...guidance.token_maps import PhraseScore, for_each_picture, largest_size
 from ...patching.maps import Maps
 
 __all__ = ["LearnedPresence", "PresenceNetwork", "object_features"]
@@ -81,8 +81,11 @@ class LearnedPresence(PhraseScore):
 
 def object_features(maps: Maps, phrases: Sequence[Sequence[Sequence[int]]]) -> list[Tensor]:
     """Of each picture (objects, 2 L, height, width), at the largest layer's size: each object's map in every one of the
-    L layers, and there the largest of the other objects' maps, zeros where there is no other."""
-    size = max(((x.shape[-2], x.shape[-1]) for x in maps.values()), key=lambda s: s[0] * s[1])
+    L layers, and there the largest of the other objects' maps, zeros where there is no other.
+
+    Raises: as `Presence`.
+    """
+    size = largest_size(maps, [i for some in phrases for tokens in some for i in tokens], "phrases")
     layers = torch.stack([F.interpolate(x.float(), size, mode="bilinear") for x in maps.values()], 1)
     place = {token: i for i, token in enumerate(maps.tokens)}
     found = []

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from sdattn_fast.lab.objects.captions import report_scenes, selection_scenes
-from sdattn_fast.lab.objects.faults import Faults, faulty_caption
+from sdattn_fast.lab.objects.faults import Faults, faulty_caption, faulty_naming
 from sdattn_fast.lab.objects.sprites import COLOURED, HUES, NOUNS, dominant_hue, plural, sprite
 from sdattn_fast.lab.objects.world import BACKGROUNDS, SIDE, NamedObjects, caption_of, sample_scene
 
@@ -108,6 +108,15 @@ def test_faults_have_their_shares():
     assert [faulty_caption(s, faults, i) for i, s in enumerate(SCENES)] == [
         faulty_caption(s, faults, i) for i, s in enumerate(SCENES)
     ]
+
+
+def test_what_a_faulty_caption_names() -> None:
+    faults = Faults(phantom=0.5, omitted=0.2, swapped=0.4)
+    for i, scene in enumerate(SCENES):
+        caption, named = faulty_naming(scene, faults, i)
+        assert caption == faulty_caption(scene, faults, i)
+        background = f" on a {scene.background} background" if scene.caption.endswith(" background") else ""
+        assert caption == caption_of(named, scene.relation if len(named) == 2 else None)[0] + background
 
 
 def test_a_phantom_is_not_there_and_an_omission_is():
