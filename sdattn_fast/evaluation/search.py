@@ -21,6 +21,7 @@ STRENGTHS = (0.05, 0.1, 0.2)  # of recipes, normalized
 SCALES, RESOLUTIONS = (2.0, 8.0, 20.0), (16, 8)  # of peers
 
 _SCHEDULES = ((0.25, 4), (0.15, 2))  # the share of the steps, and how many corrections in it
+_WEAKER = ((0.02, 10), (0.03, 10))  # strengths, and how many corrections
 _STOCK = Condition(STOCK, STOCK)
 # The recipe whose weights are searched with -> the measures whose mean it is chosen by.
 _RECIPES: Mapping[str, tuple[str, ...]] = {
@@ -113,52 +114,56 @@ def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:
 
 
 def alternative_kinds() -> list[Kind]:
-    """What the recipes do not use, each at several settings: other scores, on the recipes' schedule or with ten weaker
-    corrections; relevance that is reused for three steps; and biases that are made of the last step's maps."""
-    objects = {"presence": 1.0, "segregation": 1.0}
-    every_layer = {"capture": Capture(layers="*")}
+    """What the recipes do not use, each at several settings: other scores, alone and beside the recipe's, on its
+    schedule and with ten weaker corrections; relevance that is reused for three steps; and biases made of the last
+    step's maps. The recipe's own score with ten weaker corrections is the first kind."""
+    recipe = {"presence": 1.0, "segregation": 1.0}
 
-    def corrected(kind: str, setting: str, score: Mapping[str, float], **correct: Any) -> Condition:
-        learned: dict[str, Any] = {"patch": every_layer, "needs": ("network",)} if "learned" in score else {}
-        return Condition(f"{kind}, {setting}", "alternative", correct=correct, score=score, **learned)
+    def kind(name: str, conditions: Sequence[Condition]) -> Kind:
+        return Kind(name, conditions, ("present", "bound"), or_stock=False)
 
-    def scored(kind: str, name: str, weights: Sequence[float]) -> Kind:
-        """The score by itself, and beside the recipe's with these weights."""
-        tried = []
-        for strength, end in ((0.05, 4), (0.1, 4), (0.02, 10)):
-            how = f"strength {strength:g}, {end} corrections"
-            gradient: dict[str, Any] = {"how": "gradient", "strength": strength, "steps": (0, end)}
-            tried.append(corrected(kind, f"alone, {how}", {name: 1.0}, **gradient))
-            if strength < 0.1:
-                tried += [
-                    corrected(kind, f"weight {weight:g}, {how}", {**objects, name: weight}, **gradient)
-                    for weight in weights
-                ]
-        return Kind(kind, tried, ("present", "bound"), or_stock=False)
+    def moved(name: str, setting: str, score: Mapping[str, float], strength: float, corrections: int) -> Condition:
+        learned: dict[str, Any] = {"patch": {"capture": Capture(layers="*")}, "needs": ("network",)}
+        return Condition(
+            f"{name}, {setting}strength {strength:g}, {corrections} corrections", "alternative", score=score,
+            correct={"how": "gradient", "strength": strength, "steps": (0, corrections)},
+            **(learned if "learned" in score else {}),
+        )  # fmt: skip
+
+    def scored(name: str, score: str) -> Kind:
+        scores = {"alone, ": {score: 1.0}, **{f"weight {w:g}, ": {**recipe, score: w} for w in (0.5, 2.0)}}
+        schedules = ((0.05, 4), *_WEAKER)
+        return kind(name, [moved(name, said, of, *acting) for said, of in scores.items() for acting in schedules])
 
     reweighted = [
-        corrected("relevance, reused", f"strength {strength:g}, of {' and '.join(score)}", score,
-                  how="reweight", strength=strength, steps=(0, 10), every=3)
-        for score in (objects, {"presence": 1.0})
+        Condition(
+            f"relevance, reused, strength {strength:g}, of {' and '.join(score)}", "alternative", score=score,
+            correct={"how": "reweight", "strength": strength, "steps": (0, 10), "every": 3},
+        )
+        for score in (recipe, {"presence": 1.0})
         for strength in (0.5, 1.0)
     ]  # fmt: skip
-    biased = {
-        how: [
-            Condition(
-                f"{how} objects, strength {strength:g}, {end} steps", "alternative", bias=dict(bias, strength=strength),
-                patch={"capture": Capture(steps="latest")},
-            )
-            for end in (4, 10)
-            for strength in (0.5, 1.0, 2.0)
-            for bias in [{"how": how, "steps": (0, end)}]
-        ]
-        for how in ("weak", "parted")
-    }  # fmt: skip
+
+    def biased(how: str) -> Kind:
+        return kind(
+            f"bias, {how}",
+            [
+                Condition(
+                    f"bias, {how}, strength {strength:g}, {end} steps", "alternative",
+                    patch={"capture": Capture(steps="latest")},
+                    bias={"how": how, "strength": strength, "steps": (0, end)},
+                )
+                for end, strength in ((4, 1.0), (4, 2.0), (4, 4.0), (10, 0.5), (10, 1.0))
+            ],
+        )  # fmt: skip
+
     return [
-        scored("concentration", "concentration", (0.5, 2.0)),
-        scored("learned presence", "learned", (0.1, 0.5)),
-        Kind("relevance, reused", reweighted, ("present", "bound"), or_stock=False),
-        *(Kind(f"bias, {how}", tried, ("present", "bound"), or_stock=False) for how, tried in biased.items()),
+        kind("recipe's score", [moved("recipe's score", "", recipe, *acting) for acting in _WEAKER]),
+        scored("concentration", "concentration"),
+        scored("learned presence", "learned"),
+        kind("relevance, reused", reweighted),
+        biased("weak"),
+        biased("parted"),
     ]
 
 

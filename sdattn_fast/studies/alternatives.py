@@ -2,9 +2,9 @@
 
 Other scores for corrections (the entropy of maps, a network that was trained to tell what is there), relevance that is
 reused for three steps, and biases of the logits that need no backward pass. Each draws captions to choose on, at
-several settings; the best of each kind draws other captions, beside stock and the recipe "objects", from the same
-noise. The network is trained first. What is drawn is kept: a run that was stopped goes on. With torchrun, processes
-share the work.
+several settings; the best of each kind draws other captions, beside stock and the recipes "objects" and "fast", from
+the same noise. The network is trained first. What is drawn is kept: a run that was stopped goes on. With torchrun,
+processes share the work.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ..measure.paired import summary
 from .choosing import MEASURES, Choosing, check_counts, comparison_table, differences_table, keep_results, prices
 from .presence_network import train_presence_network
 
-_RECIPE = recipe_condition("recipe, objects", "objects")
+_RECIPES = [recipe_condition(f"recipe, {name}", name) for name in ("objects", "fast")]
 
 
 def _alternatives(
     folder: Annotated[Path, typer.Argument(help="Where pictures and figures are kept.")],
-    choose: Annotated[int, typer.Option(help="How many captions settings are chosen on.")] = 64,
+    choose: Annotated[int, typer.Option(help="How many captions settings are chosen on.")] = 128,
     report: Annotated[int, typer.Option(help="How many other captions the best are compared on.")] = 512,
     scenes: Annotated[int, typer.Option(help="How many true scenes the network is trained on.")] = 16_000,
 ) -> None:
@@ -45,12 +45,13 @@ def _alternatives(
             write_json(trained, "sdattn-fast presence network", accuracy)
     study.inputs = replace(study.inputs, network=PresenceNetwork.load(folder / "network.safetensors"))
     best, search_figures = study.best(alternative_kinds(), choose)
-    reported, report_figures = study.evaluated("report", [_RECIPE, *best.values()], report)
+    reported, report_figures = study.evaluated("report", [*_RECIPES, *best.values()], report)
     if not study.state.is_main_process:
         return
     costs = prices(study, reported)
-    compared = summary(reported.results(), MEASURES, _RECIPE.name)
-    tables = differences_table(report_figures, costs) + comparison_table(_RECIPE.name, compared)
+    base = _RECIPES[0].name
+    compared = summary(reported.results(), MEASURES, base)
+    tables = differences_table(report_figures, costs) + comparison_table(base, compared)
     figures = {
         "network": read_json(trained, "sdattn-fast presence network"), "search": search_figures,
         "report": report_figures, "compared with the recipe": compared, "costs": costs,

@@ -221,7 +221,7 @@ def test_the_study(objects_pipe: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     figures = json.loads((tmp_path / "alternatives.json").read_text())
     assert set(figures) == {"chosen", "network", "search", "report", "compared with the recipe", "costs"}
     assert set(figures["chosen"]) == {kind.name for kind in short} and len(figures["search"]) == 1 + len(short)
-    chosen = {"stock", "recipe, objects"} | {kind.conditions[0].name for kind in short}
+    chosen = {"stock", "recipe, objects", "recipe, fast"} | {kind.conditions[0].name for kind in short}
     assert set(figures["report"]) == set(figures["costs"]) == chosen
     assert 0 <= figures["network"]["in order"] <= 1 and figures["network"]["objects"] > 100
     assert (tmp_path / "alternatives.md").read_text().count("\n| compared with recipe, objects |") == 1
