@@ -22,10 +22,10 @@ from ..program import Capture
 
 __all__ = ["Trained", "train_presence_network"]
 
-# Half of what is named in a caption's colours is elsewhere, and about every third object is not there.
+# About a third of what these captions name is not there, or has another colour.
 _FAULTS = Faults(phantom=1.0, swapped=0.3)
 _BATCH, _EPOCHS, _HELD_OUT = 32, 6, 0.1
-TIMES = (450, 960)  # from the middle of a picture's steps to the first correction
+_TIMES = (450, 960)  # from the middle of a picture's steps to the first correction
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ def _features(pipe: Any, scenes: int, first_seed: int) -> Iterator[tuple[Tensor,
                 images.append(torch.tensor(scene.image))
             pictures = torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1
             latents = pipe.vae.encode(pictures).latent_dist.mean * pipe.vae.config.scaling_factor
-            when = torch.randint(*TIMES, (_BATCH,), generator=generator)
+            when = torch.randint(*_TIMES, (_BATCH,), generator=generator)
             noise = torch.randn(latents.shape, generator=generator)
             text, _ = pipe.encode_prompt(captions, "cpu", 1, False)
             seen = run(patch, pipe.scheduler.add_noise(latents, noise, when), when, text, maps_alone=True)

@@ -22,6 +22,7 @@ from sdattn_fast.evaluation.cost import costs
 from sdattn_fast.evaluation.peers import AttendAndExcite, InitialNoise, SynGen, peers
 from sdattn_fast.evaluation.report import verdict, write_report
 from sdattn_fast.evaluation.run import Evaluation, draw_batch, inputs_for
+from sdattn_fast.evaluation.search import alternative_kinds
 from sdattn_fast.evaluation.sketches import RandomMasks
 from sdattn_fast.evaluation.subjects import Prompts, ShapesWorld
 from sdattn_fast.files import ProgramFile
@@ -216,9 +217,13 @@ def test_another_evaluation_is_refused(tmp_path: Path, pipe: Any, world: ShapesW
     searched = replace(_named("SynGen")[0], peer=SynGen(scale=8.0))
     with pytest.raises(ValueError, match="SynGen"):
         made([*_named(STOCK), searched])
-    # A folder of before there were peers says nothing of them.
+    # A folder of before there were peers, biases and other scores says nothing of them.
     stored = json.loads((tmp_path / "settings.json").read_text())["conditions"]
-    assert "peer" not in stored[STOCK] and stored["SynGen"]["peer"]["scale"] == 20.0
+    assert not {"peer", "bias", "score"} & set(stored[STOCK]) and stored["SynGen"]["peer"]["scale"] == 20.0
+    of_other_scores = [c for kind in alternative_kinds() for c in kind.conditions][:1]
+    made([*_named(STOCK), *of_other_scores])
+    with pytest.raises(ValueError, match="recipe's score"):
+        made([*_named(STOCK), replace(of_other_scores[0], score={"presence": 2.0})])
     with pytest.raises(ValueError, match=r"conditions: expected names that differ, got .*'stock', 'stock'"):
         made(_named(STOCK) * 2)
 
