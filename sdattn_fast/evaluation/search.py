@@ -14,13 +14,15 @@ from .conditions import NOT_TECHNIQUES, STOCK, Condition, conditions, recipe_con
 from .peers import AttendAndExcite, Peer, SynGen
 
 __all__ = [
-    "RESOLUTIONS", "SCALES", "STRENGTHS", "Kind", "alternative_kinds", "peer_kinds", "recipe_kinds", "technique_kinds",
+    "RECIPES_SCORE", "RESOLUTIONS", "SCALES", "STRENGTHS", "Kind", "alternative_kinds", "peer_kinds", "recipe_kinds",
+    "technique_kinds",
 ]  # fmt: skip
 
 STRENGTHS = (0.05, 0.1, 0.2)  # of recipes, normalized
 SCALES, RESOLUTIONS = (2.0, 8.0, 20.0), (16, 8)  # of peers
 
 _SCHEDULES = ((0.25, 4), (0.15, 2))  # the share of the steps, and how many corrections in it
+RECIPES_SCORE = "recipe's score"  # the kind of alternatives that has it
 _WEAKER = ((0.02, 10), (0.03, 10))  # strengths, and how many corrections
 _STOCK = Condition(STOCK, STOCK)
 # The recipe whose weights are searched with -> the measures whose mean it is chosen by.
@@ -158,7 +160,7 @@ def alternative_kinds() -> list[Kind]:
         )  # fmt: skip
 
     return [
-        kind("recipe's score", [moved("recipe's score", "", recipe, *acting) for acting in _WEAKER]),
+        kind(RECIPES_SCORE, [moved(RECIPES_SCORE, "", recipe, *acting) for acting in _WEAKER]),
         scored("concentration", "concentration"),
         scored("learned presence", "learned"),
         kind("relevance, reused", reweighted),

@@ -17,7 +17,7 @@ import typer
 
 from ..evaluation.alternatives import PresenceNetwork
 from ..evaluation.conditions import recipe_condition
-from ..evaluation.search import alternative_kinds
+from ..evaluation.search import RECIPES_SCORE, alternative_kinds
 from ..files import read_json, write_json
 from ..measure.paired import summary
 from .choosing import MEASURES, Choosing, check_counts, comparison_table, differences_table, keep_results, prices
@@ -49,12 +49,12 @@ def _alternatives(
     if not study.state.is_main_process:
         return
     costs = prices(study, reported)
-    base = _RECIPES[0].name
-    compared = summary(reported.results(), MEASURES, base)
-    tables = differences_table(report_figures, costs) + comparison_table(base, compared)
+    bases = [*(recipe.name for recipe in _RECIPES), best[RECIPES_SCORE].name]
+    compared = {base: summary(reported.results(), MEASURES, base) for base in bases}
+    tables = differences_table(report_figures, costs) + "".join(comparison_table(*one) for one in compared.items())
     figures = {
         "network": read_json(trained, "sdattn-fast presence network"), "search": search_figures,
-        "report": report_figures, "compared with the recipe": compared, "costs": costs,
+        "report": report_figures, "compared": compared, "costs": costs,
     }  # fmt: skip
     keep_results(study, "alternatives", tables, best, **figures)
 

@@ -219,9 +219,12 @@ def test_the_study(objects_pipe: Any, tmp_path: Path, monkeypatch: pytest.Monkey
     ran = invoked(alternatives._alternatives, tmp_path, *"--choose 1 --report 2 --scenes 64".split())
     assert ran.exit_code == 0
     figures = json.loads((tmp_path / "alternatives.json").read_text())
-    assert set(figures) == {"chosen", "network", "search", "report", "compared with the recipe", "costs"}
+    assert set(figures) == {"chosen", "network", "search", "report", "compared", "costs"}
     assert set(figures["chosen"]) == {kind.name for kind in short} and len(figures["search"]) == 1 + len(short)
     chosen = {"stock", "recipe, objects", "recipe, fast"} | {kind.conditions[0].name for kind in short}
     assert set(figures["report"]) == set(figures["costs"]) == chosen
     assert 0 <= figures["network"]["in order"] <= 1 and figures["network"]["objects"] > 100
-    assert (tmp_path / "alternatives.md").read_text().count("\n| compared with recipe, objects |") == 1
+    bases = ["recipe, objects", "recipe, fast", short[0].conditions[0].name]
+    assert list(figures["compared"]) == bases
+    tables = (tmp_path / "alternatives.md").read_text().split("\n\n")
+    assert [table.split(" | ")[0] for table in tables[1:]] == [f"| compared with {base}" for base in bases]
