@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,3 +28,14 @@ def triton_of_torch_2_11() -> Path:
 @pytest.fixture(scope="session", name="unsure_rows")
 def _unsure_rows():
     return unsure_rows
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Any:
+    """The shapes pipeline, without progress bars."""
+    pytest.importorskip("diffusers")
+    from sdattn_fast.lab import load_pipeline
+
+    found = load_pipeline()
+    found.set_progress_bar_config(disable=True)
+    return found

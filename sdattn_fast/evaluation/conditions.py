@@ -1,5 +1,5 @@
-"""What the evaluation compares: stock, each of the nine techniques alone, pairs, the tuned whole, sketches, recipes and
-peers.
+"""What the evaluation compares: stock, each of the nine techniques alone, pairs, the tuned whole, sketches, recipes,
+peers and alternatives to the recipes.
 
 A condition puts something in place around a pipeline and says which callback goes with it. Everything else (prompts,
 noise, steps, guidance) is the same for all. The sketches are the formulas as they were first proposed, where ours

@@ -19,10 +19,10 @@ __all__ = [
 ]  # fmt: skip
 
 STRENGTHS = (0.05, 0.1, 0.2)  # of recipes, normalized
+RECIPES_SCORE = "recipe's score"  # the kind of alternatives that has it
 SCALES, RESOLUTIONS = (2.0, 8.0, 20.0), (16, 8)  # of peers
 
 _SCHEDULES = ((0.25, 4), (0.15, 2))  # the share of the steps, and how many corrections in it
-RECIPES_SCORE = "recipe's score"  # the kind of alternatives that has it
 _WEAKER = ((0.02, 10), (0.03, 10))  # strengths, and how many corrections
 _STOCK = Condition(STOCK, STOCK)
 # The recipe whose weights are searched with -> the measures whose mean it is chosen by.

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-__all__ = ["check_finite", "decode_latents", "encode_pictures", "pil_pictures", "uint8_pictures"]
+__all__ = ["check_finite", "decode_latents", "encode_pictures", "pil_pictures", "signed_pictures", "uint8_pictures"]
 
 
 def decode_latents(vae: Any, latents: Tensor) -> Tensor:
@@ -41,6 +41,11 @@ def encode_pictures(vae: Any, pictures: Tensor, sample: bool = False) -> Tensor:
     latents = found.sample() if sample else found.mode()
     mean, deviation = _normalisation(vae, latents)
     return (latents - mean) * vae.config.scaling_factor / deviation
+
+
+def signed_pictures(pictures: Tensor) -> Tensor:
+    """(n, 3, height, width) float32 in [-1, 1], as a VAE takes them, of (n, height, width, 3) uint8."""
+    return pictures.permute(0, 3, 1, 2).float() / 127.5 - 1
 
 
 def check_finite(pictures: Any) -> None:

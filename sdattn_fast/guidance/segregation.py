@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .relevance import Seen
-from .token_maps import LEAST, PhraseScore, for_each_picture, maps_of_tokens, word_distributions
+from .token_maps import PhraseScore
 
 __all__ = ["Segregation"]
 
@@ -53,17 +53,7 @@ class Segregation(PhraseScore):
         Raises:
             ValueError: If maps of these tokens are missing, or there are not as many lists as pictures.
         """
-        maps, place = maps_of_tokens(seen, self.tokens, "phrases")
-        phrases = for_each_picture(self.phrases, len(maps), "phrases")
-        maps = maps.clamp_min(LEAST).movedim(1, -1)
-        return torch.stack(
-            [
-                _apart(word_distributions(x, [[place[i] for i in phrase] for phrase in some]))
-                if len(some) > 1
-                else x.new_ones(())
-                for x, some in zip(maps, phrases, strict=True)
-            ]
-        )
+        return torch.stack([_apart(x) if len(x) > 1 else x.new_ones(()) for x in self.distributions(seen)])
 
 
 def _apart(distributions: Tensor) -> Tensor:

@@ -69,6 +69,18 @@ class PhraseScore(TokenScore):
         """The indices of all tokens of all phrases."""
         return tuple(sorted({i for some in self.phrases for phrase in some for i in phrase}))
 
+    def distributions(self, seen: Seen) -> list[Tensor]:
+        """Of each picture (its phrases, pixels), each phrase's `word_distributions`. Raises: as `by_picture`."""
+        maps, place = maps_of_tokens(seen, self.tokens, "phrases")
+        phrases = for_each_picture(self.phrases, len(maps), "phrases")
+        maps = maps.clamp_min(LEAST).movedim(1, -1)
+        return [
+            word_distributions(x, [[place[i] for i in phrase] for phrase in some])
+            if some
+            else x.new_zeros(0, x[..., 0].numel())
+            for x, some in zip(maps, phrases, strict=True)
+        ]
+
 
 class WeightedScore(TokenScore):
     """The sum of scores, each times its weight. weighted: at least one; each gives a score of every picture."""

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from ..guidance.pictures import signed_pictures
 from .loop import progress, seeded, write_tensors
 
 __all__ = ["TrainingSet", "scale_of"]
@@ -48,7 +49,7 @@ class TrainingSet:
 
     def pictures(self, chosen: Tensor) -> Tensor:
         """(n, 3, 64, 64) float32 in [-1, 1]."""
-        return self.images[chosen].permute(0, 3, 1, 2).float() / 127.5 - 1
+        return signed_pictures(self.images[chosen])
 
     def tokens(self, chosen: Tensor, empty: Tensor | None = None) -> Tensor:
         """(n, 77) int64; the empty caption's where `empty`, (n,) bool."""

@@ -147,9 +147,10 @@ def _noised(pipe: Any, scenes: Sequence[ShapesScene], t: int) -> tuple[Any, Any,
     """Noised latents, what the UNet is to predict there, and text, of each scene."""
     import torch
 
-    pixels = torch.from_numpy(np.stack([s.image for s in scenes])).permute(0, 3, 1, 2).float() / 127.5 - 1
+    from ..guidance.pictures import encode_pictures, signed_pictures
+
     with torch.no_grad():
-        clean = pipe.vae.encode(pixels).latent_dist.mean * pipe.vae.config.scaling_factor
+        clean = encode_pictures(pipe.vae, signed_pictures(torch.from_numpy(np.stack([s.image for s in scenes]))))
         ids = pipe.tokenizer([s.caption for s in scenes], padding="max_length", return_tensors="pt").input_ids
         text = pipe.text_encoder(ids)[0]
     noise = torch.cat(

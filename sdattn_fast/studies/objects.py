@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import typer
 
-from ..guidance.pictures import decode_latents, encode_pictures, uint8_pictures
+from ..guidance.pictures import decode_latents, encode_pictures, signed_pictures, uint8_pictures
 from ..lab.objects.captions import REPORT_SEED
 from ..lab.objects.detector import PictogramDetection, PictogramDetector
 from ..lab.objects.judge import judge_detections, mean_judgements
@@ -113,7 +113,7 @@ def _errors(scenes: Sequence[ObjectsScene], detections: Sequence[Sequence[Pictog
 def _reconstructed(vae: Any, pictures: Sequence[np.ndarray]) -> list[np.ndarray]:
     made: list[np.ndarray] = []
     for start in range(0, len(pictures), 50):
-        x = torch.from_numpy(np.stack(pictures[start : start + 50])).permute(0, 3, 1, 2).float() / 127.5 - 1
+        x = signed_pictures(torch.from_numpy(np.stack(pictures[start : start + 50])))
         y = decode_latents(vae, encode_pictures(vae, x))
         made += list(uint8_pictures((y / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).numpy()))
     return made

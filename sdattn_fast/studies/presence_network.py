@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch import Tensor
 from ..api import apply
 from ..evaluation.alternatives.learned_presence import PresenceNetwork, object_features
 from ..guidance.phrases import find_phrases
+from ..guidance.pictures import encode_pictures, signed_pictures
 from ..guidance.relevance import run
 from ..lab.loop import write_tensors
 from ..lab.objects.faults import Faults, faulty_naming
@@ -72,9 +74,8 @@ def _features(pipe: Any, scenes: int, first_seed: int) -> Iterator[tuple[Tensor,
                 captions.append(caption)
                 nouns.append([phrase.tokens("noun") for phrase in phrases])
                 there += [_is_there(scene, item.noun, item.colour) for item in named]
-                images.append(torch.tensor(scene.image))
-            pictures = torch.stack(images).permute(0, 3, 1, 2).float() / 127.5 - 1
-            latents = pipe.vae.encode(pictures).latent_dist.mean * pipe.vae.config.scaling_factor
+                images.append(scene.image)
+            latents = encode_pictures(pipe.vae, signed_pictures(torch.from_numpy(np.stack(images))))
             when = torch.randint(*_TIMES, (_BATCH,), generator=generator)
             noise = torch.randn(latents.shape, generator=generator)
             text, _ = pipe.encode_prompt(captions, "cpu", 1, False)
@@ -107,7 +108,7 @@ def _fitted(features: Tensor, there: Tensor) -> PresenceNetwork:
 def _ordered(scores: Tensor, truth: Tensor) -> float:
     """The area under the receiver operating characteristic: of all pairs, the share in which what is there scores
     more."""
-    ranks = torch.empty(len(scores), dtype=torch.float64)
-    ranks[scores.argsort()] = torch.arange(1, len(scores) + 1, dtype=torch.float64)
-    positive, negative = int(truth.sum()), int((~truth).sum())
-    return float((ranks[truth].sum() - positive * (positive + 1) / 2) / (positive * negative))
+    from scipy import stats
+
+    there, missing = scores[truth].numpy(), scores[~truth].numpy()
+    return float(stats.mannwhitneyu(there, missing).statistic / (len(there) * len(missing)))

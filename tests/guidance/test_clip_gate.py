@@ -17,17 +17,10 @@ import sdattn_fast
 from sdattn_fast.guidance.clip_gate import ClipGate, calibrated_threshold
 from sdattn_fast.guidance.clip_score import ClipScorer
 from sdattn_fast.guidance.preview import LinearDecoder, Preview
-from sdattn_fast.lab import load_pipeline, shapes_path
+from sdattn_fast.lab import shapes_path
 from sdattn_fast.lab.shapes.world import sample_scene
 
 PROMPT = "a red circle and a blue square"
-
-
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    made = load_pipeline()
-    made.set_progress_bar_config(disable=True)
-    return made
 
 
 @pytest.fixture(scope="module")

@@ -24,15 +24,6 @@ FULL = Program(SalienceDropout(0.1), Refinement(threshold=0.1), "content")
 NOUNS = {"circle": (3,), "star": (7, 8)}
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    from sdattn_fast.lab import load_pipeline
-
-    found = load_pipeline()
-    found.set_progress_bar_config(disable=True)
-    return found
-
-
 def draw(pipe: Any, callback: Any, captions: Any = CAPTION, **given: Any) -> torch.Tensor:
     return pipe(
         captions, num_inference_steps=4, output_type="latent", generator=torch.Generator().manual_seed(0),

@@ -159,15 +159,6 @@ def test_presence_is_the_weakest_phrase_at_its_strongest_pixel(unet) -> None:
     assert all(float(last[b, 0 if weak[b] else 1].abs().sum()) == 0 for b in range(2))
 
 
-@pytest.fixture(scope="module")
-def pipe() -> Any:
-    from sdattn_fast.lab import load_pipeline
-
-    found = load_pipeline()
-    found.set_progress_bar_config(disable=True)
-    return found
-
-
 def test_clip_similarity_is_what_clip_says(pipe) -> None:
     from transformers import CLIPImageProcessor, CLIPModel, CLIPTokenizer
 

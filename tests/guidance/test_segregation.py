@@ -63,11 +63,7 @@ def test_it_is_finite_in_half_precision_and_where_upsampling_undershoots() -> No
     assert value.isfinite() and value.dtype == torch.float32 and gradient.isfinite().all()
 
 
-def test_a_correction_raises_it() -> None:
-    from sdattn_fast.lab import load_pipeline
-
-    pipe = load_pipeline()
-    pipe.set_progress_bar_config(disable=True)
+def test_a_correction_raises_it(pipe: Any) -> None:
     prompt = "a red circle and a blue square"
     apart = Segregation(find_phrases(prompt, pipe.tokenizer))
     scores = {strength: corrected_scores(pipe, prompt, apart, strength) for strength in (0.0, 0.05)}

@@ -147,16 +147,6 @@ def test_clip_scores(clip):
         clip.similarity(pictures, texts[:1])
 
 
-@pytest.fixture(scope="module")
-def pipe():
-    pytest.importorskip("diffusers")
-    from sdattn_fast.lab import load_pipeline
-
-    pipe = load_pipeline()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
-
-
 def test_every_heads_maps_of_the_words(pipe):
     prompts = ["a red circle and a blue circle", "a large green triangle", "nothing"]
     words = [["circle", "circle (2)"], ["triangle"], []]

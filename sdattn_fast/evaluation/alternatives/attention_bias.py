@@ -62,27 +62,25 @@ class AttentionBias:
         maps = self.patch.maps.upsample()
         if len(maps) != len(self.phrases):
             raise ValueError(f"phrases: expected those of each of {len(maps)} pictures, got {len(self.phrases)}")
-        own = [
-            torch.stack([x[list(tokens)].mean(0) for tokens in some]).clamp(min=1e-6)
+        changes = [
+            self._changes(torch.stack([x[list(tokens)].mean(0) for tokens in some]).clamp(min=1e-6))
             for x, some in zip(maps, self.phrases, strict=True)
         ]
-        return {
-            layer.name: self._bias(own, layer.grid, maps.shape[1])
-            for layer in self.patch.unet_layers
-            if layer.grid is not None
-        }
+        grids = {layer.name: layer.grid for layer in self.patch.unet_layers if layer.grid is not None}
+        by_grid = {grid: self._bias(changes, grid, maps.shape[1]) for grid in set(grids.values())}
+        return {name: by_grid[grid] for name, grid in grids.items()}
 
-    def _bias(self, own: Sequence[Tensor], grid: tuple[int, ...], tokens: int) -> Tensor:
-        """(B, 1, M, N) of a layer. own: of each picture, its objects' maps, (objects, height, width)."""
-        bias = own[0].new_zeros(len(own), 1, grid[0] * grid[1], tokens)
-        for of_picture, maps, some in zip(bias, own, self.phrases, strict=True):
-            changes = F.adaptive_avg_pool2d(self._changes(maps), (grid[0], grid[1])).flatten(1)
-            for object_tokens, change in zip(some, changes, strict=True):
-                of_picture[0][:, list(object_tokens)] = change[:, None]
+    def _bias(self, changes: Sequence[Tensor], grid: tuple[int, ...], tokens: int) -> Tensor:
+        """(B, 1, M, N) of layers with this grid. changes: of each picture, (objects, height, width)."""
+        bias = changes[0].new_zeros(len(changes), 1, grid[0] * grid[1], tokens)
+        for of_picture, change, some in zip(bias, changes, self.phrases, strict=True):
+            pooled = F.adaptive_avg_pool2d(change, (grid[0], grid[1])).flatten(1)
+            for object_tokens, of_object in zip(some, pooled, strict=True):
+                of_picture[0][:, list(object_tokens)] = of_object[:, None]
         return bias
 
     def _changes(self, maps: Tensor) -> Tensor:
-        """Of each object's logits, at each pixel."""
+        """Of each object's logits, at each pixel. maps: the objects', (objects, height, width)."""
         greatest = maps.amax((1, 2), keepdim=True)
         if self.how == "weak":
             return (self.strength * (greatest.amax() / greatest).log()).expand_as(maps)

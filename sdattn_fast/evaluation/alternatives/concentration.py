@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ...guidance.relevance import Seen
-from ...guidance.token_maps import LEAST, PhraseScore, for_each_picture, maps_of_tokens, word_distributions
+from ...guidance.token_maps import PhraseScore
 
 __all__ = ["Concentration"]
 
@@ -25,17 +25,7 @@ class Concentration(PhraseScore):
 
     def by_picture(self, seen: Seen) -> Tensor:
         """(B,), from 0, where every map is uniform, to 1, where each is one pixel. Raises: as `Presence`."""
-        maps, place = maps_of_tokens(seen, self.tokens, "phrases")
-        phrases = for_each_picture(self.phrases, len(maps), "phrases")
-        maps = maps.clamp_min(LEAST).movedim(1, -1)
-        return torch.stack(
-            [
-                _concentration(word_distributions(x, [[place[i] for i in phrase] for phrase in some]))
-                if some
-                else x.new_ones(())
-                for x, some in zip(maps, phrases, strict=True)
-            ]
-        )
+        return torch.stack([_concentration(x) if len(x) else x.new_ones(()) for x in self.distributions(seen)])
 
 
 def _concentration(distributions: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ...guidance.pictures import signed_pictures
 from .sprites import COLOURED, HUES, NOUNS, dominant_hue, sprite
 from .world import SIDE, SMALLEST_SIDE
 
@@ -102,7 +103,7 @@ class PictogramDetector:
         detections: list[list[PictogramDetection]] = []
         for start in range(0, len(pictures), 64):
             part = torch.from_numpy(np.stack(pictures[start : start + 64]))
-            shares = self.network(part.permute(0, 3, 1, 2).float() / 127.5 - 1).softmax(1)
+            shares = self.network(signed_pictures(part)).softmax(1)
             best, nouns = shares.max(1)
             detections += [
                 _objects(picture, noun.numpy(), sure.numpy())
