@@ -69,13 +69,16 @@ def study(tmp_path):
 
 
 @contextlib.contextmanager
-def worker(storage, trials, heartbeat, seconds, log=os.devnull, hangs=False):
+def worker(storage, trials, heartbeat, seconds, log=os.devnull, hangs=False, together=None):
     """Another process at work on the study; it writes the numbers of the trials it ran to `log`. Forked, since to
-    import torch anew takes longer than all it does, and it runs none of torch's operations."""
+    import torch anew takes longer than all it does, and it runs none of torch's operations. together: a barrier at
+    which it waits for others that have opened the study."""
 
     def work() -> None:
         reward = Pretended(seconds=seconds, hangs=hangs)
         study = open_study(storage, reward, SPACE, heartbeat=heartbeat)
+        if together is not None:
+            together.wait(60)
         with open(log, "w") as file:
             tune(study, reward, SPACE, trials, callbacks=(lambda study, trial: print(trial.number, file=file),))
 
@@ -292,7 +295,12 @@ def test_a_full_disk_is_said_and_what_was_done_stays(study, tmp_path):
 
 @pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
 def test_two_workers_share_a_postgresql_study(postgresql, tmp_path):
-    with worker(postgresql, 10, 5, 0.1, tmp_path / "0") as one, worker(postgresql, 10, 5, 0.1, tmp_path / "1") as two:
+    # One alone could have run all trials before a busy machine lets the other begin.
+    both = multiprocessing.get_context("fork").Barrier(2)
+    with (
+        worker(postgresql, 10, 5, 0.1, tmp_path / "0", together=both) as one,
+        worker(postgresql, 10, 5, 0.1, tmp_path / "1", together=both) as two,
+    ):
         one.join(90)
         two.join(90)
         assert [one.exitcode, two.exitcode] == [0, 0]
