@@ -127,7 +127,11 @@ def apply(
     if guided is not None and patch.installed:
         from .guidance.recipe_guide import RecipeGuide
 
-        patch.guide = RecipeGuide(patch, guided)
+        try:
+            patch.guide = RecipeGuide(patch, guided)
+        except BaseException:
+            patch.remove()
+            raise
     return patch
 
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["Program", "SalienceDropout", "Refinement", "Capture", "finite_number"]
+__all__ = ["Program", "SalienceDropout", "Refinement", "Capture", "finite_number", "layer_patterns"]
 
 # Far beyond any use; a larger sigma asks for gigabytes of Gaussian, and more rounds for hours.
 _MOST_SIGMA, _MOST_ROUNDS = 1000.0, 1000
@@ -174,12 +174,18 @@ class Capture:
             object.__setattr__(self, "tokens", _indices("Capture.tokens", self.tokens))
         if self.steps is not None and self.steps != "latest":
             object.__setattr__(self, "steps", _indices("Capture.steps", self.steps, "'latest', "))
-        if self.layers is not None and not isinstance(self.layers, str):
-            if not isinstance(self.layers, Sequence) or any(not isinstance(name, str) for name in self.layers):
-                raise TypeError(f"Capture.layers: expected None, names or patterns, got {_said(self.layers)}")
-            object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", layer_patterns("Capture.layers", self.layers))
         _choice("Capture.stage", self.stage, ("softmax", "final"))
         _choice("Capture.reduce", self.reduce, ("mean", "none"))
+
+
+def layer_patterns(name: str, given: Any) -> str | tuple[str, ...] | None:
+    """Names or patterns of layers as a frozen dataclass keeps them. Raises: TypeError where they are none."""
+    if given is None or isinstance(given, str):
+        return given
+    if not isinstance(given, Sequence) or any(not isinstance(one, str) for one in given):
+        raise TypeError(f"{name}: expected None, names or patterns, got {_said(given)}")
+    return tuple(given)
 
 
 def _indices(name: str, given: Any, or_else: str = "") -> tuple[int, ...]:

@@ -22,7 +22,10 @@ STRENGTHS = (0.05, 0.1, 0.2)  # of recipes, normalized
 RECIPES_SCORE = "recipe's score"  # the kind of alternatives that has it
 SCALES, RESOLUTIONS = (2.0, 8.0, 20.0), (16, 8)  # of peers
 
-_SCHEDULES = ((0.25, 4), (0.15, 2))  # the share of the steps, and how many corrections in it
+# The share of the steps, how many corrections in it, and the strengths as shares of those that are asked for: of many
+# corrections each is weaker.
+_SCHEDULES = ((0.25, 4, 1.0), (0.15, 2, 1.0), (0.35, 6, 0.8))
+_FAST = ((0.1, 1, 1.0, None), (0.3, 5, 0.7, "down_blocks.*"))  # and the layers whose maps the score sees
 _WEAKER = ((0.02, 10), (0.03, 10))  # strengths, and how many corrections
 _STOCK = Condition(STOCK, STOCK)
 # The recipe whose weights are searched with -> the measures whose mean it is chosen by.
@@ -92,27 +95,30 @@ def technique_kinds() -> list[Kind]:
 
 def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:
     """Normalized recipes of each kind, at each strength (root mean square of a change), with four corrections in the
-    first quarter of the steps or two in the first 15 %; and the fast one, "objects" with one in the first 10 %.
+    first quarter of the steps, two in the first 15 %, or six in the first 35 %, of 0.8 of the strength. And the fast
+    one, "objects" with one correction in the first 10 %, or five of 0.7 of the strength in the first 30 %, which look
+    at the maps of down blocks alone.
 
     Raises: as `Recipe`.
     """
 
-    def tried(kind: str, share: float, corrections: int) -> list[Condition]:
+    def tried(kind: str, share: float, corrections: int, weaker: float, layers: str | None = None) -> list[Condition]:
         recipes = [
-            replace(Recipe.named(kind), strength=strength, until=share, corrections=corrections)
+            replace(
+                Recipe.named(kind), strength=round(weaker * strength, 6), until=share, corrections=corrections,
+                layers=layers,
+            )
             for strength in strengths
-        ]
-        plural = "s" if corrections > 1 else ""
-        return [
-            recipe_condition(f"{kind}, strength {one.strength:g}, {corrections} correction{plural}", one)
-            for one in recipes
-        ]
+        ]  # fmt: skip
+        said = f"{corrections} correction{'s' if corrections > 1 else ''}{', down blocks' if layers else ''}"
+        return [recipe_condition(f"{kind}, strength {one.strength:g}, {said}", one) for one in recipes]
 
     kinds = [
         Kind(f"recipe, {kind}", [one for schedule in _SCHEDULES for one in tried(kind, *schedule)], measures)
         for kind, measures in _RECIPES.items()
     ]
-    return [*kinds, Kind("recipe, fast", tried("objects", 0.1, 1), _RECIPES["objects"])]
+    fast = [one for setting in _FAST for one in tried("objects", *setting)]
+    return [*kinds, Kind("recipe, fast", fast, _RECIPES["objects"])]
 
 
 def alternative_kinds() -> list[Kind]:

@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..patching.forwards import Forward, entries_of
+from ..patching.layers import select_layers
 from ..patching.patch import Patch
 from ..program import finite_number
 from .phrases import NounPhrase
@@ -64,7 +65,8 @@ class Correction:
         repeats: The most changes after a step with a target.
         tokens: For "reweight", indices of tokens, or what `find_phrases` gives, whose nouns count; or a list of either
             for each picture. None: all tokens.
-        layers: For "reweight", as in `gradcam`.
+        layers: For "reweight", as in `gradcam`. Else which of the captured layers' maps the score sees, as names or
+            fnmatch patterns; where it needs no prediction, the UNet stops after the last of them. None: all.
         heads: For "reweight", as in `gradcam`.
 
     Warns:
@@ -137,6 +139,7 @@ class Correction:
         self.tokens, self.layers, self.heads = tokens, layers, heads
         if patch.unet is None:
             raise ValueError(f"patch: expected one with cross-attention layers, got {patch!r}")
+        select_layers(layers, [layer.name for layer in patch.unet_layers])
         self._stop = patch.keep_forwards()
 
     # As diffusers' MultiPipelineCallbacks asks.
@@ -156,7 +159,7 @@ class Correction:
 
         Raises:
             RuntimeError: Inside torch.inference_mode, which forbids gradients.
-            ValueError: If the prompts of the step are not known.
+            ValueError: If the prompts of the step are not known, or `layers` are of those captured none.
         """
         check_gradients_may_be("Correction")
         following = _next_timestep(pipe, step, timestep)
@@ -232,7 +235,7 @@ class Correction:
             x = inputs.pop("sample").detach().requires_grad_()
             t, text = inputs.pop("timestep"), inputs.pop("encoder_hidden_states")
             maps_alone = not getattr(self.score, "needs_prediction", True)
-            seen = run(self.patch, x, t, text, maps_alone=maps_alone, **inputs)
+            seen = run(self.patch, x, t, text, maps_alone=maps_alone, maps_of=self.layers, **inputs)
             by_picture = bool(self.targets) or not self.normalize
             scores = self.score.by_picture(seen) if by_picture else self.score(seen)  # type: ignore[attr-defined]
             if not isinstance(scores, Tensor):

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any
 
-from ..program import Program, finite_number
+from ..program import Program, finite_number, layer_patterns
 
 __all__ = ["RECIPES", "Recipe"]
 
@@ -35,6 +35,9 @@ class Recipe:
         targets: {share of the steps: score}, kept as a tuple of pairs: before the step at this share the change is
             repeated until the score reaches the number, at most `repeats` times.
         repeats: As in `Correction`.
+        layers: The captured layers whose maps the scores see, as names or fnmatch patterns; a correction's forward and
+            backward pass go no further than the last of them. None: all. Captured are the key layers, unless
+            `apply(capture=...)` says otherwise.
         program: What happens to the rows of the map, as in `apply`.
         objects: The objects, as prompts write them; a prompt need not have all. None: the noun phrases that
             `find_phrases` finds, without those that name the picture itself, such as "photo", "style" and "background".
@@ -67,6 +70,7 @@ class Recipe:
     corrections: int | None = 4
     targets: Mapping[float, float] | tuple[tuple[float, float], ...] = ()
     repeats: int = 20
+    layers: str | tuple[str, ...] | None = None
     program: Program = field(default_factory=Program)
     objects: tuple[str, ...] | None = None
 
@@ -93,6 +97,7 @@ class Recipe:
             raise TypeError(f"Recipe.normalize: expected a bool, got {type(self.normalize).__name__}")
         if self.sharpness is not None and finite_number("Recipe.sharpness", self.sharpness) <= 0.0:
             raise ValueError(f"Recipe.sharpness: expected a number > 0 or None, got {self.sharpness}")
+        object.__setattr__(self, "layers", layer_patterns("Recipe.layers", self.layers))
         if not isinstance(self.program, Program):
             raise TypeError(f"Recipe.program: expected a sdattn_fast.Program, got {type(self.program).__name__}")
         if self.objects is not None:

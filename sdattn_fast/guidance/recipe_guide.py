@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..patching.layers import select_layers
 from ..patching.model_kinds import denoisers
 from ..patching.patch import Patch
 from ..patching.step_callback import StepCallback
@@ -83,6 +84,7 @@ class RecipeGuide:
     """What a patch asks before each call of its pipeline. Calls of several threads have nothing in common."""
 
     def __init__(self, patch: Patch, recipe: Recipe) -> None:
+        select_layers(recipe.layers, [layer.name for layer in patch.unet_layers], "Recipe.layers")
         self.patch, self.recipe = patch, recipe
         self._stop = patch.keep_forwards()
         self._tokenizers = _Tokenizers()
@@ -211,7 +213,7 @@ class _Correcting:
         }
         correction = Correction(
             self.patch, self.score, steps=(0, end), every=every, strength=recipe.strength,
-            normalize=recipe.normalize, targets=targets, repeats=recipe.repeats,
+            normalize=recipe.normalize, targets=targets, repeats=recipe.repeats, layers=recipe.layers,
         )  # fmt: skip
         correction.remove()  # the guide watches the UNet for all of them
         return correction

@@ -144,18 +144,28 @@ def check_gradients_may_be(what: str) -> None:
         )
 
 
-def run(patch: Patch, latents: Tensor, t: Any, text: Tensor, *, maps_alone: bool = False, **inputs: Any) -> Seen:
+def run(
+    patch: Patch,
+    latents: Tensor,
+    t: Any,
+    text: Tensor,
+    *,
+    maps_alone: bool = False,
+    maps_of: str | Sequence[str] | None = None,
+    **inputs: Any,
+) -> Seen:
     """One forward with gradients on, beside those of a pipeline: its maps do not enter the run's mean. maps_alone: no
-    prediction is needed.
+    prediction is needed. maps_of: as in `Call`.
 
-    Raises: RuntimeError for a model whose weights were made in torch.inference_mode.
+    Raises: RuntimeError for a model whose weights were made in torch.inference_mode. ValueError where no captured layer
+    is one of `maps_of`.
     """
     unet = patch.unet
     assert unet is not None
     latents, t, text, inputs = _outside_inference_mode((latents, t, text, inputs))
     out: Tensor | None = None
     with torch.enable_grad(), patch.aside() as call:
-        call.ends_with_maps = maps_alone and patch.may_end_early()
+        call.ends_with_maps, call.maps_of = maps_alone and patch.may_end_early(), maps_of
         try:
             out = unet(latents, t, encoder_hidden_states=text, return_dict=False, **inputs)[0]
         except MapsComplete:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -34,7 +34,8 @@ class Call:
     pipe: whose call it is, None for a loop's. explicit: it ends where somebody says so, and not where timesteps turn.
     biases: whose -> {layer name: (B or 1, 1, M, N)}, added to the logits of the layer's forwards; each takes back its
     own. gate: as `apply` takes it, in place of the patch's. aside: its forwards are beside those of the picture.
-    ends_with_maps: they are made for their maps alone (`early_end`).
+    ends_with_maps: they are made for their maps alone (`early_end`). maps_of: which of the captured layers keep maps in
+    them, names or patterns; None: all.
     """
 
     def __init__(self, pipe: Any = None, *, explicit: bool = False, aside: bool = False) -> None:
@@ -42,6 +43,7 @@ class Call:
         self.explicit = explicit or pipe is not None
         self.aside = aside
         self.over = self.ends_with_maps = False
+        self.maps_of: str | Sequence[str] | None = None
         self.encoded: list[Encoded] = []  # the newest first
         self.steps = Steps()
         self.maps = MapSums()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..program import Capture
 from ..streams import capturing
+from .layers import select_layers
 from .maps import Maps
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class MapKeeper:
         A pipeline may ask its prompts twice in a step, as self-attention guidance does; the first time counts.
 
         Raises: RuntimeError while a CUDA graph is captured, where a mean over steps is wanted. ValueError where a
-        pipeline asks other prompts in the same step.
+        pipeline asks other prompts in the same step, or no captured layer is of those that the call wants.
         """
         if self.capture.steps != "latest" and isinstance(x, Tensor) and capturing(x.device):
             raise RuntimeError(
@@ -54,6 +55,8 @@ class MapKeeper:
         if begins:
             maps.add_latest(mean=steps != "latest")
         names = self._layers(call, model, layers, x)
+        if call.maps_of is not None:
+            names = set(select_layers(call.maps_of, sorted(names), "layers, of the captured ones"))
         now = call.aside or steps is None or steps == "latest" or call.steps.index in steps
         if prompts is not None and not prompts:
             now = False

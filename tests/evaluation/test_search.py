@@ -31,9 +31,10 @@ def test_what_is_searched() -> None:
         assert {(r.presence > 0, r.segregation > 0, r.binding > 0) for r in recipes} == {expected}
         assert {(r.strength, r.until, r.corrections) for r in recipes} == {
             (strength, *acting) for strength in (0.1, 0.2) for acting in ((0.25, 4), (0.15, 2))
-        }
+        } | {(0.08, 0.35, 6), (0.16, 0.35, 6)}
     fast = [c.patch["recipe"] for c in kinds["recipe, fast"]]
-    assert {(r.presence, r.segregation, r.binding, r.until, r.corrections) for r in fast} == {(1, 1, 0, 0.1, 1)}
+    assert {(r.presence, r.segregation, r.binding) for r in fast} == {(1, 1, 0)}
+    assert {(r.until, r.corrections, r.layers) for r in fast} == {(0.1, 1, None), (0.3, 5, "down_blocks.*")}
     for name, peer in (("Attend-and-Excite", AttendAndExcite), ("SynGen", SynGen)):
         assert {(type(c.peer), c.peer.scale, c.peer.resolution) for c in kinds[name]} == {
             (peer, scale, side) for scale in SCALES for side in RESOLUTIONS
@@ -105,7 +106,7 @@ def test_the_study(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert (
         set(figures) == {"chosen", "search", "report", "compared with peers", "costs"} and len(figures["chosen"]) == 6
     )
-    assert len(figures["search"]) == 1 + 7 + 2
+    assert len(figures["search"]) == 1 + 11 + 2
     control = "Attend-and-Excite, 16x16, scale 0.5"
     assert {"stock", control, "SynGen, 16x16, scale 0.5"} <= set(figures["report"]) == set(figures["costs"])
     table = (tmp_path / "recipes.md").read_text().splitlines()

@@ -244,6 +244,44 @@ def test_threads_and_copies(build: Any, draw: Any) -> None:
         np.testing.assert_allclose(together[i], alone[i], atol=1e-5)
 
 
+def test_the_layers_of_a_recipe(build: Any, draw: Any) -> None:
+    """Its scores see their maps alone, its forwards end there, and the maps that the user asked for are whole."""
+    pipe = build("sd15")
+    down = replace(GENTLE, layers="down_blocks.*", strength=1.0)
+    ran: list[None] = []
+    watching = pipe.unet.conv_out.register_forward_hook(lambda *of_call: ran.append(None))
+
+    def drawn(recipe: Recipe, capture: Capture | None = None) -> tuple[np.ndarray, sdattn_fast.Maps | None]:
+        with sdattn_fast.apply(pipe, recipe=recipe, capture=capture) as patch:
+            ran.clear()
+            picture = quiet(lambda: draw(pipe, CAPTION, num_inference_steps=4))
+            return picture, patch.maps if capture is not None else None
+
+    try:
+        picture, _ = drawn(down)
+        assert len(ran) == 4
+        same, maps = drawn(down, Capture())
+        assert maps is not None and any(name.startswith("up_blocks") for name in maps)
+        np.testing.assert_array_equal(picture, same)
+        in_place_of, _ = drawn(replace(down, layers=None), Capture(layers="down_blocks.*"))
+        of_all, _ = drawn(replace(down, layers=None))
+    finally:
+        watching.remove()
+    np.testing.assert_array_equal(picture, in_place_of)
+    assert np.abs(picture - of_all).max() > 1e-3
+
+
+def test_layers_that_a_recipe_has_not(build: Any, draw: Any) -> None:
+    pipe = build("sd15")
+    processors = {name: type(one) for name, one in pipe.unet.attn_processors.items()}
+    with pytest.raises(ValueError, match=r"Recipe.layers: 'dawn' matches none of the .* layers; did you mean"):
+        sdattn_fast.apply(pipe, recipe=replace(GENTLE, layers=["down_blocks.*", "dawn"]))
+    assert {name: type(one) for name, one in pipe.unet.attn_processors.items()} == processors
+    with sdattn_fast.apply(pipe, recipe=replace(GENTLE, layers="down_blocks.*"), capture=Capture(layers="up_blocks.*")):
+        with pytest.raises(ValueError, match=r"layers, of the captured ones: 'down_blocks.*' matches none of the"):
+            draw(pipe, CAPTION, num_inference_steps=4)
+
+
 def test_with_a_program_and_maps(build: Any, draw: Any) -> None:
     pipe = build("sd15")
     program = Program(SalienceDropout(0.2), renormalize="content")
@@ -614,6 +652,7 @@ def test_recipes_are_values() -> None:
         ({"presence": 1, "targets": ((0.2, 1), (0.2, 2))}, ValueError, "Recipe.targets: expected each share once"),
         ({"presence": 1, "targets": [0.5]}, TypeError, r"Recipe.targets: expected {share: score}, got \[0.5"),
         ({"presence": 1, "sharpness": 0.0}, ValueError, "Recipe.sharpness: expected a number > 0 or None, got 0"),
+        ({"presence": 1, "layers": 3}, TypeError, r"Recipe.layers: expected None, names or patterns, got 3 \(int\)"),
         ({"presence": 1, "normalize": 1}, TypeError, "Recipe.normalize: expected a bool, got int"),
         ({"presence": 1, "program": None}, TypeError, "Recipe.program: expected a sdattn_fast.Program"),
         ({"presence": 1, "objects": "cat"}, TypeError, "Recipe.objects: expected a sequence of str"),
@@ -633,6 +672,7 @@ def test_bad_recipes(changes: dict[str, Any], error: type[Exception], message: s
         ({"every": True}, TypeError, "every: expected an int, got bool"),
         ({"every": 3, "targets": {4: 0.5}}, ValueError, "targets: expected every 3-th step from 0 on, got 4"),
         ({"normalize": 0}, TypeError, "normalize: expected a bool, got int"),
+        ({"layers": "dawn"}, ValueError, "layers: 'dawn' matches none of the"),
         ({"normalize": False, "how": "reweight"}, ValueError, "normalize: False goes with how='gradient'"),
         ({"normalize": False, "score": lambda seen: 0}, TypeError, "normalize=False needs a score with by_picture"),
     ],
