@@ -27,7 +27,7 @@ def _recipes(
     folder: Annotated[Path, typer.Argument(help="Where pictures and figures are kept.")],
     world: Annotated[str, typer.Option(help="objects or shapes.")] = "objects",
     model: Annotated[Path | None, typer.Option(help="A pipeline's folder; default: the world's own.")] = None,
-    choose: Annotated[int, typer.Option(help="How many captions settings are chosen on.")] = 64,
+    choose: Annotated[int, typer.Option(help="How many captions settings are chosen on.")] = 128,
     report: Annotated[int, typer.Option(help="How many other captions the best are compared on.")] = 512,
     strength: Annotated[
         list[float] | None, typer.Option(help="Of a recipe's change of the latents; several, default 0.05 to 0.2.")
