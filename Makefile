@@ -11,7 +11,7 @@ CUDA_CODE = "CUDA code: $(SDATTN_FAST_CUDA), for $(or $(TORCH_CUDA_ARCH_LIST),al
 # What pip may install: `make CONSTRAINTS=` takes the newest of everything.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-all test-oldest test-aarch64 lint docs bench compile-matrix gpu-bundle wheel wheels-cu12 wheels-cu13 sdist clean
+.PHONY: demo test test-all test-oldest test-aarch64 lint docs bench compile-matrix gpu-bundle hub-package wheel wheels-cu12 wheels-cu13 sdist clean
 
 demo: .venv/installed
 	$(BIN)/sdattn-fast demo
@@ -74,6 +74,11 @@ build/triton-%: .venv/installed
 GPU_ARCHITECTURE ?= 9.0
 gpu-bundle:
 	$(PYTHON) benchmarks/on_gpu/bundle.py --architecture $(GPU_ARCHITECTURE)
+
+# The kernels as a package for the Hugging Face Hub, in build/hub.
+hub-package: .venv/installed
+	rm -rf build/hub
+	$(BIN)/python hub/make.py build/hub
 
 # A wheel for CPython 3.10 and all after it, in dist/, and that of the lab's weights. The tag is what this machine's C
 # library allows; manylinux_2_28 comes from below.

@@ -33,7 +33,7 @@ def _load() -> tuple[Any, str | None]:
     try:
         from .. import _cuda  # type: ignore[attr-defined]
     except ImportError as error:
-        is_built = importlib.util.find_spec("sdattn_fast._cuda") is not None
+        is_built = importlib.util.find_spec(".._cuda", __package__) is not None
         return None, (
             f"the CUDA kernels {f'cannot be loaded ({error})' if is_built else 'are not built'}; `pip install -e .` "
             "builds them where it finds nvcc: on the PATH, in CUDA_HOME, or from pip install 'nvidia-cuda-nvcc==13.*' "

@@ -20,6 +20,10 @@ from .results import empty_bits, empty_results
 
 __all__ = ["attention", "picture_attention", "smooth", "NO_SECOND"]
 
+# Hugging Face's kernels library loads several versions of this code into one process, each under a name of its own.
+_NAMESPACE = __name__.partition(".")[0]
+_OPS = getattr(torch.ops, _NAMESPACE)
+
 NO_SECOND = (
     "sdattn_fast: the fused backends have no gradient of the gradient; backend='reference' has one (without "
     "create_graph=True, or with a single torch.func.grad, none is asked for)"
@@ -51,9 +55,7 @@ def attention(
     Differentiable where return_bits is set or the program decides nothing. relevance: sink, tokens and heads as
     `autograd.Relevance`.
     """
-    out, maps, bits = torch.ops.sdattn_fast.rows(
-        query, key, value, bias, scale, *_fields(rows), return_bits, *relevance, backend
-    )
+    out, maps, bits = _OPS.rows(query, key, value, bias, scale, *_fields(rows), return_bits, *relevance, backend)
     return out, maps if rows.capture_tokens is not None else None, bits if return_bits else None
 
 
@@ -71,15 +73,18 @@ def picture_attention(
     """A fused backend's `picture_attention` through the op ``sdattn_fast::picture``."""
     height, width = (0, 0) if grid is None else grid
     over_picture = [getattr(picture, name) for name in _PICTURE]
-    out, maps = torch.ops.sdattn_fast.picture(
-        query, key, value, bias, scale, *_fields(rows), *over_picture, height, width, backend
-    )
+    out, maps = _OPS.picture(query, key, value, bias, scale, *_fields(rows), *over_picture, height, width, backend)
     return out, maps if rows.capture_tokens is not None else None
 
 
 def smooth(x: Tensor, grid: tuple[int, int], sigma: float, times: int, where: Tensor | None, backend: str) -> Tensor:
     """A fused backend's `smooth` through the op ``sdattn_fast::smooth``."""
-    return torch.ops.sdattn_fast.smooth(x, grid[0], grid[1], sigma, times, where, backend)
+    return _OPS.smooth(x, grid[0], grid[1], sigma, times, where, backend)
+
+
+def add_op_namespace_prefix(name: str) -> str:
+    """An op's whole name. The builder of kernels for the Hub wants this function, by this name, in every decorator."""
+    return f"{_NAMESPACE}::{name}"
 
 
 # ---- flat and back ---------------------------------------------------------------------------------------------------
@@ -111,7 +116,7 @@ def _no_none(like: Tensor, *results: Tensor | None, dtype: torch.dtype | None = 
 _ROWS_OP = {**_INPUTS, **_ROWS, "return_bits": "bool", **_RELEVANCE, "backend": "str"}
 
 
-@library.custom_op("sdattn_fast::rows", mutates_args=(), schema=_schema(_ROWS_OP, 3))
+@library.custom_op(add_op_namespace_prefix("rows"), mutates_args=(), schema=_schema(_ROWS_OP, 3))
 def _rows(*arguments):
     inputs, (return_bits, *_, backend) = _unflattened(arguments)
     return _rows_results(inputs[0], *fused(backend).attention(*inputs, return_bits=return_bits))
@@ -150,7 +155,7 @@ def _rows_gradients(ctx, grad_out, grad_maps, _):
     if (grad_out is None and grad_maps is None) or not any(wanted):
         return (None,) * len(_ROWS_OP)
     in_order = [saved[name] for name in _SAVED]
-    grads = torch.ops.sdattn_fast.rows_backward(grad_out, grad_maps, bits, wanted, *in_order)
+    grads = _OPS.rows_backward(grad_out, grad_maps, bits, wanted, *in_order)
     by_name = {name: grad for name, grad, want in zip(_DIFFERENTIABLE, grads, wanted, strict=True) if want}
     return tuple(by_name.get(name) for name in _ROWS_OP)
 
@@ -160,7 +165,9 @@ _rows.register_autograd(_rows_gradients, setup_context=_save)
 _BACKWARD_OP = {"grad_out": "Tensor?", "grad_maps": "Tensor?", "bits": "Tensor", "wanted": "bool[]", **_SAVED}
 
 
-@library.custom_op("sdattn_fast::rows_backward", mutates_args=(), schema=_schema(_BACKWARD_OP, len(_DIFFERENTIABLE)))
+@library.custom_op(
+    add_op_namespace_prefix("rows_backward"), mutates_args=(), schema=_schema(_BACKWARD_OP, len(_DIFFERENTIABLE))
+)
 def _rows_backward(grad_out, grad_maps, bits, wanted, *saved):
     x, rows = _by_name(saved)
     inputs = (x["query"], x["key"], x["value"], x["bias"], x["scale"], rows, bits if bits.numel() else None)
@@ -192,7 +199,7 @@ _rows_backward.register_autograd(_refuse_second)
 _PICTURE_OP = {**_INPUTS, **_ROWS, **_PICTURE, "height": "SymInt", "width": "SymInt", "backend": "str"}
 
 
-@library.custom_op("sdattn_fast::picture", mutates_args=(), schema=_schema(_PICTURE_OP, 2))
+@library.custom_op(add_op_namespace_prefix("picture"), mutates_args=(), schema=_schema(_PICTURE_OP, 2))
 def _picture(*arguments):
     inputs, (*picture, height, width, backend) = _unflattened(arguments)
     picture = PicturePlan(**dict(zip(_PICTURE, picture, strict=True)))
@@ -209,7 +216,7 @@ def _picture_fake(*arguments):
 
 
 @library.custom_op(
-    "sdattn_fast::smooth",
+    add_op_namespace_prefix("smooth"),
     mutates_args=(),
     schema="(Tensor x, SymInt height, SymInt width, float sigma, int times, Tensor? where, str backend) -> Tensor",
 )
@@ -230,7 +237,7 @@ def _save_smooth(ctx, inputs, output):
 def _smooth_gradient(ctx, grad):
     # A symmetric kernel, edges reflected about the pixels' edge, is a symmetric matrix.
     (where,) = ctx.saved_tensors
-    grad = torch.ops.sdattn_fast.smooth(grad, *ctx.grid, ctx.sigma, ctx.times, where, ctx.backend)
+    grad = _OPS.smooth(grad, *ctx.grid, ctx.sigma, ctx.times, where, ctx.backend)
     return grad, None, None, None, None, None, None
 
 
