@@ -191,6 +191,7 @@ setup(
         "bdist_wheel": {"py_limited_api": "cp310"},
         **({"egg_info": {"tag_build": f"+{local}"}} if local else {}),
     },
+    py_modules=["sdattn_fast_command"],
     packages=[*find_packages(include=["sdattn_fast*"]), "sdattn_fast.kernels"],
     package_dir={"sdattn_fast": "sdattn_fast", "sdattn_fast.kernels": "kernels"},
     ext_modules=[] if NOTHING_COMPILED else [core] if isinstance(CUDA_BUILD, str) else [core, cuda],

@@ -50,7 +50,7 @@ def test_wheel_holds_all_that_is_needed(built):
     names = set(zipfile.ZipFile(wheel).namelist())
     data = {"py.typed", "backend/measured.json"}
     assert {"sdattn_fast/kernels/rows.py", *(f"sdattn_fast/{name}" for name in data)} <= names
-    assert {name.split("/")[0].split("-")[0] for name in names} == {"sdattn_fast"}
+    assert {name.split("/")[0].split("-")[0] for name in names} == {"sdattn_fast", "sdattn_fast_command.py"}
     assert not [name for name in names if name.endswith(".safetensors")]
     with_cuda = "without CUDA code" not in said
     assert modules(wheel) == ({"_core", "_cuda"} if with_cuda else {"_core"})

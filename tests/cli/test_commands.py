@@ -125,6 +125,18 @@ def test_an_interruption_and_too_little_memory_are_a_line(run, monkeypatch, erro
     assert status == code and err.strip().startswith(f"sdattn-fast: {says}") and err.strip().count("\n") == 0
 
 
+def test_an_interruption_of_its_start_is_a_line(tmp_path):
+    """Before there is anything of ours that could catch it: PyTorch takes a second."""
+    (tmp_path / "torch.py").write_text("import signal; signal.raise_signal(signal.SIGINT)")
+    command = "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    command += "from sdattn_fast_command import main; main()"
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        [sys.executable, "-c", command], capture_output=True, text=True, env={**os.environ, "PYTHONPATH": path}
+    )
+    assert (done.returncode, done.stderr) == (130, "sdattn-fast: interrupted\n")
+
+
 def test_a_terminal_that_has_not_all_letters():
     """After all that was drawn."""
     command = "from sdattn_fast.cli import main; main(['generate', '--prompt', 'x', '--out', '/proc/caf\u00e9/a.png'])"
