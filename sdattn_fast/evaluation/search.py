@@ -48,8 +48,8 @@ class Kind:
     measures: Sequence[str]
     or_stock: bool = True
 
-    def best(self, results: Mapping[str, Sequence[Mapping[str, float]]]) -> Condition:
-        """The best condition of those that were drawn. results: of each, and of stock, every prompt's measures.
+    def ranked(self, results: Mapping[str, Sequence[Mapping[str, float]]]) -> list[Condition]:
+        """Those conditions that were drawn, the best first. results: of each, and of stock, every prompt's measures.
 
         Raises: ValueError where none was drawn.
         """
@@ -57,7 +57,7 @@ class Kind:
         candidates = [c for c in candidates if c.name in results]
         if not candidates:
             raise ValueError(f"results: expected those of a condition of {self.name!r}, got none")
-        return max(candidates, key=lambda c: _mean(results[c.name], self.measures))
+        return sorted(candidates, key=lambda c: _mean(results[c.name], self.measures), reverse=True)
 
 
 def technique_kinds() -> list[Kind]:

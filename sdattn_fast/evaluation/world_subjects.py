@@ -17,13 +17,20 @@ __all__ = ["bound_objects_of", "masks_of", "words_of_objects", "world_subject"]
 
 
 def world_subject(
-    world: str, count: int, scorer: ClipScorer | None = None, *, choosing: bool = False, folder: Path | None = None
+    world: str,
+    count: int,
+    scorer: ClipScorer | None = None,
+    *,
+    choosing: bool = False,
+    first: int = 0,
+    folder: Path | None = None,
 ) -> Any:
     """So many captions of the world "shapes" or "objects", a `Subject`.
 
     Args:
         scorer: CLIP, whose cosine is measured too. None: the world's own for "shapes", none for "objects".
         choosing: captions that settings are chosen on, in place of those that are reported on.
+        first: of these it begins with the one of this index.
         folder: of another pipeline for the world, with its detector and CLIP.
 
     Raises: as `lab.pipeline.world_path`; OSError where the folder has none of these.
@@ -33,12 +40,12 @@ def world_subject(
         from .subjects import ShapesWorld
 
         scorer = scorer or ClipScorer.load((folder or world_path(world)) / "clip")
-        return ShapesWorld(count, scorer, *((SHAPES_SELECTION_SEED, False) if choosing else ()))
+        return ShapesWorld(count, scorer, *((SHAPES_SELECTION_SEED + first, False) if choosing else ()))
     from ..lab.objects.captions import report_scenes, selection_scenes
     from ..lab.objects.detector import PictogramDetector
     from .objects_world import ObjectsWorld
 
-    scenes = selection_scenes(count) if choosing else report_scenes(count)
+    scenes = selection_scenes(count, first) if choosing else report_scenes(count)
     return ObjectsWorld(scenes, PictogramDetector.load(folder), scorer)
 
 

@@ -44,7 +44,7 @@ def _alternatives(
             accuracy = {"objects": result.objects, "in order": result.accuracy, "in order by maximum": result.strongest}
             write_json(trained, "sdattn-fast presence network", accuracy)
     study.inputs = replace(study.inputs, network=PresenceNetwork.load(folder / "network.safetensors"))
-    best, search_figures = study.best(alternative_kinds(), choose)
+    best, rounds = study.best(alternative_kinds(), choose)
     reported, report_figures = study.evaluated("report", [*_RECIPES, *best.values()], report)
     if not study.state.is_main_process:
         return
@@ -53,7 +53,7 @@ def _alternatives(
     compared = {base: summary(reported.results(), MEASURES, base) for base in bases}
     tables = differences_table(report_figures, costs) + "".join(comparison_table(*one) for one in compared.items())
     figures = {
-        "network": read_json(trained, "sdattn-fast presence network"), "search": search_figures,
+        "network": read_json(trained, "sdattn-fast presence network"), **rounds,
         "report": report_figures, "compared": compared, "costs": costs,
     }  # fmt: skip
     keep_results(study, "alternatives", tables, best, **figures)

@@ -38,27 +38,41 @@ class Choosing:
         self.pipe.set_progress_bar_config(disable=True)
         self.inputs = ConditionInputs((), (), (), (), 0)
 
-    def best(self, kinds: Sequence[Kind], count: int) -> tuple[dict[str, Condition], dict[str, Any]]:
-        """The best condition of each kind, by its name, on captions to choose on; and the figures of all."""
+    def best(
+        self, kinds: Sequence[Kind], count: int, finals: int = 0
+    ) -> tuple[dict[str, Condition], dict[str, dict[str, Any]]]:
+        """The best condition of each kind, by its name, on captions to choose on; and the figures of all.
+
+        finals: on so many other captions the two that were best of each kind are compared once more. 0: they are not.
+        """
         searched, figures = self.evaluated("choose", [c for kind in kinds for c in kind.conditions], count)
-        best = {kind.name: kind.best(searched.results()) for kind in kinds}
+        results, rounds = searched.results(), {"search": figures}
+        if finals:
+            best_two = [c for kind in kinds for c in kind.ranked(results)[:2]]
+            decided, rounds["finals"] = self.evaluated("finals", best_two, finals, first=count)
+            results = decided.results()
+        best = {kind.name: kind.ranked(results)[0] for kind in kinds}
         for name, condition in best.items():
             self.console.print(f"{name}: {condition.name}")
-        return best, figures
+        return best, rounds
 
-    def evaluated(self, what: str, conditions: Sequence[Condition], count: int) -> tuple[Evaluation, dict[str, Any]]:
+    def evaluated(
+        self, what: str, conditions: Sequence[Condition], count: int, first: int = 0
+    ) -> tuple[Evaluation, dict[str, Any]]:
         """Of stock and of these, on so many captions; and what it gave, as figures, which are also shown.
 
-        what: "choose" or "report", which captions.
+        what: "choose", "finals" or "report": the first two are captions to choose on, from the one of index `first` on.
         """
         conditions = list({c.name: c for c in [Condition(STOCK, STOCK), *conditions]}.values())
-        subject = world_subject(self.world, count, choosing=what == "choose", folder=self.model)
+        subject = world_subject(self.world, count, choosing=what != "report", first=first, folder=self.model)
         model = self.world if self.model is None else str(self.model)
         with self.state.main_process_first():
             evaluation = Evaluation(self.folder / what, self.pipe, subject, conditions, self.inputs, model, batch=8)
         draw_missing(evaluation, self.state, self.console)
         figures = summary(evaluation.results(), MEASURES, STOCK)
-        self.console.print(summary_table(figures, f"{count} captions to {what} on", "condition"))
+        self.console.print(
+            summary_table(figures, f"{count} captions to {'report' if what == 'report' else 'choose'} on", "condition")
+        )
         for left_out, why in evaluation.left_out.items():
             self.console.print(f"left out {left_out}: {why}")
         return evaluation, figures

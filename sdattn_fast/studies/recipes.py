@@ -1,8 +1,8 @@
 """Search recipes, and compare the best with peers: `python -m sdattn_fast.studies.recipes FOLDER`.
 
-Recipes, Attend-and-Excite and SynGen draw captions to choose on, at several settings. The best of each kind draws other
-captions, beside stock, from the same noise. What is drawn is kept in the folder: a run that was stopped goes on. With
-torchrun, processes share the work.
+Recipes, Attend-and-Excite and SynGen draw captions to choose on, at several settings. The two best of each kind draw
+more of them, and the better one draws captions to report on, beside stock, from the same noise. What is drawn is kept
+in the folder: a run that was stopped goes on. With torchrun, processes share the work.
 
 Attend-and-Excite, diffusers' own, is the positive control: its effect on Stable Diffusion is published and reproduced.
 A world in which it does not help measures nothing. `--control-only` leaves out all but it.
@@ -28,6 +28,9 @@ def _recipes(
     world: Annotated[str, typer.Option(help="objects or shapes.")] = "objects",
     model: Annotated[Path | None, typer.Option(help="A pipeline's folder; default: the world's own.")] = None,
     choose: Annotated[int, typer.Option(help="How many captions settings are chosen on.")] = 128,
+    finals: Annotated[
+        int, typer.Option(help="How many others decide between the two best settings of each kind; 0: none.", min=0)
+    ] = 256,
     report: Annotated[int, typer.Option(help="How many other captions the best are compared on.")] = 512,
     strength: Annotated[
         list[float] | None, typer.Option(help="Of a recipe's change of the latents; several, default 0.05 to 0.2.")
@@ -46,7 +49,7 @@ def _recipes(
     else:
         kinds = [*recipe_kinds(strength or STRENGTHS), *kinds]
     study = Choosing(folder, world, model)
-    best, search_figures = study.best(kinds, choose)
+    best, rounds = study.best(kinds, choose, finals)
     reported, report_figures = study.evaluated("report", list(best.values()), report)
     if not study.state.is_main_process:
         return
@@ -54,7 +57,7 @@ def _recipes(
     costs = prices(study, reported)
     peers = {best[name].name: summary(reported.results(), MEASURES, best[name].name) for name in _PEERS if name in best}
     tables = differences_table(report_figures, costs) + "".join(comparison_table(*peer) for peer in peers.items())
-    figures = {"search": search_figures, "report": report_figures, "compared with peers": peers, "costs": costs}
+    figures = {**rounds, "report": report_figures, "compared with peers": peers, "costs": costs}
     keep_results(study, "recipes", tables, best, **figures)
 
 

@@ -60,7 +60,7 @@ def _techniques(
         tuned=program,
     )
     kinds = [kind for kind in technique_kinds() if all(_known(study, c.needs) for c in kind.conditions)]
-    best, search_figures = study.best(kinds, choose)
+    best, rounds = study.best(kinds, choose)
     controls = [c for c in conditions() if c.technique == CONTROL and _known(study, c.needs)]
     reported, report_figures = study.evaluated("report", [*best.values(), *controls], report)
     if not study.state.is_main_process:
@@ -72,7 +72,7 @@ def _techniques(
         for c in controls
     }
     tables = differences_table(report_figures, costs) + "".join(comparison_table(*one) for one in against.items())
-    figures = {"search": search_figures, "report": report_figures, "compared with controls": against, "costs": costs}
+    figures = {**rounds, "report": report_figures, "compared with controls": against, "costs": costs}
     keep_results(study, "techniques", tables, best, **figures)
 
 

@@ -50,17 +50,17 @@ def test_the_best_of_each_kind_is_chosen() -> None:
     results["objects, strength 0.1, 1 correction"] = rows(0.6, 0.9)
     results["binding, strength 0.1, 4 corrections"] = rows(0.9, 0.39)
     results["both, strength 0.1, 2 corrections"] = rows(0.45, 0.52)
-    assert objects.best(results).name == "objects, strength 0.2, 4 corrections"
-    assert fast.best(results).name == "objects, strength 0.1, 1 correction"
-    assert binding.best(results).name == "stock"
-    assert both.best(results).name == "both, strength 0.1, 2 corrections"
+    assert objects.ranked(results)[0].name == "objects, strength 0.2, 4 corrections"
+    assert fast.ranked(results)[0].name == "objects, strength 0.1, 1 correction"
+    assert binding.ranked(results)[0].name == "stock"
+    assert both.ranked(results)[0].name == "both, strength 0.1, 2 corrections"
     # A peer is reported where it harms, too.
     harmful = results | {c.name: rows(0.2 + 0.1 * i, 0.0) for i, c in enumerate(peer.conditions)}
-    assert peer.best(harmful) is peer.conditions[1]
+    assert peer.ranked(harmful)[0] is peer.conditions[1]
     # What a pipeline cannot carry was not drawn.
-    assert peer.best({"stock": rows(0.9, 0.9), peer.conditions[0].name: rows(0.1, 0.1)}) is peer.conditions[0]
+    assert peer.ranked({"stock": rows(0.9, 0.9), peer.conditions[0].name: rows(0.1, 0.1)})[0] is peer.conditions[0]
     with pytest.raises(ValueError, match="results: expected those of a condition of 'Attend-and-Excite', got none"):
-        peer.best({"stock": rows(0.9, 0.9)})
+        peer.ranked({"stock": rows(0.9, 0.9)})[0]
 
 
 @pytest.fixture(scope="module")
@@ -99,14 +99,17 @@ def few_steps(pipeline: Any, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_study(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sdattn_fast.studies import recipes
 
-    options = "--world shapes --choose 1 --report 2 --strength 0.1 --scale 0.5 --resolution 16".split()
+    options = "--world shapes --choose 1 --finals 2 --report 2 --strength 0.1 --scale 0.5 --resolution 16".split()
     ran = invoked(recipes._recipes, tmp_path, *options)
     assert ran.exit_code == 0
     figures = json.loads((tmp_path / "recipes.json").read_text())
     assert (
-        set(figures) == {"chosen", "search", "report", "compared with peers", "costs"} and len(figures["chosen"]) == 6
+        set(figures) == {"chosen", "search", "finals", "report", "compared with peers", "costs"}
+        and len(figures["chosen"]) == 6
     )
     assert len(figures["search"]) == 1 + 11 + 2
+    assert set(figures["report"]) <= set(figures["finals"]) <= set(figures["search"])
+    assert {cell["present"]["captions"] for cell in figures["finals"].values()} == {2}
     control = "Attend-and-Excite, 16x16, scale 0.5"
     assert {"stock", control, "SynGen, 16x16, scale 0.5"} <= set(figures["report"]) == set(figures["costs"])
     table = (tmp_path / "recipes.md").read_text().splitlines()
@@ -136,7 +139,7 @@ def test_techniques_are_searched_alone() -> None:
     for name, kind in kinds.items():
         assert {c.technique for c in kind.conditions} == {name}
         # A technique that harms is reported, too.
-        assert kind.best({c.name: rows(0.1, 0.1) for c in kind.conditions}) is kind.conditions[0]
+        assert kind.ranked({c.name: rows(0.1, 0.1) for c in kind.conditions})[0] is kind.conditions[0]
 
 
 def test_the_study_of_techniques(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

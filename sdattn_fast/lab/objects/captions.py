@@ -11,9 +11,9 @@ SELECTION_SEED = 600_000_000
 REPORT_SEED = 500_000_000
 
 
-def selection_scenes(count: int) -> list[ObjectsScene]:
-    """Scenes whose captions settings are chosen on: two, three and four objects by turns."""
-    return [sample_scene(SELECTION_SEED + i, objects=2 + i % 3) for i in range(count)]
+def selection_scenes(count: int, first: int = 0) -> list[ObjectsScene]:
+    """Scenes whose captions settings are chosen on, from the first one on: two, three and four objects by turns."""
+    return [sample_scene(SELECTION_SEED + i, objects=2 + i % 3) for i in range(first, first + count)]
 
 
 def report_scenes(count: int) -> list[ObjectsScene]:
