@@ -25,7 +25,6 @@ SCALES, RESOLUTIONS = (2.0, 8.0, 20.0), (16, 8)  # of peers
 # The share of the steps, how many corrections in it, and the strengths as shares of those that are asked for: of many
 # corrections each is weaker.
 _SCHEDULES = ((0.25, 4, 1.0), (0.15, 2, 1.0), (0.35, 6, 0.8))
-_FAST = ((0.1, 1, 1.0, None), (0.3, 5, 0.7, "down_blocks.*"))  # and the layers whose maps the score sees
 _WEAKER = ((0.02, 10), (0.03, 10))  # strengths, and how many corrections
 _STOCK = Condition(STOCK, STOCK)
 # The recipe whose weights are searched with -> the measures whose mean it is chosen by.
@@ -95,9 +94,9 @@ def technique_kinds() -> list[Kind]:
 
 def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:
     """Normalized recipes of each kind, at each strength (root mean square of a change), with four corrections in the
-    first quarter of the steps, two in the first 15 %, or six in the first 35 %, of 0.8 of the strength. And the fast
-    one, "objects" with one correction in the first 10 %, or five of 0.7 of the strength in the first 30 %, which look
-    at the maps of down blocks alone.
+    first quarter of the steps, two in the first 15 %, or six in the first 35 %, of 0.8 of the strength. And two fast
+    ones: "objects" with one correction in the first 10 %, and with five of 0.7 of the strength in the first 30 %, which
+    look at the maps of down blocks alone.
 
     Raises: as `Recipe`.
     """
@@ -117,8 +116,8 @@ def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:
         Kind(f"recipe, {kind}", [one for schedule in _SCHEDULES for one in tried(kind, *schedule)], measures)
         for kind, measures in _RECIPES.items()
     ]
-    fast = [one for setting in _FAST for one in tried("objects", *setting)]
-    return [*kinds, Kind("recipe, fast", fast, _RECIPES["objects"])]
+    fast = {"fast": tried("objects", 0.1, 1, 1.0), "down blocks": tried("objects", 0.3, 5, 0.7, "down_blocks.*")}
+    return [*kinds, *(Kind(f"recipe, {name}", tried_ones, _RECIPES["objects"]) for name, tried_ones in fast.items())]
 
 
 def alternative_kinds() -> list[Kind]:

@@ -33,8 +33,10 @@ def test_what_is_searched() -> None:
             (strength, *acting) for strength in (0.1, 0.2) for acting in ((0.25, 4), (0.15, 2))
         } | {(0.08, 0.35, 6), (0.16, 0.35, 6)}
     fast = [c.patch["recipe"] for c in kinds["recipe, fast"]]
-    assert {(r.presence, r.segregation, r.binding) for r in fast} == {(1, 1, 0)}
-    assert {(r.until, r.corrections, r.layers) for r in fast} == {(0.1, 1, None), (0.3, 5, "down_blocks.*")}
+    down = [c.patch["recipe"] for c in kinds["recipe, down blocks"]]
+    assert {(r.presence, r.segregation, r.binding) for r in (*fast, *down)} == {(1, 1, 0)}
+    assert {(r.until, r.corrections, r.layers) for r in fast} == {(0.1, 1, None)}
+    assert {(r.until, r.corrections, r.layers) for r in down} == {(0.3, 5, "down_blocks.*")}
     for name, peer in (("Attend-and-Excite", AttendAndExcite), ("SynGen", SynGen)):
         assert {(type(c.peer), c.peer.scale, c.peer.resolution) for c in kinds[name]} == {
             (peer, scale, side) for scale in SCALES for side in RESOLUTIONS
@@ -42,7 +44,7 @@ def test_what_is_searched() -> None:
 
 
 def test_the_best_of_each_kind_is_chosen() -> None:
-    objects, binding, both, fast = recipe_kinds((0.1, 0.2))
+    objects, binding, both, fast, _ = recipe_kinds((0.1, 0.2))
     peer = peer_kinds((1.0, 2.0), (16,))[0]
     conditions = [c for kind in (objects, fast, binding, both, peer) for c in kind.conditions]
     results = {name: rows(0.5, 0.4) for name in ("stock", *(c.name for c in conditions))}
@@ -105,7 +107,7 @@ def test_the_study(few_steps: None, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     figures = json.loads((tmp_path / "recipes.json").read_text())
     assert (
         set(figures) == {"chosen", "search", "finals", "report", "compared with peers", "costs"}
-        and len(figures["chosen"]) == 6
+        and len(figures["chosen"]) == 7
     )
     assert len(figures["search"]) == 1 + 11 + 2
     assert set(figures["report"]) <= set(figures["finals"]) <= set(figures["search"])
