@@ -121,8 +121,8 @@ def recipe_kinds(strengths: Sequence[float] = STRENGTHS) -> list[Kind]:
 
 
 def alternative_kinds() -> list[Kind]:
-    """What the recipes do not use, each at several settings: other scores, alone and beside the recipe's, on its
-    schedule and with ten weaker corrections; relevance that is reused for three steps; and biases made of the last
+    """What the recipes do not use, each at several settings: other scores, alone and beside the recipe's, with four
+    corrections and with ten weaker ones; relevance that is reused for three steps; and biases made of the last
     step's maps. The recipe's own score with ten weaker corrections is the first kind."""
     recipe = {"presence": 1.0, "segregation": 1.0}
 

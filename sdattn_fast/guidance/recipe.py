@@ -20,8 +20,8 @@ class Recipe:
     score of the attention to them: `presence` times `Presence` plus `segregation` times `Segregation` plus `binding`
     times `Binding`.
 
-    On our small test model "objects" raised the share of objects drawn from 0.757 by 0.087 for 1.33 of the time, and
-    "fast" by 0.031 for 1.11; Attend-and-Excite of diffusers raised it by 0.060 for 2.65 (docs/objects.md).
+    On our small test model "objects" raised the share of objects drawn from 0.757 by 0.100 for 1.51 of the time, and
+    "fast" by 0.041 for 1.08; Attend-and-Excite of diffusers raised it by 0.061 for 2.55 (docs/objects.md).
 
     Args:
         presence: Weight of `Presence` of the objects, >= 0: each is to be attended to somewhere.
@@ -63,11 +63,11 @@ class Recipe:
     presence: float = 0.0
     segregation: float = 0.0
     binding: float = 0.0
-    strength: float = 0.05
+    strength: float = 0.04
     normalize: bool = True
     sharpness: float | None = None
-    until: float = 0.25
-    corrections: int | None = 4
+    until: float = 0.35
+    corrections: int | None = 6
     targets: Mapping[float, float] | tuple[tuple[float, float], ...] = ()
     repeats: int = 20
     layers: str | tuple[str, ...] | None = None
@@ -149,8 +149,8 @@ def _checked_targets(targets: Any, until: float) -> tuple[tuple[float, float], .
 RECIPES: Mapping[str, Recipe] = MappingProxyType(
     {
         "objects": Recipe(presence=1.0, segregation=1.0),
-        "binding": Recipe(binding=1.0, strength=0.1),
+        "binding": Recipe(binding=1.0, strength=0.08),
         "both": Recipe(presence=1.0, segregation=1.0, binding=0.1),
-        "fast": Recipe(presence=1.0, segregation=1.0, strength=0.1, until=0.1, corrections=1),
+        "fast": Recipe(presence=1.0, segregation=1.0, strength=0.035, until=0.3, corrections=5, layers="down_blocks.*"),
     }
 )

@@ -646,7 +646,7 @@ def test_recipes_are_values() -> None:
         ({"presence": 1, "until": 0.0}, ValueError, r"Recipe.until: expected a share in \(0, 1\], got 0"),
         ({"presence": 1, "corrections": 0}, ValueError, "Recipe.corrections: expected at least 1, got 0"),
         ({"presence": 1, "repeats": 1.0}, TypeError, "Recipe.repeats: expected an int, got float"),
-        ({"presence": 1, "targets": {0.5: 1.0}}, ValueError, r"Recipe.targets: .* less than until, 0.25, got 0.5"),
+        ({"presence": 1, "targets": {0.5: 1.0}}, ValueError, r"Recipe.targets: .* less than until, 0.35, got 0.5"),
         ({"presence": 1, "targets": ((0.2,),)}, TypeError, r"Recipe.targets: expected {share: score}, got \(\(0.2"),
         ({"presence": 1, "targets": {"a": 1}}, TypeError, "Recipe.targets: expected a number, got "),
         ({"presence": 1, "targets": ((0.2, 1), (0.2, 2))}, ValueError, "Recipe.targets: expected each share once"),
