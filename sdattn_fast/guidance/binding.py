@@ -68,6 +68,8 @@ class Binding(TokenScore):
     needs_prediction = False
 
     def __init__(self, pairs: Sequence[BindingPair] | Sequence[Sequence[BindingPair]]) -> None:
+        if isinstance(pairs, str) or not isinstance(pairs, Sequence):
+            raise TypeError(f"pairs: expected a sequence of BindingPair, got {pairs!r:.80}")
         by_picture = bool(pairs) and all(isinstance(some, Sequence) for some in pairs)
         self.pairs: list[list[BindingPair]] = [list(some) for some in (pairs if by_picture else [pairs])]  # type: ignore[arg-type]
         for pair in (pair for some in self.pairs for pair in some):

@@ -130,6 +130,8 @@ def select_layers(wanted: str | Sequence[str] | None, names: Sequence[str], argu
     patterns = [wanted] if isinstance(wanted, str) else wanted
     if not isinstance(patterns, Sequence) or any(not isinstance(p, str) for p in patterns):
         raise TypeError(f"{argument}: expected names or fnmatch patterns, got {wanted!r}")
+    if not patterns:
+        raise ValueError(f"{argument}: expected at least one name or pattern, or None for all, got {wanted!r}")
     chosen: set[str] = set()
     for pattern in patterns:
         found = _matching(argument, pattern, names)

@@ -99,6 +99,7 @@ def test_a_correction_raises_it(shapes: Any) -> None:
         ([], ValueError, "pairs: expected at least one, got"),
         ([[]], ValueError, "pairs: expected at least one, got"),
         ([(2, 3)], TypeError, "pairs: expected BindingPair, got 2"),
+        (None, TypeError, "pairs: expected a sequence of BindingPair, got None"),
     ],
 )
 def test_bad_pairs(pairs: Any, error: type[Exception], message: str) -> None:

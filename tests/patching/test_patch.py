@@ -90,6 +90,8 @@ def test_layers_by_name_and_pattern(parts: dict[str, Any]) -> None:
         sdattn_fast.apply(unet, layers="down_blocks.0.attn2")
     with pytest.raises(TypeError, match="layers: expected names"):
         sdattn_fast.apply(unet, layers=[3])
+    with pytest.raises(ValueError, match=r"layers: expected at least one name or pattern, or None for all, got \[\]"):
+        sdattn_fast.apply(unet, layers=[])
 
 
 def test_programs_and_heads_come_from_files(parts: dict[str, Any], tmp_path: Any) -> None:
