@@ -73,7 +73,12 @@ def test_a_recipe_is_its_corrections(name: str, build: Any, draw: Any) -> None:
 
     # A correction after a step is one before the next. The targets are those of the steps 2 and 4.
     end = max(1, round(recipe.until * steps) - 1)
-    how: dict[str, Any] = {"strength": recipe.strength, "normalize": recipe.normalize, "steps": (0, end)}
+    how: dict[str, Any] = {
+        "strength": recipe.strength,
+        "normalize": recipe.normalize,
+        "steps": (0, end),
+        "layers": recipe.layers,
+    }
     if recipe.targets:
         how["targets"] = {1: 0.5, 3: 0.8}
     if recipe.corrections is not None:
