@@ -55,8 +55,9 @@ def apply(
             of one (.json): its layers and heads are used unless the arguments name others.
         recipe: What corrects every picture that the pipeline draws, between its steps: "objects" that would be left
             out, as Attend-and-Excite and A-STAR do; "binding" of colours to their nouns, as SynGen does; "both";
-            "fast", which is "objects" with one correction; or a `guidance.Recipe`. It reads the call's prompts and
-            needs no callback. `Patch.left_out` says what it could not do for a picture. None: nothing.
+            "fast", which is "objects" with weaker corrections that end after the UNet's down blocks; or a
+            `guidance.Recipe`. It reads the call's prompts and needs no callback. `Patch.left_out` says what it could
+            not do for a picture. None: nothing.
         layers: Names or fnmatch patterns such as ``"up_blocks.*"``. None: all. Names are module paths such as
             ``"down_blocks.0.attentions.0.transformer_blocks.0.attn2"``, those of a ControlNet after ``"controlnet."``.
         heads: Indices of the active heads of every layer; or {name or pattern: indices}, where layers left out keep all
