@@ -13,6 +13,7 @@ from .files import ProgramFile
 from .functional import semantic_attention
 from .patching import Maps, Patch, SemanticAttnProcessor
 from .program import Capture, Program, Refinement, SalienceDropout
+from .warmup import warm_up
 
 __all__ = [
     "Program",
@@ -22,6 +23,7 @@ __all__ = [
     "semantic_attention",
     "SemanticAttnProcessor",
     "apply",
+    "warm_up",
     "Patch",
     "Maps",
     "ProgramFile",

@@ -11,6 +11,9 @@ import sys
 from pathlib import Path
 
 import pytest
+
+pytest.importorskip("kernels", reason="the kernels library is installed on Python 3.11 and later")
+
 from kernels._rust import Digest, Metadata
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -18,11 +18,12 @@ B, H, M, N, D = 2, 3, 33, 77, 40
 LOG2E = math.log2(math.e)
 
 
-def printed(script, triton):
+def printed(script, triton, argument="sm_90", **variables):
     """The lines that a script of tests/support prints, under the Triton in this folder, None for the installed one."""
     paths = [str(SUPPORT)] if triton is None else [str(triton), str(SUPPORT)]
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"PYTHONPATH": ":".join(paths)}
-    command = [sys.executable, str(SUPPORT / script), "sm_90"]
+    environment |= variables
+    command = [sys.executable, str(SUPPORT / script), argument]
     run = subprocess.run(command, env=environment, cwd=SUPPORT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     return [json.loads(line) for line in run.stdout.splitlines()]
@@ -134,3 +135,22 @@ def test_bound_launches(older, request):
     triton = request.getfixturevalue("triton_of_torch_2_11") if older else None
     (counts,) = printed("bound_launches.py", triton)
     assert counts["plain"] >= 20 and counts["bound"] >= 60 and counts["straight"] >= 5
+
+
+@pytest.mark.parametrize("older", [False, True])
+def test_what_is_warmed_up_is_not_compiled_later(older, request, tmp_path):
+    triton = request.getfixturevalue("triton_of_torch_2_11") if older else None
+    (said,) = printed("warmed_up.py", triton, TRITON_CACHE_DIR=str(tmp_path))
+    assert said["first"] == said["bar"] > 8 and said["later"] == 0
+    assert {"rows_kernel", "backward_kernel", "sum_kernel"} <= set(said["launched"])
+    assert said["finite"] == [True, True]
+    assert said["again"] == 0 and 0 < said["longer"] < said["first"]
+
+
+def test_what_is_not_launched_leaves_zeros_where_kernels_write():
+    from sdattn_fast.backend.triton.compile_ahead import RESULTS
+
+    written = {}
+    for one in printed("launch_path.py", None, "writes", TRITON_INTERPRET="1"):
+        written.setdefault(one["kernel"], set()).update(one["writes"])
+    assert written == {kernel: set(names) for kernel, names in RESULTS.items()}

@@ -2,6 +2,8 @@
 
 A process of its own, since Triton's driver is one for all. `python launch_path.py sm_90` prints a line of JSON for each
 launch, {kernel, grid, arguments}: tensors by the names that this file has for them, "?" for others, the rest as it is.
+`TRITON_INTERPRET=1 python launch_path.py writes` runs them in the interpreter and prints {kernel, writes} for each: the
+parameters whose tensors it changed.
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.backend import triton as backend
-from sdattn_fast.backend.triton import gpu
+from sdattn_fast.backend.triton import gpu, launch
 from sdattn_fast.plan import TokenSide, make_plan
 
 B, H, HEIGHT, WIDTH, N, D = 2, 3, 1, 33, 77, 40
@@ -24,12 +26,24 @@ M = HEIGHT * WIDTH
 
 
 def main(target: str) -> None:
+    if target == "writes":
+        watch()
+        launch_all()
+        return
     fake_gpu.use(target)
     gpu.precision = lambda device: "tf32x3"
+    names = launch_all()
+    for kernel, grid, arguments in fake_gpu.launches:
+        named = {argument: _name(x, names) for argument, x in arguments.items()}
+        print(json.dumps({"kernel": kernel, "grid": grid, "arguments": named}))
+
+
+def launch_all() -> dict[str, Any]:
+    """The tensors by names."""
     q, k, v = (torch.randn(B, s, H, D, dtype=torch.float16).transpose(1, 2) for s in (M, N, N))
     names = {"query": q, "key": k, "value": v}
     protected = torch.arange(N).expand(B, N) > 12
-    side = TokenSide(B, H, N, q.device, torch.ones(B, 1, N), torch.zeros(B, N, dtype=torch.int64), protected)
+    side = TokenSide(B, H, N, q.device, torch.ones(B, 1, N), torch.arange(N).repeat(B, 1) // 3, protected)
     full = Program(SalienceDropout(0.3), Refinement(1, 0.2, 0.0), "content")
     plan = make_plan(full, side, Capture((1, 2), reduce="none"))
     rows = plan.rows
@@ -60,9 +74,39 @@ def main(target: str) -> None:
     one = make_plan(Program(SalienceDropout(0.3, "space"), Refinement(1, 0.2, 0.0, "space")), side)
     backend.picture_attention(q, k, v, None, 0.1, one.rows, one.picture, (HEIGHT, WIDTH))
     backend.gaussian_attention(torch.randn(50, 5), torch.randn(50, 3))
-    for kernel, grid, arguments in fake_gpu.launches:
-        named = {argument: _name(x, names) for argument, x in arguments.items()}
-        print(json.dumps({"kernel": kernel, "grid": grid, "arguments": named}))
+
+    # What the calls above leave out.
+    grads = (
+        grad_out,
+        torch.ones(maps.shape),
+        q,
+        k,
+        v,
+        torch.randn(1, 1, 1, N),
+        0.1,
+        rows,
+        bits,
+        (True,) * 6,
+        sink_tokens,
+    )
+    backend.backward(*grads)
+    kept = make_plan(Program(refine=Refinement(1, 0.2, 0.0, "space")), side, Capture((1, 2), reduce="none"))
+    backend.picture_attention(q, k, v, None, 0.1, kept.rows, kept.picture, (HEIGHT, WIDTH))
+    return names
+
+
+def watch() -> None:
+    """Every launch prints what it changes."""
+    make = launch.launch
+
+    def watched(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
+        tensors = {n: x for n, x in zip(kernel.arg_names, arguments, strict=False) if isinstance(x, torch.Tensor)}
+        before = {name: x.clone() for name, x in tensors.items()}
+        make(kernel, programs, arguments, options)
+        writes = [name for name, x in tensors.items() if not torch.equal(x.nan_to_num(7), before[name].nan_to_num(7))]
+        print(json.dumps({"kernel": kernel.__name__, "writes": writes}))
+
+    launch.launch = watched
 
 
 def _name(x: Any, names: dict[str, Any]) -> Any:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import re
 from collections.abc import Callable, Hashable, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -17,26 +18,42 @@ from torch import Tensor
 
 from ..refusal import launching
 
-__all__ = ["BoundLaunch", "Call", "launch", "launch_bound", "version"]
+__all__ = ["BoundLaunch", "Call", "compile_only", "launch", "launch_bound", "taken", "version"]
 
 # The number of programs, the arguments in order, tensors first, and constants and options by name.
 Call = tuple[int, tuple[Any, ...], dict[str, Any]]
+
+# Asked before a launch, with the kernel; where it says True the launch is not made (compile_ahead.py).
+taken: ContextVar[Callable[[Any, Call], bool] | None] = ContextVar("taken", default=None)
 
 _MOST = 1024  # launches that are kept; each is a tuple of numbers
 _bound: dict[Hashable, BoundLaunch] = {}
 
 
 def launch(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> Any:
-    """Launch a kernel on the current device, compiling it if need be; the compiled kernel. Raises: KernelRefused."""
+    """Launch a kernel on the current device, compiling it if need be; the compiled kernel, or None where the launch is
+    `taken`. Raises: KernelRefused."""
+    take = taken.get()
+    if take is not None and take(kernel, (programs, arguments, options)):
+        return None
     with launching("triton", kernel.__name__):
-        # Said because Triton 3.10 no longer fuses multiplications and additions by itself.
-        return kernel[programs,](*arguments, enable_fp_fusion=True, **options)
+        return kernel[programs,](*arguments, **_FUSION, **options)
+
+
+def compile_only(kernel: Any, programs: int, arguments: tuple[Any, ...], options: dict[str, Any]) -> None:
+    """What `launch` does before it launches."""
+    kernel.warmup(*arguments, grid=(programs,), **_FUSION, **options)
+
+
+# Said because Triton 3.10 no longer fuses multiplications and additions by itself.
+_FUSION = {"enable_fp_fusion": True}
 
 
 def launch_bound(
     kernel: Any, tensors: Sequence[Tensor | None], key: Hashable, call: Callable[[], Call]
 ) -> BoundLaunch | None:
-    """As `launch`, bound after the first time. Returns: the launch, None where Triton cannot bind one (interpreted).
+    """As `launch`, bound after the first time. Returns: the launch, None where Triton cannot bind one (interpreted), or
+    where it is `taken`.
 
     tensors: the kernel's first arguments; they are on the current device. key: two launches of a kernel with equal keys
     differ in their tensors' addresses alone. call: describes the launch; asked where it is not bound yet.
