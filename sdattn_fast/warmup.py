@@ -35,8 +35,8 @@ def warm_up(pipe: Any, **call: Any) -> int:
             callbacks are called too. The states of generators, torch's own among them, are put back afterwards.
 
     Returns:
-        How many kernels were compiled, or loaded from Triton's cache; 0 if there is nothing to do: there is no GPU, an
-        earlier call has done it, or the backend is not Triton. Without a GPU the pipeline is not called.
+        How many kernels were compiled, or loaded from Triton's cache; 0 if there is nothing to do: there is no GPU, and
+        then the pipeline is not called either; an earlier call has done it; or the backend is not Triton.
 
     Raises:
         ValueError: If the pipeline is not patched.
@@ -51,7 +51,7 @@ def warm_up(pipe: Any, **call: Any) -> int:
     Source: docs/performance.md, "The first picture".
     """
     models = _patched_models(pipe)
-    if not torch.cuda.is_available():
+    if not compile_ahead.compiles():
         return 0
     given = inspect.signature(type(pipe).__call__).parameters
     defaults = {name: value for name, value in _DEFAULTS.items() if name in given}
@@ -96,10 +96,12 @@ def _is_compiled(model: nn.Module) -> bool:
 def _generators_put_back(given: Any) -> Iterator[None]:
     generators = [one for one in (given if isinstance(given, (list, tuple)) else [given]) if one is not None]
     states = [one.get_state() for one in generators]
-    with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
-        yield
-    for one, state in zip(generators, states, strict=True):
-        one.set_state(state)
+    try:
+        with torch.random.fork_rng(list(range(torch.cuda.device_count()))):
+            yield
+    finally:
+        for one, state in zip(generators, states, strict=True):
+            one.set_state(state)
 
 
 @contextlib.contextmanager

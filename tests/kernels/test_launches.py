@@ -141,7 +141,7 @@ def test_bound_launches(older, request):
 def test_what_is_warmed_up_is_not_compiled_later(older, request, tmp_path):
     triton = request.getfixturevalue("triton_of_torch_2_11") if older else None
     (said,) = printed("warmed_up.py", triton, TRITON_CACHE_DIR=str(tmp_path))
-    assert said["first"] == said["bar"] > 8 and said["later"] == 0
+    assert said["first"] == said["bar"] > 6 and said["later"] == 0
     assert {"rows_kernel", "backward_kernel", "sum_kernel"} <= set(said["launched"])
     assert said["finite"] == [True, True]
     assert said["again"] == 0 and 0 < said["longer"] < said["first"]

@@ -8,6 +8,7 @@ cache.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 from collections.abc import Hashable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, as_completed
@@ -21,7 +22,7 @@ from ...streams import capturing
 from ..devices import on_device
 from . import launch
 
-__all__ = ["RESULTS", "Planned", "compile_one", "compiled", "planned"]
+__all__ = ["RESULTS", "Planned", "compile_one", "compiled", "compiles", "planned"]
 
 # The parameters that a kernel writes to.
 RESULTS = {
@@ -45,6 +46,11 @@ class Planned:
     kernel: Any
     device: torch.device
     call: launch.Call
+
+
+def compiles() -> bool:
+    """Whether there is a GPU, and Triton to compile for it."""
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
 
 
 @contextlib.contextmanager
