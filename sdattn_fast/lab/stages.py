@@ -87,7 +87,8 @@ def train_unet(
         from diffusers.models.attention_processor import AttnProcessor
 
         unet.set_attn_processor(AttnProcessor())
-        text.set_attn_implementation("eager")
+        if hasattr(text, "set_attn_implementation"):  # transformers 4.48 has none
+            text.set_attn_implementation("eager")
     trained, features, labels = trained_part(parts, "unet"), list[Tensor](), scenes.labels
     if noun_loss:
         assert labels is not None

@@ -121,6 +121,14 @@ def _reasons(query=None, key=None, value=None, bias=None, needs_grad=False):
     return backend.not_supported_reasons(query, key, value, bias, make_plan(Program(), SIDE), needs_grad)
 
 
+def test_an_interpreter_that_is_not_right_is_not_available(monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    for version, right in (((3, 2), False), ((3, 3), False), ((3, 4), True), ((4, 0), True)):
+        monkeypatch.setattr(gpu.launch, "version", lambda version=version: version)
+        reason = backend.availability()
+        assert reason is None if right else f"the interpreter of triton {version[0]}.{version[1]} writes" in reason
+
+
 def test_what_is_not_supported_is_said(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert _reasons() == []

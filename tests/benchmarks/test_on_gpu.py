@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from interpreted import skip_without_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"
@@ -119,6 +120,7 @@ def running(*command):
 
 def test_a_broken_kernel_costs_its_own_check_and_times(tmp_path):
     """In a copy of the tree, run dry: the smoothing is wrong, and the kernel that looks over the picture crashes."""
+    skip_without_interpreter()
     tree = tmp_path / "tree"
     for name in ("benchmarks", "csrc", "kernels", "sdattn_fast", "tests"):
         shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from chosen_cases import ALL
 
-__all__ = ["BACKWARD", "FORWARD", "Interpreted", "interpreted"]
+__all__ = ["BACKWARD", "FORWARD", "Interpreted", "interpreted", "skip_without_interpreter"]
 
 SUPPORT = Path(__file__).parent
 KERNELS = SUPPORT.parent / "kernels"
@@ -37,7 +37,7 @@ class Interpreted:
     @pytest.fixture(scope="class")
     def run(self, request, tmp_path_factory):
         """(the run of interpreted_*.py, the file of its launches)"""
-        pytest.importorskip("triton")
+        skip_without_interpreter()
         launches = tmp_path_factory.mktemp("interpreted") / "launches.jsonl"
         return interpreted(request.cls.names, launches), launches
 
@@ -57,6 +57,12 @@ class Interpreted:
         counts = _compiled(run[1], "--stage", stage, "--most", str(most), *triton)
         assert counts["failed"] == 0 and counts["launches"] >= least, counts
         assert version == "installed" or counts["triton"].startswith(version), counts
+
+
+def skip_without_interpreter() -> None:
+    triton = pytest.importorskip("triton")
+    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
+        pytest.skip(f"the interpreter of triton {triton.__version__} is not right: `gpu.availability`")
 
 
 def interpreted(names: Iterable[str], launches: Path) -> subprocess.CompletedProcess[str]:

@@ -16,6 +16,7 @@ __all__ = [
 ]  # fmt: skip
 
 _OLDEST_TRITON = (3, 2)  # of torch 2.6
+_OLDEST_INTERPRETER = (3, 4)
 # What `make compile-matrix` compiles for, and where benchmarks/on_gpu.sh passed its tests (benchmarks/results).
 COMPILED_FOR = (
     "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201",
@@ -27,12 +28,14 @@ def availability(device: torch.device | None = None) -> str | None:
     """None where the kernels can run on a device, torch's current one by default, else the reason and how to fix it."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed; `pip install triton` (torch's CUDA wheels for Linux bring it)"
+    have = ".".join(map(str, launch.version()))
     if interprets():
+        if launch.version() < _OLDEST_INTERPRETER:
+            return f"the interpreter of triton {have} writes beyond tensors of int32, or fails; it is right from 3.4 on"
         return None
     if not torch.cuda.is_available():
         return "torch sees no CUDA or ROCm device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
     if launch.version() < _OLDEST_TRITON:
-        have = ".".join(map(str, launch.version()))
         return f"triton {have} is older than 3.2, the oldest that the kernels compile with"
     return _refusal_of_device(gpu_index(device))
 

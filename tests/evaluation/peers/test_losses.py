@@ -114,13 +114,15 @@ def test_grids_are_those_of_a_forward(name: str, shapes: Any, build: Callable[[s
 
 
 def test_syngens_gradient_is_that_of_the_loss_by_the_latents() -> None:
-    pipe = load_pipeline(torch.float64)
+    pipe = load_pipeline()
+    with torch.no_grad():
+        text = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0].double()
+    pipe.to(torch.float64)
     pipe.unet.requires_grad_(False)
     pairs = syntactic_pairs(pipe.tokenizer, PROMPT, find_phrases(PROMPT, pipe.tokenizer))
     pipe.scheduler.set_timesteps(4)
     x, way = torch.randn(2, 1, 4, 16, 16, dtype=torch.float64).unbind()
     with torch.no_grad():
-        text = pipe.encode_prompt(PROMPT, "cpu", 1, False)[0]
 
         def loss(latents: torch.Tensor) -> float:
             with KeptMaps(pipe.unet, (16, 16)) as attention_maps:
