@@ -123,10 +123,10 @@ def _reasons(query=None, key=None, value=None, bias=None, needs_grad=False):
 
 def test_an_interpreter_that_is_not_right_is_not_available(monkeypatch):
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    for version, right in (((3, 2), False), ((3, 3), False), ((3, 4), True), ((4, 0), True)):
-        monkeypatch.setattr(gpu.launch, "version", lambda version=version: version)
+    for have, right in (((3, 2), False), ((3, 3), False), ((3, 4), True), ((4, 0), True)):
+        monkeypatch.setattr(gpu.launch, "version", lambda have=have: have)
         reason = backend.availability()
-        assert reason is None if right else f"the interpreter of triton {version[0]}.{version[1]} writes" in reason
+        assert reason is None if right else f"the interpreter of triton {have[0]}.{have[1]} writes" in reason
 
 
 def test_what_is_not_supported_is_said(monkeypatch):
