@@ -11,7 +11,7 @@ CUDA_CODE = "CUDA code: $(SDATTN_FAST_CUDA), for $(or $(TORCH_CUDA_ARCH_LIST),al
 # What pip may install: `make CONSTRAINTS=` takes the newest of everything.
 CONSTRAINTS ?= constraints.txt
 
-.PHONY: demo test test-all test-oldest test-aarch64 lint docs bench compile-matrix gpu-bundle hub-package wheel wheels-cu12 wheels-cu13 sdist clean
+.PHONY: demo test test-all test-oldest test-aarch64 lint docs bench compile-matrix gpu-bundle hub-package wheel wheels-cu12 wheels-cu13 sdist rehearse clean
 
 demo: .venv/installed
 	$(BIN)/sdattn-fast demo
@@ -36,7 +36,7 @@ build/oldest/installed: pyproject.toml lab/pyproject.toml setup.py $(shell find 
 	$(OLDEST_PYTHON) -m venv build/oldest
 	build/oldest/bin/python -m pip install --quiet uv
 	build/oldest/bin/uv pip install --quiet --python build/oldest/bin/python --resolution lowest-direct \
-	    -e ".[dev]" -e ./lab
+	    -e ".[test]" -e ./lab
 	touch $@
 
 # The core's own tests for ARM, cross-compiled: needs Debian's g++-aarch64-linux-gnu and qemu-user.
@@ -105,6 +105,15 @@ wheels-cu12: build/cibuildwheel
 sdist: .venv/installed
 	$(BIN)/python -m build --sdist -o dist .
 	$(BIN)/python -m build -o dist ./lab
+
+# A release but for its publication: tagged in a clean clone, built, and checked as the workflow does. Half an hour.
+rehearse:
+	rm -rf build/rehearsal
+	git clone --quiet . build/rehearsal
+	cd build/rehearsal && sed -i "s/^\(## .*\) (unreleased)$$/\1 ($$(date +%F))/" CHANGELOG.md && \
+	    git -c user.name=rehearsal -c user.email=rehearsal@localhost commit --quiet --all --message "A release" && \
+	    git tag "v$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' sdattn_fast/_version.py)" && $(MAKE) sdist wheel && \
+	    $(PYTHON) release/check.py dist --tag "$$(git describe --exact-match)" --readme
 
 build/cibuildwheel:
 	$(PYTHON) -m venv $@

@@ -30,7 +30,7 @@ def warm_up(pipe: Any, **call: Any) -> int:
 
     Args:
         pipe: A diffusers pipeline after `apply`.
-        call: Arguments of the pipeline's calls, such as ``height``, ``width`` and ``prompt``. By default the prompt has
+        **call: Arguments of the pipeline's calls, such as ``height``, ``width`` and ``prompt``. By default the prompt has
             7 words, ``num_inference_steps`` is 4 and ``output_type`` "latent", which leaves the VAE out. Callbacks are
             called too. The states of generators, torch's own among them, are put back afterwards.
 

@@ -47,8 +47,11 @@ def byte_pair_tokenizer(captions: Iterable[str], vocabulary: int, split: Collect
 
 
 def write_vocabulary(folder: Path) -> None:
-    """vocab.json and merges.txt beside a saved tokenizer.json, which transformers 4 does not read."""
-    model = json.loads((folder / "tokenizer.json").read_text())["model"]
+    """vocab.json and merges.txt beside a saved tokenizer.json, which transformers 4 neither reads nor writes."""
+    saved = folder / "tokenizer.json"
+    if not saved.exists():
+        return
+    model = json.loads(saved.read_text())["model"]
     _write(folder, model["vocab"], _pairs(model["merges"]))
 
 

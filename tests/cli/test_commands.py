@@ -269,6 +269,8 @@ def test_generate_loads_a_pipeline_from_a_folder(run, tmp_path):
     ],
 )
 def test_bad_input_is_one_line_and_exit_2(run, arguments, says):
+    if arguments[0] == "ui":
+        pytest.importorskip("gradio")
     code, _, err = run(*arguments)
     assert code == 2
     assert err.startswith("sdattn-fast: ") and err.count("\n") == 1

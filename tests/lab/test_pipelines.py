@@ -44,7 +44,7 @@ def test_weights_have_the_names_of_transformers_4_and_5(world):
     with safe_open(world_path(world) / "text_encoder" / "model.safetensors", "pt") as f:
         names, tensors = set(f.keys()), {key: f.get_tensor(key) for key in f.keys()}
     assert all(name.startswith("text_model.") for name in names)
-    text_encoder = CLIPTextModel.from_pretrained(world_path(world) / "text_encoder", dtype=torch.float16)
+    text_encoder = CLIPTextModel.from_pretrained(world_path(world) / "text_encoder").half()
     loaded = {f"text_model.{name.removeprefix('text_model.')}": t for name, t in text_encoder.state_dict().items()}
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
 

@@ -57,10 +57,10 @@ class _Driver:
 
 class _Launcher:
     def __init__(self, source: Any, metadata: Any) -> None:
-        # Before 3.3 a launcher is handed no constants: its source has them, by their places.
+        # Before 3.3 a launcher is handed no constants: its source has them.
         older = _version() < (3, 3)
         self._names = [p.name for p in source.fn.params if not (older and p.is_constexpr)]
-        self._constants = {p.name: source.constants[p.num,] for p in source.fn.params if older and p.is_constexpr}
+        self._constants = {p.name: source.constants[p.name] for p in source.fn.params if older and p.is_constexpr}
 
     def __call__(self, x: int, y: int, z: int, stream: int, function: str, *rest: Any) -> None:
         arguments = dict(zip(self._names, rest[-len(self._names) :], strict=True)) | self._constants
