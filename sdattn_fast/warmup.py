@@ -30,9 +30,9 @@ def warm_up(pipe: Any, **call: Any) -> int:
 
     Args:
         pipe: A diffusers pipeline after `apply`.
-        **call: Arguments of the pipeline's calls, such as ``height``, ``width`` and ``prompt``. By default the prompt has
-            7 words, ``num_inference_steps`` is 4 and ``output_type`` "latent", which leaves the VAE out. Callbacks are
-            called too. The states of generators, torch's own among them, are put back afterwards.
+        **call: Arguments of the pipeline's calls, such as ``height``, ``width`` and ``prompt``. By default the prompt
+            has 7 words, ``num_inference_steps`` is 4 and ``output_type`` "latent", which leaves the VAE out. Callbacks
+            are called too. The states of generators, torch's own among them, are put back afterwards.
 
     Returns:
         How many kernels were compiled, or loaded from Triton's cache; 0 if there is nothing to do: there is no GPU, and
@@ -70,6 +70,7 @@ def warm_up(pipe: Any, **call: Any) -> int:
                 for compiled in compile_ahead.compiled(launches):
                     done += compiled
                     bar.update()
+            launches.clear()  # their tensors
         with _no_progress_bar(pipe):
             pipe(**call)
     return done

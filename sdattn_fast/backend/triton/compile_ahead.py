@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ...streams import capturing
 from ..devices import on_device
-from . import launch
+from . import gpu, launch
 
 __all__ = ["RESULTS", "Planned", "compile_one", "compiled", "compiles", "planned"]
 
@@ -50,7 +50,7 @@ class Planned:
 
 def compiles() -> bool:
     """Whether there is a GPU, and Triton to compile for it."""
-    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None
+    return torch.cuda.is_available() and importlib.util.find_spec("triton") is not None and not gpu.interprets()
 
 
 @contextlib.contextmanager
