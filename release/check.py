@@ -30,9 +30,9 @@ def main() -> None:
     parser.add_argument("--tag", help="the version's tag in git, such as v0.1.0; the changelog must have its date")
     parser.add_argument("--readme", action="store_true", help="also the README's commands, in ten minutes")
     options = parser.parse_args()
-    version = _version(options.tag)
-    wheels = [_one(options.folder, f"{package}-{version}-*.whl") for package in PACKAGES]
-    sources = [_one(options.folder, f"{package}-{version}.tar.gz") for package in PACKAGES]
+    version = version_of_release(options.tag)
+    wheels = [file_for_here(options.folder, f"{package}-{version}-*.whl") for package in PACKAGES]
+    sources = [file_for_here(options.folder, f"{package}-{version}.tar.gz") for package in PACKAGES]
     with tempfile.TemporaryDirectory() as folder:
         for kind, files in (("wheel", wheels), ("sdist", sources)):
             _draw(kind, files, Path(folder, kind))
@@ -46,8 +46,8 @@ def main() -> None:
                 raise SystemExit("make demo: wrote no demo/demo.html")
 
 
-def _version(tag: str | None) -> str:
-    """The one that all files have."""
+def version_of_release(tag: str | None) -> str:
+    """The one that all files have. Exits where they differ, or where the changelog has no date for a tag's."""
     found = {
         "sdattn_fast/_version.py": r'^__version__ = "(.*)"$',
         "lab/pyproject.toml": r'^version = "(.*?)"',
@@ -65,17 +65,13 @@ def _version(tag: str | None) -> str:
     return said["CHANGELOG.md"]
 
 
-def _one(folder: Path, pattern: str) -> Path:
-    """The file for this machine."""
-    found = sorted(folder.glob(pattern), key=lambda path: path.stat().st_mtime)
-    found = [path for path in found if not path.name.endswith(".whl") or path.match("*any.whl") or _fits(path)]
+def file_for_here(folder: Path, pattern: str) -> Path:
+    """The one file for this machine. Exits where there are none or several."""
+    fits = re.compile(rf"(\.tar\.gz|any\.whl|{re.escape(os.uname().machine)}\.whl)$")
+    found = [path for path in sorted(folder.glob(pattern)) if fits.search(path.name)]
     if len(found) != 1:
         raise SystemExit(f"{folder}: expected one {pattern} for this machine, found {[path.name for path in found]}")
     return found[0].resolve()
-
-
-def _fits(wheel: Path) -> bool:
-    return wheel.stem.endswith(os.uname().machine)
 
 
 def _draw(kind: str, files: list[Path], folder: Path) -> None:
