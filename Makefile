@@ -113,7 +113,7 @@ rehearse:
 	cd build/rehearsal && sed -i "s/^\(## .*\) (unreleased)$$/\1 ($$(date +%F))/" CHANGELOG.md && \
 	    git -c user.name=rehearsal -c user.email=rehearsal@localhost commit --quiet --all --message "A release" && \
 	    git tag "v$$(sed -n 's/^__version__ = "\(.*\)"/\1/p' sdattn_fast/_version.py)" && $(MAKE) sdist wheel && \
-	    $(PYTHON) release/check.py dist --tag "$$(git describe --exact-match)" --readme
+	    $(PYTHON) release/check.py dist --tag "$$(git describe --tags --exact-match)" --readme
 
 build/cibuildwheel:
 	$(PYTHON) -m venv $@
