@@ -94,7 +94,10 @@ def next_steps() -> list[str]:
         steps.append("pip install 'sdattn-fast[diffusers]', which pipelines need")
     if steps:
         return steps
-    return ["try sdattn-fast demo (pictures) or sdattn-fast bench (speed); nothing is missing"]
+    steps = ["try sdattn-fast demo (pictures) or sdattn-fast bench (speed); nothing is missing"]
+    if torch.cuda.is_available():
+        steps.append("in Python, sdattn_fast.warm_up(pipe) compiles the kernels before the first picture")
+    return steps
 
 
 def backend_rows() -> list[tuple[str, str, str]]:

@@ -73,6 +73,9 @@ def test_doctor_is_fit_for_a_bug_report(run, monkeypatch):
     assert last[0].startswith("Next: fix the backend cpu") and last[1].startswith("Next: pip install 'sdattn-fast[diff")
     monkeypatch.undo()
     assert doctor.next_steps()[0].startswith("try sdattn-fast demo")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr("sdattn_fast.backend.unavailable", lambda *asked: None)
+    assert "sdattn_fast.warm_up(pipe)" in doctor.next_steps()[-1]
 
 
 def test_doctor_asks_of_every_gpu(monkeypatch):
