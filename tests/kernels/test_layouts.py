@@ -54,4 +54,5 @@ def conversions(target, dropped, monkeypatch):
 def test_eight_largest_move_no_more_than_the_largest(target, tmp_path, monkeypatch):
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     more = conversions(target, 7, monkeypatch) - conversions(target, 1, monkeypatch)
-    assert more == 0 if target in IN_REGISTERS else more > 0
+    # Triton 3.8 makes one or two of what they have in common; through shared memory there are 18 more.
+    assert more <= 2 if target in IN_REGISTERS else more > 8
