@@ -156,3 +156,8 @@ def test_what_is_not_launched_leaves_zeros_where_kernels_write():
     for one in printed("launch_path.py", None, "writes", TRITON_INTERPRET="1"):
         written.setdefault(one["kernel"], set()).update(one["writes"])
     assert written == {kernel: set(names) for kernel, names in RESULTS.items()}
+
+
+def test_a_picture_after_a_listing_call_is_what_it_would_be():
+    skip_without_interpreter()
+    assert printed("warmed_up.py", None, "pictures", TRITON_INTERPRET="1") == [{"same": True}]

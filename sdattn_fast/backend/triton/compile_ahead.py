@@ -22,7 +22,7 @@ from ...streams import capturing
 from ..devices import on_device
 from . import gpu, launch
 
-__all__ = ["RESULTS", "Planned", "compile_one", "compiled", "compiles", "planned"]
+__all__ = ["RESULTS", "Planned", "compile_one", "compiled", "compiles", "planned", "zero_results"]
 
 # The parameters that a kernel writes to.
 RESULTS = {
@@ -66,9 +66,7 @@ def planned() -> Iterator[list[Planned]]:
         if kind in _done or capturing(device):
             return False
         found.setdefault(kind, Planned(kind, kernel, device, call))
-        for name, x in zip(kernel.arg_names, arguments, strict=False):
-            if name in RESULTS[kernel.__name__] and x is not None:
-                x.zero_()
+        zero_results(kernel, arguments)
         return True
 
     listed: list[Planned] = []
@@ -100,6 +98,13 @@ def compiled(launches: list[Planned]) -> Iterator[bool]:
 def compile_one(one: Planned) -> None:
     with on_device(one.device):
         launch.compile_only(one.kernel, *one.call)
+
+
+def zero_results(kernel: Any, arguments: tuple[Any, ...]) -> None:
+    """What a launch that is not made leaves."""
+    for name, x in zip(kernel.arg_names, arguments, strict=False):
+        if name in RESULTS[kernel.__name__] and x is not None:
+            x.zero_()
 
 
 def _specialized(kernel: Any, arguments: tuple[Any, ...]) -> tuple[Hashable, ...]:
