@@ -42,18 +42,16 @@ def _compile(how: str) -> list[float]:
 def _main(how: str) -> None:
     import fake_gpu
     import torch
+    from recorded_launches import on_an_h100
 
     from sdattn_fast import Program, Refinement, SalienceDropout, semantic_attention
     from sdattn_fast.backend.triton import compile_ahead, gpu
 
     fake_gpu.use("sm_90")
-    gpu.precision = lambda device: "tf32x3"
-    gpu.num_sms = lambda device: 132
-    gpu.bounds_registers = lambda device: True
     gpu.interprets = lambda: True  # so that CPU tensors are served
     program = Program(SalienceDropout(0.2), Refinement(1, 0.3, 0.0), "content")
     protected = torch.arange(77).expand(2, 77) > 12
-    with compile_ahead.planned() as launches:
+    with on_an_h100(), compile_ahead.planned() as launches:
         for size, d in SHAPES:
             query, key, value = (
                 torch.zeros(2, rows, 8, d, dtype=torch.float16).transpose(1, 2) for rows in (size * size, 77, 77)

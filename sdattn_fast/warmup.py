@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from .backend.triton import compile_ahead
+from .patching.compiled import is_compiled
 from .patching.layers import LAYER
 
 __all__ = ["warm_up"]
@@ -60,7 +61,7 @@ def warm_up(pipe: Any, **call: Any) -> int:
     call = defaults | call
     done = 0
     with _generators_put_back(call.get("generator")):
-        if not any(map(_is_compiled, models)):
+        if not any(map(_has_compiled, models)):
             with _no_progress_bar(pipe), compile_ahead.planned() as launches:
                 pipe(**call)
             if not launches:
@@ -88,9 +89,10 @@ def _patched_models(pipe: Any) -> list[nn.Module]:
     return patched
 
 
-def _is_compiled(model: nn.Module) -> bool:
+def _has_compiled(model: nn.Module) -> bool:
     """Whether torch.compile has compiled it or a part. Its graphs, CUDA graphs among them, want every launch made."""
-    return any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in model.modules())
+    modules = list(model.modules())
+    return any(hasattr(module, "_orig_mod") for module in modules) or is_compiled(modules)
 
 
 @contextlib.contextmanager

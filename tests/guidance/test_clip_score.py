@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 
 pytest.importorskip("transformers")
 
@@ -77,7 +78,7 @@ def _larger_pictures(folder: Path) -> None:
         (_another_width, "2 of its 94 weights are of another shape than its config says"),
         (_a_larger_vocabulary, "clip: its tokenizer has 602 tokens, and its text model knows 595"),
         (_another_end, "clip: its tokenizer ends a text with token 594, its text model with 7"),
-        (_no_tokenizer, "clip: its tokenizer knows no words|Can't load tokenizer for "),
+        (_no_tokenizer, "clip: its tokenizer knows no words"),
         (_larger_pictures, "gives 96x96 pixels, its vision model takes 64x64"),
     ],
 )
@@ -85,7 +86,10 @@ def test_what_does_not_belong_together(damage: Any, words: str, tmp_path: Path) 
     folder = tmp_path / "clip"
     shutil.copytree(shapes_path() / "clip", folder)
     damage(folder)
-    with pytest.raises((ValueError, OSError), match=words):
+    error: type[Exception] = ValueError
+    if damage is _no_tokenizer and transformers.__version__.startswith("4."):  # which says so itself
+        error, words = OSError, "Can't load tokenizer for "
+    with pytest.raises(error, match=words):
         ClipScorer.load(folder)
 
 

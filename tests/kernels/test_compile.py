@@ -57,8 +57,8 @@ def of(request):
 @pytest.mark.parametrize("label", CASES)
 def test_fits_its_target(label, of):
     case, row = CASES[label], of(label)
-    # Every version of Triton allots registers a little differently.
-    most = case.most_stack if RECORDED["compilers"]["triton"] == triton.__version__ else case.most_stack + 24
+    # Bounds are of the table's Triton. Every version allots registers a little differently.
+    most = case.most_stack + (0 if RECORDED["compilers"]["triton"] == triton.__version__ else 24)
     assert row["stack"] <= most, f"{row['stack']} bytes of stack: the kernel spills"
     assert row["local"] == 0 or most, f"{row['local']} loads and stores of local memory: the kernel spills"
     assert row["shared"] <= SHARED_KIB[case.target.arch] * 1024

@@ -55,4 +55,5 @@ def test_eight_largest_move_no_more_than_the_largest(target, tmp_path, monkeypat
     monkeypatch.setenv("TRITON_CACHE_DIR", str(tmp_path))
     more = conversions(target, 7, monkeypatch) - conversions(target, 1, monkeypatch)
     # Triton 3.8 makes one or two of what they have in common; through shared memory there are 18 more.
-    assert more <= 2 if target in IN_REGISTERS else more > 8
+    most = 2 if triton.__version__.startswith("3.8.") else 0
+    assert more <= most if target in IN_REGISTERS else more > 8

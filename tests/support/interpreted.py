@@ -60,9 +60,11 @@ class Interpreted:
 
 
 def skip_without_interpreter() -> None:
-    triton = pytest.importorskip("triton")
-    if tuple(map(int, triton.__version__.split(".")[:2])) < (3, 4):
-        pytest.skip(f"the interpreter of triton {triton.__version__} is not right: `gpu.availability`")
+    pytest.importorskip("triton")
+    from sdattn_fast.backend.triton import gpu, launch
+
+    if launch.version() < gpu.OLDEST_INTERPRETER:
+        pytest.skip(f"the interpreter of triton {launch.version()} is not right: `gpu.availability`")
 
 
 def interpreted(names: Iterable[str], launches: Path) -> subprocess.CompletedProcess[str]:

@@ -28,7 +28,7 @@ M = HEIGHT * WIDTH
 def main(target: str) -> None:
     if target == "writes":
         watch()
-        launch_all()
+        launch_all(rare=True)
         return
     fake_gpu.use(target)
     gpu.precision = lambda device: "tf32x3"
@@ -38,8 +38,8 @@ def main(target: str) -> None:
         print(json.dumps({"kernel": kernel, "grid": grid, "arguments": named}))
 
 
-def launch_all() -> dict[str, Any]:
-    """The tensors by names."""
+def launch_all(rare: bool = False) -> dict[str, Any]:
+    """The tensors by names. rare: also the calls that write what the others do not."""
     q, k, v = (torch.randn(B, s, H, D, dtype=torch.float16).transpose(1, 2) for s in (M, N, N))
     names = {"query": q, "key": k, "value": v}
     protected = torch.arange(N).expand(B, N) > 12
@@ -74,24 +74,11 @@ def launch_all() -> dict[str, Any]:
     one = make_plan(Program(SalienceDropout(0.3, "space"), Refinement(1, 0.2, 0.0, "space")), side)
     backend.picture_attention(q, k, v, None, 0.1, one.rows, one.picture, (HEIGHT, WIDTH))
     backend.gaussian_attention(torch.randn(50, 5), torch.randn(50, 3))
-
-    # What the calls above leave out.
-    grads = (
-        grad_out,
-        torch.ones(maps.shape),
-        q,
-        k,
-        v,
-        torch.randn(1, 1, 1, N),
-        0.1,
-        rows,
-        bits,
-        (True,) * 6,
-        sink_tokens,
-    )
-    backend.backward(*grads)
-    kept = make_plan(Program(refine=Refinement(1, 0.2, 0.0, "space")), side, Capture((1, 2), reduce="none"))
-    backend.picture_attention(q, k, v, None, 0.1, kept.rows, kept.picture, (HEIGHT, WIDTH))
+    if rare:
+        of_maps, row = torch.ones(maps.shape), torch.randn(1, 1, 1, N)
+        backend.backward(grad_out, of_maps, q, k, v, row, 0.1, rows, bits, (True,) * 6, sink_tokens)
+        kept = make_plan(Program(refine=Refinement(1, 0.2, 0.0, "space")), side, Capture((1, 2), reduce="none"))
+        backend.picture_attention(q, k, v, None, 0.1, kept.rows, kept.picture, (HEIGHT, WIDTH))
     return names
 
 

@@ -37,7 +37,7 @@ def main(target: str) -> None:
         return
     fake_gpu.use(target)
     gpu.precision = lambda device: "tf32x3"
-    gpu.interprets, gpu._OLDEST_INTERPRETER = lambda: True, (0, 0)  # so that CPU tensors are served
+    gpu.interprets, gpu.OLDEST_INTERPRETER = lambda: True, (0, 0)  # so that CPU tensors are served
     compile_ahead.compiles = lambda: True
     pipe = small_pipeline().to(torch.float16)
     bars: list[Any] = []
@@ -92,8 +92,9 @@ def same_pictures() -> bool:
         empty = draw()
         launch.taken.reset(token)
         after = draw()
-    assert not torch.equal(empty, plain)
-    return torch.equal(after, plain)
+    # Not to the bit: where memory lies may choose other kernels of torch's.
+    assert not torch.allclose(empty, plain, atol=1e-2)
+    return torch.allclose(after, plain, rtol=0, atol=1e-4)
 
 
 def entries() -> set[str]:

@@ -12,11 +12,12 @@ from ..devices import gpu_index
 from . import launch
 
 __all__ = [
-    "COMPILED_FOR", "RUN_ON", "availability", "bounds_registers", "interprets", "num_sms", "precision", "remark",
+    "COMPILED_FOR", "OLDEST_INTERPRETER", "RUN_ON", "availability", "bounds_registers", "interprets", "num_sms",
+    "precision", "remark",
 ]  # fmt: skip
 
 _OLDEST_TRITON = (3, 2)  # of torch 2.6
-_OLDEST_INTERPRETER = (3, 4)
+OLDEST_INTERPRETER = (3, 4)
 # What `make compile-matrix` compiles for, and where benchmarks/on_gpu.sh passed its tests (benchmarks/results).
 COMPILED_FOR = (
     "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120", "gfx90a", "gfx942", "gfx950", "gfx1100", "gfx1201",
@@ -30,7 +31,7 @@ def availability(device: torch.device | None = None) -> str | None:
         return "triton is not installed; `pip install triton` (torch's CUDA wheels for Linux bring it)"
     have = ".".join(map(str, launch.version()))
     if interprets():
-        if launch.version() < _OLDEST_INTERPRETER:
+        if launch.version() < OLDEST_INTERPRETER:
             return f"the interpreter of triton {have} writes beyond tensors of int32, or fails; it is right from 3.4 on"
         return None
     if not torch.cuda.is_available():
