@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from interpreted import skip_without_interpreter
+from old_triton import skip_without_interpreter
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "benchmarks" / "on_gpu.sh"

@@ -8,6 +8,7 @@ import shutil
 import machine_code
 import pytest
 from kernel_figures import cuda_extension, cuda_rows, table, worse
+from old_triton import skip_unless_cuda_13_is_read
 
 MEND = "`python benchmarks/kernel_table.py` shows what changed, and with --write accepts it"
 WIDE = {"half_t": 16, "bfloat16_t": 16, "float": 136}  # bytes of stack, of the kernels for more than 80 tokens
@@ -24,8 +25,7 @@ def built():
     for name in ("cuobjdump", "nvdisasm"):
         if machine_code.tool(name) is None:
             pytest.skip(f"no {name}: neither triton nor a CUDA toolkit is here")
-    if not machine_code.reads_cuda_13():
-        pytest.skip("triton's nvdisasm is older than nvcc")
+    skip_unless_cuda_13_is_read()
     return cuda_rows(binary)
 
 

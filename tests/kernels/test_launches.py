@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from interpreted import skip_without_interpreter
+from old_triton import skip_without_interpreter
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[2]

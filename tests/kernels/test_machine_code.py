@@ -9,6 +9,7 @@ from pathlib import Path
 import kernel_figures
 import machine_code
 import pytest
+from old_triton import skip_unless_cuda_13_is_read
 
 # As nvdisasm prints it: a loop in a loop, the outer left by a call that is a jump; a wait out of the way, which jumps
 # back; a subroutine; what follows the end.
@@ -187,8 +188,7 @@ def test_kernels_that_nvcc_compiled(tmp_path):
     if not Path(nvcc).is_file():
         pytest.skip("no nvcc")
     pytest.importorskip("triton")
-    if not machine_code.reads_cuda_13():
-        pytest.skip("triton's nvdisasm is older than nvcc")
+    skip_unless_cuda_13_is_read()
     (tmp_path / "a.cu").write_text(SOURCE)
     targets = [x for cc in (80, 90) for x in ("-gencode", f"arch=compute_{cc},code=sm_{cc}")]
     subprocess.run([nvcc, "-std=c++17", *targets, "-c", "a.cu", "-o", "a.o"], cwd=tmp_path, check=True)

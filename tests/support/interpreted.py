@@ -15,8 +15,9 @@ from typing import Any
 
 import pytest
 from chosen_cases import ALL
+from old_triton import skip_without_interpreter
 
-__all__ = ["BACKWARD", "FORWARD", "Interpreted", "interpreted", "skip_without_interpreter"]
+__all__ = ["BACKWARD", "FORWARD", "Interpreted", "interpreted"]
 
 SUPPORT = Path(__file__).parent
 KERNELS = SUPPORT.parent / "kernels"
@@ -57,14 +58,6 @@ class Interpreted:
         counts = _compiled(run[1], "--stage", stage, "--most", str(most), *triton)
         assert counts["failed"] == 0 and counts["launches"] >= least, counts
         assert version == "installed" or counts["triton"].startswith(version), counts
-
-
-def skip_without_interpreter() -> None:
-    pytest.importorskip("triton")
-    from sdattn_fast.backend.triton import gpu, launch
-
-    if launch.version() < gpu.OLDEST_INTERPRETER:
-        pytest.skip(f"the interpreter of triton {launch.version()} is not right: `gpu.availability`")
 
 
 def interpreted(names: Iterable[str], launches: Path) -> subprocess.CompletedProcess[str]:

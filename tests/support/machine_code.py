@@ -206,13 +206,6 @@ def tool(name: str) -> Path | None:
     return Path(found) if Path(found).is_file() else None
 
 
-def reads_cuda_13() -> bool:
-    """Whether nvdisasm knows the files of nvcc 13. That of CUDA 12.4, in Triton 3.2's wheel, does not."""
-    release = re.search(r"release (\d+)\.(\d+)", _run("nvdisasm", "--version"))
-    assert release is not None
-    return (int(release[1]), int(release[2])) >= (12, 8)
-
-
 def sass(listing: str) -> tuple[str, dict[str, list[Instruction]]]:
     """What nvdisasm printed: the target, such as sm_90, and every function's instructions by its name."""
     target = re.search(r"\.target\s+sm_(\d+)|EF_CUDA_SM(\d+)", listing)
