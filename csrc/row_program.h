@@ -33,7 +33,7 @@ struct RowProgram {
   const int32_t* phrases = nullptr;    // (B, N), index of the phrase's first member, -1 outside
   const int32_t* drop = nullptr;       // (B,), how many of the largest content entries go
   float random_ratio = -1.0f;          // step 4, mode "random"; < 0: no such step
-  uint64_t seed = 0;
+  const int64_t* seeds = nullptr;      // (B,)
   float threshold = -1.0f;             // step 5; < 0: no suppression
   int32_t renormalize = renormalize_none;
   const uint8_t* head_mode = nullptr;  // (H,), a HeadMode each
@@ -77,9 +77,10 @@ struct Attention {
   const PictureProgram* picture = nullptr;  // null: every row by itself
 };
 
-// Step 4, mode "random": u in [0, 1) from Philox4x32-10 (Salmon et al. 2011), key = seed, counter = (n, m, h, b).
-SDATTN_HD float philox_uniform(uint64_t seed, uint32_t n, uint32_t m, uint32_t h, uint32_t b) {
-  uint32_t x0 = n, x1 = m, x2 = h, x3 = b;
+// Step 4, mode "random": u in [0, 1) from Philox4x32-10 (Salmon et al. 2011), key = the entry's seed, counter =
+// (n, m, h, 0).
+SDATTN_HD float philox_uniform(uint64_t seed, uint32_t n, uint32_t m, uint32_t h) {
+  uint32_t x0 = n, x1 = m, x2 = h, x3 = 0;
   uint32_t k0 = static_cast<uint32_t>(seed), k1 = static_cast<uint32_t>(seed >> 32);
   for (int round = 0; round < 10; ++round) {
     const uint64_t a = static_cast<uint64_t>(0xD2511F53u) * x0;

@@ -51,7 +51,7 @@ inline RowProgram row_program(const Tuple& rows) {
   p.phrases = pointer<int32_t>(rows.at<int64_t>(i++));
   p.drop = pointer<int32_t>(rows.at<int64_t>(i++));
   p.random_ratio = rows.at<float>(i++);
-  p.seed = static_cast<uint64_t>(rows.at<int64_t>(i++));
+  p.seeds = pointer<int64_t>(rows.at<int64_t>(i++));
   p.threshold = rows.at<float>(i++);
   p.renormalize = rows.at<int>(i++);
   p.head_mode = pointer<uint8_t>(rows.at<int64_t>(i++));

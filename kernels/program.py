@@ -92,9 +92,9 @@ def row_program(
 @triton.jit
 def philox_uniform(Seed, cols, rows, h, b):
     """u in [0, 1) of step 4, mode "random", (rows, columns)."""
-    seed = tl.load(Seed)
+    seed = tl.load(Seed + b)
     n, m = tl.broadcast(cols.to(tl.int32)[None, :], rows.to(tl.int32)[:, None])
-    word, _, _, _ = tl.philox(seed, n, m, n * 0 + h.to(tl.int32), n * 0 + b.to(tl.int32))
+    word, _, _, _ = tl.philox(seed, n, m, n * 0 + h.to(tl.int32), n * 0)
     return (word >> 8).to(tl.float32) * 5.9604644775390625e-08
 
 

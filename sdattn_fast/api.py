@@ -33,7 +33,7 @@ def apply(
     phrases: Tensor | None = None,
     protected: Tensor | None = None,
     active: Tensor | None = None,
-    seed: int | None = None,
+    seed: int | Sequence[int] | None = None,
     capture: Capture | None = None,
     fold: str = "auto",
     text_cache: bool = True,
@@ -73,8 +73,9 @@ def apply(
         protected: Bool tensor, (N,), (P, N), (A, N) or (B, N): tokens that the program leaves as they are, in place of
             those found.
         active: (B,) bool tensor: entries of the UNet's batch to which the program applies, in place of those found.
-        seed: Seed of random dropout, an int in [0, 2**63), which is mixed with layer and timestep. None: drawn from
-            torch's generator.
+        seed: Seed of random dropout, an int in [0, 2**63), which is mixed with layer and timestep. Picture i of a
+            batch has seed + i, so that it is the same picture alone with that seed. Or a sequence of such ints, one for
+            each picture. None: drawn from torch's generator.
         capture: Which maps to keep in `Patch.maps`. None: no maps.
         fold: Whether the weights of `to_q` and `to_out` are multiplied into the prompt's keys and values, once per
             prompt. "auto": in layers where a cost model predicts a gain (only on CPUs so far). "never": in no layer.

@@ -105,13 +105,15 @@ def check_grid(grid: Any, pixels: int, needed: bool) -> None:
         raise ValueError(f"grid: expected height * width == {pixels} (the query's pixels), got {tuple(grid)}")
 
 
-def check_seed(seed: Any) -> None:
-    """None, an int in [0, 2**63), or an int64 tensor of one element. Raises: TypeError, ValueError."""
+def check_seed(seed: Any, batch: int = 1) -> None:
+    """None, an int in [0, 2**63), or an int64 tensor of one element or (B,). Raises: TypeError, ValueError."""
     if seed is None:
         return
     if isinstance(seed, Tensor):
-        if seed.dtype != torch.int64 or seed.numel() != 1:
-            raise TypeError(f"seed: expected an int64 tensor of one element, got {seed.dtype} of shape {_shape(seed)}")
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed: expected an int64 tensor, got {seed.dtype}")
+        if seed.numel() != 1 and tuple(seed.shape) != (batch,):
+            raise ValueError(f"seed: expected one element or ({batch},), one for each entry, got {_shape(seed)}")
         return
     if isinstance(seed, bool) or not isinstance(seed, int):
         raise TypeError(f"seed: expected an int or None, got {_type(seed)}")

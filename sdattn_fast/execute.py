@@ -68,7 +68,7 @@ class Prepared(LoweredProgram):
         check_scale(scale)
         refine = self.program.refine
         check_grid(grid, query.shape[2], needed=refine is not None and refine.sigma > 0)
-        check_seed(seed)
+        check_seed(seed, self.side.batch)
         needs_grad = self.needs_grad(query, key, value, bias, None if relevance is None else relevance.sink)
         call = AttentionCall(
             self, query, key, value, bias, _scale(scale, query), grid, self.draw_seed(seed, query.device), needs_grad,
@@ -99,16 +99,18 @@ class Prepared(LoweredProgram):
         return BoundCall(self, name, key, folded_value, scale, grid, attention)
 
     def draw_seed(self, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
-        """(1,) int64 on the device, drawn where neither the call nor `prepare` was passed one; None without random
+        """(B,) int64 on the device, drawn where neither the call nor `prepare` was passed one; None without random
         dropout."""
         if self.program.dropout is None or self.program.dropout.mode != "random":
             return None
         seed = self.seed if seed is None else seed
+        batch = self.side.batch
         if seed is None:
-            return torch.randint(2**63 - 1, (1,), dtype=torch.int64, device=device)
+            return torch.randint(2**63 - 1, (batch,), dtype=torch.int64, device=device)
         if isinstance(seed, int):
             seed = torch.tensor([seed], dtype=torch.int64)
-        return to_device(seed, device).reshape(1)
+        seeds = to_device(seed, device).reshape(-1)
+        return seeds if len(seeds) == batch else seeds + torch.arange(batch, device=device)
 
     def to(self, device: torch.device) -> Prepared:
         """The same call for inputs on another device. From the CPU to a GPU nobody waits."""

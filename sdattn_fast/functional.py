@@ -53,8 +53,9 @@ def semantic_attention(
         heads: Indices of the active heads, or an (H,) bool tensor. None: all.
         inactive_heads: "plain": inactive heads get plain attention. "zero": their output is zero.
         grid: (height, width) in pixels, needed where ``program.refine.sigma > 0``.
-        seed: Seed of random dropout: an int in [0, 2**63), or an int64 tensor with one element. None: drawn from
-            torch's generator.
+        seed: Seeds of random dropout, an int64 tensor (B,): what is drawn for an entry depends on its own seed alone.
+            An int s in [0, 2**63), or a tensor with one element, stands for s, s + 1, ..., s + B - 1. None: drawn
+            from torch's generator.
         capture: Which maps to return. None: no maps.
         backend: "auto" takes the fastest backend that can serve the call. "triton", "cuda", "cpu" (all three up to 256
             tokens and head dimensions up to 256) and "reference" (plain PyTorch) take that backend or raise.
@@ -126,7 +127,7 @@ def prepare(
     Raises: TypeError, ValueError, as `semantic_attention`.
     """
     check_program(program, capture, tokens)
-    check_seed(seed)
+    check_seed(seed, batch)
     if not isinstance(backend, str):
         raise TypeError(f"backend: expected a str, got {type(backend).__name__}")
     if backend not in ("auto", *NAMES):

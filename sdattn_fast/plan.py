@@ -35,7 +35,7 @@ class TokenSide:
     """What a call says of tokens and heads, checked and on the inputs' device.
 
     gate: (B, 1 or H, N) float32 or float64, >= 0; phrases: (B, N) int64, -1 for none; protected: (B, N) bool; active:
-    (B,) bool; heads: (H,) bool, the active ones; seed: (1,) int64, of the random mode. None: as if not given.
+    (B,) bool; heads: (H,) bool, the active ones; seed: (B,) int64, of the random mode. None: as if not given.
     """
 
     batch: int
@@ -50,6 +50,10 @@ class TokenSide:
     inactive_heads: str = "plain"
     seed: Tensor | None = None
 
+    def __post_init__(self) -> None:
+        if self.seed is not None:
+            _check_seeds(self.seed, self.batch)
+
 
 @dataclass(frozen=True)
 class RowPlan:
@@ -60,7 +64,7 @@ class RowPlan:
     phrases: (B, N) int32, the index of the first member of the token's phrase, -1 outside phrases. Only content tokens
         of phrases with two members or more have one. None: no phrases.
     drop: (B,) int32, how many of the largest content entries go (k of step 4, "topk"; 0: none); None: no such step.
-    random_ratio: ratio of step 4, mode "random"; -1: no such step. seed: (1,) int64 beside it.
+    random_ratio: ratio of step 4, mode "random"; -1: no such step. seed: (B,) int64 beside it.
     threshold: of step 5; -1: no suppression.
     renormalize: 0 "none", 1 "content", 2 "row".
     head_mode: (H,) uint8: 0 runs the program, 1 is plain attention, 2 gives zeros; None: all run it.
@@ -101,7 +105,9 @@ class RowPlan:
         return self.replaced(capture_mean=False)
 
     def with_seed(self, seed: Tensor) -> RowPlan:
-        """The same plan with another seed."""
+        """The same plan with other seeds, (B,) int64. Raises: ValueError."""
+        if self.content is not None:
+            _check_seeds(seed, self.content.shape[0])
         return self.replaced(seed=seed)
 
     def derive(self, name: str, source: Tensor, make: Callable[[Tensor], Tensor]) -> Tensor:
@@ -263,6 +269,12 @@ def fold_into_value(value: Tensor, side: TokenSide) -> Tensor:
     if side.heads is not None:
         folded = torch.where(side.heads[:, None, None], folded, v)
     return folded.to(value.dtype)
+
+
+def _check_seeds(seed: Tensor, batch: int) -> None:
+    """Kernels read an entry's seed by its address."""
+    if tuple(seed.shape) != (batch,) or seed.dtype != torch.int64:
+        raise ValueError(f"seed: expected ({batch},) int64, got {tuple(seed.shape)} {seed.dtype}")
 
 
 def _needs_row(program: Program, side: TokenSide) -> bool:

@@ -55,7 +55,7 @@ def reference_attention(
         heads: (H,) bool tensor of the active heads. None: all.
         inactive_heads: "plain" or "zero".
         grid: (height, width) with height * width == M, needed where ``program.refine.sigma > 0``.
-        seed: Key of random dropout, an int or an int64 tensor with one element.
+        seed: Seeds of random dropout, as `philox_uniform` takes them.
         capture: Which maps to return. None: no maps.
 
     Returns:
@@ -115,7 +115,7 @@ def row_program(
         gate: (B, N) or (B, H, N) tensor of factors. None: no gate.
         phrases: (B, N) integer tensor, -1: no phrase. None: no phrases.
         grid: (height, width) with height * width == M, needed where ``program.refine.sigma > 0``.
-        seed: Key of random dropout, an int or an int64 tensor with one element.
+        seed: Seeds of random dropout, as `philox_uniform` takes them.
 
     Returns:
         The changed map, (B, H, M, N).
@@ -209,10 +209,12 @@ def _salient(p: Tensor, c: Tensor, ratio: float, axis: str, mode: str, seed: int
 def philox_uniform(seed: int | Tensor, shape: tuple[int, ...] | torch.Size, device: torch.device) -> Tensor:
     """Uniform random numbers of random dropout: the upper 24 bits of Philox4x32-10's first word, divided by 2**24.
 
-    The key is `seed`, as its low and high 32 bits, and the counter of each number is its index (n, m, h, b).
+    The key is the entry's seed, as its low and high 32 bits, and the counter of each number is (n, m, h, 0): what is
+    drawn for an entry does not depend on the batch around it.
 
     Args:
-        seed: An int in [0, 2**63) or an int64 tensor with one element.
+        seed: An int64 tensor (B,), a seed for each entry. An int s in [0, 2**63), or a tensor with one element, stands
+            for s, s + 1, ..., s + B - 1.
         shape: (B, H, M, N).
         device: Device of the result.
 
@@ -226,10 +228,13 @@ def philox_uniform(seed: int | Tensor, shape: tuple[int, ...] | torch.Size, devi
     dropout".
     """
     low32 = 0xFFFFFFFF
-    seed = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(())
-    k0, k1 = seed & low32, (seed >> 32) & low32
-    index = [torch.arange(s, dtype=torch.int64, device=device) for s in shape]
-    x3, x2, x1, x0 = torch.meshgrid(*index, indexing="ij")
+    seeds = torch.as_tensor(seed, dtype=torch.int64, device=device).reshape(-1)
+    if len(seeds) == 1:
+        seeds = seeds + torch.arange(shape[0], device=device)
+    k0, k1 = ((word & low32)[:, None, None, None] for word in (seeds, seeds >> 32))
+    index = [torch.arange(s, dtype=torch.int64, device=device) for s in shape[1:]]
+    x2, x1, x0 = torch.meshgrid(*index, indexing="ij")
+    x3 = torch.zeros_like(x0)
     for _ in range(10):
         hi0, lo0 = _mul32(0xD2511F53, x0)
         hi1, lo1 = _mul32(0xCD9E8D57, x2)

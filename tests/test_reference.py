@@ -211,10 +211,18 @@ def test_philox_counter_order_and_key_words():
             k = [(k[0] + 0x9E3779B9) & 0xFFFFFFFF, (k[1] + 0xBB67AE85) & 0xFFFFFFFF]
         return x[0]
 
-    seed = 0x1234567_89ABCDEF
-    u = philox_uniform(seed, (2, 3, 4, 5), torch.device("cpu"))
+    seeds = [0x1234567_89ABCDEF, 5]
+    u = philox_uniform(torch.tensor(seeds), (2, 3, 4, 5), torch.device("cpu"))
     for b, h, m, n in np.ndindex(2, 3, 4, 5):
-        assert u[b, h, m, n].item() == (first_word((n, m, h, b), (seed & 0xFFFFFFFF, seed >> 32)) >> 8) * 2.0**-24
+        key = seeds[b] & 0xFFFFFFFF, seeds[b] >> 32
+        assert u[b, h, m, n].item() == (first_word((n, m, h, 0), key) >> 8) * 2.0**-24
+
+
+@pytest.mark.parametrize("seed", [7, torch.tensor(7), torch.tensor([7]), torch.tensor([7, 8, 9])])
+def test_one_seed_stands_for_those_that_follow_it(seed):
+    u = philox_uniform(seed, (3, 2, 4, 5), torch.device("cpu"))
+    for b in range(3):
+        assert torch.equal(u[b], philox_uniform(7 + b, (1, 2, 4, 5), torch.device("cpu"))[0])
 
 
 def test_random_dropout_drops_below_ratio_content_only():

@@ -29,11 +29,12 @@ inline void phrase_means(float* x, const Entry& entry) {
 
 inline void drop_at_random(const Attention& a, const Entry& entry, int64_t b, int64_t h, int64_t m, float* x) {
   const RowProgram& p = a.program;
+  const auto seed = static_cast<uint64_t>(p.seeds[b]);
   for (int32_t c = 0; c < entry.content; ++c) {
     float u[W];
     for (int i = 0; i < W; ++i) {
-      u[i] = philox_uniform(p.seed, static_cast<uint32_t>(entry.order[c]), static_cast<uint32_t>(m + i),
-                            static_cast<uint32_t>(h), static_cast<uint32_t>(b));
+      u[i] = philox_uniform(seed, static_cast<uint32_t>(entry.order[c]), static_cast<uint32_t>(m + i),
+                            static_cast<uint32_t>(h));
     }
     float* at = x + c * R;
     V::store(at, V::select(V::lt(V::load(u), V::set(p.random_ratio)), V::set(-1.0f), V::load(at)));

@@ -12,9 +12,8 @@ namespace sdattn::cuda {
 // Whatever a pointer of `Attention` leads to lies on the device, `head_mode` and `content` too.
 struct Call {
   Attention attention;
-  const int64_t* seed = nullptr;  // (1,), on the device: read there, so that nobody waits for it; replaces program.seed
-  int64_t max_content = 0;        // the most content tokens that any batch entry has, <= N
-  int64_t max_drop = 0;           // the largest of program.drop
+  int64_t max_content = 0;  // the most content tokens that any batch entry has, <= N
+  int64_t max_drop = 0;     // the largest of program.drop
 };
 
 // Step 7 on x (B, H, height * width, C), contiguous, `where` (B, H) is set; copies the rest. Once: a second time is a

@@ -19,16 +19,15 @@ void raise_on(int error) {
   throw std::runtime_error("CUDA: " + message + " (error " + std::to_string(error) + ")");
 }
 
-// seed: of (1,) int64, or 0; it and whatever `rows` points to lie on the device.
+// What `rows` points to lies on the device.
 void attention(const Tuple& sizes, int dtype, float scale, const Tuple& query, const Tuple& key,
                const Tuple& value, const Tuple& out, const Tuple& bias, int bias_dtype, int64_t maps,
-               int64_t bits, const Tuple& rows, int64_t seed, int64_t max_content, int64_t max_drop, int64_t stream) {
+               int64_t bits, const Tuple& rows, int64_t max_content, int64_t max_drop, int64_t stream) {
   cuda::Call call;
   Attention& a = call.attention;
   set_inputs(a, sizes, dtype, scale, query, key, value, bias, bias_dtype, bits, rows);
   a.out = tensor(out);
   a.maps = pointer<float>(maps);
-  call.seed = pointer<int64_t>(seed);
   call.max_content = max_content;
   call.max_drop = max_drop;
   int error;

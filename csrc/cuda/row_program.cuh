@@ -35,8 +35,8 @@ SDATTN_DEVICE void merge_phrases(const Launch& l, const unsigned char* shared, i
 
 // Step 4, mode "random", on one row.
 template <int A, int VALUES>
-SDATTN_DEVICE void drop_at_random(const int16_t* order, uint64_t seed, float ratio, int content, int lane, int b, int h,
-                                  int m, float (&p)[VALUES]) {
+SDATTN_DEVICE void drop_at_random(const int16_t* order, uint64_t seed, float ratio, int content, int lane, int h, int m,
+                                  float (&p)[VALUES]) {
   constexpr int decided = 4 * A;
 #pragma unroll 1
   for (int j = 0; j < decided; ++j) {
@@ -44,7 +44,7 @@ SDATTN_DEVICE void drop_at_random(const int16_t* order, uint64_t seed, float rat
     const int column = column_of(j, lane);
     if (column >= content) continue;
     const float u = philox_uniform(seed, static_cast<uint32_t>(order[column]), static_cast<uint32_t>(m),
-                                   static_cast<uint32_t>(h), static_cast<uint32_t>(b));
+                                   static_cast<uint32_t>(h));
     if (u >= ratio) continue;
 #pragma unroll
     for (int i = 0; i < decided; ++i) p[i] = i == j ? -0.0f : p[i];
@@ -117,8 +117,8 @@ SDATTN_DEVICE void row_program(const Launch& l, const unsigned char* shared, int
   if (random || drop > 0 || suppresses) {
     if (random) {
       const auto* order = reinterpret_cast<const int16_t*>(shared + l.order);
-      const uint64_t seed = static_cast<uint64_t>(*l.call.seed);
-      drop_at_random<A>(order, seed, program.random_ratio, content, lane, b, h, m, p);
+      const auto seed = static_cast<uint64_t>(program.seeds[b]);
+      drop_at_random<A>(order, seed, program.random_ratio, content, lane, h, m, p);
     }
     const Ranks<VALUES> rank{p, content, lane};
     float kth = bits_float(0x7f800000), low = -0.5f;

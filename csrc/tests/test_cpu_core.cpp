@@ -105,7 +105,7 @@ Row reference_row(const Attention& a, int64_t b, int64_t h, int64_t m, std::vect
   }
   const std::vector<double> ranked = p;
   for (int64_t n : content) {
-    if (r.random_ratio >= 0 && philox_uniform(r.seed, n, m, h, b) < r.random_ratio) row.kept[n] = false;
+    if (r.random_ratio >= 0 && philox_uniform(r.seeds[b], n, m, h) < r.random_ratio) row.kept[n] = false;
     if (r.drop) {
       int above = 0;  // n goes where fewer than k are larger
       for (int64_t i : content) above += ranked[i] > ranked[n];
@@ -151,6 +151,7 @@ void run(const char* isa, const Case& c, DType dtype, int threads) {
   std::vector<uint8_t> content(c.B * c.N), head_mode(c.H);
   std::vector<float> gate(c.B * c.H * c.N), maps;
   std::vector<int32_t> phrases(c.B * c.N, -1), drop(c.B), tokens{static_cast<int32_t>(c.N - 1), 0}, bits;
+  std::vector<int64_t> seeds(c.B, 12345678901234567);
   for (int64_t b = 0; b < c.B; ++b) {
     int32_t count = 0, leader = -1;
     for (int64_t n = 0; n < c.N; ++n) {
@@ -160,6 +161,7 @@ void run(const char* isa, const Case& c, DType dtype, int threads) {
       leader = leader < 0 ? static_cast<int32_t>(n) : leader;
       phrases[b * c.N + n] = leader;
     }
+    seeds[b] += b;
     drop[b] = static_cast<int32_t>((c.kind == 2 ? 0.5 : 0.2) * count + 1e-9);
   }
   for (float& g : gate) g = 2 * uniform();
@@ -169,7 +171,7 @@ void run(const char* isa, const Case& c, DType dtype, int threads) {
   if (c.kind > 0) r.content = content.data();
   if (c.kind == 1) r.gate = gate.data(), r.gate_heads = c.H, r.phrases = phrases.data(), r.head_mode = head_mode.data();
   if (c.kind == 1 || c.kind == 2) r.drop = drop.data(), r.threshold = 0.3f, r.renormalize = renormalize_content;
-  if (c.kind == 3) r.random_ratio = 0.3f, r.seed = 12345678901234567ull, r.renormalize = renormalize_row;
+  if (c.kind == 3) r.random_ratio = 0.3f, r.seeds = seeds.data(), r.renormalize = renormalize_row;
   if (c.kind != 2) a.bias = {bias.data(), {0, 0, c.N, 1}}, a.bias_dtype = dtype;
   const int64_t words = (c.N + 31) / 32;
   bits.resize(c.B * c.H * c.M * words);

@@ -21,7 +21,7 @@ class AttentionCall:
     query (B, H, M, D), key (B, H, N, D), value (B, H, N, Dv): of one floating dtype, on one device.
     bias: floating, broadcasts to (B, H, M, N), or None. scale: factor of the logits.
     grid: (height, width) of the M pixels, None where nothing is smoothed.
-    seed: (1,) int64 on the query's device, None without random dropout.
+    seed: (B,) int64 on the query's device, None without random dropout.
     needs_grad: whether autograd is to differentiate the call.
     folded_value: `LoweredProgram.fold_value(value)`, where it was made before. relevance: fused backends only.
     """

@@ -216,16 +216,12 @@ def _call(query, key, value, bias, scale, rows, out, maps, bits, out_bias=None, 
         0 if bias is None else _DTYPES[bias.dtype],
         address(maps),
         address(bits),
-        _row_program(rows),
+        row_program(rows, rows.content),
         0 if packed is None else address(packed.data),
         address(out_bias),
         picture,
         torch.get_num_threads(),
     )
-
-
-def _row_program(rows: RowPlan) -> tuple[Any, ...]:
-    return row_program(rows, rows.content, 0 if rows.seed is None else int(rows.seed))
 
 
 def backward(
@@ -273,7 +269,7 @@ def backward(
         strided(expanded),
         0 if expanded is None else _DTYPES[expanded.dtype],
         address(bits),
-        _row_program(rows),
+        row_program(rows, rows.content),
         row_strided(grad_out),
         address(grad_maps),
         (

@@ -108,7 +108,6 @@ def attention(
         address(maps),
         address(bits),
         _row_program(rows),
-        address(rows.seed),
         rows.max_content,
         rows.max_drop,
     )
@@ -198,7 +197,7 @@ def _gaussian(sigma: float, device: torch.device) -> Tensor:
 
 def _row_program(rows: RowPlan) -> tuple[Any, ...]:
     programmed = rows.content is not None and rows.max_content > 0
-    return row_program(rows, rows.content if programmed else None, 0)  # the seed is read on the device
+    return row_program(rows, rows.content if programmed else None)
 
 
 def _strided(x: Tensor | None) -> tuple[int, ...]:

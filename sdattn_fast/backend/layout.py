@@ -48,7 +48,7 @@ def address(x: Tensor | None) -> int:
     return x.data_ptr()
 
 
-def row_program(rows: RowPlan, content: Tensor | None, seed: int) -> tuple[Any, ...]:
+def row_program(rows: RowPlan, content: Tensor | None) -> tuple[Any, ...]:
     """A plan as compiled code takes it, in the order of `csrc/row_program.h`. content: the plan's, or None where it is
     to be plain attention."""
     return (
@@ -58,7 +58,7 @@ def row_program(rows: RowPlan, content: Tensor | None, seed: int) -> tuple[Any, 
         address(rows.phrases),
         address(rows.drop),
         rows.random_ratio,
-        seed,
+        address(rows.seed),
         rows.threshold,
         rows.renormalize,
         address(rows.head_mode),

@@ -238,12 +238,10 @@ class _ModelHook:
         ahead = patch._settings.text_cache and model.kind.reads_own_text
         if text is not None and (ahead or compiled):
             self._prepare(state, text, compiled, scales)
-        seed = patch._settings.seed
-        if seed is not None:
-            device = torch.device("cpu") if text is None else text.device
-            seeds = model.seeds.at(seed, timestep, device)
-            for layer, one in zip(state.layers, seeds.split(1), strict=True):
-                layer.seed = one
+        if patch._settings.seed is not None and text is not None:
+            seeds = model.seeds.at(state.text.entry_seeds(len(text)), timestep, text.device)
+            for layer, of_layer in zip(state.layers, seeds.unbind(), strict=True):
+                layer.seed = of_layer
 
     def _step(self, text: TextState, timestep: Any) -> tuple[Call, bool]:
         """The call that a forward is of, and whether a step of it begins. Steps are counted where that matters."""

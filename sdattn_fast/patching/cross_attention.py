@@ -14,7 +14,7 @@ from ..arguments import checked_heads
 from ..backend import KernelRefused
 from ..folded_layer import FoldedText, call_folded, may_sum_heads
 from ..graphs import in_graph
-from ..streams import capturing
+from ..streams import capturing, to_device
 from .bound import Moment, bind
 from .early_end import keep_maps
 from .fold import choose_fold, fold_refusal, fold_text, shape_of
@@ -77,15 +77,16 @@ def _of_entries(
         again, query = _as_before(attn, layer, moment, x, states, add_image)
         if again is not None:
             return again
-    seed: int | Tensor | None
+    seed: Tensor | None = None
     heads_count = int(attn.heads)
     batch, pixels = states.shape[0], x.shape[1]
     settings: Settings = self.settings
     if mask is not None and mask.dtype == torch.bool:
         mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, float("-inf"))
     if layer is None:
-        text, heads, seed = self.text, checked_heads(self.heads, heads_count, " in this layer"), settings.seed
-        across_heads = False
+        text, heads, across_heads = self.text, checked_heads(self.heads, heads_count, " in this layer"), False
+        if settings.seed is not None:
+            seed = to_device(torch.tensor(text.entry_seeds(batch)), x.device)
     else:
         text, heads, seed, across_heads = layer.text, layer.heads, layer.seed, layer.across_heads
         grid = layer.grid_of(pixels) if grid is None else grid

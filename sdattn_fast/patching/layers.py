@@ -48,7 +48,7 @@ class Layer:
     """One served layer of a patch.
 
     heads: the active ones, None for all. grid: (height, width) of the forward in progress, of videos (frames, height,
-    width). seed: (1,) int64, layer and timestep mixed in. captures: whether it keeps maps in this step. ends_forward:
+    width). seed: (B,) int64, layer and timestep mixed in. captures: whether it keeps maps in this step. ends_forward:
     the forward ends with the last of them. captured: maps (B, T, M) or (B, H, T, M), which entries are active ((B,)
     bool on the CPU, None for all), the grid. bias: (B or 1, 1, M, N), added to the logits. asks: tokens (T,) int32 and
     heads (H,) uint8 or None, whose relevance the backward pass is to add up; sink: (B, T, M), whose gradient it will

@@ -43,8 +43,7 @@ class SemanticAttnProcessor:
         phrases: Integer tensor, (N,) or (B, N), -1: no phrase.
         protected: Bool tensor, (N,) or (B, N). None: all tokens are content.
         active: (B,) bool tensor. None: all entries.
-        seed: Seed of random dropout, an int in [0, 2**63), the same in every layer and step. None: drawn from torch's
-            generator.
+        seed: Seed of random dropout, as in `apply`, but the same in every layer and step.
         capture: Must be None.
         fold: As in `apply`.
         text_cache: As in `apply`.
@@ -72,7 +71,7 @@ class SemanticAttnProcessor:
         phrases: Tensor | None = None,
         protected: Tensor | None = None,
         active: Tensor | None = None,
-        seed: int | None = None,
+        seed: int | Sequence[int] | None = None,
         capture: Capture | None = None,
         fold: str = "auto",
         text_cache: bool = True,

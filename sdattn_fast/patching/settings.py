@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..arguments import check_program, check_seed
+from ..arguments import check_program
 from ..functional import prepare
 from ..program import Capture, Program, SalienceDropout
+from .seeds import Seed, checked_seed
 
 __all__ = ["Heads", "Settings"]
 
@@ -33,7 +34,7 @@ class Settings:
 
     program: Program
     inactive_heads: str = "plain"
-    seed: int | None = None
+    seed: Seed = None
     capture: Capture | None = None
     fold: str = "auto"
     text_cache: bool = True
@@ -43,9 +44,7 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dropout_when", _checked_when(self.dropout_when, self.program))
         check_program(self.program, self.capture, tokens=2**31)
-        check_seed(self.seed)
-        if isinstance(self.seed, Tensor):
-            raise TypeError("seed: expected an int or None, got a Tensor (layer and timestep are mixed into an int)")
+        object.__setattr__(self, "seed", checked_seed(self.seed))
         if not isinstance(self.fold, str):
             raise TypeError(f"fold: expected 'auto', 'never' or 'always', got {type(self.fold).__name__}")
         if self.fold not in ("auto", "never", "always"):

@@ -23,6 +23,7 @@ from ..graphs import in_graph
 from ..program import Program
 from ..streams import MadeOn, capturing, to_device
 from .layer_call import LayerCall, Ready
+from .seeds import entry_seeds
 from .settings import Settings
 from .text_cache import TEXTS, TextCache
 from .text_padding import TextPadding
@@ -298,6 +299,16 @@ class TextState:
             return None
         return tuple(prompt for prompt in self._prompt_of_entries(batch) if prompt >= 0)
 
+    def entry_seeds(self, batch: int) -> list[int]:
+        """Of every entry the seed of random dropout. Raises: ValueError where there is not one for each picture."""
+        assert self.settings.seed is not None
+        prompt = self._prompt_of_entries(batch)
+        active = [b for b, p in enumerate(prompt) if p >= 0]
+        pictures: list[int | None] = [None] * batch
+        for i, b in enumerate(active):
+            pictures[b] = i % self._pictures(len(active))
+        return entry_seeds(self.settings.seed, pictures)
+
     def _prepare(self, program: Program, call: LayerCall) -> Prepared:
         """On the CPU; a gate that wants a gradient is left for later, and of its shape here."""
         s, gate = self.settings, self.gate
@@ -360,6 +371,10 @@ class TextState:
             return self.rows.prompt
         return list(range(batch))
 
+    def _pictures(self, active: int) -> int:
+        """Of so many active entries, how many are pictures: those that ask one again follow them all."""
+        return active - (0 if self.rows is None or self.given.active is not None else sum(self.rows.repeated))
+
     def _expand(self, name: str, given: Tensor | None, prompt: list[int], batch: int, tokens: int) -> Tensor | None:
         """A user's tensor, brought from its prompts to the UNet's batch, where it is."""
         if given is None:
@@ -368,8 +383,7 @@ class TextState:
         entries = [b for b, p in enumerate(prompt) if p >= 0]
         prompts = max([p + 1 for p in prompt], default=0)
         lead = x.shape[0]
-        again = 0 if self.rows is None or self.given.active is not None else sum(self.rows.repeated)
-        pictures = len(entries) - again  # those that repeat are as many as those that do not, and follow them
+        pictures = self._pictures(len(entries))
         if x.shape[-1] != tokens or lead not in (1, prompts, pictures, len(entries), batch):
             raise ValueError(
                 f"{name}: expected ({tokens},), ({prompts}, {tokens}) for the prompts or ({batch}, {tokens}) for the "

@@ -230,7 +230,22 @@ def test_random_mode_under_vmap_says_that_it_draws_anew():
     with pytest.raises(RuntimeError, match="randomness='different'"):
         torch.func.vmap(call)(queries)
     one, two = torch.func.vmap(call, randomness="different")(queries)
-    assert torch.equal(one, call(query)) and not torch.equal(one, two)
+    entries = query.shape[0]
+    others = semantic_attention(query, key, value, make_program(0.4, mode="random"), seed=3 + entries)
+    assert torch.equal(one, call(query)) and torch.equal(two, others) and not torch.equal(one, two)
+
+
+def test_under_vmap_samples_may_have_seeds_of_their_own_or_none():
+    query, key, value, _ = (x.detach() for x in _small())
+    program = make_program(0.4, mode="random")
+    seeds = torch.tensor([[5, 9], [2**62, 3]])[:, : query.shape[0]]
+    call = lambda seed: semantic_attention(query, key, value, program, seed=seed)  # noqa: E731
+    mapped = torch.func.vmap(call, in_dims=1, randomness="different")(seeds.mT.contiguous())
+    assert torch.equal(mapped, torch.stack([call(seed) for seed in seeds]))
+    one, two = torch.func.vmap(lambda q: semantic_attention(q, key, value, program), randomness="different")(
+        torch.stack([query, query])
+    )
+    assert not torch.equal(one, two)
 
 
 @pytest.mark.parametrize("smooth", [False, True])

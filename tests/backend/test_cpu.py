@@ -260,7 +260,7 @@ def test_ties_go_together(isa):
 def test_random_mode_is_philox(isa):
     b, h, m, n = 2, 3, 70, 20
     query, key, value = (torch.randn(b, h, s, 8) for s in (m, n, n))
-    seed = torch.tensor([0x1234_5678_9ABC_DEF0])
+    seed = torch.tensor([0x1234_5678_9ABC_DEF0, 7])[:b]
     rows = make_plan(_program(0.4, mode="random"), _side(b, h, n, seed=seed)).rows
     _, _, bits = cpu.attention(query, key, value, None, 1.0, rows, return_bits=True)
     expected = ~(philox_uniform(seed, (b, h, m, n), torch.device("cpu")) < 0.4)
@@ -393,7 +393,7 @@ def _inputs(case: Case, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Ten
         given["active"] = torch.arange(b) % 2 == b - 1
     if "heads" in case.has:
         given["heads"] = torch.arange(h) % 2 == 0
-    given["seed"] = torch.tensor([77])
+    given["seed"] = 77 + torch.arange(b)
     shapes = {
         "column": (1, 1, 1, n),
         "batch": (b, 1, 1, n),

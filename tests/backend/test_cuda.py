@@ -15,6 +15,7 @@ import torch
 from sdattn_fast import backend as backends
 from sdattn_fast.backend import KernelRefused
 from sdattn_fast.backend import cuda as backend
+from sdattn_fast.backend.layout import row_program
 from sdattn_fast.plan import TokenSide, make_plan
 from sdattn_fast.program import Capture, Program, Refinement, SalienceDropout
 
@@ -52,7 +53,7 @@ def call(dtype=torch.float16, b=2, h=3, m=70, n=77, d=40, dv=40, program=FULL, c
     q, k, v = (torch.randn(b, h, *s, generator=generator).to(dtype) for s in ((m, d), (n, d), (n, dv)))
     protected = torch.ones(b, n, dtype=torch.bool)
     protected[:, 1 : 1 + content] = False
-    side = TokenSide(b, h, n, q.device, protected=protected, seed=torch.tensor([3]), **side)
+    side = TokenSide(b, h, n, q.device, protected=protected, seed=3 + torch.arange(b), **side)
     return q, k, v, None, d**-0.5, make_plan(program, side, capture).rows
 
 
@@ -130,9 +131,9 @@ def test_errors_say_what_was_wrong(emulated):
     emulated_cuda.emulate()
     sizes = (1, 1, 1, 257, 8, 8)
     none = (0, 0, 0, 0, 0)
-    rows = backend._row_program(arguments[5])
+    rows = row_program(arguments[5], None)
     with pytest.raises(ValueError, match="tokens"):
-        backend._cuda.attention(sizes, 0, 1.0, none, none, none, none, none, 0, 0, 0, rows, 0, 0, 0, 0)
+        backend._cuda.attention(sizes, 0, 1.0, none, none, none, none, none, 0, 0, 0, rows, 0, 0, 0)
     with pytest.raises(ValueError, match="expected float32, float16 or bfloat16"):
         backend._cuda.smooth((1, 1, 1, 1, 1), 7, 0, 0, 0, arguments[0].data_ptr(), 1, 0)
 

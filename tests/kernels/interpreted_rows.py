@@ -113,7 +113,7 @@ def selection(ranked, mask, program, seed):
 def check(c, program=Program(), bias=None, scale=None, capture=None, seed=5):
     dtype, d = c.q.dtype, c.q.shape[3]
     scale = d**-0.5 if scale is None else scale
-    seed = torch.tensor([seed], dtype=torch.int64, device=DEVICE)
+    seed = seed + torch.arange(c.q.shape[0], device=DEVICE)
     side = SimpleNamespace(**{**c.side.__dict__, "seed": seed})
     plan = make_plan(program, TokenSide(**side.__dict__), capture)
     value = c.v
@@ -297,7 +297,7 @@ def test_rows_without_a_finite_logit_and_rows_with_nan():
     c.q[1, 0, 7, 3] = math.nan
     side, v = c.side, c.v
     for program in (Program(), FULL, Program(SalienceDropout(0.3, mode="random"), renormalize="row")):
-        seed = torch.tensor([3], dtype=torch.int64, device=DEVICE)
+        seed = 3 + torch.arange(c.q.shape[0], device=DEVICE)
         plan = make_plan(program, TokenSide(**{**side.__dict__, "seed": seed}))
         out, _, _ = backend.attention(c.q, c.k, v, bias, 0.25, plan.rows)
         assert (out[0, 1, 4] == 0).all()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import subprocess
 import sys
-import zlib
 from collections.abc import Callable
 from typing import Any
 
@@ -184,45 +183,6 @@ def test_update_from_a_callback(build: Callable[[str], Any], draw: Any, psnr: An
                 patch.update(**bad)
         patch.refresh()
         assert psnr(plain, draw(pipe)) > 90
-
-
-def test_the_seed_makes_random_dropout_repeat(build: Callable[[str], Any], draw: Any, psnr: Any) -> None:
-    pipe = build("sd15")
-    random = Program(dropout=SalienceDropout(0.3, mode="random"))
-    with sdattn_fast.apply(pipe, random, seed=7) as patch:
-        first, second = draw(pipe), draw(pipe)
-        seeds = torch.stack([layer.seed for layer in patch._layers])
-        assert len(seeds.unique()) == len(seeds)
-        assert (seeds >= 0).all()
-    with sdattn_fast.apply(pipe, random, seed=8):
-        other = draw(pipe)
-    with sdattn_fast.apply(pipe, random):
-        torch.manual_seed(1)
-        drawn = draw(pipe)
-        torch.manual_seed(1)
-        again = draw(pipe)
-    assert np.array_equal(first, second)
-    assert np.array_equal(drawn, again)
-    assert psnr(first, other) < 60
-
-
-def test_a_mixed_seed_is_splitmix64() -> None:
-    from sdattn_fast.patching.seeds import LayerSeeds
-
-    names = ["mid_block.attn2", "", "a"]
-    keys = [zlib.crc32(name.encode()) for name in names]
-    assert keys[1] == 0 and max(keys) >= 2**31, "with a key's top bit, which int64 must not take for a sign"
-    seeds = LayerSeeds(names).at(2**63 - 1, torch.tensor(981), torch.device("cpu"))
-
-    def mixed(key: int) -> int:
-        word = 2**64 - 1
-        x = ((key << 32) ^ int(np.float32(981).view(np.int32)) ^ (2**63 - 1)) & word
-        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
-        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
-        return (x ^ (x >> 31)) & (2**63 - 1)
-
-    assert seeds.tolist() == [mixed(key) for key in keys]
-    assert LayerSeeds(names).at(2**63 - 1, 981, torch.device("cpu")).equal(seeds)
 
 
 def test_models_that_are_not_served(build: Callable[[str], Any]) -> None:

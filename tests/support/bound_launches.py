@@ -71,12 +71,12 @@ def rows(program: Program, **of: Any) -> Any:
     side = TokenSide(b, h, n, torch.device("cpu"), of.get("gate"), None, protected, heads=of.get("heads"))
     plan = make_plan(program, side, capture)
     key, value = (torch.randn(b, n, h, d).to(dtype).transpose(1, 2) for _ in range(2))
-    seeds = torch.arange(4)
+    seeds = torch.arange(4 + b)
 
     def call() -> None:
         query = torch.randn(b, m, h, d + of.get("pad", 0)).to(dtype)[..., :d].transpose(1, 2)
         query = aside(query) if of.get("unaligned") else query
-        seed = seeds[of.get("which", 0) :][:1]
+        seed = seeds[of.get("which", 0) :][:b]
         plan_now = plan.rows.with_seed(seed) if seeded else plan.rows
         bias = of.get("bias")
         backend.attention(query, key, value, bias, of.get("scale", 0.1), plan_now, of.get("bits", False), True)
@@ -97,7 +97,7 @@ def again(program: Program, **of: Any) -> Any:
         turn[0] += 1
         query = torch.randn(2, 33, 3, 40).half().transpose(1, 2)
         query = aside(query) if turn[0] % 4 == 3 else query
-        seed = torch.tensor([turn[0]]) if program is RANDOM else None
+        seed = turn[0] + torch.arange(2) if program is RANDOM else None
         out, maps = bound(query, seed)
         now = plan.rows if seed is None else plan.rows.with_seed(seed)
         return rows_call(query, key, value, None, 0.1, now, out, maps, None)

@@ -209,7 +209,7 @@ def rows_call(
     if content is not None:
         protected = torch.ones(2, n, dtype=torch.bool)
         protected[:, :content] = False
-        side = {"protected": protected, "seed": torch.zeros(1, dtype=torch.int64)}
+        side = {"protected": protected, "seed": torch.zeros(2, dtype=torch.int64)}
         if words:
             side |= {"gate": torch.ones(2, 1, n), "phrases": torch.zeros(2, n, dtype=torch.int64)}
     plan = make_plan(Program() if content is None else program, TokenSide(2, 8, n, q.device, **side), capture)
@@ -299,7 +299,7 @@ def gaussian_call(labels) -> Call:
 def gradients(dtype=torch.float16, m=4096, n=77, d=40, content=12, program=FULL, gates=False):
     """A call for 2 entries of 8 heads with a gate and phrases, and the gradients of query, key and value."""
     q, k, v = (torch.empty(2, s, 8, d, dtype=dtype).transpose(1, 2) for s in (m, n, n))
-    side = {"seed": torch.zeros(1, dtype=torch.int64)}
+    side = {"seed": torch.zeros(2, dtype=torch.int64)}
     if content is not None:
         protected = torch.ones(2, n, dtype=torch.bool)
         protected[:, :content] = False

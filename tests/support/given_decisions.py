@@ -164,7 +164,7 @@ def inputs_for(case: Case, dtype: torch.dtype, device: str = "cpu") -> tuple[dic
         given["active"] = torch.arange(b) % 2 == b - 1
     if "heads" in case.has:
         given["heads"] = torch.arange(h) % 2 == 0
-    given["seed"] = torch.tensor([77])
+    given["seed"] = 77 + torch.arange(b)
     shapes = {"column": (1, 1, 1, n), "batch": (b, 1, 1, n), "full": (b, h, m, n), "pixel": (1, 1, m, n)}
     shapes |= {"heads": (1, h, m, n), "turned": (b, 1, n, m)}
     if case.bias == "-inf":

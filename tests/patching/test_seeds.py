@@ -1,0 +1,167 @@
+"""Random dropout: what is drawn for a picture depends on its own seed, its layer and its timestep."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import sdattn_fast
+from sdattn_fast import Program, SalienceDropout
+from sdattn_fast.patching.seeds import LayerSeeds
+
+RANDOM = Program(dropout=SalienceDropout(0.3, mode="random"))
+PROMPTS = ["a red car", "a dog and a cat", "two birds"]
+EXACT = {"atol": 2e-5, "rtol": 0.0}
+
+
+def noise(pictures: int) -> torch.Tensor:
+    return torch.randn(pictures, 4, 16, 16, generator=torch.Generator().manual_seed(0))
+
+
+def drawn(pipe: Any, seed: Any, prompts: list[str], latents: torch.Tensor, **how: Any) -> np.ndarray:
+    with sdattn_fast.apply(pipe, RANDOM, seed=seed):
+        return pipe(prompts, latents=latents, num_inference_steps=2, output_type="np", **how).images
+
+
+def with_pag(pipe: Any) -> Any:
+    import diffusers
+
+    return diffusers.StableDiffusionPAGPipeline.from_pipe(pipe, pag_applied_layers=["mid"])
+
+
+@pytest.mark.parametrize("seed, alone", [(7, (7, 8, 9)), ((7, 1, 4), (7, 1, 4)), (2**63 - 1, (2**63 - 1, 0, 1))])
+@pytest.mark.parametrize(
+    "architecture, how",
+    [
+        ("sd15", {"guidance_scale": 5.0}),
+        ("sd15", {"guidance_scale": 1.0}),
+        ("sdxl", {"guidance_scale": 5.0}),
+        ("pag", {"guidance_scale": 5.0, "pag_scale": 3.0}),
+        ("controlnet", {"guidance_scale": 5.0, "guess_mode": True}),
+    ],
+)
+def test_a_picture_in_a_batch_is_the_picture_alone(
+    architecture: str, how: dict[str, Any], seed: Any, alone: tuple[int, ...], build: Callable[[str], Any]
+) -> None:
+    pipe, latents = build("sd15" if architecture == "pag" else architecture), noise(3)
+    pipe = with_pag(pipe) if architecture == "pag" else pipe
+    image = torch.linspace(0, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
+    how = how | ({"image": image} if architecture == "controlnet" else {})
+    many = {"image": image.expand(3, -1, -1, -1)} if architecture == "controlnet" else {}
+    together = drawn(pipe, seed, PROMPTS, latents, **how | many)
+    for i in range(3):
+        one = drawn(pipe, alone[i], PROMPTS[i : i + 1], latents[i : i + 1], **how)
+        np.testing.assert_allclose(together[i : i + 1], one, **EXACT)
+        other = drawn(pipe, alone[i] ^ 64, PROMPTS[i : i + 1], latents[i : i + 1], **how)
+        assert np.abs(other - one).max() > 1e-3
+
+
+def test_pictures_of_one_prompt_have_seeds_of_their_own(build: Callable[[str], Any]) -> None:
+    pipe, latents = build("sd15"), noise(1).expand(2, -1, -1, -1)
+    pictures = drawn(pipe, 7, PROMPTS[:1], latents, num_images_per_prompt=2)
+    assert np.abs(pictures[0] - pictures[1]).max() > 1e-3
+    for i in range(2):
+        np.testing.assert_allclose(pictures[i : i + 1], drawn(pipe, 7 + i, PROMPTS[:1], latents[:1]), **EXACT)
+
+
+def test_guidance_in_two_forwards_and_a_processor_by_hand(parts: dict[str, Any]) -> None:
+    unet, latents = parts["sd15"], noise(3)
+    text = torch.randn(3, 77, unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
+    both, active = torch.cat([torch.zeros_like(text), text]), torch.tensor([False] * 3 + [True] * 3)
+
+    def predicted(seed: Any, which: slice, active: torch.Tensor | None = None) -> torch.Tensor:
+        with torch.no_grad(), sdattn_fast.apply(unet, RANDOM, seed=seed, active=active):
+            if active is None:
+                return unet(latents[which], 500, text[which]).sample
+            return unet(torch.cat([latents, latents]), 500, both).sample[3:]
+
+    together = predicted(7, slice(0, 3))
+    torch.testing.assert_close(predicted(7, slice(0, 3), active), together, **EXACT)
+    for i in range(3):
+        torch.testing.assert_close(predicted(7 + i, slice(i, i + 1)), together[i : i + 1], **EXACT)
+
+    stock = dict(unet.attn_processors)
+    try:
+        results = []
+        for processor in (
+            sdattn_fast.SemanticAttnProcessor(RANDOM, seed=7, active=active),
+            sdattn_fast.SemanticAttnProcessor(RANDOM, seed=(7, 8, 9)),
+        ):
+            unet.set_attn_processor({k: processor if ".attn2." in k else v for k, v in stock.items()})
+            with torch.no_grad():
+                if processor.text.given.active is None:
+                    results.append(unet(latents, 500, text).sample)
+                else:
+                    results.append(unet(torch.cat([latents, latents]), 500, both).sample[3:])
+    finally:
+        unet.set_attn_processor(stock)
+    torch.testing.assert_close(*results, **EXACT)
+
+
+def test_the_seed_makes_random_dropout_repeat(build: Callable[[str], Any], draw: Any, psnr: Any) -> None:
+    pipe = build("sd15")
+    with sdattn_fast.apply(pipe, RANDOM, seed=7) as patch:
+        first, second = draw(pipe), draw(pipe)
+        seeds = torch.stack([layer.seed for layer in patch._layers])
+        assert len(seeds.unique()) == seeds.numel()
+        assert (seeds >= 0).all()
+    with sdattn_fast.apply(pipe, RANDOM, seed=8):
+        other = draw(pipe)
+    with sdattn_fast.apply(pipe, RANDOM):
+        torch.manual_seed(1)
+        drawn = draw(pipe)
+        torch.manual_seed(1)
+        again = draw(pipe)
+    assert np.array_equal(first, second)
+    assert np.array_equal(drawn, again)
+    assert psnr(first, other) < 60
+
+
+def test_a_mixed_seed_is_splitmix64() -> None:
+    names = ["mid_block.attn2", "", "a"]
+    keys = [zlib.crc32(name.encode()) for name in names]
+    assert keys[1] == 0 and max(keys) >= 2**31, "with a key's top bit, which int64 must not take for a sign"
+    of_entries = (2**63 - 1, 0, 7)
+    seeds = LayerSeeds(names).at(of_entries, torch.tensor(981), torch.device("cpu"))
+
+    def mixed(key: int, seed: int) -> int:
+        word = 2**64 - 1
+        x = ((key << 32) ^ int(np.float32(981).view(np.int32)) ^ seed) & word
+        x = ((x ^ (x >> 30)) * 0xBF58476D1CE4E5B9) & word
+        x = ((x ^ (x >> 27)) * 0x94D049BB133111EB) & word
+        return (x ^ (x >> 31)) & (2**63 - 1)
+
+    assert seeds.tolist() == [[mixed(key, seed) for seed in of_entries] for key in keys]
+    assert LayerSeeds(names).at(of_entries, 981, torch.device("cpu")).equal(seeds)
+
+
+def test_seeds_are_as_many_as_pictures(build: Callable[[str], Any], draw: Any) -> None:
+    pipe = build("sd15")
+    for prompts in (PROMPTS, PROMPTS[0]):
+        count = 1 if isinstance(prompts, str) else 3
+        with (
+            sdattn_fast.apply(pipe, RANDOM, seed=(1, 2)),
+            pytest.raises(ValueError, match=rf"^seed: expected an int or {count} seeds, one for each picture, got 2$"),
+        ):
+            draw(pipe, prompts)
+
+
+@pytest.mark.parametrize(
+    "seed, error, message",
+    [
+        (1.5, TypeError, "seed: expected an int or None, got float"),
+        ("7", TypeError, "seed: expected an int or None, got str"),
+        ([1, None], TypeError, "seed: expected a sequence of ints, got None in it"),
+        ([1, -1], ValueError, r"seed: expected 0 <= seed < 2\*\*63, got -1"),
+        ([True], TypeError, "seed: expected an int or None, got bool"),
+        (torch.tensor([1, 2]), TypeError, "seed: expected an int, a sequence of ints or None, got a Tensor"),
+    ],
+)
+def test_what_is_no_seed(seed: Any, error: type[Exception], message: str, parts: dict[str, Any]) -> None:
+    with pytest.raises(error, match=message):
+        sdattn_fast.apply(parts["sd15"], RANDOM, seed=seed)
