@@ -7,7 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
+
+from ..streams import to_device
 
 __all__ = ["Rows"]
 
@@ -35,3 +38,51 @@ class Rows:
             tuple(self.repeated),
             None if protected is None else (*protected.shape, protected.numpy().tobytes()),
         )
+
+    @property
+    def pictures(self) -> list[int | None]:
+        """Of every entry the index of its picture, None for an unconditional one."""
+        pictures: list[int | None] = [None] * len(self.prompt)
+        for i, b in enumerate(self._active):
+            pictures[b] = i % self._pictures_count
+        return pictures
+
+    @property
+    def _active(self) -> list[int]:
+        return [b for b, prompt in enumerate(self.prompt) if prompt >= 0]
+
+    @property
+    def _pictures_count(self) -> int:
+        # Entries that ask a picture again are as many as the others, and follow them.
+        return len(self._active) - sum(self.repeated)
+
+    def spread(self, name: str, given: Tensor | None, tokens: int) -> Tensor | None:
+        """A user's tensor of prompts, pictures or entries, for the whole batch; on its device.
+
+        Raises: ValueError where it is of none of these, or of other tokens.
+        """
+        if given is None:
+            return None
+        x, batch, active = given[None] if given.dim() == 1 else given, len(self.prompt), self._active
+        prompts = max([prompt + 1 for prompt in self.prompt], default=0)
+        lead = x.shape[0]
+        if x.shape[-1] != tokens or lead not in (1, prompts, self._pictures_count, len(active), batch):
+            raise ValueError(
+                f"{name}: expected ({tokens},), ({prompts}, {tokens}) for the prompts or ({batch}, {tokens}) for the "
+                f"UNet's batch, got {tuple(given.shape)}"
+            )
+        if lead == batch:
+            return x
+        # Unconditional entries are plain attention, whatever stands in their place.
+        whole = torch.full((batch, *x.shape[1:]), _NEUTRAL[name], dtype=x.dtype, device=x.device)
+        if lead == 1:
+            source = [0] * len(active)
+        elif lead == prompts:
+            source = [self.prompt[b] for b in active]
+        else:
+            source = [i % lead for i in range(len(active))]
+        to, of = (to_device(torch.tensor(i, dtype=torch.long), x.device) for i in (active, source))
+        return whole.index_copy(0, to, x[of])
+
+
+_NEUTRAL = {"gate": 1, "phrases": -1, "protected": 1}  # no bool: torch.jit.trace cannot fill with one

@@ -227,8 +227,7 @@ class TextState:
         gate = self.gate
         if gate is None or not gate.requires_grad:
             return prepared
-        entries = self._prompt_of_entries(call.batch)
-        whole = self._expand("gate", to_device(gate, call.device), entries, call.batch, call.tokens)
+        whole = self.rows_of(call.batch).spread("gate", to_device(gate, call.device), call.tokens)
         assert whole is not None
         whole = whole[..., : call.columns]
         return prepared.with_gate(whole if torch.is_grad_enabled() else whole.detach())
@@ -288,42 +287,45 @@ class TextState:
 
     def rows_told(self, batch: int) -> Rows | None:
         """Of the latest text, as the user or the pipeline says."""
-        if self.given.active is None:
+        return self.rows if self.given.active is None else self.rows_of(batch)
+
+    def rows_of(self, batch: int) -> Rows:
+        """As `rows_told`, each entry a prompt where nothing is known; the user's `active` wins."""
+        if self.given.active is not None:
+            on = self.given.active.tolist()
+            prompt = [sum(on[:b]) if is_on else -1 for b, is_on in enumerate(on)]
+        elif self.rows is not None and len(self.rows.prompt) == batch:
             return self.rows
-        prompt = self._prompt_of_entries(batch)
+        else:
+            prompt = list(range(batch))
         return Rows(prompt, max(prompt, default=-1) + 1, None)
 
     def prompts_asked(self, batch: int) -> tuple[int, ...] | None:
         """Of every active entry the prompt; None where prompts are not known."""
         if self.given.active is None and self.rows is None:
             return None
-        return tuple(prompt for prompt in self._prompt_of_entries(batch) if prompt >= 0)
+        return tuple(prompt for prompt in self.rows_of(batch).prompt if prompt >= 0)
 
     def entry_seeds(self, batch: int) -> list[int]:
         """Of every entry the seed of random dropout. Raises: ValueError where there is not one for each picture."""
         assert self.settings.seed is not None
-        prompt = self._prompt_of_entries(batch)
-        active = [b for b, p in enumerate(prompt) if p >= 0]
-        pictures: list[int | None] = [None] * batch
-        for i, b in enumerate(active):
-            pictures[b] = i % self._pictures(len(active))
-        return entry_seeds(self.settings.seed, pictures)
+        return entry_seeds(self.settings.seed, self.rows_of(batch).pictures)
 
     def _prepare(self, program: Program, call: LayerCall) -> Prepared:
         """On the CPU; a gate that wants a gradient is left for later, and of its shape here."""
         s, gate = self.settings, self.gate
         batch, tokens = call.batch, call.tokens
         active = self.active(batch)
-        prompt = self._prompt_of_entries(batch)
+        rows = self.rows_of(batch)
         if gate is not None and gate.requires_grad:
             gate = torch.ones(gate.shape)
-        protected = self._expand("protected", self.given.protected, prompt, batch, tokens)
+        protected = rows.spread("protected", self.given.protected, tokens)
         if protected is None and self.rows is not None and self.needs_protected():
             protected = self._found_protected(batch, tokens)
         if call.padding is not None:
             protected = call.padding.padding if protected is None else protected | call.padding.padding
-        gate = self._expand("gate", gate, prompt, batch, tokens)
-        phrases = self._expand("phrases", self.given.phrases, prompt, batch, tokens)
+        gate = rows.spread("gate", gate, tokens)
+        phrases = rows.spread("phrases", self.given.phrases, tokens)
         if call.columns is not None:
             gate, phrases, protected = (
                 None if x is None else x[..., : call.columns] for x in (gate, phrases, protected)
@@ -362,46 +364,6 @@ class TextState:
         copied = in_graph() or rows.protected.is_inference()
         return rows.protected.clone() if copied else rows.protected
 
-    def _prompt_of_entries(self, batch: int) -> list[int]:
-        """The prompt of every batch entry; the user's `active` wins over what the pipeline knows."""
-        if self.given.active is not None:
-            on = self.given.active.tolist()
-            return [sum(on[:b]) if is_on else -1 for b, is_on in enumerate(on)]
-        if self.rows is not None and len(self.rows.prompt) == batch:
-            return self.rows.prompt
-        return list(range(batch))
-
-    def _pictures(self, active: int) -> int:
-        """Of so many active entries, how many are pictures: those that ask one again follow them all."""
-        return active - (0 if self.rows is None or self.given.active is not None else sum(self.rows.repeated))
-
-    def _expand(self, name: str, given: Tensor | None, prompt: list[int], batch: int, tokens: int) -> Tensor | None:
-        """A user's tensor, brought from its prompts to the UNet's batch, where it is."""
-        if given is None:
-            return None
-        x = given[None] if given.dim() == 1 else given
-        entries = [b for b, p in enumerate(prompt) if p >= 0]
-        prompts = max([p + 1 for p in prompt], default=0)
-        lead = x.shape[0]
-        pictures = self._pictures(len(entries))
-        if x.shape[-1] != tokens or lead not in (1, prompts, pictures, len(entries), batch):
-            raise ValueError(
-                f"{name}: expected ({tokens},), ({prompts}, {tokens}) for the prompts or ({batch}, {tokens}) for the "
-                f"UNet's batch, got {tuple(given.shape)}"
-            )
-        if lead == batch:
-            return x
-        # Unconditional entries are plain attention, whatever stands in their place.
-        whole = torch.full((batch, *x.shape[1:]), _NEUTRAL[name], dtype=x.dtype, device=x.device)
-        if lead == 1:
-            source = [0] * len(entries)
-        elif lead == prompts:
-            source = [prompt[b] for b in entries]
-        else:
-            source = [i % lead for i in range(len(entries))]
-        to, of = (to_device(torch.tensor(i, dtype=torch.long), x.device) for i in (entries, source))
-        return whole.index_copy(0, to, x[of])
-
 
 def _key(rows: Rows | None) -> Any:
     return None if rows is None else rows.key
@@ -418,4 +380,3 @@ def _latest(kept: tuple[tuple[Any, dict[Any, Any]], ...], key: Any) -> tuple[dic
 
 
 _CPU = torch.device("cpu")
-_NEUTRAL = {"gate": 1, "phrases": -1, "protected": 1}  # no bool: torch.jit.trace cannot fill with one

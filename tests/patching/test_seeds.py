@@ -69,7 +69,7 @@ def test_pictures_of_one_prompt_have_seeds_of_their_own(build: Callable[[str], A
         np.testing.assert_allclose(pictures[i : i + 1], drawn(pipe, 7 + i, PROMPTS[:1], latents[:1]), **EXACT)
 
 
-def test_guidance_in_two_forwards_and_a_processor_by_hand(parts: dict[str, Any]) -> None:
+def test_a_model_alone_and_a_processor_by_hand(parts: dict[str, Any]) -> None:
     unet, latents = parts["sd15"], noise(3)
     text = torch.randn(3, 77, unet.config.cross_attention_dim, generator=torch.Generator().manual_seed(1))
     both, active = torch.cat([torch.zeros_like(text), text]), torch.tensor([False] * 3 + [True] * 3)
@@ -149,6 +149,15 @@ def test_seeds_are_as_many_as_pictures(build: Callable[[str], Any], draw: Any) -
             pytest.raises(ValueError, match=rf"^seed: expected an int or {count} seeds, one for each picture, got 2$"),
         ):
             draw(pipe, prompts)
+
+
+def test_an_active_of_another_batch_is_what_is_wrong(parts: dict[str, Any]) -> None:
+    unet, text = parts["sd15"], torch.zeros(2, 77, parts["sd15"].config.cross_attention_dim)
+    with (
+        sdattn_fast.apply(unet, RANDOM, seed=7, active=torch.tensor([False, True, True])),
+        pytest.raises(ValueError, match=r"^active: expected shape \(2,\)"),
+    ):
+        unet(noise(2), 500, text)
 
 
 @pytest.mark.parametrize(
