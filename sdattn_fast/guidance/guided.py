@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..patching.call import draws_in_windows
 from ..patching.forwards import Forward, entries_of
 
 __all__ = ["guided_prediction"]
@@ -21,6 +22,8 @@ def guided_prediction(pipe: Any, forwards: Sequence[Forward]) -> Tensor:
 
     Raises: ValueError where they are others, as those of a pipeline whose guidance is not known here.
     """
+    if draws_in_windows(pipe):
+        raise ValueError(f"pipe: expected a pipeline that draws a picture whole; {type(pipe).__name__} has windows")
     asked = [one for one in forwards if one.prompts]
     others = [one for one in forwards if not one.prompts]
     if len(asked) != 1 or len(others) > 1 or (others and asked[0].unconditional):

@@ -14,6 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from ..patching.call import draws_in_windows
 from ..patching.layers import select_layers
 from ..patching.model_kinds import denoisers
 from ..patching.patch import Patch
@@ -63,7 +64,7 @@ def check_pipeline(pipe: Any) -> None:
         raise ValueError(f"recipe: expected a pipeline that takes callback_on_step_end; {kind} does not")
     if "num_frames" in parameters:
         raise ValueError(f"recipe: expected a pipeline of pictures; {kind} draws videos")
-    if callable(getattr(pipe, "get_views", None)):
+    if draws_in_windows(pipe):
         raise ValueError(f"recipe: expected a pipeline that draws a picture whole; {kind} draws it in windows")
     if "pag_scale" in parameters:
         raise ValueError(f"recipe: expected a pipeline with attention of its own; {kind} perturbs it (PAG)")

@@ -25,7 +25,7 @@ from .prompt_rows import Guidance
 from .steps import Steps, Timesteps
 from .text_state import TextState
 
-__all__ = ["Call", "Calls"]
+__all__ = ["Call", "Calls", "draws_in_windows"]
 
 
 class Call:
@@ -81,8 +81,12 @@ class Call:
         """What the pipeline says now of its UNet's text."""
         guided = getattr(self.pipe, "do_classifier_free_guidance", None)
         perturbed = getattr(self.pipe, "do_perturbed_attention_guidance", False)
-        windows = callable(getattr(self.pipe, "get_views", None))
-        return Guidance(None if guided is None else bool(guided), bool(perturbed), windows)
+        return Guidance(None if guided is None else bool(guided), bool(perturbed), draws_in_windows(self.pipe))
+
+
+def draws_in_windows(pipe: Any) -> bool:
+    """Whether a pipeline's UNet sees windows of a picture, as panoramas' do, and never the whole."""
+    return callable(getattr(pipe, "get_views", None))
 
 
 class Calls:

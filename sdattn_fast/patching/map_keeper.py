@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ..program import Capture
 from ..streams import capturing
+from .call import draws_in_windows
 from .layers import select_layers
 from .maps import Maps
 
@@ -44,13 +45,17 @@ class MapKeeper:
         A pipeline may ask its prompts twice in a step, as self-attention guidance does; the first time counts.
 
         Raises: RuntimeError while a CUDA graph is captured, where a mean over steps is wanted. ValueError where a
-        pipeline asks other prompts in the same step, or no captured layer is of those that the call wants.
+        pipeline draws a picture in windows or asks other prompts in the same step, or no captured layer is of those
+        that the call wants.
         """
         if self.capture.steps != "latest" and isinstance(x, Tensor) and capturing(x.device):
             raise RuntimeError(
                 "capture: a CUDA graph is captured, and no Python runs between its replays to take a mean over steps; "
                 "expected Capture(steps='latest'), whose maps are the latest replay's, or an eager step"
             )
+        if draws_in_windows(call.pipe):
+            kind = type(call.pipe).__name__
+            raise ValueError(f"capture: maps are of whole pictures; {kind} draws them in windows; expected None")
         maps, steps = call.maps, self.capture.steps
         if begins:
             maps.add_latest(mean=steps != "latest")
