@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ..patching.text_tokens import covering, text_tokens
+from ..patching.words import tokenizer_of
 
 __all__ = ["NounPhrase", "Word", "find_phrases", "head_words", "phrase_ids"]
 
@@ -129,7 +130,8 @@ def find_phrases(
 
     Args:
         prompt: The text. Words that are cut off are left out, and so are phrases without their noun.
-        tokenizer: The text encoder's: CLIP's or another one of transformers.
+        tokenizer: The text encoder's: CLIP's or another one of transformers. Or the pipeline, whose own cleaning of
+            prompts then counts too: PixArt's and Sana's write them in lower case.
         phrases: The phrases themselves, as they stand in the prompt, with weights or without; "car (2)" is the second
             car. Every word then counts as the noun's. None: a tagger finds them.
         parser: A loaded spaCy pipeline, whose noun chunks are taken. None: TextBlob's tagger and a grammar.
@@ -151,6 +153,8 @@ def find_phrases(
     """
     if not isinstance(prompt, str):
         raise TypeError(f"prompt: expected a str, got {type(prompt).__name__}")
+    if hasattr(tokenizer, "encode_prompt"):
+        tokenizer = tokenizer_of(tokenizer)
     if not callable(tokenizer):
         raise TypeError(f"tokenizer: expected the text encoder's, such as pipe.tokenizer, got {tokenizer!r:.80}")
     plain = _without_weights(prompt)

@@ -155,7 +155,8 @@ class Patch:
         call = self._calls.to_read()
         if self._keeper is None or (self._keeper.capture.steps == () and not call.aside):
             raise ValueError("maps: expected apply(..., capture=sdattn_fast.Capture(...)), got no capture")
-        return self._keeper.read(call, self.layers, tokenizer_of(self.pipe))
+        clean_caption = call.encoded[0].clean_caption if call.encoded else None
+        return self._keeper.read(call, self.layers, tokenizer_of(self.pipe, clean_caption))
 
     def update(self, **inputs: Tensor | None) -> None:
         """Change the inputs of the program, also between two steps. Inputs that are not named stay.

@@ -195,7 +195,7 @@ class _Unread:
 @dataclass(eq=False)
 class Encoded:
     """One call of `encode_prompt`. shape: (N, E) of its rows. positives: how many rows are of its `prompts` prompts.
-    unread: on the text's device, until the first text is looked up."""
+    unread: on the text's device, until the first text is looked up. clean_caption: what it was asked to do."""
 
     shape: tuple[int, int]
     prompts: int
@@ -204,6 +204,7 @@ class Encoded:
     blocks: tuple[bool, ...] | None
     unread: _Unread | None
     rows: dict[torch.dtype, EncodedRows] = field(default_factory=dict)
+    clean_caption: bool = False
     number: int = 0  # the greater, the newer
 
     def prompt_of(self, row: int) -> int:
@@ -242,6 +243,7 @@ def _encoded(result: Any, heard: EncoderListener, asked: dict[str, Any]) -> Enco
     return Encoded(
         (tokens, positive.shape[2]), prompts, len(positive), len(rows), blocks,
         _Unread(prints, (_fitting(protected, prompts, tokens), _fitting(of_negative, None, tokens))),
+        clean_caption=bool(asked.get("clean_caption", False)),
     )  # fmt: skip
 
 

@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
+from .prompt_cleaning import CleaningTokenizer, aligned
+
 __all__ = ["TextToken", "covering", "text_tokens"]
 
 Span = tuple[int, int]
@@ -58,7 +60,13 @@ def text_tokens(tokenizer: Any, prompt: str, tokens: int | None = None) -> list[
             f"tokenizer: expected one that pads on the right, and {type(tokenizer).__name__} pads on the left, so that "
             "where words lie depends on the prompt's length; set padding_side = 'right' where the pipeline does"
         )
-    text, origin = _with_vectors(tokenizer, prompt)
+    cleaned = prompt
+    if isinstance(tokenizer, CleaningTokenizer):
+        cleaned, tokenizer = tokenizer.clean(prompt), tokenizer.plain
+    text, origin = _with_vectors(tokenizer, cleaned)
+    if cleaned != prompt:
+        source = aligned(prompt, cleaned)
+        origin = [(source[a][0], source[b - 1][1]) for a, b in origin]
     spans: Iterable[Span]
     if getattr(tokenizer, "is_fast", False):
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)

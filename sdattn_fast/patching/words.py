@@ -8,6 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, TypeVar
 
+from .prompt_cleaning import cleaning
 from .text_tokens import covering, text_tokens
 
 __all__ = ["ByWord", "tokenizer_of", "words_of"]
@@ -76,10 +77,12 @@ def words_of(tokenizer: Any, prompt: str, tokens: int | None = None) -> ByWord[l
     return ByWord(words)
 
 
-def tokenizer_of(pipe: Any) -> Any:
-    """A pipeline's tokenizer, or its tokenizer_2, the only one of an SDXL refiner; None where it has neither."""
+def tokenizer_of(pipe: Any, clean_caption: bool | None = None) -> Any:
+    """A pipeline's tokenizer, or its tokenizer_2, the only one of an SDXL refiner; None where it has neither. It cleans
+    prompts where the pipeline does; clean_caption: as the pipeline was called with, None: as it is by default."""
     first = getattr(pipe, "tokenizer", None)
-    return getattr(pipe, "tokenizer_2", None) if first is None else first
+    tokenizer = getattr(pipe, "tokenizer_2", None) if first is None else first
+    return None if tokenizer is None else cleaning(tokenizer, pipe, clean_caption)
 
 
 def _spans(prompt: str, added: Iterable[tuple[int, int]]) -> Iterator[tuple[int, int]]:

@@ -22,6 +22,7 @@ import numpy as np
 import typer
 
 from ..files import atomic_write
+from ..guidance.pictures import uint8_pictures
 from ..lab.pipeline import GUIDANCE, STEPS, load_clip, load_pipeline, shapes_path
 from ..lab.shapes.captions import SELECTION_SEED, held_out_scenes, words_of_objects
 from ..lab.shapes.judge import judge_picture
@@ -140,7 +141,7 @@ def draw_corrected(
             generator=[torch.Generator().manual_seed(first + i) for i in range(len(scenes))],
         ).images  # fmt: skip
     growth = np.mean(grew, 0) if grew else np.full(len(scenes), np.nan)
-    return np.rint(images * 255).astype(np.uint8), growth
+    return uint8_pictures(images), growth
 
 
 def _noised(pipe: Any, scenes: Sequence[ShapesScene], t: int) -> tuple[Any, Any, Any]:

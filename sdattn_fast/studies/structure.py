@@ -16,6 +16,7 @@ from typing import Annotated, Any
 import numpy as np
 import typer
 
+from ..guidance.pictures import uint8_pictures
 from ..lab.pipeline import GUIDANCE, STEPS, load_pipeline
 from ..lab.shapes.captions import held_out_scenes, words_of_objects
 from ..lab.shapes.measures import MEASURES, measure
@@ -66,7 +67,7 @@ def _draw(
             generator=[torch.Generator().manual_seed(first + i) for i in range(len(scenes))],
         ).images  # fmt: skip
         maps = patch.maps.upsample((SIDE, SIDE)).numpy()
-    return np.rint(images * 255).astype(np.uint8), maps
+    return uint8_pictures(images), maps
 
 
 def _run(

@@ -20,7 +20,7 @@ from ..guidance.clip_gate import ClipGate
 from ..guidance.clip_score import ClipScorer
 from ..guidance.phrases import head_words
 from ..measure.memory import peak_mib
-from ..patching.words import words_of
+from ..patching.words import tokenizer_of, words_of
 from .controls import Controls, DrawRequest, chosen_phrases
 
 __all__ = ["Comparison", "draw_both"]
@@ -65,14 +65,15 @@ def draw_both(
     Raises: ValueError, TypeError, naming what is wrong.
     """
     condition = controls.condition(request)
-    phrases = chosen_phrases(request.prompt, pipe.tokenizer, request.phrases)
+    tokenizer = tokenizer_of(pipe)
+    phrases = chosen_phrases(request.prompt, tokenizer, request.phrases)
     if controls.needs_phrases() and not phrases:
         raise ValueError(
             "phrases: expected at least one for what is switched on; the grammar found none in the prompt, say yours"
         )
     if condition.gate is not None and scorer is None:
         raise ValueError("semantic gate: expected a CLIP, and none is loaded; start with --clip")
-    words = head_words(phrases, words_of(pipe.tokenizer, request.prompt))
+    words = head_words(phrases, words_of(tokenizer, request.prompt))
     inputs = ConditionInputs([request.prompt], [phrases], [phrases], [words], request.steps, scorer, 0.0)
 
     plain = Condition("stock", "page")

@@ -23,6 +23,7 @@ from ..guidance.recipe import RECIPES
 from ..lab.detected_text import detected_text
 from ..lab.pipeline import WORLDS
 from ..patching.layers import cross_attention_layers
+from ..patching.words import tokenizer_of
 from ..prompts import Prompt, words_to_find
 from .controls import Controls, DrawRequest, chosen_phrases, loaded_from
 from .drawing import Comparison, Side, draw_both
@@ -334,11 +335,11 @@ def _gallery(request: DrawRequest, side: Side) -> list[tuple[Any, str]]:
 
 
 def _phrases(served: ServedPipeline, prompt: str) -> list[str]:
-    return list(dict.fromkeys(p.text for p in chosen_phrases(prompt, served.pipe.tokenizer)))
+    return list(dict.fromkeys(p.text for p in chosen_phrases(prompt, tokenizer_of(served.pipe))))
 
 
 def _warn(served: ServedPipeline, prompt: str) -> None:
-    tokenizer = served.pipe.tokenizer
+    tokenizer = tokenizer_of(served.pipe)
     count, most = len(tokenizer(prompt, verbose=False).input_ids), int(tokenizer.model_max_length)
     if count > most:
         gr.Warning(f"The prompt has {count} tokens with its ends, and the text encoder reads {most}: the rest is lost.")
