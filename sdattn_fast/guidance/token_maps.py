@@ -106,7 +106,12 @@ def maps_of_tokens(seen: Seen, tokens: Sequence[int], argument: str) -> tuple[Te
 
 def largest_size(maps: Maps, tokens: Sequence[int], argument: str) -> tuple[int, int]:
     """The (height, width) of the largest layer. Raises: ValueError where one of these tokens was not captured."""
-    if not len(maps) or not set(tokens) <= set(maps.tokens):
+    if not len(maps):
+        raise ValueError(
+            f"{argument}: expected maps of tokens {tuple(tokens)}, got none: no captured layer ran with the patch's "
+            "processor in this forward"
+        )
+    if not set(tokens) <= set(maps.tokens):
         raise ValueError(
             f"{argument}: expected maps of tokens {tuple(tokens)}, got those of {maps.tokens}; "
             "apply(..., capture=Capture(tokens=...)) keeps them"

@@ -29,11 +29,14 @@ class MapSums:
         self._sums: dict[str, tuple[Tensor, int, Grid]] = {}
 
     def add_latest(self, mean: bool) -> None:
-        """A step begins: the latest one's maps become part of the sum, or, without a mean, all there is."""
+        """A step begins: the latest one's maps become part of the sum, or, without a mean, all there is until the step
+        has maps of its own."""
+        if not mean and self.latest:
+            self._sums = {}
         for name, of_layer in self.latest.items():
             latest, grid = _chosen(name, of_layer)
             # Not in place: somebody may hold what `read` gave.
-            self._sums[name] = _sum(self._sums.get(name) if mean else None, latest.detach(), grid)
+            self._sums[name] = _sum(self._sums.get(name), latest.detach(), grid)
         self.latest = {}
         self.prompts = None
 
@@ -42,7 +45,9 @@ class MapSums:
         as part of the graph."""
         found: dict[str, tuple[Tensor, int, Grid]] = {}
         for name in names:
-            before, of_layer = self._sums.get(name), self.latest.get(name)
+            # Without a mean, a layer that the latest step left out has no maps.
+            before = self._sums.get(name) if mean or not self.latest else None
+            of_layer = self.latest.get(name)
             if of_layer is not None:
                 latest, grid = _chosen(name, of_layer)
                 found[name] = _sum(before if mean and not latest.requires_grad else None, latest, grid)
