@@ -15,11 +15,9 @@ from torch.nn.modules import module as torch_module
 
 __all__ = ["any_global_hook", "is_hooked", "is_known", "unknown_class"]
 
-_TORCH = frozenset(
-    {
-        nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Identity, nn.Dropout, nn.ModuleList, nn.ModuleDict,
-        nn.ParameterDict,
-    }
+_TORCH = (
+    nn.Linear, nn.LayerNorm, nn.GroupNorm, nn.RMSNorm, nn.Identity, nn.Dropout, nn.ModuleList, nn.ModuleDict,
+    nn.ParameterDict,
 )  # fmt: skip
 # By name, since `import sdattn_fast` needs torch alone.
 _ELSEWHERE = frozenset(
@@ -66,9 +64,24 @@ def any_global_hook() -> bool:
 
 
 def is_hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its class's forward."""
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+    """Whether calling a module does more than its class's forward, as it was written."""
+    kind: Any = type(module)
+    over_it = "forward" in module.__dict__ or _FORWARDS.get(kind, kind.forward) is not kind.forward
+    return bool(module._forward_hooks or module._forward_pre_hooks or over_it)
 
 
-def _is_listed(kind: type) -> bool:
-    return kind in _TORCH or (kind.__module__, kind.__qualname__) in _ELSEWHERE
+def _is_own(kind: Any) -> bool:
+    """Whether a class has the forward that it was written with, and not one that was put over it."""
+    forward = kind.forward
+    return forward.__module__.partition(".")[0] == kind.__module__.partition(".")[0] and not hasattr(
+        forward, "__wrapped__"
+    )
+
+
+_FORWARDS = {kind: kind.forward if _is_own(kind) else None for kind in _TORCH}
+
+
+def _is_listed(kind: Any) -> bool:
+    if kind in _FORWARDS:
+        return bool(kind.forward is _FORWARDS[kind])
+    return (kind.__module__, kind.__qualname__) in _ELSEWHERE and _is_own(kind)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 import sdattn_fast
@@ -246,6 +248,27 @@ class _Turned(torch.nn.Linear):
 
 
 @pytest.mark.usefixtures("cheap_to_fold")
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_a_forward_that_is_put_over_torchs_own(wrapped: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As LoRA loaders outside diffusers do it, for all Linear layers at once and at any time."""
+    attn, x, text = _layer()
+    forward, sign = torch.nn.Linear.forward, [1.0]
+
+    def over_it(self: Any, x: Tensor) -> Tensor:
+        return sign[0] * forward(self, x)
+
+    attn_of_stock = copy.deepcopy(attn)
+    attn.set_processor(SemanticAttnProcessor(Program()))
+    attn(x, text)
+    monkeypatch.setattr(torch.nn.Linear, "forward", functools.wraps(forward)(over_it) if wrapped else over_it)
+    stocks = []
+    for sign[0] in (1.0, -1.0, 0.5):
+        stocks.append(attn_of_stock(x, text))
+        torch.testing.assert_close(attn(x, text), stocks[-1], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(stocks[0], stocks[2], atol=1e-2)
+
+
+@pytest.mark.usefixtures("cheap_to_fold")
 @pytest.mark.parametrize("how", ["parametrize", "weight_norm", "layerwise casting", "hook", "forward"])
 @pytest.mark.parametrize("name", ["to_q", "to_k", "to_out.0"])
 def test_linears_that_are_more_than_their_class_are_called(name: str, how: str) -> None:
@@ -279,11 +302,11 @@ def test_keys_and_values_are_kept_beside_a_query_projection_that_is_not_known(mo
     _replace(attn, "to_q", torch.ao.nn.quantized.dynamic.Linear.from_float(_quantisable(attn.to_q)))
     attn.set_processor(SemanticAttnProcessor(Program()))
     calls: list[int] = []
-    forward = torch.nn.Linear.forward
-    monkeypatch.setattr(torch.nn.Linear, "forward", lambda self, x: calls.append(id(self)) or forward(self, x))
+    linear = F.linear
+    monkeypatch.setattr(F, "linear", lambda x, weight, bias: calls.append(id(weight)) or linear(x, weight, bias))
     first, second = attn(x, text), attn(x, text)
     assert torch.equal(first, second)
-    assert calls.count(id(attn.to_k)) == calls.count(id(attn.to_v)) == 1
+    assert calls.count(id(attn.to_k.weight)) == calls.count(id(attn.to_v.weight)) == 1
 
 
 @pytest.fixture
