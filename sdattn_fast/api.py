@@ -123,8 +123,8 @@ def apply(
                 "fold: a recipe needs gradients, which folded layers do not have; expected 'auto' or 'never'"
             )
         rows, capture = _with_recipe(guided, rows, capture)
-    settings = Settings(rows, inactive_heads, seed, capture, fold, text_cache, backend, dropout_when)
-    given = TokenInputs.checked(gate=gate, phrases=phrases, protected=protected, active=active)
+    settings = Settings(rows, inactive_heads, capture, fold, text_cache, backend, dropout_when)
+    given = TokenInputs.checked(gate=gate, phrases=phrases, protected=protected, active=active, seed=seed)
     patch = install(pipe_or_unet, settings, given, layers=layers, heads=heads, heads_of_all=heads_of_all)
     if guided is not None and patch.installed:
         from .guidance.recipe_guide import RecipeGuide

@@ -164,15 +164,18 @@ def inputs_for(subject: Subject, part: range, pipe: Any, inputs: ConditionInputs
 def draw_batch(
     pipe: Any, condition: Condition, inputs: ConditionInputs, subject: Subject, part: range
 ) -> tuple[list[np.ndarray], list[list[np.ndarray] | None]]:
-    """Pictures (height, width, 3) uint8, the noise of each depending on its prompt's index alone; and of each, its
+    """Pictures (height, width, 3) uint8, what is random in each depending on its prompt's index alone; and of each, its
     objects' maps (height, width), None where the condition keeps none or the subject wants none."""
-    noise = [torch.Generator().manual_seed(_FIRST_NOISE + i) for i in part]
+    seeds = [_FIRST_NOISE + i for i in part]
+    noise = [torch.Generator().manual_seed(seed) for seed in seeds]
     if condition.peer is not None:
         peer_args = (inputs.prompts, inputs.objects, noise, subject.guidance, subject.steps)
         return list(condition.peer.draw(pipe, *peer_args)), [None] * len(part)
     with apply_condition(condition, pipe, inputs) as (patch, callback, tuned_options):
         call_kwargs: dict[str, Any] = {"guidance_scale": subject.guidance, "num_inference_steps": subject.steps}
         call_kwargs |= tuned_options
+        if patch is not None:
+            patch.update(seed=seeds)  # of random dropout
         if callback is not None:
             call_kwargs["callback_on_step_end"] = callback
         with warnings.catch_warnings():

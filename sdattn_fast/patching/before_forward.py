@@ -238,7 +238,7 @@ class _ModelHook:
         ahead = patch._settings.text_cache and model.kind.reads_own_text
         if text is not None and (ahead or compiled):
             self._prepare(state, text, compiled, scales)
-        if patch._settings.seed is not None and text is not None:
+        if patch._given.seed is not None and patch._settings.draws and text is not None:
             seeds = model.seeds.at(state.text.entry_seeds(len(text)), timestep, text.device)
             for layer, of_layer in zip(state.layers, seeds.unbind(), strict=True):
                 layer.seed = of_layer

@@ -85,7 +85,7 @@ def _of_entries(
         mask = torch.zeros_like(mask, dtype=x.dtype).masked_fill(~mask, float("-inf"))
     if layer is None:
         text, heads, across_heads = self.text, checked_heads(self.heads, heads_count, " in this layer"), False
-        if settings.seed is not None:
+        if text.given.seed is not None and settings.draws:
             seed = to_device(torch.tensor(text.entry_seeds(batch)), x.device)
     else:
         text, heads, seed, across_heads = layer.text, layer.heads, layer.seed, layer.across_heads

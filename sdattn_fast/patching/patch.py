@@ -23,7 +23,7 @@ from .prompt_memory import PromptMemory
 from .settings import Settings
 from .step_callback import Guide, call_arguments, with_step_callback
 from .token_classes import EncoderListener
-from .token_inputs import TOKEN_INPUTS, TokenInputs, checked_token_input
+from .token_inputs import INPUTS, TokenInputs, checked_input
 from .watched_pipeline import WatchedPipeline, encode_function
 from .words import tokenizer_of
 
@@ -158,11 +158,11 @@ class Patch:
         clean_caption = call.encoded[0].clean_caption if call.encoded else None
         return self._keeper.read(call, self.layers, tokenizer_of(self.pipe, clean_caption))
 
-    def update(self, **inputs: Tensor | None) -> None:
+    def update(self, **inputs: Tensor | int | Sequence[int] | None) -> None:
         """Change the inputs of the program, also between two steps. Inputs that are not named stay.
 
         Args:
-            **inputs: `gate`, `phrases`, `protected` or `active`, as in `apply`; None removes one.
+            **inputs: `gate`, `phrases`, `protected`, `active` or `seed`, as in `apply`; None removes one.
 
         Raises:
             TypeError: If an input is unknown or has the wrong type.
@@ -173,14 +173,18 @@ class Patch:
             >>> patch.update(gate=torch.full((77,), 1.5))
         """
         for name in inputs:
-            if name not in TOKEN_INPUTS:
-                raise TypeError(f"update: expected {', '.join(TOKEN_INPUTS)}, got {name!r}")
-        checked = {name: checked_token_input(name, x) for name, x in inputs.items()}
+            if name not in INPUTS:
+                raise TypeError(f"update: expected {', '.join(INPUTS)}, got {name!r}")
+        checked = {name: checked_input(name, x) for name, x in inputs.items()}
         gate = checked.get("gate")
         if gate is not None and gate.requires_grad and self._graphs():
             raise ValueError("gate: it wants a gradient, and a captured CUDA graph has none; pass gate.detach()")
+        if "seed" in checked and self._graphs():
+            raise ValueError("seed: a captured CUDA graph draws by the seed that it was captured with; capture it anew")
         before = dict(vars(self._given))
         vars(self._given).update(checked)
+        if inputs.keys() == {"seed"}:  # what is prepared of a text has no seed
+            return
         try:
             renewals = [(one.text, graph, one.text.renewal_of(graph, graph.rows)) for one, graph in self._graphs()]
         except ValueError:

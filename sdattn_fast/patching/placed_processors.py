@@ -20,7 +20,7 @@ class PlacedProcessors:
 
     def __init__(self, settings: Settings) -> None:
         self._processor = SemanticAttnProcessor(
-            settings.program, inactive_heads=settings.inactive_heads, seed=settings.seed, fold=settings.fold,
+            settings.program, inactive_heads=settings.inactive_heads, fold=settings.fold,
             text_cache=settings.text_cache, backend=settings.backend,
         )  # fmt: skip
         self._warned: set[str] = set()

@@ -86,9 +86,9 @@ class SemanticAttnProcessor:
             raise ValueError("heads: a processor does not know its layer's name; use sdattn_fast.apply")
         if capture is not None:
             raise ValueError("capture: maps are kept by layer name; use sdattn_fast.apply")
-        self.settings = Settings(program, inactive_heads, seed, None, fold, text_cache, backend, dropout_when)
+        self.settings = Settings(program, inactive_heads, None, fold, text_cache, backend, dropout_when)
         self.heads = heads
-        given = TokenInputs.checked(gate=gate, phrases=phrases, protected=protected, active=active)
+        given = TokenInputs.checked(gate=gate, phrases=phrases, protected=protected, active=active, seed=seed)
         self.text = TextState(self.settings, given)
         self.in_place_of: Any = None  # the processor that a patch put this one over
 

@@ -12,7 +12,6 @@ from torch import Tensor
 from ..arguments import check_program
 from ..functional import prepare
 from ..program import Capture, Program, SalienceDropout
-from .seeds import Seed, checked_seed
 
 __all__ = ["Heads", "Settings"]
 
@@ -34,7 +33,6 @@ class Settings:
 
     program: Program
     inactive_heads: str = "plain"
-    seed: Seed = None
     capture: Capture | None = None
     fold: str = "auto"
     text_cache: bool = True
@@ -44,7 +42,6 @@ class Settings:
     def __post_init__(self) -> None:
         object.__setattr__(self, "dropout_when", _checked_when(self.dropout_when, self.program))
         check_program(self.program, self.capture, tokens=2**31)
-        object.__setattr__(self, "seed", checked_seed(self.seed))
         if not isinstance(self.fold, str):
             raise TypeError(f"fold: expected 'auto', 'never' or 'always', got {type(self.fold).__name__}")
         if self.fold not in ("auto", "never", "always"):
@@ -58,6 +55,11 @@ class Settings:
             Program(), batch=1, heads_count=1, tokens=1, device=torch.device("cpu"),
             inactive_heads=self.inactive_heads, backend=self.backend,
         )  # fmt: skip
+
+    @property
+    def draws(self) -> bool:
+        """Whether what is dropped is drawn at random."""
+        return self.program.dropout is not None and self.program.dropout.mode == "random"
 
     def program_at(self, step: int | None, training: bool) -> Program:
         """The program, its salience dropout as `dropout_when` has it. step: of a schedule; needed there alone."""

@@ -308,8 +308,8 @@ class TextState:
 
     def entry_seeds(self, batch: int) -> list[int]:
         """Of every entry the seed of random dropout. Raises: ValueError where there is not one for each picture."""
-        assert self.settings.seed is not None
-        return entry_seeds(self.settings.seed, self.rows_of(batch).pictures)
+        assert self.given.seed is not None
+        return entry_seeds(self.given.seed, self.rows_of(batch).pictures)
 
     def _prepare(self, program: Program, call: LayerCall) -> Prepared:
         """On the CPU; a gate that wants a gradient is left for later, and of its shape here."""

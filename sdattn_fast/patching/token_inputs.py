@@ -1,4 +1,4 @@
-"""What the user says of tokens and entries: gate, phrases, protected and active, checked and copied."""
+"""What the user says of tokens and entries: gate, phrases, protected, active and seed, checked and copied."""
 
 from __future__ import annotations
 
@@ -8,35 +8,41 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["TOKEN_INPUTS", "TokenInputs", "checked_token_input"]
+from .seeds import Seed, checked_seed
 
-TOKEN_INPUTS = ("gate", "phrases", "protected", "active")
+__all__ = ["INPUTS", "TokenInputs", "checked_input"]
+
+INPUTS = ("gate", "phrases", "protected", "active", "seed")
 
 
 @dataclass
 class TokenInputs:
-    """What the user said of the tokens: checked copies on the CPU, but for a gate that wants a gradient; or None."""
+    """What the user said of tokens and entries: checked copies on the CPU, but for a gate that wants a gradient; or
+    None."""
 
     gate: Tensor | None = None
     phrases: Tensor | None = None
     protected: Tensor | None = None
     active: Tensor | None = None
+    seed: Seed = None
 
     @classmethod
     def checked(cls, **inputs: Any) -> TokenInputs:
-        """What the user passed, by name. Raises: as `checked_token_input`."""
-        return cls(**{name: checked_token_input(name, x) for name, x in inputs.items()})
+        """What the user passed, by name. Raises: as `checked_input`."""
+        return cls(**{name: checked_input(name, x) for name, x in inputs.items()})
 
 
-def checked_token_input(name: str, x: Any) -> Tensor | None:
-    """A copy of a user's gate, phrases, protected or active, checked as far as it can be before a batch is seen; on the
-    CPU, but for a gate that wants a gradient, which stays where it is and in its graph.
+def checked_input(name: str, x: Any) -> Any:
+    """A copy of a user's gate, phrases, protected, active or seed, checked as far as it can be before a batch is seen;
+    on the CPU, but for a gate that wants a gradient, which stays where it is and in its graph.
 
     gate: bool, or floating, finite and >= 0, (N,), (P or B, N) or (P or B, H, N). phrases: integer, >= -1, and
-    protected: bool, (N,) or (P or B, N). active: bool (B,).
+    protected: bool, (N,) or (P or B, N). active: bool (B,). seed: as `checked_seed`.
 
     Raises: TypeError, ValueError.
     """
+    if name == "seed":
+        return checked_seed(x)
     if x is None:
         return None
     if not isinstance(x, Tensor):

@@ -112,10 +112,12 @@ class Reward:
         for name in ("guidance_scale", "num_inference_steps"):
             if getattr(file, name) is not None:
                 call_kwargs[name] = getattr(file, name)
-        with apply(self.pipe, file, seed=self.seed):
+        with apply(self.pipe, file) as patch:
             for start in range(0, len(which), self.batch):
                 part = [int(i) for i in which[start : start + self.batch]]
-                noise = [torch.Generator().manual_seed(self.seed + i) for i in part]
+                seeds = [self.seed + i for i in part]
+                noise = [torch.Generator().manual_seed(seed) for seed in seeds]
+                patch.update(seed=[seed % 2**63 for seed in seeds])
                 texts = [self.texts[i] for i in part]
                 images = self.pipe(texts, **{**call_kwargs, "output_type": "np"}, generator=noise).images
                 yield part, pil_pictures(images)

@@ -174,3 +174,27 @@ def test_an_active_of_another_batch_is_what_is_wrong(parts: dict[str, Any]) -> N
 def test_what_is_no_seed(seed: Any, error: type[Exception], message: str, parts: dict[str, Any]) -> None:
     with pytest.raises(error, match=message):
         sdattn_fast.apply(parts["sd15"], RANDOM, seed=seed)
+
+
+def test_updated_seeds_are_those_of_a_new_patch(build: Callable[[str], Any]) -> None:
+    pipe, latents, how = build("sd15"), noise(3), {"num_inference_steps": 2, "output_type": "np"}
+    stock = pipe(PROMPTS, latents=latents, **how).images
+    with sdattn_fast.apply(pipe, RANDOM, seed=7) as patch:
+        first = pipe(PROMPTS, latents=latents, **how).images
+        for seed in (3, [9, 8, 2**62]):
+            patch.update(seed=seed)
+            other = pipe(PROMPTS, latents=latents, **how).images
+            assert np.abs(other - first).max() > 1e-3
+            assert np.abs(other - stock).max() > 1e-3
+            patch.update(seed=None)
+            patch.update(seed=seed)
+            np.testing.assert_array_equal(pipe(PROMPTS, latents=latents, **how).images, other)
+        with pytest.raises(ValueError, match=r"seed: expected 0 <= seed"):
+            patch.update(seed=-1)
+        last = pipe(PROMPTS, latents=latents, **how).images
+    np.testing.assert_array_equal(last, drawn(pipe, [9, 8, 2**62], PROMPTS, latents))
+
+
+def test_seeds_are_not_read_where_nothing_is_random(build: Callable[[str], Any]) -> None:
+    with sdattn_fast.apply(build("sd15"), Program(dropout=SalienceDropout(0.3)), seed=[1, 2]) as patch:
+        patch.pipe(PROMPTS, num_inference_steps=1, output_type="latent")
