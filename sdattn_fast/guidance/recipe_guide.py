@@ -7,6 +7,7 @@ import copy
 import inspect
 import math
 import re
+import textwrap
 import threading
 import warnings
 import weakref
@@ -232,6 +233,6 @@ def _named(prompt: str, wanted: Sequence[str], tokenizer: Any) -> list[NounPhras
 
 
 def _cut_off(prompt: str, tokenizer: Any) -> str:
-    """The words at the end of a prompt of which the text encoder sees nothing."""
+    """The first of the words at the end of a prompt of which the text encoder sees nothing."""
     rest = prompt[max((token.end for token in text_tokens(tokenizer, prompt)), default=0) :].strip()
-    return rest if re.search(r"\w", rest) else ""
+    return textwrap.shorten(rest, 100, placeholder="...") if re.search(r"\w", rest) else ""

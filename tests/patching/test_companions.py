@@ -194,6 +194,28 @@ def test_videos_whose_prompt_changes(parts: dict[str, Any], build: Callable[[str
         assert np.abs(drawn(dict(travel)) - stock).max() > 1e-3
 
 
+def test_t2i_adapters(build: Callable[[str], Any], draw: Any, psnr: Any) -> None:
+    import diffusers
+
+    sd = build("sd15").components
+    adapter = diffusers.T2IAdapter(
+        in_channels=3, channels=[16, 32], num_res_blocks=1, downscale_factor=2, adapter_type="full_adapter"
+    )
+    for p in adapter.parameters():
+        torch.nn.init.normal_(p, std=0.2)
+    pipe = diffusers.StableDiffusionAdapterPipeline(
+        **{name: part for name, part in sd.items() if name != "image_encoder"}, adapter=adapter.eval(),
+        requires_safety_checker=False,
+    )  # fmt: skip
+    pipe.set_progress_bar_config(disable=True)
+    how = {"image": torch.linspace(0, 1, 3 * 32 * 32).reshape(1, 3, 32, 32), "height": 32, "width": 32}
+    stock = draw(pipe, **how)
+    assert psnr(stock, draw(pipe, **how | {"image": 1 - how["image"]})) < 60
+    with sdattn_fast.apply(pipe, capture=Capture(layers="*")) as patch:
+        assert psnr(draw(pipe, **how), stock) > 90
+        assert {len(maps) for maps in patch.maps.values()} == {1}
+
+
 def test_a_processor_set_over_the_patch_leaves_a_recipe_without_maps(build: Callable[[str], Any], draw: Any) -> None:
     pipe = build("sd15")
     with (

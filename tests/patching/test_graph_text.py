@@ -122,6 +122,19 @@ def test_the_models_next_call_brings_a_graph_up_to_date(twins: Any) -> None:
             assert torch.allclose(captured.replay(), expected, atol=1e-5)
 
 
+def test_a_graph_has_the_seed_it_was_captured_with(twins: Any) -> None:
+    mine, _ = twins
+    with apply(mine, Program(SalienceDropout(0.5, mode="random")), seed=3) as patch:
+        captured = Captured(mine, patch, LONG)
+        before = captured.replay().clone()
+        with pytest.raises(ValueError, match=r"^seed: a captured CUDA graph draws by the seed that it was captured"):
+            patch.update(seed=4)
+        assert torch.equal(captured.replay(), before)
+        patch.refresh()
+        patch.update(seed=4)
+        assert not torch.allclose(Captured(mine, patch, LONG).replay(), before, atol=1e-3)
+
+
 @pytest.mark.parametrize("how", ["not shown", "refreshed", "removed", "another prompt by hand"])
 def test_a_graph_whose_text_is_not_the_one_shown_gives_nan(how: str, twins: Any) -> None:
     mine, _ = twins
