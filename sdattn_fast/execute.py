@@ -68,7 +68,6 @@ class Prepared(LoweredProgram):
         check_scale(scale)
         refine = self.program.refine
         check_grid(grid, query.shape[2], needed=refine is not None and refine.sigma > 0)
-        check_seed(seed, self.side.batch)
         needs_grad = self.needs_grad(query, key, value, bias, None if relevance is None else relevance.sink)
         call = AttentionCall(
             self, query, key, value, bias, _scale(scale, query), grid, self.draw_seed(seed, query.device), needs_grad,
@@ -100,7 +99,8 @@ class Prepared(LoweredProgram):
 
     def draw_seed(self, seed: int | Tensor | None, device: torch.device) -> Tensor | None:
         """(B,) int64 on the device, drawn where neither the call nor `prepare` was passed one; None without random
-        dropout."""
+        dropout. Raises: TypeError, ValueError."""
+        check_seed(seed, self.side.batch)
         if self.program.dropout is None or self.program.dropout.mode != "random":
             return None
         seed = self.seed if seed is None else seed
@@ -109,7 +109,7 @@ class Prepared(LoweredProgram):
             return torch.randint(2**63 - 1, (batch,), dtype=torch.int64, device=device)
         if isinstance(seed, int):
             seed = torch.tensor([seed], dtype=torch.int64)
-        seeds = to_device(seed, device).reshape(-1)
+        seeds = to_device(seed, device).reshape(-1).contiguous()
         return seeds if len(seeds) == batch else seeds + torch.arange(batch, device=device)
 
     def to(self, device: torch.device) -> Prepared:

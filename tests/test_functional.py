@@ -105,6 +105,18 @@ def test_gate_of_bool_equals_its_numbers():
     )
 
 
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_seeds_need_not_be_contiguous(backend):
+    query, key, value = (torch.randn(2, 2, s, 8) for s in (12, 6, 6))
+    program = Program(SalienceDropout(0.4, mode="random"))
+    for seeds in (torch.tensor([1, 99, 7, 99])[::2], torch.tensor([4]).expand(2)):
+        got = semantic_attention(query, key, value, program, seed=seeds, backend=backend)
+        want = semantic_attention(query, key, value, program, seed=seeds.clone().contiguous(), backend=backend)
+        assert torch.equal(got, want)
+    with pytest.raises(ValueError, match=r"seed: expected one element or \(2,\), one for each entry, got \(3,\)"):
+        semantic_attention(query, key, value, program, seed=torch.arange(3), backend=backend)
+
+
 def test_seed_none_draws_from_torchs_generator():
     query, key, value = _qkv()
     program = Program(SalienceDropout(0.5, mode="random"))

@@ -121,7 +121,7 @@ class _Rows(torch.autograd.Function):
     def vmap(info, in_dims, *inputs):
         batched, batch = 5 + len(_PER_ENTRY), _batch(inputs[0], in_dims[0])
         tensors = _folded(info.batch_size, batch, in_dims, inputs[:batched])
-        outputs = _Rows.apply(*tensors, *_shared(inputs[batched:], in_dims[batched:], info, batch))
+        outputs = _Rows.apply(*tensors, *_shared(inputs[batched:], in_dims[batched:], info.batch_size))
         return _unfolded(info.batch_size, outputs)
 
 
@@ -169,7 +169,7 @@ class _RowsBackward(torch.autograd.Function):
         batched, bias = 7 + len(_PER_ENTRY), inputs[5]
         batch = _batch(inputs[2], in_dims[2])
         tensors = _folded(info.batch_size, batch, in_dims, inputs[:batched])
-        grads = _RowsBackward.apply(*tensors, *_shared(inputs[batched:], in_dims[batched:], info, batch))
+        grads = _RowsBackward.apply(*tensors, *_shared(inputs[batched:], in_dims[batched:], info.batch_size))
         grads, dims = _unfolded(info.batch_size, grads)
         if grads[3] is not None and _batch(bias, in_dims[5]) < batch:
             grads = (*grads[:3], grads[3].sum(1, keepdim=True), *grads[4:])
@@ -223,20 +223,11 @@ def _unfolded(size: int, outputs: Any) -> tuple[Any, Any]:
     return tensors, tuple(None if x is None else 0 for x in outputs)
 
 
-def _shared(shared: tuple[Any, ...], in_dims: tuple[Any, ...], info: Any, batch: int) -> tuple[Any, ...]:
+def _shared(shared: tuple[Any, ...], in_dims: tuple[Any, ...], size: int) -> tuple[Any, ...]:
     """What is the same for every sample, and the seeds of each."""
-    rows = next(x for x in shared if isinstance(x, RowPlan))
-    if rows.random_ratio >= 0 and info.randomness != "different":
-        raise RuntimeError(
-            "torch.func.vmap: a program with mode 'random' draws anew for every sample; expected "
-            f"randomness='different', got {info.randomness!r}"
-        )
     (seed, *others), (seed_dim, *dims) = shared, in_dims
     if any(isinstance(x, Tensor) and dim is not None for x, dim in zip(others, dims, strict=True)):
         raise RuntimeError("torch.func.vmap: heads and captured tokens are the same for every sample")
-    if seed is not None and seed_dim is not None:
-        seed = seed.movedim(seed_dim, 0).flatten()
-    elif seed is not None:
-        # As for a batch of all samples' entries, where one seed stands for those that follow it.
-        seed = (seed + batch * torch.arange(info.batch_size, device=seed.device)[:, None]).flatten()
+    if seed is not None:
+        seed = seed.repeat(size) if seed_dim is None else seed.movedim(seed_dim, 0).flatten()
     return (seed, *others)

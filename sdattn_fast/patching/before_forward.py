@@ -215,7 +215,7 @@ class _ModelHook:
         if patch.guide is not None and call.pipe is None and not call.aside:
             _warn_of_loop(patch)
         for layer in state.layers:
-            layer.grid = layer.bias = None
+            layer.grid = layer.bias = layer.seed = None
         state.text.use_gate(call.gate)
         text = text if isinstance(text, Tensor) and text.dim() == 3 else None
         if text is not None:

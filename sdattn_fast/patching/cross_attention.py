@@ -88,7 +88,8 @@ def _of_entries(
         if text.given.seed is not None and settings.draws:
             seed = to_device(torch.tensor(text.entry_seeds(batch)), x.device)
     else:
-        text, heads, seed, across_heads = layer.text, layer.heads, layer.seed, layer.across_heads
+        text, heads, across_heads = layer.text, layer.heads, layer.across_heads
+        seed = layer.seeds(states, batch)
         grid = layer.grid_of(pixels) if grid is None else grid
     tokens, columns, recorded = states.shape[1], None, in_graph()
     padding = None if recorded else padding
@@ -179,7 +180,7 @@ def _as_before(
         if not bound.takes(query):
             return None, query
     try:
-        out, maps = bound.call(x if query is None else query, layer.seed)
+        out, maps = bound.call(x if query is None else query, layer.seeds(states, x.shape[0]))
     except KernelRefused:
         return None, query
     if maps is not None:

@@ -16,14 +16,16 @@ import difflib
 import fnmatch
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..arguments import checked_heads
 from ..backend.call import Relevance
+from ..graphs import in_graph
 from ..streams import to_device
 from .known_processors import own_class
 from .map_sums import Grid, LayerMaps
@@ -76,6 +78,8 @@ class Layer:
     placed: Any = None
     states: States | None = None
     index: int = 0
+    # Of texts that were read where gradients are on: the seed of the forward.
+    seed_of_text: Any = field(default_factory=WeakTensorKeyDictionary)
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _nothing, ()  # copies of a model are not patched
@@ -89,6 +93,19 @@ class Layer:
         elsewhere must not be taken for theirs."""
         grid = self.grid
         return grid if grid is not None and math.prod(grid) == pixels else None
+
+    def seeds(self, text: Tensor, batch: int) -> Tensor | None:
+        """`seed` for the entries of a layer, of which a model may make several of one of its own. When gradient
+        checkpointing runs the layer again, after other forwards perhaps, it is told by its text."""
+        seed = self.seed
+        if torch.is_grad_enabled() and not in_graph():
+            if not self.text.in_forward:
+                seed = self.seed_of_text.get(text, seed)
+            elif seed is not None:
+                self.seed_of_text[text] = seed
+        if seed is None or len(seed) == batch or batch % len(seed):
+            return seed
+        return seed.repeat_interleave(batch // len(seed))
 
     def relevance(self, batch: int, pixels: int, device: torch.device) -> Relevance | None:
         """What a forward is to hand on to the backward pass; its sink takes no memory before that."""

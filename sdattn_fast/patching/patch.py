@@ -155,7 +155,7 @@ class Patch:
         call = self._calls.to_read()
         if self._keeper is None or (self._keeper.capture.steps == () and not call.aside):
             raise ValueError("maps: expected apply(..., capture=sdattn_fast.Capture(...)), got no capture")
-        clean_caption = call.encoded[0].clean_caption if call.encoded else None
+        clean_caption = None if self._memory is None else self._memory.clean_caption(call.encoded)
         return self._keeper.read(call, self.layers, tokenizer_of(self.pipe, clean_caption))
 
     def update(self, **inputs: Tensor | int | Sequence[int] | None) -> None:
@@ -179,7 +179,7 @@ class Patch:
         gate = checked.get("gate")
         if gate is not None and gate.requires_grad and self._graphs():
             raise ValueError("gate: it wants a gradient, and a captured CUDA graph has none; pass gate.detach()")
-        if "seed" in checked and self._graphs():
+        if "seed" in checked and self._settings.draws and self._graphs():
             raise ValueError("seed: a captured CUDA graph draws by the seed that it was captured with; capture it anew")
         before = dict(vars(self._given))
         vars(self._given).update(checked)

@@ -7,6 +7,7 @@ import difflib
 import inspect
 import re
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,7 +30,7 @@ class CleaningTokenizer:
 
     def clean(self, prompt: str) -> str:
         """The prompt as it is tokenised."""
-        if hasattr(self.kind, "_text_preprocessing"):
+        if _writes_lower_case(self.kind):
             # It reads constants of the class alone, and a pipeline that is kept here would keep its models alive.
             bare: Any = object.__new__(self.kind)
             cleaned = bare._text_preprocessing(prompt, clean_caption=self.clean_caption)[0]
@@ -53,7 +54,7 @@ class CleaningTokenizer:
 def cleaning(tokenizer: Any, pipe: Any, clean_caption: bool | None = None) -> Any:
     """The tokenizer, or one that cleans prompts where the pipeline does. clean_caption: None: as its call has it."""
     kind = type(pipe)
-    if hasattr(kind, "_text_preprocessing"):
+    if _writes_lower_case(kind):
         if clean_caption is None:
             default = inspect.signature(kind.__call__).parameters.get("clean_caption")
             clean_caption = default is not None and bool(default.default)
@@ -65,18 +66,14 @@ def cleaning(tokenizer: Any, pipe: Any, clean_caption: bool | None = None) -> An
 def aligned(prompt: str, cleaned: str) -> list[tuple[int, int]]:
     """Of each character of a cleaned prompt, where it comes from in the prompt, start to end. White space, and what
     cannot be told, comes from nowhere: its start and end are one place between words."""
-    theirs, ours = ([m for m in _ITEMS.finditer(text)] for text in (prompt, cleaned))
     spans: list[tuple[int, int] | None] = [None] * len(cleaned)
-    before, after = ([m[0].lower() for m in text] for text in (theirs, ours))
-    matcher = difflib.SequenceMatcher(None, before, after, autojunk=False)
-    for _, a, b, c, d in matcher.get_opcodes():
-        if b - a != d - c:
-            continue
-        for of, one in zip(theirs[a:b], ours[c:d], strict=True):
-            alike = len(of[0]) == len(one[0])
-            for i in range(len(one[0])):
-                start = of.start() + i
-                spans[one.start() + i] = (start, start + 1) if alike else of.span()
+    theirs, ours = (list(re.finditer(r"\S+", text)) for text in (prompt, cleaned))
+    for a, b, c, d in _runs(theirs, ours):
+        if b - a == d - c:
+            for word, one in zip(theirs[a:b], ours[c:d], strict=True):
+                _by_items(spans, [word], [one], word.span())
+        else:
+            _by_items(spans, theirs[a:b], ours[c:d], None)
     place, found = len(prompt), []
     for span in reversed(spans):
         found.append((place, place) if span is None else span)
@@ -84,7 +81,44 @@ def aligned(prompt: str, cleaned: str) -> list[tuple[int, int]]:
     return found[::-1]
 
 
+def _by_items(
+    spans: list[tuple[int, int] | None],
+    theirs: Sequence[re.Match[str]],
+    ours: Sequence[re.Match[str]],
+    whole: tuple[int, int] | None,
+) -> None:
+    """Fill in where the characters of our words come from in theirs; whole: what cannot be told comes from there."""
+    items, cleaned = (
+        [i for word in words for i in _ITEMS.finditer(word.string, *word.span())] for words in (theirs, ours)
+    )
+    for a, b, c, d in _runs(items, cleaned):
+        for k in range(c, d):
+            source = items[a + k - c].span() if b - a == d - c else whole
+            if source is None:
+                continue
+            start, end = cleaned[k].span()
+            alike = source[1] - source[0] == end - start
+            for i in range(start, end):
+                at = source[0] + i - start
+                spans[i] = (at, at + 1) if alike else source
+
+
+def _runs(theirs: Sequence[re.Match[str]], ours: Sequence[re.Match[str]]) -> list[tuple[int, int, int, int]]:
+    """What of theirs stands for what of ours: first to last of each."""
+    before, after = ([m[0].lower() for m in text] for text in (theirs, ours))
+    return [found[1:] for found in difflib.SequenceMatcher(None, before, after, autojunk=False).get_opcodes()]
+
+
+def _of_diffusers(kind: type) -> list[type]:
+    """A pipeline's class and those it derives from, as far as they are diffusers' own."""
+    return [base for base in kind.__mro__ if base.__module__.partition(".")[0] == "diffusers"]
+
+
+def _writes_lower_case(kind: type) -> bool:
+    return any("_text_preprocessing" in vars(base) for base in _of_diffusers(kind))
+
+
 def _prompt_clean(kind: type) -> Any:
     """The function of that name beside a pipeline's class or one that it derives from."""
-    modules = (sys.modules.get(base.__module__) for base in kind.__mro__)
+    modules = (sys.modules.get(base.__module__) for base in _of_diffusers(kind))
     return next((clean for one in modules if callable(clean := getattr(one, "prompt_clean", None))), None)

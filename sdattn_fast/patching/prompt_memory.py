@@ -9,6 +9,7 @@ Source: docs/design.md, "Where token classes come from".
 from __future__ import annotations
 
 import inspect
+import itertools
 import threading
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
@@ -79,6 +80,12 @@ class PromptMemory:
                     self._drop(self._calls.popleft())
         return encoded
 
+    def clean_caption(self, first: Sequence[Encoded]) -> bool | None:
+        """What the latest call of `encode_prompt` that read a prompt was asked to do, of `first` or else of all."""
+        with self._lock:
+            calls = itertools.chain(first, reversed(self._calls))
+            return next((one.clean_caption for one in calls if one.clean_caption is not None), None)
+
     def find(self, text: Tensor, first: Sequence[Encoded] = (), guidance: Guidance = Guidance()) -> Rows | None:
         """The rows of encoder_hidden_states (B, N, E); None where one of them is not known, or what it is.
 
@@ -127,22 +134,23 @@ class PromptMemory:
                         del self._with[row]
 
     def _rows(self, prints: Sequence[int], tokens: int, found: list[tuple[Encoded, RowPlace]]) -> Rows:
-        # Prompts are counted over all calls that the batch is made of; usually there is one.
-        offset: dict[int, int] = {}
-        prompts = 0
+        # Prompts and pictures are counted over all calls that the batch is made of; usually there is one.
+        offset: dict[int, tuple[int, int]] = {}
+        prompts = pictures = 0
         for call, place in found:
             if place.is_prompt and id(call) not in offset:
-                offset[id(call)] = prompts
-                prompts += call.prompts
-        prompt = [offset[id(c)] + c.prompt_of(p.index) if p.is_prompt else -1 for c, p in found]
+                offset[id(call)] = prompts, pictures
+                prompts, pictures = prompts + call.prompts, pictures + call.positives
+        prompt = [offset[id(c)][0] + c.prompt_of(p.index) if p.is_prompt else -1 for c, p in found]
+        places = [offset[id(c)][1] + p.index if p.is_prompt else -1 for c, p in found]
         repeated = [p.repeated for _, p in found]
         protected: list[Tensor] = []
         for row, (_, place) in zip(prints, found, strict=True):
             of_row = self._tokens.get(row) if place.is_prompt else torch.ones(tokens, dtype=torch.bool)
             if of_row is None:
-                return Rows(prompt, prompts, None, repeated)
+                return Rows(prompt, prompts, None, repeated, places, pictures)
             protected.append(of_row)
-        return Rows(prompt, prompts, torch.stack(protected), repeated)
+        return Rows(prompt, prompts, torch.stack(protected), repeated, places, pictures)
 
     def _read(self, text: Tensor) -> list[int]:
         """The fingerprints of a text's rows. What was encoded meanwhile is read with them: a GPU is waited for once."""
@@ -195,7 +203,8 @@ class _Unread:
 @dataclass(eq=False)
 class Encoded:
     """One call of `encode_prompt`. shape: (N, E) of its rows. positives: how many rows are of its `prompts` prompts.
-    unread: on the text's device, until the first text is looked up. clean_caption: what it was asked to do."""
+    unread: on the text's device, until the first text is looked up. clean_caption: what it was asked to
+    do; None: it was given embeddings."""
 
     shape: tuple[int, int]
     prompts: int
@@ -204,7 +213,7 @@ class Encoded:
     blocks: tuple[bool, ...] | None
     unread: _Unread | None
     rows: dict[torch.dtype, EncodedRows] = field(default_factory=dict)
-    clean_caption: bool = False
+    clean_caption: bool | None = None
     number: int = 0  # the greater, the newer
 
     def prompt_of(self, row: int) -> int:
@@ -243,7 +252,7 @@ def _encoded(result: Any, heard: EncoderListener, asked: dict[str, Any]) -> Enco
     return Encoded(
         (tokens, positive.shape[2]), prompts, len(positive), len(rows), blocks,
         _Unread(prints, (_fitting(protected, prompts, tokens), _fitting(of_negative, None, tokens))),
-        clean_caption=bool(asked.get("clean_caption", False)),
+        clean_caption=None if given is not None else bool(asked.get("clean_caption", False)),
     )  # fmt: skip
 
 

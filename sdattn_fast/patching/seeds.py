@@ -10,12 +10,13 @@ import torch
 from torch import Tensor
 
 from ..arguments import check_seed
-from ..streams import Kept, to_device
+from ..streams import Kept, capturing, to_device
 from .steps import first_of
 
 __all__ = ["LayerSeeds", "Seed", "checked_seed", "entry_seeds"]
 
 Seed = int | Sequence[int] | None
+_KEPT = 16
 
 
 def checked_seed(seed: Any) -> Seed:
@@ -34,15 +35,19 @@ def checked_seed(seed: Any) -> Seed:
     return seed
 
 
-def entry_seeds(seed: int | Sequence[int], pictures: Sequence[int | None]) -> list[int]:
-    """Of every batch entry the seed of its picture, 0 where it has none. Raises: ValueError where seeds are too few or
-    too many."""
+def entry_seeds(seed: int | Sequence[int], pictures: Sequence[int | None], encoded: int = 0) -> list[int]:
+    """Of every batch entry the seed of its picture, 0 where it has none. encoded: how many pictures there are, where
+    this batch may be some of them; else it is all.
+
+    Raises: ValueError where seeds are too few or too many.
+    """
     if isinstance(seed, int):
         return [0 if i is None else (seed + i) % 2**63 for i in pictures]
-    count = len({i for i in pictures if i is not None})
-    if count not in (0, len(seed)):
-        raise ValueError(f"seed: expected an int or {count} seeds, one for each picture, got {len(seed)}")
-    return [0 if i is None else seed[i] for i in pictures]
+    mine = sorted({i for i in pictures if i is not None})
+    if len(seed) not in (len(mine), encoded) and mine:
+        raise ValueError(f"seed: expected an int or {len(mine)} seeds, one for each picture, got {len(seed)}")
+    of_picture = dict(enumerate(seed)) if len(seed) == encoded else dict(zip(mine, seed, strict=False))
+    return [0 if i is None else of_picture[i] for i in pictures]
 
 
 class LayerSeeds:
@@ -52,6 +57,7 @@ class LayerSeeds:
     def __init__(self, names: Sequence[str]) -> None:
         self._keys = torch.tensor([[zlib.crc32(name.encode())] for name in names], dtype=torch.int64) << 32
         self._sent: dict[Any, Kept] = {}
+        self._of_graphs: list[Kept] = []  # CUDA graphs may still be replayed, so their memory stays
 
     def at(self, seeds: Sequence[int], timestep: Any, device: torch.device) -> Tensor:
         """(layers, len(seeds)) int64 in [0, 2**63), on the device. timestep: a number, or a tensor, of which `first_of`
@@ -69,10 +75,15 @@ class LayerSeeds:
 
     def _on(self, device: torch.device, seeds: tuple[int, ...]) -> Tensor:
         """Layers and seeds, mixed. Sent once, since a CUDA graph that is captured can be sent nothing."""
-        if (device, seeds) not in self._sent:
-            mixed = self._keys ^ torch.tensor(seeds, dtype=torch.int64)
-            self._sent[device, seeds] = Kept(to_device(mixed, device))
-        return self._sent[device, seeds].get()
+        sent = self._sent.pop((device, seeds), None)
+        if sent is None:
+            sent = Kept(to_device(self._keys ^ torch.tensor(seeds, dtype=torch.int64), device))
+        self._sent[device, seeds] = sent
+        if capturing(device):
+            self._of_graphs.append(sent)
+        for old in list(self._sent)[:-_KEPT]:
+            self._sent.pop(old, None)
+        return sent.get()
 
 
 def _shifted(x: Tensor, by: int) -> Tensor:

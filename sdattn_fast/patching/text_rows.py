@@ -21,13 +21,16 @@ class Rows:
 
     prompt: for every batch entry the index of its prompt, -1 for an unconditional entry. prompts: how many there are.
     protected: (B, N) bool on the CPU; None where the tokens of a prompt are unknown. repeated: which entries are of the
-    same picture as an earlier one.
+    same picture as an earlier one. places: for every entry the place of its picture among the `encoded` ones that were
+    encoded with it; empty: not known.
     """
 
     prompt: list[int]
     prompts: int
     protected: Tensor | None
     repeated: Sequence[bool] = ()
+    places: Sequence[int] = ()
+    encoded: int = 0
 
     @functools.cached_property
     def key(self) -> tuple[Any, ...]:
@@ -41,10 +44,11 @@ class Rows:
 
     @property
     def pictures(self) -> list[int | None]:
-        """Of every entry the index of its picture, None for an unconditional one."""
+        """Of every entry the index of its picture, None for an unconditional one. Where nothing else is known, an entry
+        is a picture of its own; windows and frames of one are not."""
         pictures: list[int | None] = [None] * len(self.prompt)
         for i, b in enumerate(self._active):
-            pictures[b] = i % self._pictures_count
+            pictures[b] = self.places[b] if self.places else i % self._pictures_count
         return pictures
 
     @property

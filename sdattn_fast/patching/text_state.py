@@ -294,6 +294,10 @@ class TextState:
         if self.given.active is not None:
             on = self.given.active.tolist()
             prompt = [sum(on[:b]) if is_on else -1 for b, is_on in enumerate(on)]
+            known = self.rows
+            if known is not None and len(known.places) == len(on):
+                if all(place >= 0 for place, is_on in zip(known.places, on, strict=True) if is_on):
+                    return Rows(prompt, sum(on), None, (), known.places, known.encoded)
         elif self.rows is not None and len(self.rows.prompt) == batch:
             return self.rows
         else:
@@ -309,7 +313,8 @@ class TextState:
     def entry_seeds(self, batch: int) -> list[int]:
         """Of every entry the seed of random dropout. Raises: ValueError where there is not one for each picture."""
         assert self.given.seed is not None
-        return entry_seeds(self.given.seed, self.rows_of(batch).pictures)
+        rows = self.rows_of(batch)
+        return entry_seeds(self.given.seed, rows.pictures, rows.encoded)
 
     def _prepare(self, program: Program, call: LayerCall) -> Prepared:
         """On the CPU; a gate that wants a gradient is left for later, and of its shape here."""

@@ -223,16 +223,18 @@ def test_torch_func_with_a_bias_that_is_shared():
     _same(jacobian, got)
 
 
-def test_random_mode_under_vmap_says_that_it_draws_anew():
+@pytest.mark.parametrize("backend", ["cpu", "reference"])
+def test_random_mode_under_vmap_is_as_in_a_loop(backend):
     query, key, value, _ = (x.detach() for x in _small())
-    call = lambda q: semantic_attention(q, key, value, make_program(0.4, mode="random"), seed=3)  # noqa: E731
-    queries = torch.stack([query, query])
-    with pytest.raises(RuntimeError, match="randomness='different'"):
-        torch.func.vmap(call)(queries)
-    one, two = torch.func.vmap(call, randomness="different")(queries)
-    entries = query.shape[0]
-    others = semantic_attention(query, key, value, make_program(0.4, mode="random"), seed=3 + entries)
-    assert torch.equal(one, call(query)) and torch.equal(two, others) and not torch.equal(one, two)
+    program = make_program(0.4, mode="random")
+    queries = torch.stack([query, query.flip(0)])
+    for seed in (3, torch.tensor([3]), torch.tensor([8, 99])):
+        call = lambda q: semantic_attention(q, key, value, program, seed=seed, backend=backend)  # noqa: E731, B023
+        _same(torch.func.vmap(call)(queries), torch.stack([call(q) for q in queries]))
+        loss = lambda q: call(q).square().sum()  # noqa: E731, B023
+        _same(torch.func.vmap(torch.func.grad(loss))(queries), torch.stack([torch.func.grad(loss)(q) for q in queries]))
+    with pytest.raises(RuntimeError, match="randomness"):
+        torch.func.vmap(lambda q: semantic_attention(q, key, value, program, backend=backend))(queries)
 
 
 def test_under_vmap_samples_may_have_seeds_of_their_own_or_none():

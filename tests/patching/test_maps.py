@@ -18,6 +18,7 @@ import sdattn_fast
 from sdattn_fast import Capture, Program, Refinement, SalienceDropout
 from sdattn_fast.patching import map_keeper
 from sdattn_fast.patching.map_keeper import key_layers
+from sdattn_fast.patching.map_sums import MapSums
 from sdattn_fast.patching.maps import Maps
 from sdattn_fast.patching.words import words_of
 
@@ -33,6 +34,25 @@ def daam(kept: list[torch.Tensor], grids: list[tuple[int, int]], tokens: list[in
             picture = head.T.reshape(1, -1, *grid)
             maps.append(F.interpolate(picture, size=size, mode="bicubic", align_corners=False)[0])
     return torch.stack(maps).mean(0)[tokens].mean(0)
+
+
+def test_maps_of_the_latest_step_alone() -> None:
+    """Of a layer that was left out, none; until a step has maps of its own, those of the step before."""
+    sums, of = MapSums(), lambda value: (torch.full((1, 2, 6), value), None, (2, 3))
+    sums.add_latest(mean=False)
+    sums.latest = {"a": of(1.0), "b": of(2.0)}
+    sums.add_latest(mean=False)
+    assert set(sums.read(["a", "b"], mean=False)) == {"a", "b"}
+    sums.latest = {"a": of(3.0)}
+    assert sums.read(["a", "b"], mean=False)["a"].unique().tolist() == [3.0]
+    for _ in range(2):
+        assert set(sums.read(["a", "b"], mean=False)) == {"a"}
+        sums.add_latest(mean=False)
+    mean = MapSums()
+    for value in (1.0, 3.0):
+        mean.latest = {"a": of(value)}
+        mean.add_latest(mean=True)
+    assert mean.read(["a"], mean=True)["a"].unique().tolist() == [2.0]
 
 
 @pytest.mark.parametrize("architecture", ["sd15", "sd2", "sdxl"])

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import re
+import sys
 from typing import Any
 
 import pytest
@@ -12,7 +14,7 @@ from tiny_transformers import pixart_pipeline, wan_pipeline
 import sdattn_fast
 from sdattn_fast import Capture, guidance
 from sdattn_fast.patching.prompt_cleaning import aligned
-from sdattn_fast.patching.words import words_of
+from sdattn_fast.patching.words import tokenizer_of, words_of
 
 
 def unigram_tokenizer() -> Any:
@@ -55,13 +57,60 @@ def test_words_of_a_pipeline_that_writes_prompts_in_lower_case(
     "prompt, words",
     [
         ("A Red car", {"A": "A", "Red": "Red", "car": "car"}),
-        ("a Red  &amp;lt;  car", {"a": "a", "Red": "Red", "car": "car"}),
+        ("a Red  &amp;lt;  car", {"a": "a", "Red": "Red", "amp;lt": "<", "car": "car"}),
     ],
 )
 def test_words_of_a_pipeline_that_replaces_entities(prompt: str, words: dict[str, str]) -> None:
     pipe = wan_pipeline()
     ids, found = _encoded_and_found(pipe, prompt, {"height": 64, "width": 64, "num_frames": 5})
     assert {word: _spelled(pipe.tokenizer, ids, indices) for word, indices in found.items()} == words
+
+
+def test_captions_are_cleaned_as_they_were_when_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By what `encode_prompt` was asked, and not by what a call says that was given embeddings."""
+    from diffusers import PixArtAlphaPipeline
+
+    def without_nicks(self: Any, text: Any, clean_caption: bool = False) -> list[str]:
+        texts = [text] if isinstance(text, str) else text
+        return [re.sub(r"@\w+ ?", "", one.lower()) if clean_caption else one.lower() for one in texts]
+
+    monkeypatch.setattr(PixArtAlphaPipeline, "_text_preprocessing", without_nicks)
+    prompt, spelled = "A @nick a RED car", {"A": "a", "a (2)": "a", "RED": "red", "car": "car"}
+    for how in ({}, {"clean_caption": True}, {"clean_caption": False}):
+        ids, found = _encoded_and_found(pixart_pipeline(), prompt, how | {"use_resolution_binning": False})
+        cleaned = how.get("clean_caption", True)
+        assert {word: _spelled(unigram_tokenizer(), ids, i) for word, i in found.items() if word != "nick"} == spelled
+        assert ("nick" in found) != cleaned
+    pipe = pixart_pipeline()
+    pipe.tokenizer = unigram_tokenizer()
+    pipe.text_encoder.resize_token_embeddings(len(pipe.tokenizer))
+    with sdattn_fast.apply(pipe, capture=Capture()) as patch:
+        for cleaned in (False, True):
+            names = (
+                "prompt_embeds",
+                "prompt_attention_mask",
+                "negative_prompt_embeds",
+                "negative_prompt_attention_mask",
+            )
+            made = dict(zip(names, pipe.encode_prompt(prompt, clean_caption=cleaned), strict=True))
+            pipe(
+                **made, negative_prompt=None, num_inference_steps=1, output_type="latent", use_resolution_binning=False
+            )
+            assert ("nick" in patch.maps.per_word(prompt)) != cleaned
+
+
+def test_a_function_of_the_users_that_has_the_same_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    from diffusers import WanPipeline
+
+    class Mine(WanPipeline):
+        pass
+
+    monkeypatch.setattr(sys.modules[__name__], "prompt_clean", lambda text: "another", raising=False)
+    pipe = wan_pipeline()
+    pipe.__class__ = Mine
+    assert tokenizer_of(pipe).clean("a &amp; b") == "a & b"
+    Mine.__bases__ = (type("Plain", (), {}),)
+    assert tokenizer_of(pipe) is pipe.tokenizer
 
 
 def test_phrases_of_a_pipeline_that_writes_prompts_in_lower_case() -> None:
@@ -83,6 +132,9 @@ def test_phrases_of_a_pipeline_that_writes_prompts_in_lower_case() -> None:
         ("a #123 car, A dog", "a car a dog", ["a", "", "car", "A", "dog"]),
         ("a&nbsp;red car", "a red car", ["a&nbsp;red", "car"]),
         ("http://x.com", "", [""]),
+        ("http://car.com car", "car", ["", "car"]),
+        ("CafÃ© car", "Café car", ["CafÃ©", "car"]),
+        ("a @nick a red car", "a a red car", ["a", "", "a", "red", "car"]),
         ("", "", []),
         ("İstanbul car", "i̇stanbul car", ["İstanbul", "car"]),
     ],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import zlib
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +24,13 @@ def noise(pictures: int) -> torch.Tensor:
     return torch.randn(pictures, 4, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
-def drawn(pipe: Any, seed: Any, prompts: list[str], latents: torch.Tensor, **how: Any) -> np.ndarray:
-    with sdattn_fast.apply(pipe, RANDOM, seed=seed):
+def drawn(
+    pipe: Any, seed: Any, prompts: list[str], latents: torch.Tensor, told: bool = False, **how: Any
+) -> np.ndarray:
+    """told: the user says which entries are active, of a batch with each prompt twice."""
+    count = len(prompts)
+    active = torch.arange(3 * count) >= count if told else None
+    with sdattn_fast.apply(pipe, RANDOM, seed=seed, active=active):
         return pipe(prompts, latents=latents, num_inference_steps=2, output_type="np", **how).images
 
 
@@ -42,22 +48,25 @@ def with_pag(pipe: Any) -> Any:
         ("sd15", {"guidance_scale": 1.0}),
         ("sdxl", {"guidance_scale": 5.0}),
         ("pag", {"guidance_scale": 5.0, "pag_scale": 3.0}),
+        ("pag, told", {"guidance_scale": 5.0, "pag_scale": 3.0}),
         ("controlnet", {"guidance_scale": 5.0, "guess_mode": True}),
     ],
 )
 def test_a_picture_in_a_batch_is_the_picture_alone(
     architecture: str, how: dict[str, Any], seed: Any, alone: tuple[int, ...], build: Callable[[str], Any]
 ) -> None:
-    pipe, latents = build("sd15" if architecture == "pag" else architecture), noise(3)
-    pipe = with_pag(pipe) if architecture == "pag" else pipe
+    perturbed = architecture.startswith("pag")
+    pipe, latents = build("sd15" if perturbed else architecture), noise(3)
+    pipe = with_pag(pipe) if perturbed else pipe
+    told = architecture == "pag, told"
     image = torch.linspace(0, 1, 3 * 32 * 32).reshape(1, 3, 32, 32)
     how = how | ({"image": image} if architecture == "controlnet" else {})
     many = {"image": image.expand(3, -1, -1, -1)} if architecture == "controlnet" else {}
-    together = drawn(pipe, seed, PROMPTS, latents, **how | many)
+    together = drawn(pipe, seed, PROMPTS, latents, told, **how | many)
     for i in range(3):
-        one = drawn(pipe, alone[i], PROMPTS[i : i + 1], latents[i : i + 1], **how)
+        one = drawn(pipe, alone[i], PROMPTS[i : i + 1], latents[i : i + 1], told, **how)
         np.testing.assert_allclose(together[i : i + 1], one, **EXACT)
-        other = drawn(pipe, alone[i] ^ 64, PROMPTS[i : i + 1], latents[i : i + 1], **how)
+        other = drawn(pipe, alone[i] ^ 64, PROMPTS[i : i + 1], latents[i : i + 1], told, **how)
         assert np.abs(other - one).max() > 1e-3
 
 
@@ -140,6 +149,115 @@ def test_a_mixed_seed_is_splitmix64() -> None:
     assert LayerSeeds(names).at(of_entries, 981, torch.device("cpu")).equal(seeds)
 
 
+def test_videos_have_a_seed_each(build: Callable[[str], Any]) -> None:
+    """AnimateDiff's frames are entries, of one picture's seed."""
+    import diffusers
+
+    sd = build("sd15").components
+    adapter = diffusers.MotionAdapter(
+        block_out_channels=(16, 32), motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=2
+    )
+    pipe = diffusers.AnimateDiffPipeline(
+        **{name: sd[name] for name in ("vae", "text_encoder", "tokenizer", "unet")}, motion_adapter=adapter,
+        scheduler=diffusers.DDIMScheduler(clip_sample=False),
+    )  # fmt: skip
+    pipe.unet.eval()
+    pipe.set_progress_bar_config(disable=True)
+    latents = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+
+    def videos(seed: Any, which: slice) -> np.ndarray:
+        with sdattn_fast.apply(pipe, RANDOM, seed=seed):
+            return pipe(
+                PROMPTS[:2][which], latents=latents[which], num_frames=3, num_inference_steps=1, output_type="np"
+            ).frames
+
+    for seed, alone in ((7, (7, 8)), ([7, 3], (7, [3]))):
+        together = videos(seed, slice(0, 2))
+        for i in range(2):
+            np.testing.assert_allclose(together[i : i + 1], videos(alone[i], slice(i, i + 1)), **EXACT)
+
+
+@pytest.mark.parametrize("seed", [7, [7]])
+def test_windows_of_a_picture_have_its_seed(seed: Any, build: Callable[[str], Any]) -> None:
+    import diffusers
+
+    sd = build("sd15")
+    pipe = diffusers.StableDiffusionPanoramaPipeline(**sd.components, requires_safety_checker=False)
+    pipe.scheduler = diffusers.DDIMScheduler.from_config(sd.scheduler.config)
+    pipe.set_progress_bar_config(disable=True)
+
+    def panorama(views: int) -> torch.Tensor:
+        with sdattn_fast.apply(pipe, RANDOM, seed=seed):
+            latents = pipe(
+                "a red car", num_inference_steps=1, height=512, width=576, view_batch_size=views, output_type="latent",
+                generator=torch.Generator().manual_seed(0),
+            ).images  # fmt: skip
+        return latents[..., :64, :72]  # what this VAE's size leaves out is never drawn
+
+    torch.testing.assert_close(panorama(1), panorama(2), rtol=1e-4, atol=1e-4)
+
+
+def test_a_model_that_makes_several_entries_of_one() -> None:
+    """Stable Video Diffusion's, whose text comes once for a video."""
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    torch.manual_seed(0)
+    model = UNetSpatioTemporalConditionModel(
+        block_out_channels=(32, 32), layers_per_block=1, sample_size=8, in_channels=8, out_channels=4,
+        down_block_types=("CrossAttnDownBlockSpatioTemporal", "DownBlockSpatioTemporal"),
+        up_block_types=("UpBlockSpatioTemporal", "CrossAttnUpBlockSpatioTemporal"), cross_attention_dim=16,
+        num_attention_heads=2, projection_class_embeddings_input_dim=96, addition_time_embed_dim=32,
+    ).eval()  # fmt: skip
+    x, text = torch.randn(2, 3, 8, 8, 8), torch.randn(2, 4, 16)
+
+    def predicted(seed: Any, which: slice) -> torch.Tensor:
+        with torch.no_grad(), sdattn_fast.apply(model, RANDOM, seed=seed):
+            return model(x[which], 5.0, text[which], added_time_ids=torch.ones(len(x[which]), 3)).sample
+
+    together = predicted(7, slice(0, 2))
+    for i in range(2):
+        torch.testing.assert_close(predicted(7 + i, slice(i, i + 1)), together[i : i + 1], rtol=1e-4, atol=1e-4)
+    assert (predicted(9, slice(0, 1)) - together[:1]).abs().max() > 1e-3
+
+
+def test_a_loop_over_prompts_that_were_encoded_together(build: Callable[[str], Any]) -> None:
+    pipe, latents = build("sd15"), noise(3)
+    with torch.no_grad(), sdattn_fast.apply(pipe, RANDOM, seed=7) as patch:
+        text = pipe.encode_prompt(PROMPTS, "cpu", 1, False)[0]
+        together = pipe.unet(latents, 500, text).sample
+        for seed in (7, [7, 8, 9]):
+            patch.update(seed=seed)
+            for i in range(3):
+                alone = pipe.unet(latents[i : i + 1], 500, text[i : i + 1]).sample
+                torch.testing.assert_close(alone, together[i : i + 1], **EXACT)
+        patch.update(seed=[9])
+        torch.testing.assert_close(pipe.unet(latents[2:], 500, text[2:]).sample, together[2:], **EXACT)
+
+
+def test_two_forwards_before_a_checkpointed_backward(parts: dict[str, Any]) -> None:
+    unet = copy.deepcopy(parts["sd15"]).train().requires_grad_(False)
+    weight = unet.conv_in.weight.requires_grad_(True)
+    x, texts = noise(3), [torch.randn(count, 77, 32) for count in (3, 2)]
+
+    def gradient(checkpointed: bool) -> torch.Tensor:
+        (unet.enable_gradient_checkpointing if checkpointed else unet.disable_gradient_checkpointing)()
+        with sdattn_fast.apply(unet, RANDOM, seed=7):
+            losses = [
+                unet(x[: len(text)], t, text).sample.square().mean() for t, text in zip((500, 100), texts, strict=True)
+            ]
+            return torch.autograd.grad(sum(losses), weight)[0]
+
+    torch.testing.assert_close(gradient(True), gradient(False), rtol=1e-4, atol=1e-6)
+
+
+def test_seeds_of_many_requests_are_not_kept(build: Callable[[str], Any]) -> None:
+    with sdattn_fast.apply(build("sd15"), RANDOM) as patch:
+        for seed in range(40):
+            patch.update(seed=seed)
+            patch.pipe("a red car", num_inference_steps=1, output_type="latent")
+        assert len(patch._models[0].seeds._sent) <= 16
+
+
 def test_seeds_are_as_many_as_pictures(build: Callable[[str], Any], draw: Any) -> None:
     pipe = build("sd15")
     for prompts in (PROMPTS, PROMPTS[0]):
@@ -187,6 +305,9 @@ def test_updated_seeds_are_those_of_a_new_patch(build: Callable[[str], Any]) -> 
             assert np.abs(other - first).max() > 1e-3
             assert np.abs(other - stock).max() > 1e-3
             patch.update(seed=None)
+            unseeded = pipe(PROMPTS, latents=latents, **how).images
+            assert np.abs(unseeded - other).max() > 1e-3
+            assert np.abs(unseeded - pipe(PROMPTS, latents=latents, **how).images).max() > 1e-3
             patch.update(seed=seed)
             np.testing.assert_array_equal(pipe(PROMPTS, latents=latents, **how).images, other)
         with pytest.raises(ValueError, match=r"seed: expected 0 <= seed"):
