@@ -73,9 +73,9 @@ def apply(
         protected: Bool tensor, (N,), (P, N), (A, N) or (B, N): tokens that the program leaves as they are, in place of
             those found.
         active: (B,) bool tensor: entries of the UNet's batch to which the program applies, in place of those found.
-        seed: Seed of random dropout, an int in [0, 2**63), which is mixed with layer and timestep. Picture i of a
-            batch has seed + i, so that it is the same picture alone with that seed. Or a sequence of such ints, one for
-            each picture. None: drawn from torch's generator.
+        seed: Seed of random dropout, an int in [0, 2**63), which is mixed with layer and timestep. Picture i of those
+            that are encoded together (of a model alone: active entry i) has seed + i, so that it is the same picture
+            alone with that seed. Or a sequence of such ints, one for each picture. None: drawn from torch's generator.
         capture: Which maps to keep in `Patch.maps`. None: no maps.
         fold: Whether the weights of `to_q` and `to_out` are multiplied into the prompt's keys and values, once per
             prompt. "auto": in layers where a cost model predicts a gain (only on CPUs so far). "never": in no layer.
