@@ -117,14 +117,9 @@ def test_a_block_that_is_skipped_has_no_maps_of_that_step(
 
 @pytest.mark.parametrize("views", [1, 2])
 def test_a_panorama_has_no_maps_and_no_previews(views: int, build: Callable[[str], Any], psnr: Any) -> None:
-    import diffusers
-
     from sdattn_fast.guidance import Preview
 
-    sd = build("sd15")
-    pipe = diffusers.StableDiffusionPanoramaPipeline(**sd.components, requires_safety_checker=False)
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(sd.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = build("panorama")
 
     def drawn(**more: Any) -> torch.Tensor:
         latents = pipe(
@@ -155,20 +150,9 @@ def test_a_panorama_has_no_maps_and_no_previews(views: int, build: Callable[[str
             drawn(callback_on_step_end=look)
 
 
-def test_videos_whose_prompt_changes(parts: dict[str, Any], build: Callable[[str], Any]) -> None:
+def test_videos_whose_prompt_changes(build: Callable[[str], Any]) -> None:
     """AnimateDiff's text between two prompts is neither's: what is content is asked for, and taken."""
-    import diffusers
-
-    sd, frames = build("sd15").components, 8
-    adapter = diffusers.MotionAdapter(
-        block_out_channels=(16, 32), motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=2
-    )
-    pipe = diffusers.AnimateDiffPipeline(
-        **{name: sd[name] for name in ("vae", "text_encoder", "tokenizer", "unet")}, motion_adapter=adapter,
-        scheduler=diffusers.DDIMScheduler(clip_sample=False),
-    )  # fmt: skip
-    pipe.unet.eval()
-    pipe.set_progress_bar_config(disable=True)
+    pipe, frames = build("animatediff"), 8
 
     def drawn(prompt: Any) -> np.ndarray:
         return pipe(

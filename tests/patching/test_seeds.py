@@ -151,18 +151,7 @@ def test_a_mixed_seed_is_splitmix64() -> None:
 
 def test_videos_have_a_seed_each(build: Callable[[str], Any]) -> None:
     """AnimateDiff's frames are entries, of one picture's seed."""
-    import diffusers
-
-    sd = build("sd15").components
-    adapter = diffusers.MotionAdapter(
-        block_out_channels=(16, 32), motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=2
-    )
-    pipe = diffusers.AnimateDiffPipeline(
-        **{name: sd[name] for name in ("vae", "text_encoder", "tokenizer", "unet")}, motion_adapter=adapter,
-        scheduler=diffusers.DDIMScheduler(clip_sample=False),
-    )  # fmt: skip
-    pipe.unet.eval()
-    pipe.set_progress_bar_config(disable=True)
+    pipe = build("animatediff")
     latents = torch.randn(2, 4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
     def videos(seed: Any, which: slice) -> np.ndarray:
@@ -179,12 +168,7 @@ def test_videos_have_a_seed_each(build: Callable[[str], Any]) -> None:
 
 @pytest.mark.parametrize("seed", [7, [7]])
 def test_windows_of_a_picture_have_its_seed(seed: Any, build: Callable[[str], Any]) -> None:
-    import diffusers
-
-    sd = build("sd15")
-    pipe = diffusers.StableDiffusionPanoramaPipeline(**sd.components, requires_safety_checker=False)
-    pipe.scheduler = diffusers.DDIMScheduler.from_config(sd.scheduler.config)
-    pipe.set_progress_bar_config(disable=True)
+    pipe = build("panorama")
 
     def panorama(views: int) -> torch.Tensor:
         with sdattn_fast.apply(pipe, RANDOM, seed=seed):

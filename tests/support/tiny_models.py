@@ -122,6 +122,11 @@ def build(parts: dict[str, Any]) -> Iterator[Callable[[str], Any]]:
             "pix2pix": lambda: d.StableDiffusionInstructPix2PixPipeline(
                 unet=parts["pix2pix"], requires_safety_checker=False, **sd
             ),
+            "panorama": lambda: d.StableDiffusionPanoramaPipeline(
+                unet=parts["sd15"], requires_safety_checker=False,
+                **sd | {"scheduler": d.DDIMScheduler(clip_sample=False)},
+            ),  # fmt: skip
+            "animatediff": lambda: _animatediff(parts),
         }
         pipe = makers[name]()
         pipe.set_progress_bar_config(disable=True)
@@ -275,3 +280,17 @@ def _picture_inputs(pipe: Any) -> dict[str, Any]:
     if "ControlNet" in kind or "Pix2Pix" in kind:
         return {"image": picture}
     return {}
+
+
+def _animatediff(parts: dict[str, Any]) -> Any:
+    from diffusers import AnimateDiffPipeline, DDIMScheduler, MotionAdapter
+
+    adapter = MotionAdapter(
+        block_out_channels=(16, 32), motion_layers_per_block=1, motion_norm_num_groups=8, motion_num_attention_heads=2
+    )
+    pipe = AnimateDiffPipeline(
+        **{name: parts[name] for name in ("vae", "text_encoder", "tokenizer")}, unet=parts["sd15"],
+        motion_adapter=adapter, scheduler=DDIMScheduler(clip_sample=False),
+    )  # fmt: skip
+    pipe.unet.eval()
+    return pipe
