@@ -123,9 +123,10 @@ def build(parts: dict[str, Any]) -> Iterator[Callable[[str], Any]]:
                 unet=parts["pix2pix"], requires_safety_checker=False, **sd
             ),
             "panorama": lambda: d.StableDiffusionPanoramaPipeline(
-                unet=parts["sd15"], requires_safety_checker=False,
+                unet=parts["sd15"],
+                requires_safety_checker=False,
                 **sd | {"scheduler": d.DDIMScheduler(clip_sample=False)},
-            ),  # fmt: skip
+            ),
             "animatediff": lambda: _animatediff(parts),
         }
         pipe = makers[name]()
