@@ -74,8 +74,8 @@ def transforming() -> bool:
 
 
 # The tensors of a RowPlan: those with an entry dimension, the gate first, and those without.
-_PER_ENTRY = ("gate", "content", "phrases", "drop")
-_SHARED = ("seed", "head_mode", "capture_tokens")
+_PER_ENTRY = ("gate", "content", "phrases", "drop", "seed")
+_SHARED = ("head_mode", "capture_tokens")
 
 
 def _with_tensors(rows: RowPlan, plan: Sequence[Tensor | None]) -> RowPlan:
@@ -119,9 +119,9 @@ class _Rows(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, *inputs):
-        batched, batch = 5 + len(_PER_ENTRY), _batch(inputs[0], in_dims[0])
-        tensors = _folded(info.batch_size, batch, in_dims, inputs[:batched])
-        outputs = _Rows.apply(*tensors, *_shared(inputs[batched:], in_dims[batched:], info.batch_size))
+        batched = 5 + len(_PER_ENTRY)
+        tensors = _folded(info.batch_size, _batch(inputs[0], in_dims[0]), in_dims, inputs[:batched])
+        outputs = _Rows.apply(*tensors, *_checked(inputs[batched:], in_dims[batched:]))
         return _unfolded(info.batch_size, outputs)
 
 
@@ -169,7 +169,7 @@ class _RowsBackward(torch.autograd.Function):
         batched, bias = 7 + len(_PER_ENTRY), inputs[5]
         batch = _batch(inputs[2], in_dims[2])
         tensors = _folded(info.batch_size, batch, in_dims, inputs[:batched])
-        grads = _RowsBackward.apply(*tensors, *_shared(inputs[batched:], in_dims[batched:], info.batch_size))
+        grads = _RowsBackward.apply(*tensors, *_checked(inputs[batched:], in_dims[batched:]))
         grads, dims = _unfolded(info.batch_size, grads)
         if grads[3] is not None and _batch(bias, in_dims[5]) < batch:
             grads = (*grads[:3], grads[3].sum(1, keepdim=True), *grads[4:])
@@ -223,11 +223,7 @@ def _unfolded(size: int, outputs: Any) -> tuple[Any, Any]:
     return tensors, tuple(None if x is None else 0 for x in outputs)
 
 
-def _shared(shared: tuple[Any, ...], in_dims: tuple[Any, ...], size: int) -> tuple[Any, ...]:
-    """What is the same for every sample, and the seeds of each."""
-    (seed, *others), (seed_dim, *dims) = shared, in_dims
-    if any(isinstance(x, Tensor) and dim is not None for x, dim in zip(others, dims, strict=True)):
+def _checked(shared: tuple[Any, ...], in_dims: tuple[Any, ...]) -> tuple[Any, ...]:
+    if any(isinstance(x, Tensor) and dim is not None for x, dim in zip(shared, in_dims, strict=True)):
         raise RuntimeError("torch.func.vmap: heads and captured tokens are the same for every sample")
-    if seed is not None:
-        seed = seed.repeat(size) if seed_dim is None else seed.movedim(seed_dim, 0).flatten()
-    return (seed, *others)
+    return shared

@@ -32,8 +32,7 @@ class Forward:
         """The entries that are prompts, each picture once."""
         if self.rows is None:
             return []
-        repeated = self.rows.repeated or [False] * len(self.rows.prompt)
-        return [i for i, p in enumerate(self.rows.prompt) if p >= 0 and not repeated[i]]
+        return [i for i in self.rows.active if not (self.rows.repeated and self.rows.repeated[i])]
 
     @property
     def unconditional(self) -> list[int]:
@@ -50,11 +49,10 @@ def of_entries(bias: Tensor, rows: Rows | None) -> Tensor | None:
     entries; None where there are only such."""
     if rows is None:
         return bias
-    entries = [i for i, prompt in enumerate(rows.prompt) if prompt >= 0]
+    entries = rows.active
     if not entries or len(entries) == len(rows.prompt) == len(bias):
         return bias if entries else None
-    pictures = len(entries) - sum(rows.repeated)
-    if len(bias) not in (1, pictures):
+    if len(bias) not in (1, rows.count):
         return bias
     whole = bias.new_zeros(len(rows.prompt), *bias.shape[1:])
     for i, entry in enumerate(entries):

@@ -47,18 +47,19 @@ class Rows:
         """Of every entry the index of its picture, None for an unconditional one. Where nothing else is known, an entry
         is a picture of its own; windows and frames of one are not."""
         pictures: list[int | None] = [None] * len(self.prompt)
-        for i, b in enumerate(self._active):
-            pictures[b] = self.places[b] if self.places else i % self._pictures_count
+        for i, b in enumerate(self.active):
+            pictures[b] = self.places[b] if self.places else i % self.count
         return pictures
 
     @property
-    def _active(self) -> list[int]:
+    def active(self) -> list[int]:
+        """The entries that are prompts."""
         return [b for b, prompt in enumerate(self.prompt) if prompt >= 0]
 
     @property
-    def _pictures_count(self) -> int:
-        # Entries that ask a picture again are as many as the others, and follow them.
-        return len(self._active) - sum(self.repeated)
+    def count(self) -> int:
+        """How many entries are pictures: those that ask one again are as many, and follow them all."""
+        return len(self.active) - sum(self.repeated)
 
     def spread(self, name: str, given: Tensor | None, tokens: int) -> Tensor | None:
         """A user's tensor of prompts, pictures or entries, for the whole batch; on its device.
@@ -67,10 +68,10 @@ class Rows:
         """
         if given is None:
             return None
-        x, batch, active = given[None] if given.dim() == 1 else given, len(self.prompt), self._active
+        x, batch, active = given[None] if given.dim() == 1 else given, len(self.prompt), self.active
         prompts = max([prompt + 1 for prompt in self.prompt], default=0)
         lead = x.shape[0]
-        if x.shape[-1] != tokens or lead not in (1, prompts, self._pictures_count, len(active), batch):
+        if x.shape[-1] != tokens or lead not in (1, prompts, self.count, len(active), batch):
             raise ValueError(
                 f"{name}: expected ({tokens},), ({prompts}, {tokens}) for the prompts or ({batch}, {tokens}) for the "
                 f"UNet's batch, got {tuple(given.shape)}"

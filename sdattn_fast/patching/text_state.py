@@ -9,6 +9,7 @@ Source: docs/design.md, "The text is constant across steps" and "Where token cla
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -291,18 +292,14 @@ class TextState:
 
     def rows_of(self, batch: int) -> Rows:
         """As `rows_told`, each entry a prompt where nothing is known; the user's `active` wins."""
-        if self.given.active is not None:
-            on = self.given.active.tolist()
-            prompt = [sum(on[:b]) if is_on else -1 for b, is_on in enumerate(on)]
-            known = self.rows
-            if known is not None and len(known.places) == len(on):
-                if all(place >= 0 for place, is_on in zip(known.places, on, strict=True) if is_on):
-                    return Rows(prompt, sum(on), None, (), known.places, known.encoded)
-        elif self.rows is not None and len(self.rows.prompt) == batch:
-            return self.rows
-        else:
-            prompt = list(range(batch))
-        return Rows(prompt, max(prompt, default=-1) + 1, None)
+        known = self.rows
+        if self.given.active is None:
+            return known if known is not None and len(known.prompt) == batch else Rows(list(range(batch)), batch, None)
+        on = self.given.active.tolist()
+        prompt = [sum(on[:b]) if is_on else -1 for b, is_on in enumerate(on)]
+        if known is None or len(known.places) != len(on) or any(i < 0 for i in itertools.compress(known.places, on)):
+            return Rows(prompt, sum(on), None)
+        return Rows(prompt, sum(on), None, places=known.places, encoded=known.encoded)
 
     def prompts_asked(self, batch: int) -> tuple[int, ...] | None:
         """Of every active entry the prompt; None where prompts are not known."""
