@@ -43,7 +43,8 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 class Transformer2DModel(nn.Module):
-    """A block with one attention layer, named as diffusers' so that `apply` takes the grid from it."""
+    """A block with one attention layer; it and its arguments are named as diffusers', so that `apply` takes the grid
+    from it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -51,8 +52,8 @@ class Transformer2DModel(nn.Module):
             CHANNELS, cross_attention_dim=TEXT, heads=HEADS, dim_head=CHANNELS // HEADS, processor=AttnProcessor2_0()
         )
 
-    def forward(self, hidden_states: Tensor, text: Tensor) -> Tensor:
-        return self.attn(hidden_states.flatten(2).transpose(1, 2), encoder_hidden_states=text)
+    def forward(self, hidden_states: Tensor, encoder_hidden_states: Tensor) -> Tensor:
+        return self.attn(hidden_states.flatten(2).transpose(1, 2), encoder_hidden_states=encoder_hidden_states)
 
 
 class Layers(nn.Module):

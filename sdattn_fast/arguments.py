@@ -112,7 +112,7 @@ def check_seed(seed: Any, batch: int = 1) -> None:
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed: expected an int64 tensor, got {seed.dtype}")
-        if seed.numel() != 1 and tuple(seed.shape) != (batch,):
+        if seed.shape != (batch,) and seed.numel() != 1:
             raise ValueError(f"seed: expected one element or ({batch},), one for each entry, got {_shape(seed)}")
         return
     if isinstance(seed, bool) or not isinstance(seed, int):

@@ -109,8 +109,10 @@ class Prepared(LoweredProgram):
             return torch.randint(2**63 - 1, (batch,), dtype=torch.int64, device=device)
         if isinstance(seed, int):
             seed = torch.tensor([seed], dtype=torch.int64)
-        seeds = to_device(seed, device).reshape(-1).contiguous()
-        return seeds if len(seeds) == batch else seeds + torch.arange(batch, device=device)
+        seed = to_device(seed, device)
+        if seed.shape == (batch,):
+            return seed.contiguous()
+        return seed.reshape(1) + torch.arange(batch, device=device)
 
     def to(self, device: torch.device) -> Prepared:
         """The same call for inputs on another device. From the CPU to a GPU nobody waits."""

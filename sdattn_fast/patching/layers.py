@@ -103,9 +103,10 @@ class Layer:
                 seed = self.seed_of_text.get(text, seed)
             elif seed is not None:
                 self.seed_of_text[text] = seed
-        if seed is None or len(seed) == batch or batch % len(seed):
+        entries = batch if seed is None else seed.shape[0]
+        if seed is None or entries == batch or batch % entries:
             return seed
-        return seed.repeat_interleave(batch // len(seed))
+        return seed.repeat_interleave(batch // entries)
 
     def relevance(self, batch: int, pixels: int, device: torch.device) -> Relevance | None:
         """What a forward is to hand on to the backward pass; its sink takes no memory before that."""
